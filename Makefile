@@ -1,0 +1,69 @@
+# A fresh machine needs Python 3.11 or newer and make; everything else goes into .venv, made on first use.
+#   ARGS="..."         more arguments for the command a target runs: make test ARGS="-k solvers -x"
+#   PYTHON=...         the Python that .venv is made from
+#   TORCH_INDEX=URL    one more package index, such as that of PyTorch's builds for CPU or for one CUDA version
+#   PIP_ARGS="..."     anything else for pip
+
+PYTHON      ?=
+TORCH_INDEX ?=
+PIP_ARGS    ?=
+ARGS        ?=
+
+# Relative paths throughout, so that the checkout may lie in a directory with spaces.
+BIN       := .venv/bin
+PY        := $(BIN)/python
+INSTALLED := .venv/.installed
+# What runs inside the environment finds the tools that it brings, such as ninja.
+INSIDE    := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test lint types wheel clean
+
+help:                ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@echo "Settings:"
+	@sed -n 's/^#   /  /p' Makefile
+
+train: $(INSTALLED)  ## train the shipped small recipe on this machine's CPU and show before and after
+	@$(INSIDE) $(BIN)/ngrpo train shapes_cpu $(ARGS)
+
+test: $(INSTALLED)   ## run the tests
+	@$(INSIDE) $(PY) -m pytest $(ARGS)
+
+lint: $(INSTALLED)   ## ruff
+	@$(PY) -m ruff check $(ARGS) .
+
+types: $(INSTALLED)  ## mypy
+	@$(PY) -m mypy $(ARGS)
+
+wheel: $(INSTALLED)  ## build dist/*.whl
+	@$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+clean:               ## remove .venv, caches and builds; runs/ stays
+	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The first Python that is new enough and can make environments. Remade whenever pyproject.toml changes.
+SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+
+$(INSTALLED): pyproject.toml
+	@if ! $(PY) -c 'import pip; $(SUITABLE)' 2>/dev/null; then \
+	    for python in $(or $(PYTHON),python3.13 python3.12 python3.11 python3) ""; do \
+	        if [ -n "$$python" ] && "$$python" -c '$(SUITABLE)' 2>/dev/null; then break; fi; \
+	    done; \
+	    if [ -z "$$python" ]; then \
+	        echo "Found no Python >= 3.11 that has its venv module (on Debian and Ubuntu: python3-venv)." >&2; \
+	        echo "Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; \
+	    fi; \
+	    echo "Making .venv with $$("$$python" --version)"; \
+	    "$$python" -m venv --clear .venv || exit 1; \
+	fi
+	@if [ "$$(uname -s)" = Linux ] && [ -z "$(TORCH_INDEX)" ] && ! command -v nvidia-smi >/dev/null; then \
+	    echo "No NVIDIA GPU here. If pip picks a CUDA build of torch (some GB), TORCH_INDEX can point at CPU builds."; \
+	fi
+	@echo "Installing ngrpo and its tools into .venv (minutes, the first time)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check \
+	    $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") $(PIP_ARGS) --editable ".[dev]"
+	@touch $@

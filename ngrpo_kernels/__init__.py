@@ -1,0 +1,20 @@
+"""The Neighbor GRPO loss and its parts, for any trainer (arXiv 2511.16955).
+
+`ngrpo_kernels.reference` holds every op in plain PyTorch, equation by equation.
+"""
+
+from ngrpo_kernels._inputs import available_backends
+from ngrpo_kernels.advantages import quasi_norm_advantages
+from ngrpo_kernels.distances import pairwise_sqdist
+from ngrpo_kernels.leaping import leaping_log_ratio
+from ngrpo_kernels.objective import LossOutput, neighbor_grpo_loss, neighbor_grpo_loss_from_velocity
+
+__all__ = [
+    "LossOutput",
+    "available_backends",
+    "leaping_log_ratio",
+    "neighbor_grpo_loss",
+    "neighbor_grpo_loss_from_velocity",
+    "pairwise_sqdist",
+    "quasi_norm_advantages",
+]

@@ -1,0 +1,250 @@
+"""What the public functions accept: validation, and flattening to the [P, B, D] and [P, G, D] that the ops take.
+
+Values (indices, step sizes) are checked on the CPU only: on a GPU a check would synchronise, and under torch.compile it
+would break the graph. There an index outside the group or a step size that is not positive gives NaN.
+"""
+# P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened).
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngrpo_kernels import reference
+from ngrpo_kernels.reference import OldPolicy, Temperature
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+OLD_POLICIES = ("detach", "literal")
+TEMPERATURES = ("dim", "neighborhood")
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names that `backend=` takes on this machine, besides "auto", fastest first."""
+    return ("reference",)
+
+
+def check_backend(backend: str) -> None:
+    if backend != "auto" and backend not in available_backends():
+        names = ", ".join(map(repr, ("auto", *available_backends())))
+        raise ValueError(f"backend is {backend!r}; available here: {names}")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A group of candidates and the anchors drawn from it, checked and flattened."""
+
+    candidates: Tensor  # [P, G, D], in the dtype given
+    anchor_index: Tensor  # [P, B]
+    mask: Tensor | None  # [P, G]
+    latent_shape: torch.Size  # trailing dimensions, before flattening
+    has_prompts: bool  # False when the caller left P out
+
+    @classmethod
+    def check(cls, candidates: Tensor, anchor_index: Tensor, candidate_mask: Tensor | None) -> "Group":
+        check_tensor("candidates", candidates)
+        check_tensor("anchor_index", anchor_index, dtypes=(torch.int64,), like=("candidates", candidates))
+        if anchor_index.ndim not in (1, 2):
+            raise ValueError(f"anchor_index must be [P, B], or [B] without prompts, got {_shape(anchor_index)}")
+        has_prompts = anchor_index.ndim == 2
+        lead = 2 if has_prompts else 1
+        if candidates.ndim <= lead:
+            wanted = "[P, G, ...]" if has_prompts else "[G, ...]"
+            raise ValueError(
+                f"candidates must be {wanted} with latent dimensions, to go with anchor_index {_shape(anchor_index)}, "
+                f"got {_shape(candidates)}"
+            )
+        if has_prompts and candidates.shape[0] != anchor_index.shape[0]:
+            raise ValueError(
+                f"candidates {_shape(candidates)} and anchor_index {_shape(anchor_index)} differ in P: "
+                f"{candidates.shape[0]} and {anchor_index.shape[0]}"
+            )
+        if candidates.numel() == 0 or anchor_index.numel() == 0:
+            raise ValueError(
+                f"candidates {_shape(candidates)} and anchor_index {_shape(anchor_index)} must not be empty"
+            )
+        members = candidates.shape[lead - 1]
+        if members < 2:
+            raise ValueError(
+                f"a group needs at least 2 candidates, got G = {members} in candidates {_shape(candidates)}"
+            )
+        if candidate_mask is not None:
+            check_tensor("candidate_mask", candidate_mask, dtypes=(torch.bool,), like=("candidates", candidates))
+            _check_shape("candidate_mask", candidate_mask, candidates.shape[:lead], "candidates")
+
+        latent_shape = candidates.shape[lead:]
+        if not has_prompts:
+            candidates, anchor_index = candidates[None], anchor_index[None]
+            candidate_mask = None if candidate_mask is None else candidate_mask[None]
+        if _values_readable(anchor_index):
+            valid = reference.anchor_is_valid(anchor_index, members, candidate_mask)
+            if not valid.all():
+                prompt, anchor = (~valid).nonzero()[0].tolist()
+                index = int(anchor_index[prompt, anchor])
+                problem = "is masked out by candidate_mask" if 0 <= index < members else f"is outside 0..{members - 1}"
+                raise ValueError(f"anchor_index[{prompt}, {anchor}] = {index} {problem}; G = {members}")
+        return cls(candidates.detach().flatten(2), anchor_index, candidate_mask, latent_shape, has_prompts)
+
+    def anchor_rows(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor [P, B, ...] with the candidates' latent dimensions, as [P, B, D]."""
+        check_tensor(name, tensor, like=("candidates", self.candidates))
+        self._check_shape(name, tensor, (*self.anchor_index.shape, *self.latent_shape), "anchor_index and the latents")
+        return (tensor if self.has_prompts else tensor[None]).flatten(2)
+
+    def candidate_values(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor with one number per candidate, as [P, G]."""
+        check_tensor(name, tensor, like=("candidates", self.candidates))
+        self._check_shape(name, tensor, self.candidates.shape[:2], "candidates")
+        return (tensor if self.has_prompts else tensor[None]).detach()
+
+    def old_policy(self, name: str, old: Tensor | str) -> OldPolicy:
+        if isinstance(old, Tensor):
+            return self.anchor_rows(name, old).detach()
+        if old == "detach":
+            return "detach"
+        if old == "literal":
+            return "literal"
+        raise ValueError(f"{name} must be a tensor or one of {OLD_POLICIES}, got {old!r}")
+
+    def slope(self, dt: float | Tensor | None) -> Tensor:
+        """d x_theta / d moving as [P, B, 1]: -dt, or 1 where the anchors themselves move."""
+        prompts, anchors = self.anchor_index.shape
+        if dt is None:
+            return torch.ones((prompts, anchors, 1), device=self.candidates.device)
+        if not isinstance(dt, Tensor):
+            if not (math.isfinite(dt) and dt > 0):
+                raise ValueError(f"dt must be positive (sigma_before - sigma_after > 0), got {dt}")
+            rows = torch.full((prompts, anchors), dt, dtype=torch.float64, device=self.candidates.device)
+            return -rows[:, :, None]
+        check_tensor("dt", dt, like=None if dt.ndim == 0 else ("candidates", self.candidates))
+        if not self.has_prompts and dt.ndim > 0:
+            dt = dt[None]
+        if dt.shape not in (torch.Size([]), self.anchor_index.shape[:1], self.anchor_index.shape):
+            raise ValueError(
+                f"dt must be a number, [P] or [P, B], got {_shape(dt)} for anchor_index {_shape(self.anchor_index)}"
+            )
+        if _values_readable(dt) and (dt <= 0).any():
+            raise ValueError(f"dt must be positive (sigma_before - sigma_after > 0), got {dt.min().item()}")
+        dt = dt.detach().to(self.candidates.device)
+        dt = torch.where(dt > 0, dt, float("nan"))
+        return -(dt[:, None] if dt.ndim == 1 else dt).expand(prompts, anchors)[:, :, None]
+
+    def drop_prompts(self, tensor: Tensor) -> Tensor:
+        """`tensor`, without its first dimension when the caller left P out."""
+        return tensor if self.has_prompts else tensor.squeeze(0)
+
+    def _check_shape(self, name: str, tensor: Tensor, shape: tuple[int, ...], source: str) -> None:
+        _check_shape(name, tensor, shape if self.has_prompts else shape[1:], source)
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+    like: tuple[str, Tensor] | None = None,
+) -> None:
+    """Refuse what is no plain tensor of one of `dtypes` on the device of the tensor named in `like`."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if hasattr(tensor, "device_mesh"):
+        raise ValueError(f"{name} is a DTensor; pass the local tensor, with all candidates of a prompt on one rank")
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if like is not None and tensor.device != like[1].device:
+        raise ValueError(f"{name} is on {tensor.device}, {like[0]} on {like[1].device}; they must be together")
+
+
+def check_p(p: float) -> None:
+    if not 0 < p <= 2:
+        raise ValueError(f"p must be in (0, 2], got {p}")
+
+
+def check_clip_range(clip_range: float | tuple[float, float]) -> tuple[float, float]:
+    """The pair (low, high) of the clip range [1 - low, 1 + high]."""
+    bounds = tuple(clip_range) if isinstance(clip_range, Sequence) else (clip_range, clip_range)
+    if len(bounds) != 2 or not all(bound > 0 for bound in bounds):
+        raise ValueError(f"clip_range must be a positive number or a pair (low, high) of them, got {clip_range}")
+    return bounds[0], bounds[1]
+
+
+def check_temperature(temperature: Temperature) -> None:
+    if isinstance(temperature, str):
+        if temperature not in TEMPERATURES:
+            raise ValueError(f"temperature must be a number or one of {TEMPERATURES}, got {temperature!r}")
+    elif not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def check_kl_coef(kl_coef: float) -> None:
+    if not (math.isfinite(kl_coef) and kl_coef >= 0):
+        raise ValueError(f"kl_coef must be finite and not negative, got {kl_coef}")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], source: str) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {_shape(tensor)}; {source} ask for {list(shape)}")
+
+
+def _values_readable(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def check_distance_inputs(anchors: Tensor, candidates: Tensor) -> tuple[bool, Tensor, Tensor]:
+    """Whether there is a prompt dimension, then [P, B, D] and [P, G, D]; two-dimensional tensors have none."""
+    check_tensor("candidates", candidates)
+    check_tensor("anchors", anchors, like=("candidates", candidates))
+    has_prompts = anchors.ndim > 2
+    if not has_prompts:
+        anchors, candidates = anchors[None], candidates[None]
+    if anchors.ndim < 3 or anchors.ndim != candidates.ndim:
+        raise ValueError(
+            f"anchors must be [P, B, ...] and candidates [P, G, ...], or [B, D] and [G, D]; "
+            f"got {_shape(anchors)} and {_shape(candidates)}"
+        )
+    if anchors.shape[0] != candidates.shape[0] or anchors.shape[2:] != candidates.shape[2:]:
+        raise ValueError(
+            f"anchors {_shape(anchors)} and candidates {_shape(candidates)} may differ in their second dimension only"
+        )
+    return has_prompts, anchors.flatten(2), candidates.flatten(2)
+
+
+def check_rewards(
+    rewards: Tensor,
+    weights: Sequence[float] | Tensor | None,
+    min_reward_std: float | Sequence[float] | Tensor,
+    candidate_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Rewards as [R, P, G], weights and thresholds as [R, 1, 1], the mask as [P, G]."""
+    check_tensor("rewards", rewards)
+    if rewards.ndim not in (1, 2, 3):
+        raise ValueError(f"rewards must be [P, G], [R, P, G] or [G], got {_shape(rewards)}")
+    group_shape = rewards.shape[-2:]
+    if candidate_mask is not None:
+        check_tensor("candidate_mask", candidate_mask, dtypes=(torch.bool,), like=("rewards", rewards))
+        _check_shape("candidate_mask", candidate_mask, group_shape, "rewards")
+        candidate_mask = candidate_mask.reshape(-1, group_shape[-1])
+    if group_shape[-1] < 2:
+        raise ValueError(f"a group needs at least 2 candidates, got G = {group_shape[-1]} in rewards {_shape(rewards)}")
+    rewards = rewards.detach()
+    rewards = rewards if rewards.ndim == 3 else rewards.reshape(1, -1, group_shape[-1])
+    dtype = reference.compute_dtype(rewards)
+
+    def per_reward(name: str, values: float | Sequence[float] | Tensor) -> Tensor:
+        if isinstance(values, Tensor):
+            column = values.detach().to(rewards.device, dtype)
+        elif isinstance(values, Sequence):  # filled on the device: copying a list there would synchronise
+            column = torch.cat([torch.full((1,), value, dtype=dtype, device=rewards.device) for value in values])
+        else:
+            column = torch.full((), values, dtype=dtype, device=rewards.device)
+        if column.ndim > 1 or (column.ndim == 1 and len(column) != len(rewards)):
+            raise ValueError(f"{name} has shape {_shape(column)}, rewards {_shape(rewards)} have R = {len(rewards)}")
+        return column.expand(len(rewards))[:, None, None]
+
+    columns = per_reward("weights", 1.0 if weights is None else weights), per_reward("min_reward_std", min_reward_std)
+    return rewards, *columns, candidate_mask

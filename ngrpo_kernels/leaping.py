@@ -1,0 +1,103 @@
+"""Log-ratio of the surrogate leaping policy: log pi_theta(i) - log pi_old(i) (Eqs. 8, 10)."""
+# P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened).
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ngrpo_kernels import reference
+from ngrpo_kernels._inputs import Group, check_backend, check_temperature
+from ngrpo_kernels.reference import OldPolicy, Temperature
+
+
+class _LogRatio(torch.autograd.Function):
+    """Gives log-ratios their gradient: -dt or 1, times (2 / tau) sum_i (g_i - (sum g) pi_theta(i)) x_i."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        moving: Tensor,
+        log_ratio: Tensor,
+        new_policy: Tensor,
+        scale: Tensor,
+        candidates: Tensor,
+        anchor_index: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(new_policy, scale, candidates, anchor_index, mask)
+        ctx.dtype = moving.dtype
+        return log_ratio.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        new_policy, scale, candidates, anchor_index, mask = ctx.saved_tensors
+        weights = scale * reference.leaping_log_ratio_weights(grad, new_policy, mask)
+        grad_moving = reference.weighted_differences(weights, candidates, anchor_index, mask)
+        return grad_moving.to(ctx.dtype), None, None, None, None, None, None
+
+
+def leaping_log_ratio(
+    candidates: Tensor,
+    anchor_index: Tensor,
+    *,
+    velocity: Tensor | None = None,
+    latents: Tensor | None = None,
+    dt: float | Tensor | None = None,
+    old_velocity: OldPolicy | None = None,
+    anchors: Tensor | None = None,
+    old_anchors: OldPolicy | None = None,
+    temperature: Temperature = 1.0,
+    candidate_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-ratio of the new leaping policy to the old one, for every candidate of every anchor (Eqs. 8, 10).
+
+    Two forms, alike in meaning: give `velocity`, `latents`, `dt` and `old_velocity`, or `anchors` and `old_anchors`.
+    Prefer velocities: anchors are rounded points, whose difference is off by about 2e-5 in the log-ratio in float32 at
+    D = 129,600.
+
+    Args:
+        candidates: [P, G, ...], the group's states after the step.
+        anchor_index: [P, B] int64, which candidate each anchor is.
+        velocity: [P, B, ...], the model's output at `latents`. Carries gradients.
+        latents: [P, B, ...], the anchors' states before the step.
+        dt: sigma_before - sigma_after > 0; a number, [P] or [P, B].
+        old_velocity: a tensor like `velocity`, "detach" or "literal"; see `neighbor_grpo_loss_from_velocity`.
+        anchors: [P, B, ...], the new policy's states after the step. Carries gradients.
+        old_anchors: a tensor like `anchors`, "detach" or "literal"; see `neighbor_grpo_loss`.
+        temperature: divides squared distances: a number, "dim" (= D) or "neighborhood" (the group's mean squared
+            distance, a constant in the gradient).
+        candidate_mask: [P, G] bool; False leaves the policy, and its log-ratio is 0.
+        backend: "auto", or a name from `available_backends()`.
+
+    P may be left out everywhere. Returns [P, B, G] float32 (float64 if a latent is), not clamped.
+
+    Raises:
+        ValueError: an incomplete or mixed form, and whatever `neighbor_grpo_loss_from_velocity` refuses.
+    """
+    check_backend(backend)
+    check_temperature(temperature)
+    group = Group.check(candidates, anchor_index, candidate_mask)
+    by_velocity = {"velocity": velocity, "latents": latents, "dt": dt, "old_velocity": old_velocity}
+    by_anchor = {"anchors": anchors, "old_anchors": old_anchors}
+    given = [name for name, value in (by_velocity | by_anchor).items() if value is not None]
+    if given not in (list(by_velocity), list(by_anchor)):
+        names = ", ".join(given) or "neither"
+        raise ValueError(f"give either {', '.join(by_velocity)} or {', '.join(by_anchor)}; got {names}")
+    if velocity is not None and latents is not None and old_velocity is not None:
+        moving = group.anchor_rows("velocity", velocity)
+        start = group.anchor_rows("latents", latents).detach()
+        old = group.old_policy("old_velocity", old_velocity)
+    else:
+        assert anchors is not None
+        assert old_anchors is not None
+        moving, start = group.anchor_rows("anchors", anchors), None
+        old = group.old_policy("old_anchors", old_anchors)
+    with torch.no_grad():
+        result = reference.leaping_log_ratio(
+            moving, old, start, group.slope(dt), group.candidates, group.anchor_index, temperature, group.mask
+        )
+    return group.drop_prompts(_LogRatio.apply(moving, *result, group.candidates, group.anchor_index, group.mask))

@@ -1,0 +1,407 @@
+"""Every op of ngrpo_kernels in plain PyTorch: the specification, the float64 oracle and the fallback.
+
+Arguments are validated and flattened by the caller. Everything is computed in float32, or in float64 when a latent is
+float64, by element-wise products and sums, which neither autocast nor tf32 touches.
+"""
+# P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened), R rewards.
+#
+# x_i candidate; x_j the anchor's own candidate; y_i = x_i - x_j; a the old policy's point; delta = x_theta - a;
+# tau temperature; pi the leaping policy over candidates (Eq. 8); rho = pi_theta / pi_old (Eq. 10).
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_LIMIT = 20.0
+
+OldPolicy = Tensor | Literal["detach", "literal"]
+Temperature = float | Literal["dim", "neighborhood"]
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype sums are taken in: float64 if any tensor is float64, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    return (left * right).sum(-1)
+
+
+def pairwise_sqdist(anchors: Tensor, candidates: Tensor) -> Tensor:
+    """Squared distances [P, B, G] between anchors [P, B, D] and candidates [P, G, D], from differences (Eq. 8)."""
+    anchors, candidates = _promoted(anchors, candidates)
+    differences = (anchors - candidates[:, g, None] for g in range(candidates.shape[1]))
+    return torch.stack([_dot(difference, difference) for difference in differences], dim=-1)
+
+
+def pairwise_sqdist_grad_anchors(grad: Tensor, anchors: Tensor, candidates: Tensor) -> Tensor:
+    """Gradient [P, B, D] of `pairwise_sqdist` with respect to the anchors; `grad` is [P, B, G]."""
+    anchors, candidates = _promoted(anchors, candidates)
+    total = torch.zeros_like(anchors)
+    for g in range(candidates.shape[1]):
+        total = torch.addcmul(total, 2 * grad[:, :, g, None], anchors - candidates[:, g, None])
+    return total
+
+
+def _promoted(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(left, right)
+    return left.to(dtype), right.to(dtype)
+
+
+def mean_sqdist(candidates: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Mean squared distance [P] over the pairs of a group of n valid ones: 2 / (n (n-1)) sum_{i<k} |x_i - x_k|^2.
+
+    Equal to 2 / (n-1) sum_i |x_i - mean|^2, which is how it is summed.
+    """
+    members = candidates.shape[1]
+    count = torch.full_like(candidates[:, 0, 0], members, dtype=dtype) if mask is None else mask.sum(-1).to(dtype)
+    valid = [None if mask is None else mask[:, g, None] for g in range(members)]
+    total = torch.zeros_like(candidates[:, 0], dtype=dtype)
+    for g in range(members):
+        total = total + _zero_unless(valid[g], candidates[:, g].to(dtype))
+    centre = total / count.clamp_min(1)[:, None]
+    spread = torch.zeros_like(count)
+    for g in range(members):
+        difference = _zero_unless(valid[g], candidates[:, g].to(dtype) - centre)
+        spread = spread + _dot(difference, difference)
+    return 2 * spread / (count - 1).clamp_min(1)
+
+
+def _zero_unless(valid: Tensor | None, value: Tensor) -> Tensor:
+    return value if valid is None else value.masked_fill(~valid, 0)
+
+
+class Displacement(NamedTuple):
+    """Where the two policies stand, seen from the anchor's own candidate. None is exactly zero."""
+
+    offset: Tensor | None  # a - x_j, [P, B, D]
+    delta: Tensor | None  # x_theta - a, [P, B, D]
+
+
+class LeapingPolicy(NamedTuple):
+    """The old policy over a group and the ratio of the new one to it, both [P, B, G]."""
+
+    log_old: Tensor  # log pi_old; -inf where masked
+    log_ratio: Tensor  # log rho; 0 where masked
+
+    def old(self) -> Tensor:
+        """pi_old."""
+        return self.log_old.exp()
+
+    def change(self) -> Tensor:
+        """pi_theta - pi_old, by expm1 where the ratio is near 1 so that small changes keep their digits."""
+        old = self.old()
+        near = self.log_ratio.abs() <= 1
+        return torch.where(near, old * torch.expm1(self.log_ratio), (self.log_old + self.log_ratio).exp() - old)
+
+    def new(self) -> Tensor:
+        """pi_theta."""
+        return self.old() + self.change()
+
+
+def own_candidate(candidates: Tensor, anchor_index: Tensor, dtype: torch.dtype) -> Tensor:
+    """The candidate x_j of each anchor, [P, B, D]; an index outside G is clamped."""
+    index = anchor_index.clamp(0, candidates.shape[1] - 1)
+    return candidates.take_along_dim(index[:, :, None], dim=1).to(dtype)
+
+
+def anchor_is_valid(anchor_index: Tensor, members: int, mask: Tensor | None) -> Tensor:
+    """Whether each anchor [P, B] names a candidate inside the group that `mask` keeps."""
+    inside = (anchor_index >= 0) & (anchor_index < members)
+    return inside if mask is None else inside & mask.take_along_dim(anchor_index.clamp(0, members - 1), dim=1)
+
+
+def displacement(moving: Tensor, old: OldPolicy, own: Tensor, latents: Tensor | None, slope: Tensor) -> Displacement:
+    """Offset and delta of x_theta = latents + slope * moving; no `latents` means zero.
+
+    `moving` is the velocity with slope -dt, or the anchor itself with slope 1. Latents and own candidate, two states of
+    one trajectory, are subtracted first; delta comes from velocities, never from two rounded points.
+    """
+    base = -own if latents is None else latents.to(own.dtype) - own
+    moving = moving.to(own.dtype)
+    if isinstance(old, Tensor):
+        old = old.to(own.dtype)
+        return Displacement(offset=base + slope * old, delta=slope * (moving - old))
+    if old == "detach":
+        return Displacement(offset=base + slope * moving, delta=None)
+    return Displacement(offset=None, delta=base + slope * moving)
+
+
+def leaping_policy(
+    moved: Displacement,
+    own: Tensor,
+    candidates: Tensor,
+    anchor_index: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+) -> LeapingPolicy:
+    """The exact form: log rho_i = u_i - log sum_k pi_old(k) exp(u_k), u_i = 2 <delta, y_i> / tau (Eqs. 8, 10).
+
+    The old logits are (|x_j - a|^2 - |x_i - a|^2) / tau = -<y_i, y_i - 2 (a - x_j)> / tau: a constant shift that the
+    softmax drops and that spares subtracting two distances. They carry the relative rounding of a sum over D, which
+    matters only where the old point is about as near to two candidates, both much farther than sqrt(tau) from x_j.
+    `temperature` is [P, 1, 1]. An anchor that is not a valid candidate gives a row of NaN.
+    """
+    logits, projections = [], []
+    for difference in _differences(candidates, own, mask):
+        toward = difference if moved.offset is None else difference - 2 * moved.offset
+        logits.append(-_dot(difference, toward))
+        projections.append(torch.zeros_like(logits[-1]) if moved.delta is None else _dot(difference, moved.delta))
+    old_logits = torch.stack(logits, dim=-1) / temperature
+    shift = 2 * torch.stack(projections, dim=-1) / temperature
+
+    valid = anchor_is_valid(anchor_index, candidates.shape[1], mask)
+    old_logits = old_logits.masked_fill(~valid[:, :, None], float("nan"))
+    if mask is not None:
+        old_logits = old_logits.masked_fill(~mask[:, None], float("-inf"))
+    log_old = old_logits.log_softmax(-1)
+
+    # exactly 0 at delta = 0, and relatively accurate for small shifts, where logsumexp keeps only absolute digits
+    small = torch.log1p((log_old.exp() * torch.expm1(shift)).sum(-1, keepdim=True))
+    large = torch.logsumexp(log_old + shift, dim=-1, keepdim=True)
+    log_normalizer = torch.where(shift.abs().amax(-1, keepdim=True) <= 1, small, large)
+    log_ratio = shift - log_normalizer
+    if mask is not None:
+        log_ratio = log_ratio.masked_fill(~mask[:, None], 0)
+    return LeapingPolicy(log_old, log_ratio)
+
+
+def _differences(candidates: Tensor, own: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    """y_i = x_i - x_j, [P, B, D], one candidate at a time; zero where masked, whatever is stored there."""
+    for g in range(candidates.shape[1]):
+        difference = candidates[:, g, None].to(own.dtype) - own
+        yield _zero_unless(None if mask is None else mask[:, g, None, None], difference)
+
+
+def weighted_differences(weights: Tensor, candidates: Tensor, anchor_index: Tensor, mask: Tensor | None) -> Tensor:
+    """sum_i weights_i (x_i - x_j), [P, B, D], from weights [P, B, G]: every gradient of the leaping policy.
+
+    The weights of a row sum to zero but for rounding, which centring keeps out of the sum.
+    """
+    own = own_candidate(candidates, anchor_index, weights.dtype)
+    total = torch.zeros_like(own)
+    for g, difference in enumerate(_differences(candidates, own, mask)):
+        total = torch.addcmul(total, weights[:, :, g, None], difference)
+    return total
+
+
+def temperature_rows(temperature: Temperature, dim: int, group_sqdist: Tensor) -> Tensor:
+    """The temperature of every row as [P, 1, 1]: a number, "dim" (= D) or "neighborhood" (the group's mean sqdist).
+
+    A group of identical candidates has a uniform policy at any temperature; 1 stands in for its zero.
+    """
+    if temperature == "neighborhood":
+        rows = torch.where(group_sqdist == 0, 1, group_sqdist)
+    else:
+        rows = torch.full_like(group_sqdist, dim if temperature == "dim" else temperature)
+    return rows[:, None, None]
+
+
+class LogRatio(NamedTuple):
+    """`leaping_log_ratio` and what its backward reads."""
+
+    log_ratio: Tensor  # [P, B, G], not clamped
+    new_policy: Tensor  # pi_theta, [P, B, G]
+    scale: Tensor  # d x_theta / d moving times 2 / tau, [P, B, 1]
+
+
+def leaping_log_ratio(
+    moving: Tensor,
+    old: OldPolicy,
+    latents: Tensor | None,
+    slope: Tensor,
+    candidates: Tensor,
+    anchor_index: Tensor,
+    temperature: Temperature,
+    mask: Tensor | None,
+) -> LogRatio:
+    """log rho (Eqs. 8, 10) for x_theta = latents + slope * moving."""
+    policy, tau, _ = _measure(moving, old, latents, slope, candidates, anchor_index, temperature, mask)
+    return LogRatio(policy.log_ratio, policy.new(), 2 * slope.to(tau.dtype) / tau)
+
+
+def leaping_log_ratio_weights(grad: Tensor, new_policy: Tensor, mask: Tensor | None) -> Tensor:
+    """Weights of the candidates in the gradient of log rho: g_i - (sum g) pi_theta(i)."""
+    grad = _zero_unless(None if mask is None else mask[:, None], grad)
+    return grad - grad.sum(-1, keepdim=True) * new_policy
+
+
+def _measure(
+    moving: Tensor,
+    old: OldPolicy,
+    latents: Tensor | None,
+    slope: Tensor,
+    candidates: Tensor,
+    anchor_index: Tensor,
+    temperature: Temperature,
+    mask: Tensor | None,
+) -> tuple[LeapingPolicy, Tensor, Tensor]:
+    """The leaping policy, its temperature [P, 1, 1] and the group's mean squared distance [P]."""
+    dtype = compute_dtype(moving, old if isinstance(old, Tensor) else None, latents, candidates)
+    group_sqdist = mean_sqdist(candidates, mask, dtype)
+    tau = temperature_rows(temperature, candidates.shape[-1], group_sqdist)
+    own = own_candidate(candidates, anchor_index, dtype)
+    moved = displacement(moving, old, own, latents, slope.to(dtype))
+    return leaping_policy(moved, own, candidates, anchor_index, tau, mask), tau, group_sqdist
+
+
+def quasi_norm_advantages(
+    rewards: Tensor, p: float, weights: Tensor, min_reward_std: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Standardise [R, P, G] rewards in their groups (Eq. 3), weigh and sum them, divide by the L_p quasi-norm (Eq. 11).
+
+    `weights` and `min_reward_std` are [R, 1, 1]. A reward is flat in a group when its maximum equals its minimum or its
+    standard deviation is at most 8 eps max|r|, i.e. rounding; it then adds exactly zero. So does one whose standard
+    deviation is under `min_reward_std`, and a group whose weighted rewards cancel to rounding.
+    """
+    dtype = compute_dtype(rewards)
+    eps = torch.finfo(dtype).eps
+    valid = torch.ones_like(rewards[0], dtype=torch.bool) if mask is None else mask
+    count = valid.sum(-1, keepdim=True)
+    rewards = rewards.to(dtype).masked_fill(~valid, 0)
+
+    centred = rewards
+    for _ in range(2):  # the second pass removes the rounding of the first mean
+        mean = centred.sum(-1, keepdim=True) / count.clamp_min(1)
+        centred = (centred - mean).masked_fill(~valid, 0)
+    largest = centred.abs().amax(-1, keepdim=True)
+    unit = centred / torch.where(largest == 0, 1, largest)  # squares of tiny and huge rewards stay in range
+    unit_std = (unit.square().sum(-1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+    std = largest * unit_std
+
+    rounding = 8 * eps * rewards.abs().amax(-1, keepdim=True)  # equal rewards, centred twice, are below it
+    flat = (std <= rounding) | (std < min_reward_std) | (count < 2)
+    standardised = weights * torch.where(flat, 0 * largest, unit / unit_std)  # 0 * NaN stays NaN
+
+    combined = standardised.sum(0)
+    peak = combined.abs().amax(-1, keepdim=True)
+    cancelled = peak <= 8 * eps * standardised.abs().sum(0).amax(-1, keepdim=True)
+    scaled = combined / torch.where(peak == 0, 1, peak)
+    quasi_norm = scaled.abs().pow(p).sum(-1, keepdim=True).pow(1 / p)
+    return torch.where(cancelled | ~valid, 0, scaled / quasi_norm)
+
+
+class Objective(NamedTuple):
+    """`objective`: the loss, its gradient in weights of the candidates, and what to watch."""
+
+    loss: Tensor  # []
+    weights: Tensor  # d loss / d moving[p, b] = sum_i weights[p, b, i] (x_i - x_j), [P, B, G]
+    log_ratio: Tensor  # [P, B, G], not clamped
+    clip_fraction: Tensor  # [P, B]
+    clamp_fraction: Tensor  # [P, B]
+    kl: Tensor  # [P, B]
+    entropy: Tensor  # [P, B]
+    grad_norm: Tensor  # [P, B]
+    mean_sqdist: Tensor  # [P]
+    advantages: Tensor  # [P, G]
+
+
+def objective(
+    moving: Tensor,
+    old: OldPolicy,
+    latents: Tensor | None,
+    slope: Tensor,
+    candidates: Tensor,
+    anchor_index: Tensor,
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    mask: Tensor | None,
+    *,
+    p: float,
+    clip_range: tuple[float, float],
+    temperature: Temperature,
+    kl_coef: float,
+) -> Objective:
+    """-J + kl_coef KL(pi_old || pi_theta), J the clipped surrogate (Eq. 9), both averaged over P and B.
+
+    With g_i = dJ / dlog rho_i, the weights are those of
+    dJ / dx_theta = (2 / tau) sum_i (g_i - (sum g) pi_theta(i) - kl_coef (pi_theta(i) - pi_old(i))) x_i.
+    """
+    policy, tau, group_sqdist = _measure(moving, old, latents, slope, candidates, anchor_index, temperature, mask)
+    log_ratio, change, pi_old = policy.log_ratio, policy.change(), policy.old()
+    advantages = _used_advantages(advantages, rewards, p, mask, log_ratio.dtype)
+    gain = advantages[:, None]
+
+    low, high = 1 - clip_range[0], 1 + clip_range[1]
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    surrogate = torch.minimum(gain * ratio, gain * ratio.clamp(low, high)).sum(-1)
+    kl = -(pi_old * log_ratio).sum(-1)
+    loss = (kl_coef * kl - surrogate).mean()
+
+    clamped = log_ratio.abs() > LOG_RATIO_LIMIT
+    clipped = torch.where(gain > 0, ratio > high, ratio < low)
+    surrogate_grad = gain * ratio.masked_fill(clamped | clipped, 0)  # a NaN advantage stays NaN
+    ascent = surrogate_grad - surrogate_grad.sum(-1, keepdim=True) * (pi_old + change) - kl_coef * change
+    weights = ascent * (-2 * slope.to(tau.dtype) / tau / surrogate.numel())
+
+    log_new = _zero_unless(None if mask is None else mask[:, None], policy.log_old + log_ratio)
+    return Objective(
+        loss=loss,
+        weights=weights,
+        log_ratio=log_ratio,
+        clip_fraction=_share((ratio < low) | (ratio > high), log_ratio, mask),
+        clamp_fraction=_share(clamped, log_ratio, mask),
+        kl=kl,
+        entropy=-((pi_old + change) * log_new).sum(-1),
+        grad_norm=torch.linalg.vector_norm(weighted_differences(weights, candidates, anchor_index, mask), dim=-1),
+        mean_sqdist=group_sqdist,
+        advantages=advantages,
+    )
+
+
+def _used_advantages(
+    advantages: Tensor | None, rewards: Tensor | None, p: float, mask: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Advantages [P, G] as given or from rewards; zero where masked and in groups of fewer than two."""
+    if advantages is None:
+        assert rewards is not None
+        one, zero = torch.ones_like(rewards[:1, :1, None], dtype=dtype), torch.zeros_like(rewards[:1, :1, None])
+        return quasi_norm_advantages(rewards[None].to(dtype), p, one, zero, mask)
+    advantages = advantages.to(dtype)
+    return advantages if mask is None else advantages.masked_fill(~mask | (mask.sum(-1, keepdim=True) < 2), 0)
+
+
+def _share(flag: Tensor, log_ratio: Tensor, mask: Tensor | None) -> Tensor:
+    """Share [P, B] of the valid candidates that `flag` marks; NaN where the log-ratio is."""
+    flag = torch.where(log_ratio.isnan(), log_ratio, flag.to(log_ratio.dtype))
+    return flag.mean(-1) if mask is None else flag.sum(-1) / mask.sum(-1)[:, None]
+
+
+def direct_log_ratio(
+    anchors: Tensor, old_anchors: Tensor, candidates: Tensor, temperature: float | Tensor = 1.0
+) -> Tensor:
+    """log pi_theta - log pi_old [P, B, G] as Eqs. 8 and 10 are printed, for tests and benchmarks only.
+
+    Subtracts two log-softmaxes of squared distances, so in float32 it errs by the rounding of a distance (1e-3 and more
+    at D = 129,600), and materialises [P, B, G, D] twice. A tensor temperature must broadcast to [P, B, G].
+    """
+
+    def log_policy(point: Tensor) -> Tensor:
+        sqdist = (candidates[:, None] - point[:, :, None]).square().sum(-1)
+        return (-sqdist / temperature).log_softmax(-1)
+
+    return log_policy(anchors) - log_policy(old_anchors)
+
+
+def direct_loss(
+    anchors: Tensor,
+    old_anchors: Tensor,
+    candidates: Tensor,
+    advantages: Tensor,
+    clip_range: tuple[float, float] = (1e-4, 1e-4),
+    temperature: float | Tensor = 1.0,
+    kl_coef: float = 0.0,
+) -> Tensor:
+    """The loss as Eqs. 8 to 10 are printed, differentiated by autograd, for tests and benchmarks only.
+
+    The KL term is written as the divergence it is, sum pi_old (log pi_old - log pi_theta).
+    """
+    log_ratio = direct_log_ratio(anchors, old_anchors, candidates, temperature)
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    gain = advantages[:, None]
+    clipped = ratio.clamp(1 - clip_range[0], 1 + clip_range[1])
+    old_sqdist = (candidates[:, None] - old_anchors[:, :, None]).square().sum(-1)
+    kl = -((-old_sqdist / temperature).softmax(-1) * log_ratio).sum(-1)
+    return (kl_coef * kl - torch.minimum(gain * ratio, gain * clipped).sum(-1)).mean()

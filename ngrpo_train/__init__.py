@@ -1,0 +1,1 @@
+"""A resumable trainer that aligns flow-matching image models by reinforcement learning (Neighbor GRPO)."""

@@ -1,0 +1,397 @@
+"""Everything a user can set: a recipe (TOML) and flags, read by one parser into one frozen `Recipe`.
+
+A recipe is flattened into flags that stand before the user's own, so both are checked by the same rules, a flag beats
+the recipe, and a misspelt name is answered with the nearest right one wherever it stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """The model that is trained: any directory or hub id in FLUX.1's layout (dev, schnell, or your own)."""
+
+    name_or_path: str = "black-forest-labs/FLUX.1-dev"
+    """Directory, hub id, or "shapes" for the pipeline that ships with ngrpo."""
+    tuning: Literal["full", "lora"] = "full"
+    """Train every weight of the transformer, or low-rank adapters (peft) on its attention and feed-forward layers."""
+    lora_rank: int = 128
+    lora_alpha: int = 128
+    gradient_checkpointing: bool = True
+    """Recompute each block's activations in the backward pass: less memory, a third more arithmetic."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights per iteration, used for evaluation and export; 0 is off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """What the model is asked to draw."""
+
+    source: str = ""
+    """A file (txt, json, jsonl, csv, parquet) or "shapes:train"."""
+    per_rank: int = 1
+    """P: prompts explored together on each process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How pictures are generated, in rollouts and in evaluation."""
+
+    solver: Literal["euler", "ddim", "dpmpp_2m"] = "dpmpp_2m"
+    """ODE solver of the rollout; "ddim" is another name for Euler. The update always takes one Euler step."""
+    num_inference_steps: int = 8
+    shift: float = 3.0
+    """Timestep shift s of the schedule s*t / (1 + (s-1)*t)."""
+    guidance_scale: float = 3.5
+    """Ignored by models without a guidance embedding (schnell)."""
+    height: int = 720
+    width: int = 720
+    max_sequence_length: int = 512
+    """T5 tokens per prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Algorithm:
+    """Neighbor GRPO. Letters and equations are the paper's (arXiv 2511.16955)."""
+
+    name: Literal["neighbor"] = "neighbor"
+    num_generations: int = 12
+    """G: candidates per prompt."""
+    num_anchors: int = 4
+    """B: candidates per prompt that are trained."""
+    num_train_steps: int = 4
+    """K: solver steps per prompt that are trained."""
+    step_range: tuple[float, float] = (0.0, 0.875)
+    """The part of the solver's steps that the K are drawn from, as fractions: (0, 0.5) is the noisy half."""
+    sigma: float = 0.3
+    """Strength of the perturbation of the initial noise (Eq. 7), in (0, 1]."""
+    old_policy: Literal["exact", "cached", "literal"] = "exact"
+    """Where the old policy's anchor comes from: its own Euler step, the velocity of the rollout, or the
+    rollout's state as Algorithm 1 prints it (which is a biased ratio with a multistep solver)."""
+    updates_per_iteration: int = 1
+    """Optimizer steps per iteration; divides num_anchors. Clip and KL act from the second step on."""
+    p: float = 0.8
+    """Order of the quasi-norm that advantages are divided by (Eq. 11), in (0, 2]; 2 is plain GRPO up to a constant."""
+    min_reward_std: float = 0.0
+    """A group whose rewards spread less than this is skipped (absolute, per reward)."""
+    clip_range: float | tuple[float, float] = 1e-4
+    """Clip of the ratio at 1 - eps, 1 + eps, or (low, high)."""
+    temperature: float | Literal["dim", "neighborhood"] = 1.0
+    """Divides the squared distances of the leaping policy (Eq. 8): a number, the latent's dimension, or the mean
+    squared distance within the neighborhood."""
+    kl_coef: float = 0.0
+    """Weight of KL(pi_old || pi_theta) in the loss."""
+    shuffle_advantages: bool = False
+    """A control experiment: deal each group's advantages to its candidates at random. The reward must not rise."""
+    reference_coef: float = 0.0
+    """Weight of |v_theta - v_base|^2 against the untrained model; needs tuning = "lora", where it costs no memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """One scorer of pictures."""
+
+    weight: float = 1.0
+    """Weight of its group-standardised advantage."""
+    path: str = ""
+    """"package.module:callable" for a scorer of your own; empty for one that ships with ngrpo."""
+    log_only: bool = False
+    """Report it, do not train on it: an out-of-domain watch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimizer:
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Train:
+    steps: int = 300
+    """Iterations: each explores a neighborhood for every prompt of the batch, then updates."""
+    seed: int = 0
+    gradient_accumulation_steps: int = 1
+    """Batches of `prompts.per_rank` prompts explored per process before an update. One GPU with 32 here sees as many
+    prompts per optimizer step as the paper's 32 GPUs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    sharding: Literal["auto", "full", "none"] = "auto"
+    """FSDP2 over all processes ("full"), or one process with plain modules ("none"); "auto" picks by process count."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Forward and backward arithmetic; the trained weights and their optimizer states are always float32."""
+    rollout_batch: int = 0
+    """Pictures per forward in the rollout; 0 takes all of a prompt batch at once."""
+    update_batch: int = 0
+    """Anchors per forward in the update; 0 takes all at once."""
+    decode_batch: int = 0
+    """Pictures per VAE decode; 0 takes all at once."""
+    timeout_minutes: float = 30.0
+    """A collective that waits longer ends the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    every: int = 50
+    """Iterations between checkpoints; the last iteration always writes one."""
+    keep: int = 2
+    """Checkpoints kept, the best by validation aside."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Fixed prompts and noise, drawn alike at every evaluation."""
+
+    validation: str = ""
+    """Prompt source of the in-loop evaluation; empty turns it off."""
+    every: int = 50
+    """Iterations between evaluations."""
+    test: str = ""
+    """Prompt source of the before/after table; empty leaves the table out."""
+    num_images_per_prompt: int = 1
+    batch: int = 0
+    """Pictures generated at once, rounded down to whole prompts; 0 takes 64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    output_dir: str = ""
+    """Directory of the run; empty is "runs/RECIPE"."""
+    images_every: int = 50
+    """Iterations between sample grids."""
+    num_images: int = 8
+    """Pictures of fixed prompts and noise in a grid."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    project: str = "ngrpo"
+    export: bool = True
+    """Write the trained pipeline in diffusers' layout at the end of the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One training run, complete."""
+
+    model: Model = field(default_factory=Model)
+    prompts: Prompts = field(default_factory=Prompts)
+    sampling: Sampling = field(default_factory=Sampling)
+    algorithm: Algorithm = field(default_factory=Algorithm)
+    rewards: dict[str, Reward] = field(default_factory=dict)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    log: Log = field(default_factory=Log)
+
+    def trainable_steps(self) -> tuple[int, int]:
+        """`algorithm.step_range` in solver steps: (first, last + 1)."""
+        first, last = self.algorithm.step_range
+        return round(first * self.sampling.num_inference_steps), round(last * self.sampling.num_inference_steps)
+
+
+# Fields that may differ between a checkpoint and the run that resumes from it: none of them changes the numbers.
+_FREE_ON_RESUME = re.compile(r"train\.steps|log\..*|checkpoint\..*|evaluation\..*|parallel\.timeout_minutes")
+
+
+def check(recipe: Recipe, world_size: int = 1) -> None:
+    """Raise ValueError, naming the field and its value, for a recipe that cannot run."""
+    algorithm, sampling = recipe.algorithm, recipe.sampling
+    first, last = recipe.trainable_steps()
+    clip = algorithm.clip_range if isinstance(algorithm.clip_range, tuple) else (algorithm.clip_range,) * 2
+    temperature = algorithm.temperature
+    positive = {
+        "prompts.per_rank": recipe.prompts.per_rank,
+        "sampling.num_inference_steps": sampling.num_inference_steps,
+        "sampling.shift": sampling.shift,
+        "sampling.max_sequence_length": sampling.max_sequence_length,
+        "algorithm.num_anchors": algorithm.num_anchors,
+        "algorithm.num_train_steps": algorithm.num_train_steps,
+        "algorithm.updates_per_iteration": algorithm.updates_per_iteration,
+        "optimizer.max_grad_norm": recipe.optimizer.max_grad_norm,
+        "train.steps": recipe.train.steps,
+        "train.gradient_accumulation_steps": recipe.train.gradient_accumulation_steps,
+        "checkpoint.every": recipe.checkpoint.every,
+        "checkpoint.keep": recipe.checkpoint.keep,
+        "evaluation.every": recipe.evaluation.every,
+        "evaluation.num_images_per_prompt": recipe.evaluation.num_images_per_prompt,
+        "log.images_every": recipe.log.images_every,
+        "model.lora_rank": recipe.model.lora_rank,
+    }
+    for name, value in positive.items():
+        _require(value > 0, name, value, "must be positive")
+    for name, value in {"sampling.height": sampling.height, "sampling.width": sampling.width}.items():
+        _require(value > 0 and value % 16 == 0, name, value, "must be a positive multiple of 16")
+    _require(bool(recipe.prompts.source), "prompts.source", recipe.prompts.source, "must name the training prompts")
+    _require(0 < algorithm.sigma <= 1, "algorithm.sigma", algorithm.sigma, "must be in (0, 1]")
+    _require(0 < algorithm.p <= 2, "algorithm.p", algorithm.p, "must be in (0, 2]")
+    _require(
+        algorithm.num_generations >= 2, "algorithm.num_generations", algorithm.num_generations, "must be 2 or more"
+    )
+    _require(
+        algorithm.num_anchors <= algorithm.num_generations,
+        "algorithm.num_anchors",
+        algorithm.num_anchors,
+        f"must not exceed algorithm.num_generations = {algorithm.num_generations}",
+    )
+    _require(
+        algorithm.num_anchors % algorithm.updates_per_iteration == 0,
+        "algorithm.updates_per_iteration",
+        algorithm.updates_per_iteration,
+        f"must divide algorithm.num_anchors = {algorithm.num_anchors}",
+    )
+    _require(
+        0 <= algorithm.step_range[0] < algorithm.step_range[1] <= 1,
+        "algorithm.step_range",
+        algorithm.step_range,
+        "must be two rising fractions within 0 and 1",
+    )
+    _require(
+        algorithm.num_train_steps <= last - first,
+        "algorithm.num_train_steps",
+        algorithm.num_train_steps,
+        f"must not exceed the {last - first} steps inside algorithm.step_range = {algorithm.step_range} "
+        f"of sampling.num_inference_steps = {sampling.num_inference_steps}",
+    )
+    _require(all(c > 0 for c in clip) and clip[0] < 1, "algorithm.clip_range", algorithm.clip_range, "must be positive")
+    _require(isinstance(temperature, str) or temperature > 0, "algorithm.temperature", temperature, "must be positive")
+    _require(algorithm.min_reward_std >= 0, "algorithm.min_reward_std", algorithm.min_reward_std, "must be 0 or more")
+    _require(
+        algorithm.reference_coef == 0 or recipe.model.tuning == "lora",
+        "algorithm.reference_coef",
+        algorithm.reference_coef,
+        'needs model.tuning = "lora", whose adapters can be switched off to give the base model',
+    )
+    _require(0 <= recipe.model.ema < 1, "model.ema", recipe.model.ema, "must be in [0, 1)")
+    trained = [name for name, reward in recipe.rewards.items() if not reward.log_only and reward.weight != 0]
+    _require(bool(trained), "rewards", list(recipe.rewards), "must have at least one reward to train on")
+    _require(
+        not (recipe.parallel.sharding == "none" and world_size > 1),
+        "parallel.sharding",
+        recipe.parallel.sharding,
+        f"must be full or auto on {world_size} processes",
+    )
+
+
+def _require(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} = {value!r} {rule}")
+
+
+def find_recipe(name: str) -> Path:
+    """A packaged recipe by bare name, or a TOML file. Raises ValueError with the packaged names otherwise."""
+    packaged = {path.name.removesuffix(".toml"): path for path in (files("ngrpo_train") / "recipes").iterdir()}
+    if name in packaged:
+        return Path(str(packaged[name]))
+    path = Path(name)
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    close = suggestion(name, packaged)
+    raise ValueError(f"no recipe {name!r}: not a TOML file, nor one of {', '.join(sorted(packaged))}{close}")
+
+
+def suggestion(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
+    """'; did you mean X?' where one of `known` is near `name`, else ''."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path}: not valid TOML: {error}") from error
+
+
+def parse(
+    command: type[T], recipe: Mapping[str, Any], arguments: Sequence[str], *, prog: str, quiet: bool = False
+) -> T:
+    """Build `command` (a dataclass with the sections of a Recipe, or a `recipe` field) from a recipe and flags."""
+    # Rewards are a table of any names; the parser only knows flags of names it has seen in its defaults.
+    mentioned = [*recipe.get("rewards", {}), *(m[1] for a in arguments if (m := re.match(r"--rewards\.([^.=]+)\.", a)))]
+    rewards = {name.replace("-", "_"): Reward() for name in mentioned}
+    return tyro.cli(
+        command,
+        prog=prog,
+        args=[*as_flags(recipe), *arguments],
+        default=command(recipe=Recipe(rewards=rewards)),  # type: ignore[call-arg]
+        config=(tyro.conf.AvoidSubcommands,),
+        console_outputs=not quiet,
+    )
+
+
+def as_flags(recipe: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
+    """{"model": {"ema": 0.9}} -> "--model.ema", "0.9"."""
+    for key, value in recipe.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from as_flags(value, f"{name}.")
+        else:
+            yield name
+            yield from (str(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain nested dicts of TOML types."""
+    return dataclasses.asdict(recipe)
+
+
+def as_toml(recipe: Recipe) -> str:
+    """The resolved recipe as a file that `ngrpo train` takes back."""
+    lines: list[str] = []
+
+    def table(name: str, values: Mapping[str, Any]) -> None:
+        plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
+        if plain:
+            lines.extend([f"[{name}]", *(f"{k} = {_toml_value(v)}" for k, v in plain.items()), ""])
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                table(f"{name}.{key}", value)
+
+    for section, values in as_dict(recipe).items():
+        table(section, values)
+    return "\n".join(lines)
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return repr(value)
+
+
+def refuse_changed(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise ValueError where a resumed run's recipe (from `as_dict`) differs in a field that changes the numbers."""
+    for key in sorted({*saved, *current}):
+        name, old, new = f"{prefix}{key}", saved.get(key), current.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            refuse_changed(old, new, f"{name}.")
+        elif _plain(old) != _plain(new) and not _FREE_ON_RESUME.fullmatch(name):
+            raise ValueError(f"{name} = {new!r} differs from the checkpoint's {old!r}; a resumed run must keep it")
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,227 @@
+"""`ngrpo doctor`: what is installed, what this machine offers, what is missing and how to get it. Uses no network."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+Status = Literal["ok", "absent", "missing", "too old", "too new", "broken"]  # absent: optional, and not here
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the report. A required row that is not ok makes the command fail."""
+
+    section: str
+    name: str
+    found: str
+    status: Status = "ok"
+    note: str = ""
+    """What it is for, why it cannot be used, or the command that puts it right."""
+    required: bool = False
+
+
+# Distributions that nothing needs until their feature is asked for: name, purpose, how to get it.
+OPTIONAL = (
+    ("xformers", "attention backend xformers", 'pip install "ngrpo[xformers]"'),
+    ("flash-attn", "attention backend flash, built with nvcc", "pip install flash-attn --no-build-isolation"),
+    ("torchao", "fp8 rollouts and 8-bit AdamW", "pip install torchao"),
+    ("nvtx", "named ranges in Nsight Systems", 'pip install "ngrpo[profile]"'),
+    ("wandb", "Weights & Biases tracker", 'pip install "ngrpo[wandb]"'),
+    ("pyarrow", "prompts from parquet files", 'pip install "ngrpo[parquet]"'),
+)
+
+
+def report() -> list[Row]:
+    """Everything that `main` prints, collected without printing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a driver or a backend complains about becomes a row
+        return [*_packages(), *_optional_packages(), *_devices(), *_loss_backends(), *_attention_backends()]
+
+
+def main() -> int:
+    """Print the report. Returns 0 if everything required is in order, 1 otherwise."""
+    rows, console = report(), Console()
+    colours: dict[str, str] = {"ok": "green", "absent": "yellow"}
+    for section in dict.fromkeys(row.section for row in rows):
+        table = Table(title=section, title_justify="left", title_style="bold", show_header=False, box=SIMPLE)
+        for column in range(4):
+            table.add_column(overflow="fold", no_wrap=column == 2)
+        for row in (row for row in rows if row.section == section):
+            status = Text(row.status, style=colours.get(row.status, "red"))
+            table.add_row(Text(row.name), Text(row.found), status, Text(row.note))
+        console.print(table)
+    problems = [row for row in rows if row.required and row.status != "ok"]
+    for row in problems:
+        console.print(Text(f"{row.name} is {row.status}: {row.note}", style="red"), soft_wrap=True)
+    if not problems:
+        console.print(Text("Everything required is in order.", style="green"))
+    return 1 if problems else 0
+
+
+def compare(requirement: Requirement, version: str | None, section: str = "Packages") -> Row:
+    """The row of one required distribution, installed as `version` (None: not at all)."""
+    install = f'pip install "{requirement.name}{requirement.specifier}"'
+    if version is None:
+        return Row(section, requirement.name, "", "missing", install, required=True)
+    for bound in requirement.specifier:
+        if not SpecifierSet(str(bound)).contains(version, prereleases=True):
+            status: Status = "too new" if bound.operator.startswith("<") else "too old"
+            return Row(section, requirement.name, version, status, install, required=True)
+    return Row(section, requirement.name, version, note=str(requirement.specifier), required=True)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> Iterator[Row]:
+    section, python, version = "Packages", platform.python_version(), _version("ngrpo")
+    yield Row(section, "platform", f"{platform.system()} {platform.release()} {platform.machine()}")
+    if version is None:
+        yield Row(section, "Python", python, note=sys.executable)
+        yield Row(section, "ngrpo", "", "missing", "pip install ngrpo, in a checkout pip install -e .", required=True)
+    else:
+        supported = importlib.metadata.metadata("ngrpo")["Requires-Python"]
+        status: Status = "ok" if SpecifierSet(supported).contains(python, prereleases=True) else "too old"
+        yield Row(section, "Python", python, status, f"{supported}, {sys.executable}", required=True)
+        yield Row(section, "ngrpo", version, required=True)
+        for requirement in map(Requirement, importlib.metadata.requires("ngrpo") or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                yield compare(requirement, _version(requirement.name), section)
+    cuda, rocm = torch.version.cuda, torch.version.hip
+    yield Row(section, "torch build", f"CUDA {cuda}" if cuda else f"ROCm {rocm}" if rocm else "CPU")
+    if importlib.util.find_spec("torchvision") is not None:
+        yield _torchvision()
+
+
+def _torchvision() -> Row:
+    """A build of torchvision that does not match torch's fails at import, and T5 and CLIP in transformers with it."""
+    row = ("Packages", "torchvision", _version("torchvision") or "unknown version")
+    imported = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True)
+    if imported.returncode == 0:
+        return Row(*row, note="not needed")
+    error = imported.stderr.strip().rpartition("\n")[2]
+    return Row(*row, "broken", f"pip uninstall torchvision (it breaks the text encoders: {error})", required=True)
+
+
+def _optional_packages() -> Iterator[Row]:
+    for name, purpose, install in OPTIONAL:
+        version = _version(name)
+        if version is None:
+            yield Row("Optional packages", name, "", "absent", f"{purpose}: {install}")
+        else:
+            yield Row("Optional packages", name, version, note=purpose)
+
+
+def _devices() -> Iterator[Row]:
+    section = "Devices"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    yield Row(section, "CPU", f"{cores} cores, {memory_gib:.1f} GiB", note=platform.processor() or platform.machine())
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            found = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, capability {gpu.major}.{gpu.minor}"
+            yield Row(section, f"GPU {index}", found, note="" if gpu.major >= 8 else "no bf16 tensor cores")
+    elif torch.version.cuda is None and shutil.which("nvidia-smi"):
+        yield Row(section, "GPU", "not visible to torch", "absent", "torch is a CPU build: install a CUDA build of it")
+    elif torch.version.cuda is not None:
+        yield Row(section, "GPU", "none", "absent", f"no device that CUDA {torch.version.cuda} can use: see nvidia-smi")
+    else:
+        yield Row(section, "GPU", "none", "absent", "the shapes recipes run on the CPU; FLUX.1-dev needs a GPU")
+
+
+def _loss_backends() -> Iterator[Row]:
+    section = "Loss kernels"
+    try:
+        from ngrpo_kernels import available_backends
+
+        backends = available_backends()
+    except Exception as error:  # whatever it is, it is the finding
+        yield Row(section, "ngrpo_kernels", "", "broken", f"{type(error).__name__}: {error}", required=True)
+        return
+    for index, backend in enumerate(backends):
+        yield Row(section, backend, "available" if index else "in use")
+    for variable in ("TRITON_INTERPRET", "NGRPO_CPP", "NGRPO_AUTOTUNE"):
+        if variable in os.environ:
+            yield Row(section, variable, os.environ[variable], note="set in the environment")
+    purpose, beside_python = "builds the C++ kernels for the CPU", Path(sys.executable).parent
+    for name, command, install in (
+        ("C++ compiler", os.environ.get("CXX", "c++"), "install g++ or clang++"),
+        ("ninja", "ninja", "pip install ninja"),
+    ):
+        if path := shutil.which(command):
+            yield Row(section, name, path, note=purpose)
+        elif path := shutil.which(command, path=str(beside_python)):
+            yield Row(section, name, path, "absent", f"{purpose}; not on PATH: activate this Python's environment")
+        else:
+            yield Row(section, name, "", "absent", f"{purpose}; no {command} on PATH: {install}")
+
+
+def _attention_backends() -> Iterator[Row]:
+    """Every backend that diffusers knows, tried forward and backward; those unusable for one reason share a row."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    section = f"Attention backends of diffusers, tried on {device}"
+    try:
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+        backends = _AttentionBackendRegistry.list_backends()
+        in_use, _ = _AttentionBackendRegistry.get_active_backend()
+    except Exception as error:  # diffusers does not import, or moved its registry
+        yield Row(section, "diffusers", "", "broken", f"{type(error).__name__}: {error}", required=True)
+        return
+    unusable: dict[str, list[str]] = {}
+    for backend in backends:
+        usable, note = _try_attention(backend, device)
+        if usable:
+            yield Row(section, backend.value, "in use" if backend == in_use else "usable", note=note)
+        else:
+            unusable.setdefault(note, []).append(backend.value)
+    for note, names in unusable.items():
+        yield Row(section, "\n".join(names), "", "absent", note)
+
+
+def _try_attention(backend: "AttentionBackendName", device: str) -> tuple[bool, str]:
+    """Whether `backend` runs on `device`, and its limits or else the reason."""
+    from diffusers.models.attention_dispatch import _check_attention_backend_requirements, dispatch_attention_fn
+
+    try:
+        _check_attention_backend_requirements(backend)
+    except RuntimeError as error:
+        return False, str(error).rpartition("Please ")[2].replace("`", "").rstrip(".")  # "... Please install `this`."
+    if backend.value.endswith("_hub"):
+        return False, "not tried: downloads its kernel on first use"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    query, key, value = torch.zeros(3, 1, 128, 2, 64, device=device, dtype=dtype)  # batch, tokens, heads, channels
+    try:
+        dispatch_attention_fn(query, key, value, backend=backend)
+    except Exception as error:  # each backend refuses in its own way
+        return False, str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+    try:
+        dispatch_attention_fn(query.requires_grad_(), key, value, backend=backend).sum().backward()
+    except Exception:
+        return True, "forward only: no gradient on this device"
+    return True, "forward and backward"

@@ -1,0 +1,57 @@
+"""What a run leaves behind for others: a pipeline directory in diffusers' layout, or a LoRA file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ngrpo_train import parallel
+from ngrpo_train.flux import Flux, quiet_diffusers
+
+
+def export(flux: Flux, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the current weights; a collective, on rank 0 alone it writes.
+
+    Full tuning gives a directory for `FluxPipeline.from_pretrained`; LoRA gives one with
+    `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(directory)`.
+    """
+    trained = {name: _gathered(p, dtype) for name, p in flux.trainable.items()}
+    if parallel.rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        if flux.model.tuning == "lora":
+            _write_lora(flux, trained, directory)
+        else:
+            _write_pipeline(flux, trained, directory)
+    parallel.barrier()
+    return directory
+
+
+def _gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    whole = parallel.whole(parameter.detach())
+    return whole.to("cpu", dtype) if parallel.rank() == 0 else torch.empty(0)
+
+
+def _write_lora(flux: Flux, trained: dict[str, Tensor], directory: Path) -> None:
+    from diffusers import FluxPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+
+    # peft names its adapter inside the parameters' names; files leave that out.
+    layers = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in trained.items()}
+    metadata = _collate_lora_metadata({"transformer": flux.transformer})
+    FluxPipeline.save_lora_weights(directory, transformer_lora_layers=layers, **metadata)
+
+
+def _write_pipeline(flux: Flux, trained: dict[str, Tensor], directory: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(flux.pipeline.transformer.config)
+    transformer.load_state_dict(trained, strict=True, assign=True)
+    live, flux.pipeline.transformer = flux.pipeline.transformer, transformer
+    try:
+        with quiet_diffusers():
+            flux.pipeline.save_pretrained(directory)
+    finally:
+        flux.pipeline.transformer = live

@@ -1,0 +1,103 @@
+"""`ngrpo sample`, `ngrpo eval` and `ngrpo export`: a trained model put to use."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ngrpo_train import parallel
+from ngrpo_train.checkpoint import find_checkpoint, load_weights
+from ngrpo_train.config import Recipe, Reward
+from ngrpo_train.evaluate import Evaluation, evaluate, pictures, save_picture, tile
+from ngrpo_train.export import export
+from ngrpo_train.flux import Flux
+from ngrpo_train.prompts import load_prompts
+from ngrpo_train.rewards import Rewards
+
+
+@contextmanager
+def trained_model(source: str, recipe: Recipe, checkpoint: str) -> Iterator[Flux]:
+    """A run's model at a checkpoint, or a model as it stands. Raises ValueError where there is no such thing."""
+    is_run = (Path(source) / "recipe.toml").exists()
+    weights = find_checkpoint(Path(source), checkpoint) if is_run else None
+    model = recipe.model if is_run else replace(recipe.model, name_or_path=source)
+    with parallel.processes(recipe.parallel) as processes:
+        flux = Flux(model, recipe.sampling, recipe.parallel, processes.device)
+        if weights:
+            load_weights(flux, weights)
+        yield flux
+
+
+def sample(source: str, recipe: Recipe, prompts: Sequence[str], per_prompt: int, checkpoint: str, out: Path) -> int:
+    """Write `per_prompt` pictures of each prompt and a grid of all; without prompts, of the recipe's first eight."""
+    prompts = list(prompts) or load_prompts(recipe.prompts.source)[:8]
+    each = [prompt for prompt in prompts for _ in range(per_prompt)]
+    with trained_model(source, recipe, checkpoint) as flux:
+        batch = recipe.evaluation.batch or 64
+        slots = range(len(each))
+        images = torch.cat(
+            [
+                pictures(flux, recipe, each[start : start + batch], slots[start : start + batch]).cpu()
+                for start in range(0, len(each), batch)
+            ]
+        )
+        if parallel.rank() == 0:
+            for i, image in enumerate(images):
+                save_picture(tile(image[None], 1), out / f"{i // per_prompt:03d}_{i % per_prompt:02d}.png")
+            save_picture(tile(images, per_prompt, scale=max(1, 128 // images.shape[-1])), out / "grid.png")
+            (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+            print(f"{len(images)} pictures in {out}; all of them in {out / 'grid.png'}, a row for each prompt")
+    return 0
+
+
+def score(source: str, recipe: Recipe, names: str, checkpoint: str, out: Path | None) -> int:
+    """Print the mean score of each reward over `prompts.source`, with its standard error over prompts."""
+    chosen = {name: recipe.rewards.get(name, Reward()) for name in names.split(",")} if names else recipe.rewards
+    rewards = Rewards(chosen)
+    prompts = load_prompts(recipe.prompts.source)
+    with trained_model(source, recipe, checkpoint) as flux:
+        evaluation = evaluate(flux, recipe, rewards, prompts)
+        if parallel.rank() == 0:
+            Console().print(_table(source, recipe, evaluation))
+            if out:
+                _write_csv(evaluation, out)
+    return 0
+
+
+def _table(source: str, recipe: Recipe, evaluation: Evaluation) -> Table:
+    pictures_made = evaluation.scores_RN.shape[1]
+    table = Table(
+        title=f"{source}: {len(evaluation.prompts)} prompts of {recipe.prompts.source}, {pictures_made} pictures",
+        title_justify="left",
+    )
+    table.add_column("score")
+    table.add_column("mean ± standard error", justify="right")
+    error = evaluation.standard_error()
+    for name, mean in evaluation.mean().items():
+        table.add_row(name, f"{mean:.4f} ± {error[name]:.4f}")
+    return table
+
+
+def _write_csv(evaluation: Evaluation, out: Path) -> None:
+    per_prompt = evaluation.scores_RN.shape[1] // len(evaluation.prompts)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "picture", *evaluation.names])
+        for i, scores in enumerate(evaluation.scores_RN.T.tolist()):
+            writer.writerow([evaluation.prompts[i // per_prompt], i % per_prompt, *scores])
+
+
+def export_run(run: Path, recipe: Recipe, checkpoint: str, out: Path) -> int:
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out = {str(out)!r} exists and is not empty")
+    with trained_model(str(run), recipe, checkpoint) as flux:
+        print(f"exported to {export(flux, out)}")
+    return 0

@@ -1,0 +1,354 @@
+"""What a person sees of a run: progress line, metrics.jsonl, trackers, pictures, and warnings that name a symptom."""
+
+# P prompts, G candidates, R rewards.
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from ngrpo_kernels import pairwise_sqdist
+from ngrpo_train import parallel
+from ngrpo_train.config import Recipe
+from ngrpo_train.evaluate import save_picture, tile
+from ngrpo_train.rewards import Scores
+from ngrpo_train.rollout import Groups
+from ngrpo_train.update import UpdateStats
+
+logger = logging.getLogger(__name__)
+
+
+class Stopwatch:
+    """Seconds per stage of an iteration: by device events on CUDA, where the host must not wait, else by the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any, Any]] = []
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = self._mark()
+        yield
+        self._marks.append((stage, start, self._mark()))
+
+    def _mark(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """Seconds by stage and of the whole iteration since the last call; on CUDA after a synchronisation."""
+        times: dict[str, float] = {}
+        for stage, start, stop in self._marks:
+            seconds = start.elapsed_time(stop) / 1000 if self._on_cuda else stop - start
+            times[f"time/{stage}_s"] = times.get(f"time/{stage}_s", 0.0) + seconds
+        now = time.perf_counter()
+        times["time/iteration_s"] = now - self._started
+        self._marks, self._started = [], now
+        return times
+
+
+class Recorder:
+    """Collects an iteration's figures over all ranks and shows them; on rank 0 it writes."""
+
+    def __init__(self, run: Path, recipe: Recipe, accelerator: Accelerator, start: int) -> None:
+        self.run, self.recipe, self.accelerator = run, recipe, accelerator
+        self.main = parallel.rank() == 0
+        self.symptoms = Symptoms(recipe)
+        self._pictures = ThreadPoolExecutor(max_workers=1)
+        self._figures: dict[str, float] = {}
+        if self.main:
+            self._metrics = _reopen(run / "metrics.jsonl", start)
+        self._progress = Progress(
+            TextColumn("[bold]iteration"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[line]}"),
+            TimeElapsedColumn(),
+            disable=not (self.main and sys.stdout.isatty()),
+        )
+        self._task = self._progress.add_task("", total=recipe.train.steps, completed=start, line="")
+        self._seconds: deque[float] = deque(maxlen=20)
+
+    def __enter__(self) -> Recorder:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._pictures.shutdown()
+        self.accelerator.end_training()
+        if self.main:
+            self._metrics.close()
+
+    def write(
+        self,
+        step: int,
+        scores: Scores,
+        trained: tuple[int, ...],
+        advantages_PG: Tensor,
+        groups: Groups,
+        stats: UpdateStats | None,
+        watch: Stopwatch,
+    ) -> dict[str, float]:
+        """Record a finished iteration and return its figures. Its one synchronisation reads the device's, packed."""
+        figures = reward_figures(scores, trained) | advantage_figures(advantages_PG)
+        figures |= _reduced(device_figures(groups, stats))
+        figures |= watch.read() | {"memory/peak_gib": _peak_gib(groups.final_PGTC.device)}
+        self._figures = figures
+        if not self.main:
+            return figures
+        self._metrics.write(json.dumps({"step": step, **figures}) + "\n")
+        self._metrics.flush()
+        self.accelerator.log(figures, step=step)
+        self._show(step, figures)
+        for warning in self.symptoms.of(figures):
+            logger.warning("iteration %d: %s", step, warning)
+        return figures
+
+    def write_evaluation(self, step: int, means: Mapping[str, float]) -> None:
+        """Record the means of an in-loop evaluation made before iteration `step`."""
+        if self.main:
+            figures = {f"validation/{name}": mean for name, mean in means.items()}
+            self._metrics.write(json.dumps({"step": step, **figures}) + "\n")
+            self._metrics.flush()
+            self.accelerator.log(figures, step=step)
+            self._print(f"iteration {step}: " + ", ".join(f"{name} {mean:.4f}" for name, mean in figures.items()))
+
+    def write_pictures(self, name: str, images: Tensor, columns: int) -> None:
+        """Save a grid below the run directory, off the critical path. `images` is uint8 [N, 3, H, W] on the CPU."""
+        if self.main:
+            scale = max(1, 128 // images.shape[-1])
+            self._pictures.submit(
+                lambda: save_picture(tile(images, columns, scale=scale), self.run / f"{name}.png")
+            ).add_done_callback(_report_failure)
+
+    def _show(self, step: int, figures: Mapping[str, float]) -> None:
+        self._seconds.append(figures["time/iteration_s"])
+        seconds = statistics.median(self._seconds)
+        left = (self.recipe.train.steps - step - 1) * seconds
+        line = (
+            f"{seconds:.2f} s/it  reward {figures['reward/mean']:.3f} ± {figures['reward/std_in_group']:.3f}  "
+            f"ETA {int(left // 60)}:{int(left % 60):02d}"
+        )
+        self._progress.update(self._task, completed=step + 1, line=line)
+        if self._progress.disable and ((step + 1) % max(1, self.recipe.train.steps // 20) == 0 or step == 0):
+            self._print(f"iteration {step + 1}/{self.recipe.train.steps}  {line}")
+
+    def _print(self, line: str) -> None:
+        (self._progress.console.print if not self._progress.disable else print)(line)
+
+
+def reward_figures(scores: Scores, trained: tuple[int, ...]) -> dict[str, float]:
+    """Of all ranks' groups; `reward/mean` and `reward/std_in_group` average the rewards trained on."""
+    mean_R = scores.all_RPG.mean((1, 2))
+    spread_R = scores.all_RPG.std(2).mean(1)
+    chosen = list(trained)
+    figures = {
+        "reward/mean": mean_R[chosen].mean().item(),
+        "reward/std_in_group": spread_R[chosen].mean().item(),
+        "reward/std_of_prompts": scores.all_RPG[chosen].mean((0, 2)).std(correction=0).item(),
+    }
+    for name, mean in zip(scores.names, mean_R.tolist(), strict=True):
+        figures[f"reward/{name}"] = mean
+    return figures
+
+
+def advantage_figures(advantages_PG: Tensor) -> dict[str, float]:
+    """`advantage/flatness` is |A|_1 / (sqrt(G) |A|_2), averaged over groups with signal: 1 where all are equal."""
+    active = (advantages_PG != 0).any(1)
+    figures = {"advantage/flat_groups": 1 - active.float().mean().item()}
+    if active.any():
+        signal = advantages_PG[active]
+        flatness = signal.abs().sum(1) / (math.sqrt(signal.shape[1]) * signal.norm(dim=1))
+        figures["advantage/flatness"] = flatness.mean().item()
+        figures["advantage/abs_max"] = signal.abs().max().item()
+    return figures
+
+
+def device_figures(groups: Groups, stats: UpdateStats | None) -> dict[str, tuple[str, Tensor, Tensor | None]]:
+    """Figures still on the device: name -> (how ranks combine, value, count for means of unequal shares)."""
+    final_PGD = groups.final_PGTC.flatten(2)
+    P, G, D = final_PGD.shape
+    diversity = (pairwise_sqdist(final_PGD, final_PGD).sum() / (P * G * (G - 1) * D)).sqrt()
+    figures: dict[str, tuple[str, Tensor, Tensor | None]] = {"group/diversity": ("mean", diversity, None)}
+    if stats is None:
+        return figures
+    figures |= {
+        "update/loss": ("mean", stats.loss, None),
+        "update/grad_norm": ("mean", stats.grad_norm, None),
+        "update/skipped_steps": ("max", stats.skipped, None),
+        "policy/mismatch_log_ratio_std": ("mean", stats.mismatch_spread, None),
+        "policy/ratio_min": ("min", stats.last.ratio_min, None),
+        "policy/ratio_max": ("max", stats.last.ratio_max, None),
+    }
+    for name in stats.last.sums:
+        tally = stats.first if name == "rollout_mismatch" else stats.last
+        figures[f"policy/{name}"] = ("sum", tally.sums[name], tally.rows)
+    for index in sorted(set(groups.step_PK.flatten().tolist())):
+        norms, rows = stats.last.velocity_grad_norm_by_step, stats.last.rows_by_step
+        figures[f"velocity_grad_norm/step_{index}"] = ("sum", norms[index], rows[index])
+    return figures
+
+
+def _reduced(figures: Mapping[str, tuple[str, Tensor, Tensor | None]]) -> dict[str, float]:
+    """Combine over ranks with one gather and one copy to the host."""
+    values = torch.stack([value.float() for _, value, _ in figures.values()])
+    counts = torch.stack([torch.ones_like(values[0]) if count is None else count for _, _, count in figures.values()])
+    gathered = parallel.all_gather(torch.stack([values, counts])).cpu()  # [ranks, 2, figures]
+    combined = {}
+    for i, (name, (how, _, _)) in enumerate(figures.items()):
+        value, count = gathered[:, 0, i], gathered[:, 1, i]
+        if how == "sum" and count.sum() == 0:
+            continue
+        combined[name] = (_COMBINE[how](value) if how != "sum" else value.sum() / count.sum()).item()
+    return combined
+
+
+_COMBINE: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "min": torch.min, "max": torch.max}
+
+
+class Symptoms:
+    """Recognises the ways these runs fail and says which setting to try; each warning at most every 25 iterations."""
+
+    QUIET = 25
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._history: dict[str, deque[float]] = {}
+        self._said: dict[str, int] = {}
+        self._iteration = 0
+        self._first_diversity: float | None = None
+
+    def of(self, figures: Mapping[str, float]) -> list[str]:
+        self._iteration += 1
+        found = dict(self._found(figures))
+        for name, value in figures.items():
+            self._history.setdefault(name, deque(maxlen=20)).append(value)
+        fresh = [key for key in found if self._iteration - self._said.get(key, -self.QUIET) >= self.QUIET]
+        self._said |= dict.fromkeys(fresh, self._iteration)
+        return [found[key] for key in fresh]
+
+    def _found(self, figures: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        algorithm = self.recipe.algorithm
+        if figures.get("update/skipped_steps"):
+            yield (
+                "skipped",
+                (
+                    "an optimizer step was skipped because a gradient was not finite; if it repeats, lower "
+                    f"optimizer.learning_rate = {self.recipe.optimizer.learning_rate:g}"
+                ),
+            )
+        if (mismatch := figures.get("policy/rollout_mismatch", 0)) > 1e-3:
+            yield (
+                "mismatch",
+                (
+                    f"rollout_mismatch = {mismatch:.1e}: rollout and training forwards differ (batch shape, precision, "
+                    "kernels); keep algorithm.old_policy = exact, where it does no harm to the ratio"
+                ),
+            )
+        flat = self._recent("advantage/flat_groups", figures)
+        if flat and flat > 0.5:
+            yield (
+                "flat_groups",
+                (
+                    f"{flat:.0%} of the groups have equal rewards and teach nothing: raise algorithm.sigma = "
+                    f"{algorithm.sigma:g}, or use a reward with finer steps"
+                ),
+            )
+        flatness = self._recent("advantage/flatness", figures)
+        if flatness and flatness > 0.95:
+            yield (
+                "flatness",
+                (
+                    f"advantages are evenly spread (flatness {flatness:.2f}): watch for generic pictures; lower "
+                    f"algorithm.p = {algorithm.p:g} or raise algorithm.sigma = {algorithm.sigma:g}"
+                ),
+            )
+        diversity = self._recent("group/diversity", figures)
+        if diversity:
+            self._first_diversity = self._first_diversity or diversity
+            if diversity < 0.5 * self._first_diversity:
+                yield (
+                    "diversity",
+                    (
+                        f"the group's diversity fell to {diversity / self._first_diversity:.0%} of where it began "
+                        f"(mode collapse): raise algorithm.sigma = {algorithm.sigma:g} or lower optimizer.learning_rate"
+                    ),
+                )
+        for name in ("update/grad_norm", "update/loss"):
+            past = self._history.get(name, ())
+            usual = statistics.median(abs(value) for value in past) if len(past) >= 10 else 0.0
+            if usual > 1e-6 and abs(figures.get(name, 0)) > 10 * usual:
+                yield (
+                    name,
+                    (
+                        f"{name} = {figures[name]:.3g} is {abs(figures[name]) / usual:.0f} times its usual size (outside "
+                        f"the trust region): lower optimizer.learning_rate = {self.recipe.optimizer.learning_rate:g}"
+                    ),
+                )
+
+    def _recent(self, name: str, figures: Mapping[str, float]) -> float | None:
+        """Mean over the last iterations, once there are ten."""
+        values = [*self._history.get(name, ()), *([figures[name]] if name in figures else [])]
+        return sum(values) / len(values) if len(values) >= 10 else None
+
+
+def _reopen(path: Path, start: int) -> Any:
+    """Open for appending, without the lines of iterations that a resumed run makes again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line]
+        kept = [line for line in lines if (row := json.loads(line))["step"] < start or _is_evaluation(row, start)]
+        path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")
+
+
+def _is_evaluation(row: Mapping[str, Any], start: int) -> bool:
+    return row["step"] == start and any(name.startswith("validation/") for name in row)
+
+
+def _peak_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _report_failure(future: Any) -> None:
+    if error := future.exception():
+        logger.warning("a picture could not be written: %s", error)
+
+
+def flat_recipe(recipe: Recipe) -> dict[str, str | int | float | bool]:
+    """The recipe as trackers take it: "section.field" to a plain value."""
+    flat: dict[str, str | int | float | bool] = {}
+
+    def add(prefix: str, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                add(f"{prefix}{key}.", value)
+            else:
+                flat[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool) else str(value)
+
+    add("", asdict(recipe))
+    return flat

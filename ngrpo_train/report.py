@@ -1,0 +1,91 @@
+"""The before/after report of a run: the same prompts and noise for the base model and the trained one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.table import Table
+
+from ngrpo_train import parallel
+from ngrpo_train.config import Recipe
+from ngrpo_train.evaluate import Evaluation, evaluate, pictures, save_picture, tile
+from ngrpo_train.flux import Flux
+from ngrpo_train.rewards import Rewards
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Evaluations by prompt set ("test", "train")."""
+
+    evaluations: Mapping[str, Evaluation]
+
+    @staticmethod
+    def make(
+        flux: Flux, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[str]], picture_path: Path
+    ) -> Report:
+        """Score every prompt set and draw the first pictures of the first one; a collective."""
+        evaluations = {name: evaluate(flux, recipe, rewards, texts) for name, texts in prompts.items()}
+        shown = next(iter(prompts.values()))[: recipe.log.num_images]
+        per_prompt = recipe.evaluation.num_images_per_prompt
+        images = pictures(flux, recipe, shown, [i * per_prompt for i in range(len(shown))])
+        if parallel.rank() == 0:
+            scale = max(1, 128 // images.shape[-1])
+            save_picture(tile(images.cpu(), columns=min(4, len(shown)), scale=scale), picture_path)
+        return Report(evaluations)
+
+    def save(self, path: Path) -> None:
+        record = {
+            name: {"names": e.names, "prompts": e.prompts, "scores": e.scores_RN.tolist()}
+            for name, e in self.evaluations.items()
+        }
+        path.write_text(json.dumps(record))
+
+    @staticmethod
+    def load(path: Path) -> Report:
+        record = json.loads(path.read_text())
+        return Report(
+            {
+                name: Evaluation(tuple(e["names"]), tuple(e["prompts"]), torch.tensor(e["scores"]))
+                for name, e in record.items()
+            }
+        )
+
+
+def before_after(before: Report, after: Report, log_only: frozenset[str]) -> Table:
+    """A row per prompt set and reward; differences are paired by prompt, +- their standard error."""
+    table = Table(title="Before and after", title_justify="left")
+    for column in ("prompts", "score", "before", "after", "difference"):
+        table.add_column(column, justify="left" if column in ("prompts", "score") else "right")
+    for name, late in after.evaluations.items():
+        early = before.evaluations[name]
+        paired = Evaluation(late.names, late.prompts, late.scores_RN - early.scores_RN)
+        difference, error = paired.mean(), paired.standard_error()
+        for score in late.names:
+            table.add_row(
+                f"{name} ({len(late.prompts)})",
+                f"{score} (out of domain)" if score in log_only else f"{score} (reward)",
+                f"{early.mean()[score]:.4f}",
+                f"{late.mean()[score]:.4f}",
+                f"{difference[score]:+.4f} ± {error[score]:.4f}",
+            )
+    return table
+
+
+def side_by_side(before: Path, after: Path, out: Path) -> None:
+    """Two grids in one picture, labelled."""
+    panels = [Image.open(path) for path in (before, after)]
+    font = ImageFont.load_default(size=20)
+    label, gap = 30, 24
+    width = sum(panel.width for panel in panels) + gap
+    canvas = Image.new("RGB", (width, panels[0].height + label), (255, 255, 255))
+    left = 0
+    for panel, title in zip(panels, ("before", "after"), strict=True):
+        ImageDraw.Draw(canvas).text((left, 3), title, fill=(0, 0, 0), font=font)
+        canvas.paste(panel, (left, label))
+        left += panel.width + gap
+    canvas.save(out)

@@ -1,0 +1,116 @@
+"""A whole group through the deterministic solver at once, keeping only what the update reads."""
+
+# P prompts, G candidates, B anchors, K trained steps, N = P * G pictures, T image tokens, C channels.
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngrpo_train.flux import Conditioning, Flux
+from ngrpo_train.prompts import Prompt
+from ngrpo_train.solvers import SOLVERS, Previous
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """P explored neighborhoods. States are float32; `step_PK` counts solver steps, `anchor_PB` candidates."""
+
+    prompts: list[Prompt]
+    conditioning: Conditioning  # P rows
+    step_PK: Tensor  # int64 on the CPU
+    anchor_PB: Tensor  # int64 on the device
+    sigma_before_PK: Tensor
+    sigma_after_PK: Tensor
+    before_PKBTC: Tensor  # the anchors' states before the trained steps
+    after_PKGTC: Tensor  # every candidate's state after them
+    velocity_PKBTC: Tensor  # what the rollout's forward gave at `before`
+    final_PGTC: Tensor
+
+    @staticmethod
+    def cat(parts: Sequence[Groups]) -> Groups:
+        if len(parts) == 1:
+            return parts[0]
+        joined = {
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in Groups.__dataclass_fields__
+            if name not in ("prompts", "conditioning")
+        }
+        return Groups(
+            prompts=[prompt for part in parts for prompt in part.prompts],
+            conditioning=Conditioning.cat([part.conditioning for part in parts]),
+            **joined,
+        )
+
+
+@torch.no_grad()
+def generate(flux: Flux, noise_NTC: Tensor, conditioning: Conditioning, sigmas: Tensor) -> Iterator[Step]:
+    """Solve from `noise_NTC` down `sigmas` [steps + 1] (CPU), yielding every step. `conditioning` has N rows."""
+    solver = SOLVERS[flux.sampling.solver]
+    x_NTC, previous = noise_NTC, None
+    for index in range(len(sigmas) - 1):
+        sigma_N = torch.full((len(x_NTC),), float(sigmas[index]), device=x_NTC.device)
+        velocity_NTC = _velocity_in_chunks(flux, x_NTC, sigma_N, conditioning)
+        step = Step(index, x_NTC, velocity_NTC, *solver(x_NTC, velocity_NTC, sigmas, index, previous))
+        x_NTC, previous = step.after_NTC, step.previous
+        yield step
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    index: int
+    before_NTC: Tensor
+    velocity_NTC: Tensor
+    after_NTC: Tensor
+    previous: Previous | None
+
+
+def _velocity_in_chunks(flux: Flux, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning) -> Tensor:
+    chunk = flux.settings.rollout_batch or len(x_NTC)
+    every = torch.arange(len(x_NTC), device=x_NTC.device)
+    return torch.cat(
+        [flux.velocity(x_NTC[rows], sigma_N[rows], conditioning.rows(rows)) for rows in every.split(chunk)]
+    )
+
+
+def rollout(
+    flux: Flux,
+    prompts: list[Prompt],
+    noise_PGTC: Tensor,
+    sigmas: Tensor,
+    step_PK: Tensor,
+    anchor_PB: Tensor,
+) -> Groups:
+    """Explore the neighborhoods of P prompts. `noise_PGTC` is on the device; `sigmas` and `step_PK` are on the CPU."""
+    P, G = noise_PGTC.shape[:2]
+    K, B = step_PK.shape[1], anchor_PB.shape[1]
+    shape_TC = noise_PGTC.shape[2:]
+    conditioning = flux.encode([prompt.text for prompt in prompts])
+    of_picture = torch.arange(P, device=noise_PGTC.device).repeat_interleave(G)
+    anchor_PB = anchor_PB.to(noise_PGTC.device)
+
+    before = noise_PGTC.new_empty(P, K, B, *shape_TC)
+    after = noise_PGTC.new_empty(P, K, G, *shape_TC)
+    velocity = noise_PGTC.new_empty(P, K, B, *shape_TC)
+    final = noise_PGTC
+    for step in generate(flux, noise_PGTC.flatten(0, 1), conditioning.rows(of_picture), sigmas):
+        final = step.after_NTC.view_as(noise_PGTC)
+        for p, k in (step_PK == step.index).nonzero().tolist():  # a CPU tensor: no synchronisation
+            before[p, k] = step.before_NTC.view_as(noise_PGTC)[p, anchor_PB[p]]
+            velocity[p, k] = step.velocity_NTC.view_as(noise_PGTC)[p, anchor_PB[p]]
+            after[p, k] = final[p]
+    return Groups(
+        prompts=prompts,
+        conditioning=conditioning,
+        step_PK=step_PK,
+        anchor_PB=anchor_PB,
+        sigma_before_PK=sigmas[step_PK].to(noise_PGTC.device),
+        sigma_after_PK=sigmas[step_PK + 1].to(noise_PGTC.device),
+        before_PKBTC=before,
+        after_PKGTC=after,
+        velocity_PKBTC=velocity,
+        final_PGTC=final,
+    )

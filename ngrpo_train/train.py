@@ -1,0 +1,200 @@
+"""The training loop, the same for every algorithm: explore, decode, score, update, record."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+
+import torch
+from accelerate import Accelerator, PartialState
+from rich.console import Console
+
+from ngrpo_train import parallel
+from ngrpo_train.algorithms import ALGORITHMS
+from ngrpo_train.checkpoint import Checkpointer, TrainState, find_checkpoint
+from ngrpo_train.config import Recipe, as_toml, check
+from ngrpo_train.ema import EMA
+from ngrpo_train.evaluate import evaluate, pictures
+from ngrpo_train.export import export
+from ngrpo_train.flux import Flux
+from ngrpo_train.metrics import Recorder, Stopwatch, flat_recipe
+from ngrpo_train.prompts import PromptCursor, load_prompts
+from ngrpo_train.report import Report, before_after, side_by_side
+from ngrpo_train.rewards import Rewards
+
+logger = logging.getLogger(__name__)
+
+TERMINATED = 143  # exit code of a run that SIGTERM ended after it saved
+
+
+def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = False) -> int:
+    """Train by a recipe into the directory `run`; returns the process's exit code.
+
+    `resume` is "latest" or the path of a checkpoint or run. Raises ValueError, before any work, for a recipe, prompts,
+    rewards, model, directory or checkpoint that cannot be used.
+    """
+    with parallel.processes(recipe.parallel) as processes, _sigterm() as terminated:
+        check(recipe, processes.num_processes)
+        per_iteration = recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps * processes.num_processes
+        texts = load_prompts(recipe.prompts.source)
+        cursor = PromptCursor(
+            texts,
+            seed=recipe.train.seed,
+            per_iteration=per_iteration,
+            rank=processes.process_index,
+            world_size=processes.num_processes,
+        )
+        validation = load_prompts(recipe.evaluation.validation) if recipe.evaluation.validation else []
+        test = load_prompts(recipe.evaluation.test) if recipe.evaluation.test else []
+        rewards = Rewards(recipe.rewards)
+        resume_from = find_resume(run, resume) if resume else None
+        _claim(run, processes, resuming=bool(resume), overwrite=overwrite)
+
+        torch.manual_seed(recipe.train.seed)  # LoRA's initial weights; every other draw has a stream of its own
+        flux = Flux(recipe.model, recipe.sampling, recipe.parallel, processes.device)
+        optimizer = _optimizer(flux, recipe)
+        ema = EMA(flux.trainable, recipe.model.ema) if recipe.model.ema else None
+        state = TrainState(flux, optimizer, cursor, ema)
+        checkpointer = Checkpointer(run / "checkpoints", recipe)
+        if resume_from:
+            state.load(resume_from, recipe)
+        elif processes.is_main_process:
+            (run / "recipe.toml").write_text(as_toml(recipe))
+
+        algorithm = ALGORITHMS[recipe.algorithm.name](recipe, rewards)
+        report_prompts = {"test": test, "train": texts[: len(test)]} if test else {}
+        if report_prompts and not (run / "before.json").exists():
+            before = Report.make(flux, recipe, rewards, report_prompts, run / "before.png")
+            if processes.is_main_process:
+                before.save(run / "before.json")
+        watch = Stopwatch(processes.device)
+
+        with Recorder(run, recipe, _accelerator(run, recipe, processes), state.step) as recorder:
+            for step in range(state.step, recipe.train.steps):
+                prompts = cursor.next()
+                with watch("rollout"):
+                    groups = algorithm.explore(flux, prompts, step)
+                with watch("decode"):
+                    images = flux.decode(groups.final_PGTC.flatten(0, 1))
+                with watch("reward"):
+                    scores = rewards(images, prompts)
+                advantages_PG = algorithm.advantages(scores, step)
+                with watch("update"):
+                    stats = algorithm.update(flux, optimizer, groups, advantages_PG)
+                if ema:
+                    ema.update()
+                state.step = step + 1
+                recorder.write(step, scores, rewards.trained, advantages_PG, groups, stats, watch)
+
+                best = False
+                with ema.applied() if ema else nullcontext():
+                    if step % recipe.log.images_every == 0:
+                        _draw(recorder, flux, recipe, validation or texts, images, step)
+                    if validation and state.step % recipe.evaluation.every == 0:
+                        means = evaluate(flux, recipe, rewards, validation).mean()
+                        recorder.write_evaluation(state.step, means)
+                        score = sum(means[rewards.names[i]] for i in rewards.trained)
+                        best = score > state.best_score
+                        state.best_score = max(score, state.best_score)
+                checkpointer.save_if_due(state, best=best)
+                if parallel.any_rank(bool(terminated)):
+                    logger.warning("SIGTERM: saved %s; continue with --resume latest", checkpointer.save(state))
+                    return TERMINATED
+
+        with ema.applied() if ema else nullcontext():
+            if report_prompts:
+                after = Report.make(flux, recipe, rewards, report_prompts, run / "after.png")
+                _show(after, run, recipe, processes)
+            if recipe.log.export:
+                exported = export(flux, run / "export")
+                processes.print(f"exported to {exported}")
+    return 0
+
+
+def find_resume(run: Path, resume: str) -> Path:
+    """The checkpoint that `--resume` means. Raises ValueError if there is none."""
+    if resume == "latest":
+        return find_checkpoint(run, "latest")
+    path = Path(resume)
+    return path if (path / "record.json").exists() else find_checkpoint(path, "latest")
+
+
+def _claim(run: Path, processes: PartialState, *, resuming: bool, overwrite: bool) -> None:
+    """Make the run's directory, or refuse: nothing of an earlier run is ever lost by accident."""
+    if run.exists() and any(run.iterdir()) and not (resuming or overwrite):
+        raise ValueError(
+            f"log.output_dir = {str(run)!r} exists: pass --resume latest, --overwrite, or another directory"
+        )
+    parallel.barrier()  # every rank has looked before one of them writes
+    if processes.is_main_process:
+        if overwrite and not resuming and run.exists():
+            shutil.rmtree(run)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            probe = run / ".probe"
+            probe.write_bytes(bytes(1 << 20))
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"log.output_dir = {str(run)!r} cannot be written to: {error.strerror}") from error
+    parallel.barrier()
+
+
+def _optimizer(flux: Flux, recipe: Recipe) -> torch.optim.Optimizer:
+    settings = recipe.optimizer
+    return torch.optim.AdamW(
+        flux.trainable.values(),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,  # which can also skip a step without the host's knowing
+    )
+
+
+def _accelerator(run: Path, recipe: Recipe, processes: PartialState) -> Accelerator:
+    accelerator = Accelerator(
+        cpu=processes.device.type == "cpu", log_with=list(recipe.log.trackers) or None, project_dir=run
+    )
+    accelerator.init_trackers(recipe.log.project, config=flat_recipe(recipe))
+    return accelerator
+
+
+def _draw(recorder: Recorder, flux: Flux, recipe: Recipe, texts: list[str], images: torch.Tensor, step: int) -> None:
+    """A grid at fixed prompts and noise, and the neighborhood that this iteration's first prompt explored."""
+    shown = [texts[i % len(texts)] for i in range(recipe.log.num_images)]
+    grid = pictures(flux, recipe, shown, range(len(shown))).cpu()
+    recorder.write_pictures(f"samples/step_{step:06d}", grid, columns=min(4, len(shown)))
+    neighborhood = images[: recipe.algorithm.num_generations].cpu()
+    recorder.write_pictures(f"neighborhoods/step_{step:06d}", neighborhood, columns=min(6, len(neighborhood)))
+
+
+def _show(after: Report, run: Path, recipe: Recipe, processes: PartialState) -> None:
+    if not processes.is_main_process:
+        return
+    after.save(run / "after.json")
+    side_by_side(run / "before.png", run / "after.png", run / "before_after.png")
+    log_only = frozenset(name for name, reward in recipe.rewards.items() if reward.log_only)
+    table = before_after(Report.load(run / "before.json"), after, log_only)
+    Console().print(table)
+    with (run / "before_after.txt").open("w") as file:
+        Console(file=file, width=100).print(table)
+    print(f"pictures: {run / 'before_after.png'}")
+
+
+@contextmanager
+def _sigterm() -> Iterator[list[int]]:
+    """A list that is filled when SIGTERM arrives; the loop looks at it between iterations."""
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(number)
+
+    previous = signal.signal(signal.SIGTERM, note)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, previous)
