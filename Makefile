@@ -1,5 +1,6 @@
 # A fresh machine needs Python 3.11 or newer and make; everything else goes into .venv, made on first use.
 #   ARGS="..."         more arguments for the command a target runs: make test ARGS="-k solvers -x"
+#   RUN=DIRECTORY      where make train puts its run
 #   PYTHON=...         the Python that .venv is made from
 #   TORCH_INDEX=URL    one more package index, such as that of PyTorch's builds for CPU or for one CUDA version
 #   PIP_ARGS="..."     anything else for pip
@@ -8,6 +9,7 @@ PYTHON      ?=
 TORCH_INDEX ?=
 PIP_ARGS    ?=
 ARGS        ?=
+RUN         ?= runs/shapes_cpu-$(shell date +%Y%m%d-%H%M%S)
 
 # Relative paths throughout, so that the checkout may lie in a directory with spaces.
 BIN       := .venv/bin
@@ -26,7 +28,7 @@ help:                ## this list
 	@sed -n 's/^#   /  /p' Makefile
 
 train: $(INSTALLED)  ## train the shipped small recipe on this machine's CPU and show before and after
-	@$(INSIDE) $(BIN)/ngrpo train shapes_cpu $(ARGS)
+	@$(INSIDE) $(BIN)/ngrpo train shapes_cpu --log.output-dir "$(RUN)" $(ARGS)
 
 test: $(INSTALLED)   ## run the tests
 	@$(INSIDE) $(PY) -m pytest $(ARGS)

@@ -66,6 +66,7 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
         elif processes.is_main_process:
             (run / "recipe.toml").write_text(as_toml(recipe))
 
+        processes.print(_summary(flux, recipe, run, len(texts), per_iteration, processes.num_processes))
         algorithm = ALGORITHMS[recipe.algorithm.name](recipe, rewards)
         report_prompts = {"test": test, "train": texts[: len(test)]} if test else {}
         if report_prompts and not (run / "before.json").exists():
@@ -142,6 +143,17 @@ def _claim(run: Path, processes: PartialState, *, resuming: bool, overwrite: boo
         except OSError as error:
             raise ValueError(f"log.output_dir = {str(run)!r} cannot be written to: {error.strerror}") from error
     parallel.barrier()
+
+
+def _summary(flux: Flux, recipe: Recipe, run: Path, prompts: int, per_iteration: int, ranks: int) -> str:
+    trainable = sum(parameter.numel() for parameter in flux.trainable.values())
+    settings = recipe.algorithm
+    return (
+        f"{recipe.algorithm.name} on {recipe.model.name_or_path}: {trainable / 1e6:,.1f} M trainable parameters "
+        f"({recipe.model.tuning}), {ranks} process{'es' if ranks > 1 else ''} on {flux.device.type}\n"
+        f"{prompts} prompts, {per_iteration} per iteration; G {settings.num_generations}, B {settings.num_anchors}, "
+        f"K {settings.num_train_steps}; {recipe.train.steps} iterations into {run}"
+    )
 
 
 def _optimizer(flux: Flux, recipe: Recipe) -> torch.optim.Optimizer:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = {
     "ngrpo_kernels": """
         reference
-        _inputs _tiles
+        _inputs _tiles _cpp
         _registry
         distances leaping advantages objective
         __init__
@@ -42,8 +42,8 @@ ORDER = {
         rewards
         update
         algorithms
-        metrics checkpoint
-        evaluate export doctor
+        evaluate export checkpoint
+        metrics report inference doctor
         train
         __main__
     """,

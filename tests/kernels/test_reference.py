@@ -145,7 +145,7 @@ def test_ratio_gradient_beyond_the_clamp_is_zero() -> None:
     torch.testing.assert_close(output.log_ratio, want.log_ratio, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(output.loss, want.loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(output.clamp_fraction, (want.log_ratio.abs() > 20).double().mean(-1))
-    assert (grad - want.grad).abs().max() <= 1e-12 * want.grad.abs().max()
+    assert (grad - want.grad).abs().max() <= 1e-11 * want.grad.abs().max()  # the truth subtracts distances of 1e3
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0, 1e-12, 1e12, 0.0])
