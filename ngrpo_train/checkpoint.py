@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ class TrainState:
     ema: EMA | None = None
     step: int = 0
     best_score: float = float("-inf")
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it, the model has its averaged weights where an EMA is kept."""
+        return self.ema.applied() if self.ema else nullcontext()
 
     def tensors(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.flux.transformer, self.optimizer, options=_OPTIONS)

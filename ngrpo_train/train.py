@@ -6,7 +6,7 @@ import logging
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -92,22 +92,16 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
                 state.step = step + 1
                 recorder.write(step, scores, rewards.trained, advantages_PG, groups, stats, watch)
 
-                best = False
-                with ema.applied() if ema else nullcontext():
-                    if step % recipe.log.images_every == 0:
-                        _draw(recorder, flux, recipe, validation or texts, images, step)
-                    if validation and state.step % recipe.evaluation.every == 0:
-                        means = evaluate(flux, recipe, rewards, validation).mean()
-                        recorder.write_evaluation(state.step, means)
-                        score = sum(means[rewards.names[i]] for i in rewards.trained)
-                        best = score > state.best_score
-                        state.best_score = max(score, state.best_score)
+                if step % recipe.log.images_every == 0:
+                    _draw(recorder, state, recipe, validation or texts, images, step)
+                validate = bool(validation) and state.step % recipe.evaluation.every == 0
+                best = validate and _validate(recorder, state, recipe, rewards, validation)
                 checkpointer.save_if_due(state, best=best)
                 if parallel.any_rank(bool(terminated)):
                     logger.warning("SIGTERM: saved %s; continue with --resume latest", checkpointer.save(state))
                     return TERMINATED
 
-        with ema.applied() if ema else nullcontext():
+        with state.averaged():
             if report_prompts:
                 after = Report.make(flux, recipe, rewards, report_prompts, run / "after.png")
                 _show(after, run, recipe, processes)
@@ -175,10 +169,24 @@ def _accelerator(run: Path, recipe: Recipe, processes: PartialState) -> Accelera
     return accelerator
 
 
-def _draw(recorder: Recorder, flux: Flux, recipe: Recipe, texts: list[str], images: torch.Tensor, step: int) -> None:
+def _validate(recorder: Recorder, state: TrainState, recipe: Recipe, rewards: Rewards, prompts: list[str]) -> bool:
+    """Record the validation scores; whether the rewards trained on are the best so far."""
+    with state.averaged():
+        means = evaluate(state.flux, recipe, rewards, prompts).mean()
+    recorder.write_evaluation(state.step, means)
+    score = sum(means[rewards.names[i]] for i in rewards.trained)
+    best = score > state.best_score
+    state.best_score = max(score, state.best_score)
+    return best
+
+
+def _draw(
+    recorder: Recorder, state: TrainState, recipe: Recipe, texts: list[str], images: torch.Tensor, step: int
+) -> None:
     """A grid at fixed prompts and noise, and the neighborhood that this iteration's first prompt explored."""
     shown = [texts[i % len(texts)] for i in range(recipe.log.num_images)]
-    grid = pictures(flux, recipe, shown, range(len(shown))).cpu()
+    with state.averaged():
+        grid = pictures(state.flux, recipe, shown, range(len(shown))).cpu()
     recorder.write_pictures(f"samples/step_{step:06d}", grid, columns=min(4, len(shown)))
     neighborhood = images[: recipe.algorithm.num_generations].cpu()
     recorder.write_pictures(f"neighborhoods/step_{step:06d}", neighborhood, columns=min(6, len(neighborhood)))
