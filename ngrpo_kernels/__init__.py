@@ -3,7 +3,7 @@
 `ngrpo_kernels.reference` holds every op in plain PyTorch, equation by equation.
 """
 
-from ngrpo_kernels._inputs import available_backends
+from ngrpo_kernels._registry import available_backends
 from ngrpo_kernels.advantages import quasi_norm_advantages
 from ngrpo_kernels.distances import pairwise_sqdist
 from ngrpo_kernels.leaping import leaping_log_ratio

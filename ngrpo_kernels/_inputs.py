@@ -20,17 +20,6 @@ OLD_POLICIES = ("detach", "literal")
 TEMPERATURES = ("dim", "neighborhood")
 
 
-def available_backends() -> tuple[str, ...]:
-    """Names that `backend=` takes on this machine, besides "auto", fastest first."""
-    return ("reference",)
-
-
-def check_backend(backend: str) -> None:
-    if backend != "auto" and backend not in available_backends():
-        names = ", ".join(map(repr, ("auto", *available_backends())))
-        raise ValueError(f"backend is {backend!r}; available here: {names}")
-
-
 @dataclass(frozen=True, slots=True)
 class Group:
     """A group of candidates and the anchors drawn from it, checked and flattened."""

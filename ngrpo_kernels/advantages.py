@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ngrpo_kernels import reference
-from ngrpo_kernels._inputs import check_backend, check_p, check_rewards
+from ngrpo_kernels._inputs import check_p, check_rewards
+from ngrpo_kernels._registry import BACKENDS, pick
 
 
 def quasi_norm_advantages(
@@ -44,8 +44,8 @@ def quasi_norm_advantages(
     Raises:
         ValueError: p out of range, G < 2, shapes, dtypes or devices that do not go together.
     """
-    check_backend(backend)
     check_p(p)
     rewards_RPG, weights_R11, min_std_R11, mask_PG = check_rewards(rewards, weights, min_reward_std, candidate_mask)
-    advantages = reference.quasi_norm_advantages(rewards_RPG, p, weights_R11, min_std_R11, mask_PG)
+    ops = BACKENDS[pick(backend, rewards.device.type)]
+    advantages = ops.quasi_norm_advantages(rewards_RPG, p, weights_R11, min_std_R11, mask_PG)
     return advantages.squeeze(0) if rewards.ndim == 1 else advantages

@@ -7,26 +7,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ngrpo_kernels import reference
-from ngrpo_kernels._inputs import check_backend, check_distance_inputs
+from ngrpo_kernels._inputs import check_distance_inputs
+from ngrpo_kernels._registry import BACKENDS, pick
 
 
 class _Distances(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchors: Tensor, candidates: Tensor) -> Tensor:
+    def forward(ctx: Any, anchors: Tensor, candidates: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(anchors, candidates)
-        return reference.pairwise_sqdist(anchors, candidates)
+        ctx.backend = backend
+        return BACKENDS[backend].pairwise_sqdist(anchors, candidates)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         anchors, candidates = ctx.saved_tensors
-        grad_anchors = grad_candidates = None
-        if ctx.needs_input_grad[0]:
-            grad_anchors = reference.pairwise_sqdist_grad_anchors(grad, anchors, candidates).to(anchors.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_candidates = reference.pairwise_sqdist_grad_anchors(grad.mT, candidates, anchors).to(candidates.dtype)
-        return grad_anchors, grad_candidates
+        grad_at = BACKENDS[ctx.backend].pairwise_sqdist_grad_anchors
+        grad_anchors = grad_at(grad, anchors, candidates) if ctx.needs_input_grad[0] else None
+        grad_candidates = grad_at(grad.mT, candidates, anchors) if ctx.needs_input_grad[1] else None
+        return grad_anchors, grad_candidates, None
 
 
 def pairwise_sqdist(anchors: Tensor, candidates: Tensor, *, backend: str = "auto") -> Tensor:
@@ -47,7 +46,6 @@ def pairwise_sqdist(anchors: Tensor, candidates: Tensor, *, backend: str = "auto
     Raises:
         ValueError: shapes, dtypes or devices that do not go together.
     """
-    check_backend(backend)
     has_prompts, anchors_PBD, candidates_PGD = check_distance_inputs(anchors, candidates)
-    sqdist: Tensor = _Distances.apply(anchors_PBD, candidates_PGD)
+    sqdist: Tensor = _Distances.apply(anchors_PBD, candidates_PGD, pick(backend, anchors.device.type))
     return sqdist if has_prompts else sqdist.squeeze(0)

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ngrpo_kernels import reference
-from ngrpo_kernels._inputs import Group, check_backend, check_temperature
+from ngrpo_kernels._inputs import Group, check_temperature
+from ngrpo_kernels._registry import BACKENDS, pick
 from ngrpo_kernels.reference import OldPolicy, Temperature
 
 
@@ -25,9 +26,10 @@ class _LogRatio(torch.autograd.Function):
         candidates: Tensor,
         anchor_index: Tensor,
         mask: Tensor | None,
+        backend: str,
     ) -> Tensor:
         ctx.save_for_backward(new_policy, scale, candidates, anchor_index, mask)
-        ctx.dtype = moving.dtype
+        ctx.dtype, ctx.backend = moving.dtype, backend
         return log_ratio.clone()
 
     @staticmethod
@@ -35,8 +37,9 @@ class _LogRatio(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         new_policy, scale, candidates, anchor_index, mask = ctx.saved_tensors
         weights = scale * reference.leaping_log_ratio_weights(grad, new_policy, mask)
-        grad_moving = reference.weighted_differences(weights, candidates, anchor_index, mask)
-        return grad_moving.to(ctx.dtype), None, None, None, None, None, None
+        weighted_differences = BACKENDS[ctx.backend].weighted_differences
+        grad_moving = weighted_differences(weights, candidates, anchor_index, mask, ctx.dtype)
+        return grad_moving, None, None, None, None, None, None, None
 
 
 def leaping_log_ratio(
@@ -78,7 +81,6 @@ def leaping_log_ratio(
     Raises:
         ValueError: an incomplete or mixed form, and whatever `neighbor_grpo_loss_from_velocity` refuses.
     """
-    check_backend(backend)
     check_temperature(temperature)
     group = Group.check(candidates, anchor_index, candidate_mask)
     by_velocity = {"velocity": velocity, "latents": latents, "dt": dt, "old_velocity": old_velocity}
@@ -96,8 +98,9 @@ def leaping_log_ratio(
         assert old_anchors is not None
         moving, start = group.anchor_rows("anchors", anchors), None
         old = group.old_policy("old_anchors", old_anchors)
+    name = pick(backend, moving.device.type)
     with torch.no_grad():
-        result = reference.leaping_log_ratio(
+        result = BACKENDS[name].leaping_log_ratio(
             moving, old, start, group.slope(dt), group.candidates, group.anchor_index, temperature, group.mask
         )
-    return group.drop_prompts(_LogRatio.apply(moving, *result, group.candidates, group.anchor_index, group.mask))
+    return group.drop_prompts(_LogRatio.apply(moving, *result, group.candidates, group.anchor_index, group.mask, name))

@@ -11,15 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ngrpo_kernels import reference
-from ngrpo_kernels._inputs import (
-    Group,
-    check_backend,
-    check_clip_range,
-    check_kl_coef,
-    check_p,
-    check_temperature,
-)
+from ngrpo_kernels._inputs import Group, check_clip_range, check_kl_coef, check_p, check_temperature
+from ngrpo_kernels._registry import BACKENDS, pick
 from ngrpo_kernels.reference import OldPolicy, Temperature
 
 
@@ -61,17 +54,19 @@ class _Loss(torch.autograd.Function):
         candidates: Tensor,
         anchor_index: Tensor,
         mask: Tensor | None,
+        backend: str,
     ) -> Tensor:
         ctx.save_for_backward(weights, candidates, anchor_index, mask)
-        ctx.dtype = moving.dtype
+        ctx.dtype, ctx.backend = moving.dtype, backend
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, candidates, anchor_index, mask = ctx.saved_tensors
-        grad_moving = reference.weighted_differences(grad * weights, candidates, anchor_index, mask)
-        return grad_moving.to(ctx.dtype), None, None, None, None, None
+        weighted_differences = BACKENDS[ctx.backend].weighted_differences
+        grad_moving = weighted_differences(grad * weights, candidates, anchor_index, mask, ctx.dtype)
+        return grad_moving, None, None, None, None, None, None
 
 
 def neighbor_grpo_loss_from_velocity(
@@ -131,7 +126,6 @@ def neighbor_grpo_loss_from_velocity(
             neither of `advantages` and `rewards`, and on the CPU an anchor that is no valid candidate or a dt that is
             not positive. On a GPU and under torch.compile these two give NaN in that row's loss and gradient.
     """
-    check_backend(backend)
     group = Group.check(candidates, anchor_index, candidate_mask)
     return _loss(
         group,
@@ -145,6 +139,7 @@ def neighbor_grpo_loss_from_velocity(
         clip_range=clip_range,
         temperature=temperature,
         kl_coef=kl_coef,
+        backend=backend,
     )
 
 
@@ -175,7 +170,6 @@ def neighbor_grpo_loss(
 
     All other arguments, the result and the errors are those of `neighbor_grpo_loss_from_velocity`.
     """
-    check_backend(backend)
     group = Group.check(candidates, anchor_index, candidate_mask)
     return _loss(
         group,
@@ -189,6 +183,7 @@ def neighbor_grpo_loss(
         clip_range=clip_range,
         temperature=temperature,
         kl_coef=kl_coef,
+        backend=backend,
     )
 
 
@@ -204,6 +199,7 @@ def _loss(
     clip_range: float | tuple[float, float],
     temperature: Temperature,
     kl_coef: float,
+    backend: str,
 ) -> LossOutput:
     if (advantages is None) == (rewards is None):
         raise ValueError(f"give either advantages or rewards, got {'neither' if rewards is None else 'both'}")
@@ -211,8 +207,9 @@ def _loss(
     check_temperature(temperature)
     check_kl_coef(kl_coef)
     bounds = check_clip_range(clip_range)
+    name = pick(backend, moving.device.type)
     with torch.no_grad():
-        result = reference.objective(
+        result = BACKENDS[name].objective(
             moving,
             old,
             latents,
@@ -227,7 +224,7 @@ def _loss(
             temperature=temperature,
             kl_coef=kl_coef,
         )
-    loss = _Loss.apply(moving, result.loss, result.weights, group.candidates, group.anchor_index, group.mask)
+    loss = _Loss.apply(moving, result.loss, result.weights, group.candidates, group.anchor_index, group.mask, name)
     return LossOutput(
         loss=loss,
         log_ratio=group.drop_prompts(result.log_ratio),

@@ -1,14 +1,16 @@
 """Every op of ngrpo_kernels in plain PyTorch: the specification, the float64 oracle and the fallback.
 
 Arguments are validated and flattened by the caller. Everything is computed in float32, or in float64 when a latent is
-float64, by element-wise products and sums, which neither autocast nor tf32 touches.
+float64, by element-wise products and sums, which neither autocast nor tf32 touches. What reads latents stands in
+functions of its own (`measure`, `weighted_norm`, `weighted_differences`), which a backend may replace; the algebra on
+[P, B, G] is then this file's all the same.
 """
 # P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened), R rewards.
 #
 # x_i candidate; x_j the anchor's own candidate; y_i = x_i - x_j; a the old policy's point; delta = x_theta - a;
 # tau temperature; pi the leaping policy over candidates (Eq. 8); rho = pi_theta / pi_old (Eq. 10).
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,12 +39,12 @@ def pairwise_sqdist(anchors: Tensor, candidates: Tensor) -> Tensor:
 
 
 def pairwise_sqdist_grad_anchors(grad: Tensor, anchors: Tensor, candidates: Tensor) -> Tensor:
-    """Gradient [P, B, D] of `pairwise_sqdist` with respect to the anchors; `grad` is [P, B, G]."""
-    anchors, candidates = _promoted(anchors, candidates)
-    total = torch.zeros_like(anchors)
+    """Gradient [P, B, D] of `pairwise_sqdist` at the anchors, in their dtype; `grad` is [P, B, G]."""
+    points, candidates = _promoted(anchors, candidates)
+    total = torch.zeros_like(points)
     for g in range(candidates.shape[1]):
-        total = torch.addcmul(total, 2 * grad[:, :, g, None], anchors - candidates[:, g, None])
-    return total
+        total = torch.addcmul(total, 2 * grad[:, :, g, None], points - candidates[:, g, None])
+    return total.to(anchors.dtype)
 
 
 def _promoted(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,30 +131,49 @@ def displacement(moving: Tensor, old: OldPolicy, own: Tensor, latents: Tensor | 
     return Displacement(offset=None, delta=base + slope * moving)
 
 
-def leaping_policy(
-    moved: Displacement,
-    own: Tensor,
+class Measured(NamedTuple):
+    """All that the forward needs of the latents: sums over D, before any temperature. Masked candidates hold anything.
+
+    The logits are those of the old policy, |x_j - a|^2 - |x_i - a|^2 = -<y_i, y_i - 2 (a - x_j)>: a constant shift that
+    the softmax drops and that spares subtracting two distances. They carry the relative rounding of a sum over D, which
+    matters only where the old point is about as near to two candidates, both much farther than sqrt(tau) from x_j.
+    """
+
+    old_logits: Tensor  # tau log pi_old but for a constant, [P, B, G]
+    projections: Tensor  # <y_i, delta>, [P, B, G]
+    mean_sqdist: Tensor  # [P]
+
+
+def measure(
+    moving: Tensor,
+    old: OldPolicy,
+    latents: Tensor | None,
+    slope: Tensor,
     candidates: Tensor,
     anchor_index: Tensor,
-    temperature: Tensor,
     mask: Tensor | None,
-) -> LeapingPolicy:
-    """The exact form: log rho_i = u_i - log sum_k pi_old(k) exp(u_k), u_i = 2 <delta, y_i> / tau (Eqs. 8, 10).
-
-    The old logits are (|x_j - a|^2 - |x_i - a|^2) / tau = -<y_i, y_i - 2 (a - x_j)> / tau: a constant shift that the
-    softmax drops and that spares subtracting two distances. They carry the relative rounding of a sum over D, which
-    matters only where the old point is about as near to two candidates, both much farther than sqrt(tau) from x_j.
-    `temperature` is [P, 1, 1]. An anchor that is not a valid candidate gives a row of NaN.
-    """
+) -> Measured:
+    """The sums of a group for x_theta = latents + slope * moving; no `latents` means zero. `slope` is [P, B, 1]."""
+    dtype = compute_dtype(moving, old if isinstance(old, Tensor) else None, latents, candidates)
+    own = own_candidate(candidates, anchor_index, dtype)
+    moved = displacement(moving, old, own, latents, slope.to(dtype))
     logits, projections = [], []
     for difference in _differences(candidates, own, mask):
         toward = difference if moved.offset is None else difference - 2 * moved.offset
         logits.append(-_dot(difference, toward))
         projections.append(torch.zeros_like(logits[-1]) if moved.delta is None else _dot(difference, moved.delta))
-    old_logits = torch.stack(logits, dim=-1) / temperature
-    shift = 2 * torch.stack(projections, dim=-1) / temperature
+    return Measured(torch.stack(logits, dim=-1), torch.stack(projections, dim=-1), mean_sqdist(candidates, mask, dtype))
 
-    valid = anchor_is_valid(anchor_index, candidates.shape[1], mask)
+
+def leaping_policy(measured: Measured, temperature: Tensor, anchor_index: Tensor, mask: Tensor | None) -> LeapingPolicy:
+    """The exact form: log rho_i = u_i - log sum_k pi_old(k) exp(u_k), u_i = 2 <delta, y_i> / tau (Eqs. 8, 10).
+
+    `temperature` is [P, 1, 1]. An anchor that is not a valid candidate gives a row of NaN.
+    """
+    old_logits = measured.old_logits / temperature
+    shift = 2 * measured.projections / temperature
+
+    valid = anchor_is_valid(anchor_index, shift.shape[-1], mask)
     old_logits = old_logits.masked_fill(~valid[:, :, None], float("nan"))
     if mask is not None:
         old_logits = old_logits.masked_fill(~mask[:, None], float("-inf"))
@@ -175,16 +196,24 @@ def _differences(candidates: Tensor, own: Tensor, mask: Tensor | None) -> Iterat
         yield _zero_unless(None if mask is None else mask[:, g, None, None], difference)
 
 
-def weighted_differences(weights: Tensor, candidates: Tensor, anchor_index: Tensor, mask: Tensor | None) -> Tensor:
-    """sum_i weights_i (x_i - x_j), [P, B, D], from weights [P, B, G]: every gradient of the leaping policy.
+def weighted_differences(
+    weights: Tensor, candidates: Tensor, anchor_index: Tensor, mask: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """sum_i weights_i (x_i - x_j), [P, B, D] in `dtype`, from weights [P, B, G]: every gradient of the leaping policy.
 
-    The weights of a row sum to zero but for rounding, which centring keeps out of the sum.
+    Summed in the dtype of the weights. A row of them sums to zero but for rounding, which centring keeps out.
     """
     own = own_candidate(candidates, anchor_index, weights.dtype)
     total = torch.zeros_like(own)
     for g, difference in enumerate(_differences(candidates, own, mask)):
         total = torch.addcmul(total, weights[:, :, g, None], difference)
-    return total
+    return total.to(dtype)
+
+
+def weighted_norm(weights: Tensor, candidates: Tensor, anchor_index: Tensor, mask: Tensor | None) -> Tensor:
+    """Norm [P, B] of `weighted_differences`, before it is rounded to the dtype of the gradient."""
+    differences = weighted_differences(weights, candidates, anchor_index, mask, weights.dtype)
+    return torch.linalg.vector_norm(differences, dim=-1)
 
 
 def temperature_rows(temperature: Temperature, dim: int, group_sqdist: Tensor) -> Tensor:
@@ -216,9 +245,13 @@ def leaping_log_ratio(
     anchor_index: Tensor,
     temperature: Temperature,
     mask: Tensor | None,
+    *,
+    measure: Callable[..., Measured] = measure,
 ) -> LogRatio:
     """log rho (Eqs. 8, 10) for x_theta = latents + slope * moving."""
-    policy, tau, _ = _measure(moving, old, latents, slope, candidates, anchor_index, temperature, mask)
+    measured = measure(moving, old, latents, slope, candidates, anchor_index, mask)
+    tau = temperature_rows(temperature, candidates.shape[-1], measured.mean_sqdist)
+    policy = leaping_policy(measured, tau, anchor_index, mask)
     return LogRatio(policy.log_ratio, policy.new(), 2 * slope.to(tau.dtype) / tau)
 
 
@@ -226,25 +259,6 @@ def leaping_log_ratio_weights(grad: Tensor, new_policy: Tensor, mask: Tensor | N
     """Weights of the candidates in the gradient of log rho: g_i - (sum g) pi_theta(i)."""
     grad = _zero_unless(None if mask is None else mask[:, None], grad)
     return grad - grad.sum(-1, keepdim=True) * new_policy
-
-
-def _measure(
-    moving: Tensor,
-    old: OldPolicy,
-    latents: Tensor | None,
-    slope: Tensor,
-    candidates: Tensor,
-    anchor_index: Tensor,
-    temperature: Temperature,
-    mask: Tensor | None,
-) -> tuple[LeapingPolicy, Tensor, Tensor]:
-    """The leaping policy, its temperature [P, 1, 1] and the group's mean squared distance [P]."""
-    dtype = compute_dtype(moving, old if isinstance(old, Tensor) else None, latents, candidates)
-    group_sqdist = mean_sqdist(candidates, mask, dtype)
-    tau = temperature_rows(temperature, candidates.shape[-1], group_sqdist)
-    own = own_candidate(candidates, anchor_index, dtype)
-    moved = displacement(moving, old, own, latents, slope.to(dtype))
-    return leaping_policy(moved, own, candidates, anchor_index, tau, mask), tau, group_sqdist
 
 
 def quasi_norm_advantages(
@@ -313,13 +327,17 @@ def objective(
     clip_range: tuple[float, float],
     temperature: Temperature,
     kl_coef: float,
+    measure: Callable[..., Measured] = measure,
+    weighted_norm: Callable[..., Tensor] = weighted_norm,
 ) -> Objective:
     """-J + kl_coef KL(pi_old || pi_theta), J the clipped surrogate (Eq. 9), both averaged over P and B.
 
     With g_i = dJ / dlog rho_i, the weights are those of
     dJ / dx_theta = (2 / tau) sum_i (g_i - (sum g) pi_theta(i) - kl_coef (pi_theta(i) - pi_old(i))) x_i.
     """
-    policy, tau, group_sqdist = _measure(moving, old, latents, slope, candidates, anchor_index, temperature, mask)
+    measured = measure(moving, old, latents, slope, candidates, anchor_index, mask)
+    tau = temperature_rows(temperature, candidates.shape[-1], measured.mean_sqdist)
+    policy = leaping_policy(measured, tau, anchor_index, mask)
     log_ratio, change, pi_old = policy.log_ratio, policy.change(), policy.old()
     advantages = _used_advantages(advantages, rewards, p, mask, log_ratio.dtype)
     gain = advantages[:, None]
@@ -345,8 +363,8 @@ def objective(
         clamp_fraction=_share(clamped, log_ratio, mask),
         kl=kl,
         entropy=-((pi_old + change) * log_new).sum(-1),
-        grad_norm=torch.linalg.vector_norm(weighted_differences(weights, candidates, anchor_index, mask), dim=-1),
-        mean_sqdist=group_sqdist,
+        grad_norm=weighted_norm(weights, candidates, anchor_index, mask),
+        mean_sqdist=measured.mean_sqdist,
         advantages=advantages,
     )
 

@@ -5,18 +5,32 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tomllib
+import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ngrpo_train.config import Recipe, find_recipe, parse, read_recipe, suggestion
+from ngrpo_train.config import (
+    Model,
+    Parallel,
+    Recipe,
+    RecipeFlags,
+    Reward,
+    Sampling,
+    check_sections,
+    find_recipe,
+    parse,
+    parse_flags,
+    read_recipe,
+    resolve,
+    suggestion,
+)
 
 USAGE = """\
 usage: ngrpo COMMAND ...
@@ -25,7 +39,7 @@ Neighbor GRPO: align FLUX-architecture flow models with human preference, withou
 
   train  [RECIPE] [--section.field value ...]   train by a recipe (a packaged name or a TOML file; default shapes_cpu)
   sample RUN_OR_MODEL --prompt TEXT ...         generate pictures
-  eval   RUN_OR_MODEL --prompts SOURCE ...      generate and score pictures
+  eval   RUN_OR_MODEL [--prompts SOURCE] ...    generate and score pictures
   export RUN --out DIRECTORY                    write a run's weights for diffusers
   doctor                                        what is installed, what works here, what is missing and how to get it
 
@@ -34,52 +48,72 @@ packaged recipes: {recipes}
 """
 
 
-class UsageError(Exception):
-    """A wrong input, said in one line; exit code 2."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand:
-    """Train by a recipe. Flags override the recipe's fields; both are checked alike."""
+    """Train by a recipe: a packaged name or a TOML file; without one, shapes_cpu.
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=Recipe)
-    resume: str = ""
+    Flags override the recipe's fields; the defaults shown are the recipe's.
+
+    For any reward NAME: --rewards.NAME.weight, --rewards.NAME.path, ...
+    """
+
+    recipe: RecipeFlags = field(default_factory=Recipe)
+    resume: Annotated[str, tyro.conf.arg(metavar="latest|PATH", help_behavior_hint="")] = ""
     """Continue a run: "latest" for the newest checkpoint in its directory, or the path of a checkpoint or run."""
     overwrite: bool = False
-    """Delete the run directory first if it exists."""
+    """Delete what an earlier run left in the run directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleCommand:
-    """Generate pictures with a run's trained model or any FLUX pipeline, by the recipe's solver."""
+    """Generate pictures with a run, a directory in FLUX.1's layout or a hub id.
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=Recipe)
-    prompt: tuple[str, ...] = ()
-    """One or more prompts; or set prompts.source."""
+    The settings of a run are its recipe's.
+    """
+
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")] = ()
+    """Prompts to draw; without any, the first eight of --prompts."""
+    prompts: Annotated[str, tyro.conf.arg(metavar="SOURCE", help_behavior_hint="")] = ""
+    """Prompt source, a file or "shapes:test"; empty takes the run's evaluation.test, or its training prompts."""
     per_prompt: int = 4
     """Pictures of each prompt."""
     checkpoint: str = "latest"
     """Of a run: "latest", "best" or a step's number."""
     out: Path = Path("samples")
     """Directory for the pictures."""
+    sampling: Sampling = field(default_factory=Sampling)
+    parallel: Parallel = field(default_factory=Parallel)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand:
-    """Generate pictures of a prompt source and score them with rewards; prints a table, writes a CSV."""
+    """Score pictures of a run, a directory in FLUX.1's layout or a hub id.
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=Recipe)
-    rewards: str = ""
-    """Comma-separated rewards; empty takes the recipe's."""
+    The settings of a run are its recipe's.
+
+    The noise is fixed by the prompts' order, so any two models can be compared.
+    """
+
+    prompts: Annotated[str, tyro.conf.arg(metavar="SOURCE", help_behavior_hint="")] = ""
+    """Prompt source, a file or "shapes:test"; empty takes the run's evaluation.test, or its training prompts."""
+    rewards: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="")] = ()
+    """Rewards to score with: names, or package.module:callable; empty takes the run's."""
+    per_prompt: int = 0
+    """Pictures of each prompt; 0 takes the run's evaluation.num_images_per_prompt."""
     checkpoint: str = "latest"
     """Of a run: "latest", "best" or a step's number."""
-    out: Path | None = None
-    """Write one row per picture to this CSV file."""
+    out: Annotated[str, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = ""
+    """CSV file to write, one row per picture."""
+    sampling: Sampling = field(default_factory=Sampling)
+    parallel: Parallel = field(default_factory=Parallel)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand:
-    """Write a run's trained weights as diffusers loads them: a pipeline directory, or a LoRA file."""
+    """Write a run's weights for diffusers: a pipeline directory, or a LoRA file.
+
+    Where the run kept averaged weights (model.ema), it is those.
+    """
 
     out: Path
     """Directory to write."""
@@ -104,25 +138,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE.format(recipes=", ".join(_packaged())))
         return 0
     if command == "--version":
-        print(f"ngrpo {version('ngrpo')}")
+        print(f"ngrpo {_version()}")
         return 0
     if command not in commands:
         print(f"ngrpo: no command {command!r}{suggestion(command, commands)}; see ngrpo --help", file=sys.stderr)
         return 2
     try:
         return commands[command](rest)
-    except ValueError as error:  # what users can mend; anything else is ours and keeps its traceback
+    except ValueError as error:
+        if not _raised_here(error):
+            raise
         print(f"ngrpo {command}: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from ngrpo_train.rewards import RewardError
+
+        if not isinstance(error, RewardError):
+            raise
+        print(f"ngrpo {command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether our own code raised it, about what a user can mend. Anything else is a bug and keeps its traceback."""
+    innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return Path(innermost.f_code.co_filename).is_relative_to(Path(__file__).parent)
 
 
 def _train(arguments: list[str]) -> int:
     name, arguments = _positional(arguments, "shapes_cpu")
-    if any(argument in ("-h", "--help") for argument in arguments):
-        recipe: dict[str, Any] = {}
-    else:
-        recipe = read_recipe(find_recipe(name))
-    command = parse(TrainCommand, recipe, arguments, prog="ngrpo train [RECIPE]", quiet=_rank() != 0)
+    quiet = _rank() != 0
+    recipe = read_recipe(find_recipe(name))
+    command = parse(TrainCommand, recipe, arguments, prog="ngrpo train [RECIPE]", name=name, quiet=quiet)
     from ngrpo_train.train import train
 
     run = Path(command.recipe.log.output_dir or Path("runs") / Path(name).stem)
@@ -131,18 +178,30 @@ def _train(arguments: list[str]) -> int:
 
 def _sample(arguments: list[str]) -> int:
     source, arguments = _positional(arguments)
-    command = parse(SampleCommand, _with_test_prompts(_recipe_of(source)), arguments, prog="ngrpo sample RUN_OR_MODEL")
+    recipe = _recipe_of(source)
+    command = parse_flags(
+        SampleCommand(sampling=recipe.sampling, parallel=recipe.parallel), arguments, prog="ngrpo sample RUN_OR_MODEL"
+    )
+    recipe = _generating(recipe, command)
     from ngrpo_train.inference import sample
 
-    return sample(source, command.recipe, command.prompt, command.per_prompt, command.checkpoint, command.out)
+    return sample(source, recipe, command.prompt, command.per_prompt, command.checkpoint, command.out)
 
 
 def _eval(arguments: list[str]) -> int:
     source, arguments = _positional(arguments)
-    command = parse(EvalCommand, _with_test_prompts(_recipe_of(source)), arguments, prog="ngrpo eval RUN_OR_MODEL")
+    recipe = _recipe_of(source)
+    command = parse_flags(
+        EvalCommand(sampling=recipe.sampling, parallel=recipe.parallel), arguments, prog="ngrpo eval RUN_OR_MODEL"
+    )
+    recipe = _generating(recipe, command)
+    if command.per_prompt:
+        recipe = replace(recipe, evaluation=replace(recipe.evaluation, num_images_per_prompt=command.per_prompt))
+    if command.rewards:
+        recipe = replace(recipe, rewards=_chosen_rewards(recipe, command.rewards))
     from ngrpo_train.inference import score
 
-    return score(source, command.recipe, command.rewards, command.checkpoint, command.out)
+    return score(source, recipe, command.checkpoint, Path(command.out) if command.out else None)
 
 
 def _export(arguments: list[str]) -> int:
@@ -150,17 +209,16 @@ def _export(arguments: list[str]) -> int:
     command = tyro.cli(ExportCommand, prog="ngrpo export RUN", args=arguments)
     if not (Path(source) / "recipe.toml").exists():
         raise ValueError(f"{source!r} is not a run directory: it has no recipe.toml")
-    recipe = parse(TrainCommand, _recipe_of(source), [], prog="ngrpo export").recipe
     from ngrpo_train.inference import export_run
 
-    return export_run(Path(source), recipe, command.checkpoint, command.out)
+    return export_run(Path(source), _recipe_of(source), command.checkpoint, command.out)
 
 
 def _doctor(arguments: list[str]) -> int:
     from ngrpo_train import doctor
 
     if arguments:
-        print(f"{doctor.__doc__}\nusage: ngrpo doctor")
+        print(f"usage: ngrpo doctor [-h]\n\n{doctor.__doc__}")
         return 0 if arguments[0] in ("-h", "--help") else 2
     return doctor.main()
 
@@ -176,20 +234,48 @@ def _positional(arguments: list[str], default: str = "") -> tuple[str, list[str]
     return default, arguments
 
 
-def _recipe_of(source: str) -> dict[str, Any]:
+def _recipe_of(source: str) -> Recipe:
     """The recipe of a run directory; for the shapes pipeline the shapes recipe; for any other model the defaults."""
-    recipe = Path(source) / "recipe.toml"
-    if recipe.exists():
-        return tomllib.loads(recipe.read_text())
+    path = Path(source) / "recipe.toml"
+    if source and path.exists():
+        return resolve(read_recipe(path), name=str(path))
     if source == "shapes":
-        return read_recipe(find_recipe("shapes_cpu"))
-    return {"model": {"name_or_path": source}} if source else {}
+        return resolve(read_recipe(find_recipe("shapes_cpu")), name="shapes_cpu")
+    return Recipe(model=Model(name_or_path=source))
 
 
-def _with_test_prompts(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A model is judged on the recipe's test prompts unless a flag says otherwise."""
-    test = recipe.get("evaluation", {}).get("test")
-    return recipe | {"prompts": recipe.get("prompts", {}) | {"source": test}} if test else recipe
+def _generating(recipe: Recipe, command: SampleCommand | EvalCommand) -> Recipe:
+    """The recipe with a command's own settings; prompts are by default those that the run was tested on."""
+    source = command.prompts or recipe.evaluation.test or recipe.prompts.source
+    recipe = replace(
+        recipe,
+        sampling=command.sampling,
+        parallel=command.parallel,
+        prompts=replace(recipe.prompts, source=source),
+    )
+    if not source and not getattr(command, "prompt", ()):
+        raise ValueError("--prompts must name a prompt source: a file, or shapes:test")
+    if command.per_prompt < (1 if isinstance(command, SampleCommand) else 0):
+        raise ValueError(f"--per-prompt = {command.per_prompt} must be positive")
+    check_sections(recipe, ["sampling", "parallel"])
+    return recipe
+
+
+def _chosen_rewards(recipe: Recipe, names: Sequence[str]) -> dict[str, Reward]:
+    chosen = {}
+    for name in names:
+        if ":" in name:  # the path of a scorer, which goes by the callable's name
+            chosen[name.rpartition(":")[2]] = Reward(path=name)
+        else:
+            chosen[name] = recipe.rewards.get(name, Reward())
+    return chosen
+
+
+def _version() -> str:
+    try:
+        return version("ngrpo")
+    except PackageNotFoundError:
+        return "(not installed: run from a source tree)"
 
 
 def _packaged() -> list[str]:
@@ -197,9 +283,7 @@ def _packaged() -> list[str]:
 
 
 def _rank() -> int:
-    from ngrpo_train.parallel import rank_at_launch
-
-    return rank_at_launch()
+    return int(os.environ.get("RANK", "0"))  # as a launcher sets it; importing torch to ask would cost seconds
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ name is complete, whenever the process was killed.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from ngrpo_train.config import Recipe, as_dict, refuse_changed
 from ngrpo_train.ema import EMA
 from ngrpo_train.flux import Flux
 from ngrpo_train.prompts import PromptCursor
+
+logger = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)
@@ -52,12 +56,11 @@ class TrainState:
             state["ema"] = self.ema.state_dict()
         return state
 
-    def load(self, path: Path, recipe: Recipe) -> None:
-        """Restore everything from a checkpoint. Raises ValueError if its recipe would have given other numbers."""
+    def load(self, path: Path) -> None:
+        """Restore everything from a checkpoint."""
         record = read_record(path)
-        refuse_changed(record["recipe"], json.loads(json.dumps(as_dict(recipe))))
         state = self.tensors()
-        dcp.load(state, checkpoint_id=path / "tensors", no_dist=not parallel.distributed())
+        _load_tensors(state, path)
         set_state_dict(
             self.flux.transformer,
             self.optimizer,
@@ -77,6 +80,26 @@ class Checkpointer:
 
     def __init__(self, directory: Path, recipe: Recipe) -> None:
         self.directory, self.recipe = directory, recipe
+        self._saved_step = -1
+
+    def refuse_full_disk(self, state: TrainState) -> None:
+        """Raise ValueError where the disk cannot hold one checkpoint; warn where it cannot hold all that are kept."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in _leaves(state.tensors())) / 2**30
+        free = shutil.disk_usage(self.directory.parent).free / 2**30
+        room = f"log.output_dir = {str(self.directory.parent)!r} has {free:.2f} GiB free"
+        if parallel.any_rank(free < size):
+            raise ValueError(f"{room}, and a checkpoint takes {size:.2f} GiB")
+        best = bool(self.recipe.evaluation.validation)
+        more = self.recipe.checkpoint.keep + best + 1 - len(checkpoints(self.directory))  # one is not removed yet
+        if free < more * size:
+            logger.warning("%s, and %d more checkpoints take %.2f GiB: lower checkpoint.keep", room, more, more * size)
+
+    def go_on_after(self, step: int) -> None:
+        """Remove what a resumed run makes again: checkpoints of later iterations, and a save that was cut short."""
+        if parallel.rank() == 0:
+            kept = [path.name for path in checkpoints(self.directory) if _step_of(path) <= step]
+            self._remove_all_but(kept)
+        parallel.barrier()
 
     def save_if_due(self, state: TrainState, *, best: bool = False) -> None:
         every = self.recipe.checkpoint.every
@@ -84,57 +107,64 @@ class Checkpointer:
             self.save(state, best=best)
 
     def save(self, state: TrainState, *, best: bool = False) -> Path:
+        """Write a checkpoint, unless this iteration has one, and remove those no longer kept; a collective."""
         final = self.directory / f"step_{state.step:06d}"
+        if self._saved_step == state.step:
+            return final
         partial = final.with_name(final.name + _PARTIAL)
         main = parallel.rank() == 0
         if main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         parallel.barrier()
-        dcp.save(state.tensors(), checkpoint_id=partial / "tensors", no_dist=not parallel.distributed())
+        _save_tensors(state.tensors(), partial)
         save_file(_random_state(), partial / f"random_{parallel.rank()}.safetensors")
         if main:
             record = {
                 "step": state.step,
                 "best_score": state.best_score,
+                "is_best": best,
                 "cursor": state.cursor.state_dict(),
                 "recipe": as_dict(self.recipe),
             }
             (partial / "record.json").write_text(json.dumps(record, indent=2))
         parallel.barrier()
         if main:
-            if final.exists():  # the same step again, after a resume from before it
-                shutil.rmtree(final)
             os.replace(partial, final)
-            if best:
-                (self.directory / "best").write_text(final.name)
-            self._prune()
+            complete = checkpoints(self.directory)
+            self._remove_all_but([path.name for path in complete[-self.recipe.checkpoint.keep :] + _best_of(complete)])
         parallel.barrier()
+        self._saved_step = state.step
         return final
 
-    def _prune(self) -> None:
-        kept = {path.name for path in checkpoints(self.directory)[-self.recipe.checkpoint.keep :]}
-        marker = self.directory / "best"
-        if marker.exists():
-            kept.add(marker.read_text())
+    def _remove_all_but(self, kept: Collection[str]) -> None:
         for path in self.directory.glob("step_*"):
             if path.name not in kept:
+                (path / "record.json").unlink(missing_ok=True)  # first, so that half of one never passes for complete
                 shutil.rmtree(path)
 
 
 def checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoints below a directory, oldest first."""
-    return sorted(
-        path for path in directory.glob("step_*") if path.suffix != _PARTIAL and (path / "record.json").exists()
-    )
+    complete = (path for path in directory.glob("step_*[0-9]") if (path / "record.json").exists())
+    return sorted(complete, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _best_of(complete: Sequence[Path]) -> list[Path]:
+    """The last of these that was the best so far by validation when it was written, if any was."""
+    return [path for path in complete if read_record(path)["is_best"]][-1:]
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
     """A checkpoint of a run: "latest", "best", or a step's number. Raises ValueError if there is none."""
     directory = run / "checkpoints"
     found = checkpoints(directory)
-    if which == "best" and (directory / "best").exists():
-        return directory / (directory / "best").read_text()
+    if which == "best" and (best := _best_of(found)):
+        return best[0]
     if which == "latest" and found:
         return found[-1]
     if which.isdigit() and directory / f"step_{int(which):06d}" in found:
@@ -151,14 +181,48 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def refuse_unlike(path: Path, recipe: Recipe, cursor: PromptCursor) -> None:
+    """Raise ValueError, naming the field, for a checkpoint whose recipe or prompts would have given other numbers."""
+    record = read_record(path)
+    refuse_changed(record["recipe"], json.loads(json.dumps(as_dict(recipe))))
+    cursor.load_state_dict(record["cursor"])
+
+
 def load_weights(flux: Flux, path: Path) -> None:
     """Load a checkpoint's trained weights, the averaged ones where an EMA was kept, for sampling or export."""
     averaged = bool(read_record(path)["recipe"]["model"]["ema"])
     # An EMA's state is the averages by name; a fresh one's are the weights, which are then overwritten in place.
     ema = EMA(flux.trainable, 0.0)
     tensors = {"ema" if averaged else "model": ema.state_dict()}
-    dcp.load(tensors, checkpoint_id=path / "tensors", no_dist=not parallel.distributed())
+    _load_tensors(tensors, path)
     ema.swap()
+
+
+def _save_tensors(state: dict[str, Any], path: Path) -> None:
+    with _one_process_is_fine():
+        dcp.save(state, checkpoint_id=path / "tensors", no_dist=not parallel.distributed())
+
+
+def _load_tensors(state: dict[str, Any], path: Path) -> None:
+    """Overwrite the tensors of `state` with those of a checkpoint."""
+    with _one_process_is_fine():
+        dcp.load(state, checkpoint_id=path / "tensors", no_dist=not parallel.distributed())
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """Silence torch's warning of every checkpoint that is not distributed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _leaves(state: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    for value in state.values():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
 
 
 def _random_state() -> dict[str, torch.Tensor]:

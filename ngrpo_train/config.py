@@ -1,20 +1,24 @@
 """Everything a user can set: a recipe (TOML) and flags, read by one parser into one frozen `Recipe`.
 
-A recipe is flattened into flags that stand before the user's own, so both are checked by the same rules, a flag beats
-the recipe, and a misspelt name is answered with the nearest right one wherever it stands.
+A recipe is flattened into flags, so both are checked by the same rules and a misspelt name is answered with the nearest
+right one wherever it stands. The recipe's values are then the defaults of the user's own flags.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
 import re
+import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -31,6 +35,7 @@ class Model:
     """Train every weight of the transformer, or low-rank adapters (peft) on its attention and feed-forward layers."""
     lora_rank: int = 128
     lora_alpha: int = 128
+    """The adapters' output is scaled by lora_alpha / lora_rank."""
     gradient_checkpointing: bool = True
     """Recompute each block's activations in the backward pass: less memory, a third more arithmetic."""
     ema: float = 0.0
@@ -54,11 +59,13 @@ class Sampling:
     solver: Literal["euler", "ddim", "dpmpp_2m"] = "dpmpp_2m"
     """ODE solver of the rollout; "ddim" is another name for Euler. The update always takes one Euler step."""
     num_inference_steps: int = 8
+    """Solver steps per picture."""
     shift: float = 3.0
     """Timestep shift s of the schedule s*t / (1 + (s-1)*t)."""
     guidance_scale: float = 3.5
     """Ignored by models without a guidance embedding (schnell)."""
     height: int = 720
+    """Pixels, a multiple of 16; width likewise."""
     width: int = 720
     max_sequence_length: int = 512
     """T5 tokens per prompt."""
@@ -80,8 +87,8 @@ class Algorithm:
     sigma: float = 0.3
     """Strength of the perturbation of the initial noise (Eq. 7), in (0, 1]."""
     old_policy: Literal["exact", "cached", "literal"] = "exact"
-    """Where the old policy's anchor comes from: its own Euler step, the velocity of the rollout, or the
-    rollout's state as Algorithm 1 prints it (which is a biased ratio with a multistep solver)."""
+    """Where the old policy stands: its own Euler step, that step by the rollout's velocity, or the rollout's state.
+    The last is Algorithm 1 as printed, and with a multistep solver a biased ratio."""
     updates_per_iteration: int = 1
     """Optimizer steps per iteration; divides num_anchors. Clip and KL act from the second step on."""
     p: float = 0.8
@@ -91,8 +98,8 @@ class Algorithm:
     clip_range: float | tuple[float, float] = 1e-4
     """Clip of the ratio at 1 - eps, 1 + eps, or (low, high)."""
     temperature: float | Literal["dim", "neighborhood"] = 1.0
-    """Divides the squared distances of the leaping policy (Eq. 8): a number, the latent's dimension, or the mean
-    squared distance within the neighborhood."""
+    """Divides the squared distances of the leaping policy (Eq. 8).
+    A number, "dim" for the latent's dimension, or "neighborhood" for the group's mean squared distance."""
     kl_coef: float = 0.0
     """Weight of KL(pi_old || pi_theta) in the loss."""
     shuffle_advantages: bool = False
@@ -128,8 +135,8 @@ class Train:
     """Iterations: each explores a neighborhood for every prompt of the batch, then updates."""
     seed: int = 0
     gradient_accumulation_steps: int = 1
-    """Batches of `prompts.per_rank` prompts explored per process before an update. One GPU with 32 here sees as many
-    prompts per optimizer step as the paper's 32 GPUs."""
+    """Batches of prompts.per_rank prompts explored per process before an update.
+    One GPU with 32 here sees as many prompts per update as the paper's 32 GPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +176,7 @@ class Evaluation:
     """Prompt source of the before/after table; empty leaves the table out."""
     num_images_per_prompt: int = 1
     batch: int = 0
-    """Pictures generated at once, rounded down to whole prompts; 0 takes 64."""
+    """Pictures generated at once; 0 takes 64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,38 +216,56 @@ class Recipe:
 
 
 # Fields that may differ between a checkpoint and the run that resumes from it: none of them changes the numbers.
-_FREE_ON_RESUME = re.compile(r"train\.steps|log\..*|checkpoint\..*|evaluation\..*|parallel\.timeout_minutes")
+# Two of them may make up for another number of processes: the prompt cursor sees to it that they do.
+_FREE_ON_RESUME = re.compile(
+    r"train\.(steps|gradient_accumulation_steps)|prompts\.per_rank"
+    r"|log\..*|checkpoint\..*|evaluation\..*|parallel\.timeout_minutes"
+)
+
+
+_POSITIVE = [
+    "model.lora_rank",
+    "model.lora_alpha",
+    "prompts.per_rank",
+    "sampling.num_inference_steps",
+    "sampling.shift",
+    "sampling.max_sequence_length",
+    "algorithm.num_anchors",
+    "algorithm.num_train_steps",
+    "algorithm.updates_per_iteration",
+    "optimizer.learning_rate",
+    "optimizer.max_grad_norm",
+    "train.steps",
+    "train.gradient_accumulation_steps",
+    "parallel.timeout_minutes",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "evaluation.every",
+    "evaluation.num_images_per_prompt",
+    "log.images_every",
+    "log.num_images",
+]
+_NOT_NEGATIVE = [
+    "sampling.guidance_scale",
+    "algorithm.min_reward_std",
+    "algorithm.kl_coef",
+    "algorithm.reference_coef",
+    "optimizer.weight_decay",
+    "train.seed",
+    "parallel.rollout_batch",
+    "parallel.update_batch",
+    "parallel.decode_batch",
+    "evaluation.batch",
+]
 
 
 def check(recipe: Recipe, world_size: int = 1) -> None:
-    """Raise ValueError, naming the field and its value, for a recipe that cannot run."""
-    algorithm, sampling = recipe.algorithm, recipe.sampling
-    first, last = recipe.trainable_steps()
-    clip = algorithm.clip_range if isinstance(algorithm.clip_range, tuple) else (algorithm.clip_range,) * 2
-    temperature = algorithm.temperature
-    positive = {
-        "prompts.per_rank": recipe.prompts.per_rank,
-        "sampling.num_inference_steps": sampling.num_inference_steps,
-        "sampling.shift": sampling.shift,
-        "sampling.max_sequence_length": sampling.max_sequence_length,
-        "algorithm.num_anchors": algorithm.num_anchors,
-        "algorithm.num_train_steps": algorithm.num_train_steps,
-        "algorithm.updates_per_iteration": algorithm.updates_per_iteration,
-        "optimizer.max_grad_norm": recipe.optimizer.max_grad_norm,
-        "train.steps": recipe.train.steps,
-        "train.gradient_accumulation_steps": recipe.train.gradient_accumulation_steps,
-        "checkpoint.every": recipe.checkpoint.every,
-        "checkpoint.keep": recipe.checkpoint.keep,
-        "evaluation.every": recipe.evaluation.every,
-        "evaluation.num_images_per_prompt": recipe.evaluation.num_images_per_prompt,
-        "log.images_every": recipe.log.images_every,
-        "model.lora_rank": recipe.model.lora_rank,
-    }
-    for name, value in positive.items():
-        _require(value > 0, name, value, "must be positive")
-    for name, value in {"sampling.height": sampling.height, "sampling.width": sampling.width}.items():
-        _require(value > 0 and value % 16 == 0, name, value, "must be a positive multiple of 16")
+    """Raise ValueError, naming the field and its value, for a recipe that cannot train."""
+    check_sections(recipe, [section.name for section in dataclasses.fields(Recipe)])
+    algorithm = recipe.algorithm
     _require(bool(recipe.prompts.source), "prompts.source", recipe.prompts.source, "must name the training prompts")
+    _require(recipe.train.seed < 2**63, "train.seed", recipe.train.seed, "must be less than 2**63")
+    _require(0 <= recipe.model.ema < 1, "model.ema", recipe.model.ema, "must be in [0, 1)")
     _require(0 < algorithm.sigma <= 1, "algorithm.sigma", algorithm.sigma, "must be in (0, 1]")
     _require(0 < algorithm.p <= 2, "algorithm.p", algorithm.p, "must be in (0, 2]")
     _require(
@@ -264,23 +289,38 @@ def check(recipe: Recipe, world_size: int = 1) -> None:
         algorithm.step_range,
         "must be two rising fractions within 0 and 1",
     )
+    first, last = recipe.trainable_steps()
     _require(
         algorithm.num_train_steps <= last - first,
         "algorithm.num_train_steps",
         algorithm.num_train_steps,
         f"must not exceed the {last - first} steps inside algorithm.step_range = {algorithm.step_range} "
-        f"of sampling.num_inference_steps = {sampling.num_inference_steps}",
+        f"of sampling.num_inference_steps = {recipe.sampling.num_inference_steps}",
     )
-    _require(all(c > 0 for c in clip) and clip[0] < 1, "algorithm.clip_range", algorithm.clip_range, "must be positive")
-    _require(isinstance(temperature, str) or temperature > 0, "algorithm.temperature", temperature, "must be positive")
-    _require(algorithm.min_reward_std >= 0, "algorithm.min_reward_std", algorithm.min_reward_std, "must be 0 or more")
+    clip = algorithm.clip_range if isinstance(algorithm.clip_range, tuple) else (algorithm.clip_range,) * 2
+    _require(
+        0 < clip[0] < 1 and 0 < clip[1] < math.inf,
+        "algorithm.clip_range",
+        algorithm.clip_range,
+        "must be positive, and below 1 on the lower side",
+    )
+    temperature = algorithm.temperature
+    _require(
+        isinstance(temperature, str) or 0 < temperature < math.inf,
+        "algorithm.temperature",
+        temperature,
+        "must be positive",
+    )
     _require(
         algorithm.reference_coef == 0 or recipe.model.tuning == "lora",
         "algorithm.reference_coef",
         algorithm.reference_coef,
         'needs model.tuning = "lora", whose adapters can be switched off to give the base model',
     )
-    _require(0 <= recipe.model.ema < 1, "model.ema", recipe.model.ema, "must be in [0, 1)")
+    betas = recipe.optimizer.betas
+    _require(all(0 <= beta < 1 for beta in betas), "optimizer.betas", betas, "must be in [0, 1)")
+    for name, reward in recipe.rewards.items():
+        _require(math.isfinite(reward.weight), f"rewards.{name}.weight", reward.weight, "must be finite")
     trained = [name for name, reward in recipe.rewards.items() if not reward.log_only and reward.weight != 0]
     _require(bool(trained), "rewards", list(recipe.rewards), "must have at least one reward to train on")
     _require(
@@ -289,6 +329,29 @@ def check(recipe: Recipe, world_size: int = 1) -> None:
         recipe.parallel.sharding,
         f"must be full or auto on {world_size} processes",
     )
+    for tracker in recipe.log.trackers:
+        _require(
+            find_spec(tracker) is not None,
+            "log.trackers",
+            recipe.log.trackers,
+            f'needs a package that is not installed: pip install "ngrpo[{tracker}]"',
+        )
+
+
+def check_sections(recipe: Recipe, sections: Sequence[str]) -> None:
+    """Raise ValueError for a number out of range in one of these sections, which may be all that a command reads."""
+    for name in [*_POSITIVE, *_NOT_NEGATIVE]:
+        section, _, field_name = name.partition(".")
+        if section in sections:
+            value = getattr(getattr(recipe, section), field_name)
+            if name in _POSITIVE:
+                _require(0 < value < math.inf, name, value, "must be positive")
+            else:
+                _require(0 <= value < math.inf, name, value, "must be 0 or more")
+    if "sampling" in sections:
+        for name in ("height", "width"):
+            pixels = getattr(recipe.sampling, name)
+            _require(pixels > 0 and pixels % 16 == 0, f"sampling.{name}", pixels, "must be a positive multiple of 16")
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -322,32 +385,98 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ValueError(f"recipe {path}: not valid TOML: {error}") from error
 
 
+# As a field of a command: its flags without a prefix, true and false written out as in TOML.
+RecipeFlags = Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+
+
 def parse(
-    command: type[T], recipe: Mapping[str, Any], arguments: Sequence[str], *, prog: str, quiet: bool = False
+    command: type[T],
+    recipe: Mapping[str, Any],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    name: str = "",
+    quiet: bool = False,
 ) -> T:
-    """Build `command` (a dataclass with the sections of a Recipe, or a `recipe` field) from a recipe and flags."""
-    # Rewards are a table of any names; the parser only knows flags of names it has seen in its defaults.
-    mentioned = [*recipe.get("rewards", {}), *(m[1] for a in arguments if (m := re.match(r"--rewards\.([^.=]+)\.", a)))]
-    rewards = {name.replace("-", "_"): Reward() for name in mentioned}
-    return tyro.cli(
-        command,
+    """`command`, a dataclass with a field `recipe: RecipeFlags`, from a recipe called `name` and flags.
+
+    Exits with code 2 on a wrong key, flag or value; a recipe's is said to be of `name`.
+    """
+    resolved = resolve(recipe, name=name, quiet=quiet)
+    # Rewards are a table of any names; the parser only knows flags of names that it has seen in its defaults.
+    mentioned = [match[1] for argument in arguments if (match := re.match(r"--rewards\.([^.=]+)\.", argument))]
+    default = command(recipe=_with_rewards(resolved, mentioned))  # type: ignore[call-arg]
+    return parse_flags(default, arguments, prog=prog, quiet=quiet)
+
+
+def resolve(recipe: Mapping[str, Any], *, name: str, quiet: bool = False) -> Recipe:
+    """A recipe as read from TOML, complete; exits with code 2, saying where and what, on a wrong key or value.
+
+    Raises ValueError where the shape of the TOML is wrong, which the parser of flags could not explain.
+    """
+    _refuse_misshapen(recipe, name)
+    default = _with_rewards(Recipe(), recipe.get("rewards", {}))
+    try:
+        return _cli(RecipeFlags, as_flags(recipe), default, "ngrpo train", quiet)
+    except SystemExit:
+        if not quiet:
+            print(f"in the recipe {name}", file=sys.stderr)
+        raise
+
+
+def _refuse_misshapen(recipe: Mapping[str, Any], name: str) -> None:
+    types = {
+        f"{section.name}.{entry.name}": str(entry.type)
+        for section in dataclasses.fields(Recipe)
+        if section.name != "rewards"
+        for entry in dataclasses.fields(getattr(Recipe(), section.name))
+    }
+    for section, values in recipe.items():
+        if not isinstance(values, Mapping):
+            raise ValueError(f"recipe {name}: {section} = {values!r} must be a section of its own or stand inside one")
+        for key, value in values.items():
+            expected = types.get(f"{section}.{key}", "...")
+            pair = "tuple[float, float]" in expected
+            if isinstance(value, list) and "..." not in expected and not (pair and len(value) == 2):
+                raise ValueError(
+                    f"recipe {name}: {section}.{key} = {value!r} must be {'two numbers' if pair else 'one value'}"
+                )
+
+
+def parse_flags(defaults: T, arguments: Sequence[str], *, prog: str, quiet: bool = False) -> T:
+    """A command's dataclass with flags over its values; exits with code 2 on a wrong flag or value."""
+    return _cli(type(defaults), arguments, defaults, prog, quiet)
+
+
+def _cli(kind: Any, arguments: Iterable[str], default: T, prog: str, quiet: bool) -> T:
+    result: T = tyro.cli(
+        kind,
         prog=prog,
-        args=[*as_flags(recipe), *arguments],
-        default=command(recipe=Recipe(rewards=rewards)),  # type: ignore[call-arg]
+        args=list(arguments),
+        default=default,
         config=(tyro.conf.AvoidSubcommands,),
         console_outputs=not quiet,
     )
+    return result
+
+
+def _with_rewards(recipe: Recipe, names: Iterable[str]) -> Recipe:
+    """The recipe with rewards of these names too, at their defaults."""
+    wanted = {name.replace("-", "_"): Reward() for name in names}
+    return replace(recipe, rewards={**recipe.rewards, **{n: r for n, r in wanted.items() if n not in recipe.rewards}})
 
 
 def as_flags(recipe: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
-    """{"model": {"ema": 0.9}} -> "--model.ema", "0.9"."""
+    """{"model": {"ema": 0.9}} -> "--model.ema=0.9"; the values of a list stand alone, after the name."""
     for key, value in recipe.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             yield from as_flags(value, f"{name}.")
-        else:
+        elif isinstance(value, list | tuple):
             yield name
-            yield from (str(item) for item in (value if isinstance(value, list | tuple) else [value]))
+            yield from map(str, value)
+        else:
+            yield f"{name}={value}"
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
@@ -376,8 +505,7 @@ def _toml_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's but for DEL
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml_value, value))}]"
     return repr(value)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ngrpo_train import parallel
+
 
 class EMA:
     """`average <- decay * average + (1 - decay) * weights` after every iteration."""
@@ -20,7 +22,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(self._averages, self._parameters, 1 - self.decay)
+        torch._foreach_lerp_(*self._shards(), 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -34,9 +36,14 @@ class EMA:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the model's weights and the averages."""
-        kept = [p.detach().clone() for p in self._parameters]
-        torch._foreach_copy_(self._parameters, self._averages)
-        torch._foreach_copy_(self._averages, kept)
+        averages, weights = self._shards()
+        kept = [weight.clone() for weight in weights]
+        torch._foreach_copy_(weights, averages)
+        torch._foreach_copy_(averages, kept)
+
+    def _shards(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Averages and weights as plain tensors: DTensors have few foreach operations, and need none here."""
+        return [parallel.local(a) for a in self._averages], [parallel.local(p) for p in self._parameters]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages themselves, by parameter name: loading a checkpoint into it in place restores them."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,16 @@ class Evaluation:
         return dict(zip(self.names, self.scores_RN.mean(1).tolist(), strict=True))
 
     def standard_error(self) -> dict[str, float]:
-        """Of the mean over prompts; pictures of one prompt are not independent."""
+        """Of the mean over prompts, whose pictures are not independent; NaN for a single prompt."""
+        if len(self.prompts) == 1:
+            return dict.fromkeys(self.names, math.nan)
         per_prompt = self.scores_RN.view(len(self.names), len(self.prompts), -1).mean(2)
         error = per_prompt.std(1) / len(self.prompts) ** 0.5
         return dict(zip(self.names, error.tolist(), strict=True))
+
+
+def plus_minus(error: float) -> str:
+    return "" if math.isnan(error) else f" ± {error:.4f}"
 
 
 @torch.no_grad()

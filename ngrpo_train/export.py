@@ -11,12 +11,13 @@ from ngrpo_train import parallel
 from ngrpo_train.flux import Flux, quiet_diffusers
 
 
-def export(flux: Flux, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the current weights; a collective, on rank 0 alone it writes.
+def export(flux: Flux, directory: Path) -> Path:
+    """Write the current weights; a collective, of which rank 0 alone writes.
 
-    Full tuning gives a directory for `FluxPipeline.from_pretrained`; LoRA gives one with
-    `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(directory)`.
+    Full tuning gives a directory for `FluxPipeline.from_pretrained`, its transformer in the dtype that it computes in;
+    LoRA gives one with `pytorch_lora_weights.safetensors`, in float32, for `pipeline.load_lora_weights(directory)`.
     """
+    dtype = torch.float32 if flux.model.tuning == "lora" else getattr(torch, flux.settings.compute_dtype)
     trained = {name: _gathered(p, dtype) for name, p in flux.trainable.items()}
     if parallel.rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)

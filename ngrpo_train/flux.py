@@ -8,7 +8,7 @@ Latents are FLUX's packed tokens, [*, T, C] with C = 4 * latent channels; `sigma
 from __future__ import annotations
 
 import logging
-import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from torch import Tensor, nn
 
@@ -116,15 +117,15 @@ class Flux:
                 device=self.device,
                 max_sequence_length=self.sampling.max_sequence_length,
             )
-        return Conditioning(prompt_embeds, pooled, txt_ids)
+        dtype = getattr(torch, self.settings.compute_dtype)
+        return Conditioning(prompt_embeds.to(dtype), pooled.to(dtype), txt_ids)
 
     def _warn_of_length(self, prompts: Sequence[str]) -> None:
         if self._warned_of_length:
             return
         limit = self.sampling.max_sequence_length
         with quiet_diffusers():
-            longest = max(prompts, key=len)
-            tokens = len(self.pipeline.tokenizer_2(longest).input_ids)
+            tokens, longest = max((len(self.pipeline.tokenizer_2(prompt).input_ids), prompt) for prompt in prompts)
         if tokens > limit:
             self._warned_of_length = True
             logger.warning(
@@ -191,23 +192,35 @@ def _load(name_or_path: str) -> FluxPipeline:
         with quiet_diffusers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pipeline: Any = FluxPipeline.from_pretrained(
-                directory if local else name_or_path, torch_dtype=torch.float32, local_files_only=local
+                directory if local else name_or_path, dtype=torch.float32, local_files_only=local
             )
-    except GatedRepoError as error:
-        raise ValueError(
-            f"model.name_or_path = {name_or_path!r} is gated: accept its licence on its hub page, then run "
-            "`hf auth login` with a token of the account that did"
-        ) from error
-    except (RepositoryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise ValueError(
-            f"model.name_or_path = {name_or_path!r}: neither a directory in FLUX.1's layout nor a hub model that can "
-            f"be reached{' (HF_HUB_OFFLINE is set)' if os.environ.get('HF_HUB_OFFLINE') else ''}; download it once with "
-            f"`hf download {name_or_path}` or give a directory ({str(error).splitlines()[0]:.200})"
-        ) from error
-    if not isinstance(pipeline, FluxPipeline):
-        raise ValueError(f"model.name_or_path = {name_or_path!r} is a {type(pipeline).__name__}, not a FluxPipeline")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(f"model.name_or_path = {name_or_path!r} {_remedy(error, name_or_path)}") from error
+    if not isinstance(pipeline.transformer, FluxTransformer2DModel):
+        kind = type(pipeline.transformer).__name__
+        raise ValueError(f"model.name_or_path = {name_or_path!r} has a {kind} where FLUX has its transformer")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _remedy(error: BaseException, name_or_path: str) -> str:
+    """What is wrong with a model that did not load, and what to do. diffusers hides the hub's errors as causes."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    if any(isinstance(each, GatedRepoError) for each in chain):
+        return "is gated: accept its licence on its hub page, then run `hf auth login` with an account that did"
+    if Path(name_or_path).expanduser().is_dir() or name_or_path == "shapes":
+        return f"cannot be loaded: {str(error).strip().splitlines()[0]:.300}"
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path):
+        return "is neither a directory nor a hub id such as black-forest-labs/FLUX.1-dev"
+    if any(isinstance(each, RepositoryNotFoundError) for each in chain):
+        return "is not on the hub, or is private: check the spelling, or run `hf auth login`"
+    offline = ", for HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+    return (
+        f"is no directory, and the hub cannot be reached{offline}: download it once with `hf download {name_or_path}` "
+        "or give a directory in FLUX.1's layout"
+    )
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from ngrpo_train import parallel
 from ngrpo_train.checkpoint import find_checkpoint, load_weights
-from ngrpo_train.config import Recipe, Reward
-from ngrpo_train.evaluate import Evaluation, evaluate, pictures, save_picture, tile
+from ngrpo_train.config import Recipe
+from ngrpo_train.evaluate import Evaluation, evaluate, pictures, plus_minus, save_picture, tile
 from ngrpo_train.export import export
 from ngrpo_train.flux import Flux
 from ngrpo_train.prompts import load_prompts
@@ -26,6 +26,8 @@ from ngrpo_train.rewards import Rewards
 def trained_model(source: str, recipe: Recipe, checkpoint: str) -> Iterator[Flux]:
     """A run's model at a checkpoint, or a model as it stands. Raises ValueError where there is no such thing."""
     is_run = (Path(source) / "recipe.toml").exists()
+    if not is_run and checkpoint != "latest":
+        raise ValueError(f"--checkpoint = {checkpoint!r} is for a run, and {source!r} is none: it has no recipe.toml")
     weights = find_checkpoint(Path(source), checkpoint) if is_run else None
     model = recipe.model if is_run else replace(recipe.model, name_or_path=source)
     with parallel.processes(recipe.parallel) as processes:
@@ -57,31 +59,30 @@ def sample(source: str, recipe: Recipe, prompts: Sequence[str], per_prompt: int,
     return 0
 
 
-def score(source: str, recipe: Recipe, names: str, checkpoint: str, out: Path | None) -> int:
-    """Print the mean score of each reward over `prompts.source`, with its standard error over prompts."""
-    chosen = {name: recipe.rewards.get(name, Reward()) for name in names.split(",")} if names else recipe.rewards
-    rewards = Rewards(chosen)
+def score(source: str, recipe: Recipe, checkpoint: str, out: Path | None) -> int:
+    """Print the mean of each of the recipe's rewards over `prompts.source`, with its standard error over prompts."""
+    if not recipe.rewards:
+        raise ValueError("--rewards must name at least one reward, or package.module:callable")
+    rewards = Rewards(recipe.rewards)
     prompts = load_prompts(recipe.prompts.source)
     with trained_model(source, recipe, checkpoint) as flux:
         evaluation = evaluate(flux, recipe, rewards, prompts)
         if parallel.rank() == 0:
-            Console().print(_table(source, recipe, evaluation))
+            count, pictures_made = len(prompts), evaluation.scores_RN.shape[1]
+            print(f"{source}: {count} prompts of {recipe.prompts.source}, {pictures_made} pictures")
+            Console().print(_table(evaluation))
             if out:
                 _write_csv(evaluation, out)
     return 0
 
 
-def _table(source: str, recipe: Recipe, evaluation: Evaluation) -> Table:
-    pictures_made = evaluation.scores_RN.shape[1]
-    table = Table(
-        title=f"{source}: {len(evaluation.prompts)} prompts of {recipe.prompts.source}, {pictures_made} pictures",
-        title_justify="left",
-    )
+def _table(evaluation: Evaluation) -> Table:
+    table = Table()
     table.add_column("score")
     table.add_column("mean ± standard error", justify="right")
     error = evaluation.standard_error()
     for name, mean in evaluation.mean().items():
-        table.add_row(name, f"{mean:.4f} ± {error[name]:.4f}")
+        table.add_row(name, f"{mean:.4f}{plus_minus(error[name])}")
     return table
 
 

@@ -75,7 +75,6 @@ class Recorder:
         self.main = parallel.rank() == 0
         self.symptoms = Symptoms(recipe)
         self._pictures = ThreadPoolExecutor(max_workers=1)
-        self._figures: dict[str, float] = {}
         if self.main:
             self._metrics = _reopen(run / "metrics.jsonl", start)
         self._progress = Progress(
@@ -96,7 +95,8 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
         self._pictures.shutdown()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # not end_training(): that closes the process group, still needed
+            tracker.finish()
         if self.main:
             self._metrics.close()
 
@@ -114,7 +114,6 @@ class Recorder:
         figures = reward_figures(scores, trained) | advantage_figures(advantages_PG)
         figures |= _reduced(device_figures(groups, stats))
         figures |= watch.read() | {"memory/peak_gib": _peak_gib(groups.final_PGTC.device)}
-        self._figures = figures
         if not self.main:
             return figures
         self._metrics.write(json.dumps({"step": step, **figures}) + "\n")
@@ -188,8 +187,8 @@ def advantage_figures(advantages_PG: Tensor) -> dict[str, float]:
 def device_figures(groups: Groups, stats: UpdateStats | None) -> dict[str, tuple[str, Tensor, Tensor | None]]:
     """Figures still on the device: name -> (how ranks combine, value, count for means of unequal shares)."""
     final_PGD = groups.final_PGTC.flatten(2)
-    P, G, D = final_PGD.shape
-    diversity = (pairwise_sqdist(final_PGD, final_PGD).sum() / (P * G * (G - 1) * D)).sqrt()
+    _, G, D = final_PGD.shape
+    diversity = (pairwise_sqdist(final_PGD, final_PGD).sum((1, 2)) / (G * (G - 1) * D)).sqrt().mean()
     figures: dict[str, tuple[str, Tensor, Tensor | None]] = {"group/diversity": ("mean", diversity, None)}
     if stats is None:
         return figures
@@ -197,15 +196,14 @@ def device_figures(groups: Groups, stats: UpdateStats | None) -> dict[str, tuple
         "update/loss": ("mean", stats.loss, None),
         "update/grad_norm": ("mean", stats.grad_norm, None),
         "update/skipped_steps": ("max", stats.skipped, None),
-        "policy/mismatch_log_ratio_std": ("mean", stats.mismatch_spread, None),
         "policy/ratio_min": ("min", stats.last.ratio_min, None),
         "policy/ratio_max": ("max", stats.last.ratio_max, None),
     }
     for name in stats.last.sums:
-        tally = stats.first if name == "rollout_mismatch" else stats.last
+        tally = stats.first if "mismatch" in name else stats.last  # there theta is still that of the rollout
         figures[f"policy/{name}"] = ("sum", tally.sums[name], tally.rows)
-    for index in sorted(set(groups.step_PK.flatten().tolist())):
-        norms, rows = stats.last.velocity_grad_norm_by_step, stats.last.rows_by_step
+    norms, rows = stats.last.velocity_grad_norm_by_step, stats.last.rows_by_step
+    for index in range(len(norms)):  # all of them, for ranks train different ones; without rows it is left out
         figures[f"velocity_grad_norm/step_{index}"] = ("sum", norms[index], rows[index])
     return figures
 
@@ -302,8 +300,9 @@ class Symptoms:
                 yield (
                     name,
                     (
-                        f"{name} = {figures[name]:.3g} is {abs(figures[name]) / usual:.0f} times its usual size (outside "
-                        f"the trust region): lower optimizer.learning_rate = {self.recipe.optimizer.learning_rate:g}"
+                        f"{name} = {figures[name]:.3g} is {abs(figures[name]) / usual:.0f} times its usual size "
+                        "(outside the trust region): lower "
+                        f"optimizer.learning_rate = {self.recipe.optimizer.learning_rate:g}"
                     ),
                 )
 
@@ -316,10 +315,19 @@ class Symptoms:
 def _reopen(path: Path, start: int) -> Any:
     """Open for appending, without the lines of iterations that a resumed run makes again."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line]
-        kept = [line for line in lines if (row := json.loads(line))["step"] < start or _is_evaluation(row, start)]
-        path.write_text("".join(line + "\n" for line in kept))
+        kept = [line + "\n" for line in path.read_text().splitlines() if _stays(line, start)]
+        aside = path.with_name(path.name + ".partial")
+        aside.write_text("".join(kept))
+        aside.replace(path)
     return path.open("a")
+
+
+def _stays(line: str, start: int) -> bool:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+        return False
+    return row["step"] < start or _is_evaluation(row, start)
 
 
 def _is_evaluation(row: Mapping[str, Any], start: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -27,6 +29,9 @@ _REFUSED_LAUNCH = {
     "ACCELERATE_DYNAMO_BACKEND": "parallel",
 }
 
+# Where a launcher says how many processes it started: torchrun, Intel MPI, Open MPI, MVAPICH.
+_GROUP_SIZE = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
+
 
 def refuse_foreign_launch(environment: Mapping[str, str] = os.environ) -> None:
     """Raise ValueError where an accelerate config asks for sharding or precision that the recipe decides here."""
@@ -36,6 +41,13 @@ def refuse_foreign_launch(environment: Mapping[str, str] = os.environ) -> None:
                 f"{variable} = {environment[variable]!r}: the accelerate config asks for what {recipe_field} does in "
                 "the recipe; launch with a plain multi-process config and set that field instead"
             )
+    # `accelerate launch --cpu --num_processes 2` sets the address of a group, but leaves its processes to mpirun.
+    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and "MASTER_PORT" in environment
+    if on_cpu and not _GROUP_SIZE & environment.keys():
+        raise ValueError(
+            "accelerate launch --cpu starts one process, however many are asked for, without parallel.device: use "
+            "accelerate launch --multi_gpu --num_processes N or torchrun, with parallel.device = 'cpu'"
+        )
 
 
 def world_size_at_launch() -> int:
@@ -59,7 +71,7 @@ def processes(settings: Parallel) -> Iterator[PartialState]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        PartialState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def shards(settings: Parallel) -> bool:
@@ -77,9 +89,13 @@ def shard(module: nn.Module, blocks: Sequence[nn.Module], settings: Parallel, de
     mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
     dtype = getattr(torch, settings.compute_dtype)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
+    # FLUX's blocks return slices, which is harmless as long as nothing writes into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+    # The root too gives its gathered weights up after a forward, which by default it keeps until a backward: what
+    # optimizer, clipping and EMA hold are the shards, and the next forward must see what they made of them.
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def sync_gradients(module: nn.Module, enabled: bool) -> None:
@@ -105,14 +121,19 @@ def all_gather(x: Tensor) -> Tensor:
     """[world_size, *x.shape]; `x` must have the same shape everywhere."""
     if world_size() == 1:
         return x[None]
-    gathered = x.new_empty(world_size(), *x.shape)
-    dist.all_gather_into_tensor(gathered, x.contiguous())
-    return gathered
+    gathered = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(gathered, x.contiguous())
+    return torch.stack(gathered)
 
 
 def whole(x: Tensor) -> Tensor:
     """A sharded tensor gathered on every rank; a plain one as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor, sharing its memory; a plain one as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def barrier() -> None:

@@ -14,24 +14,24 @@ from typing import Any
 SHAPES_SPLITS = ("train", "validation", "test")
 
 
-def load_prompts(source: str) -> list[str]:
+def load_prompts(source: str, field: str = "prompts.source") -> list[str]:
     """The distinct prompts of a source, stripped, blank ones dropped, in order of first appearance.
 
     `source` is the path of a UTF-8 file or `shapes:SPLIT`. Files:
     txt: one prompt per line. json: a list of strings or of objects with "prompt". jsonl: the same, one per line.
     csv (its first row names the columns) and parquet: column "prompt", or the only column.
 
-    Raises ValueError, in one line that names `prompts.source`, for an unknown scheme or format, an unreadable or
+    Raises ValueError, in one line that names the recipe's `field`, for an unknown scheme or format, an unreadable or
     malformed file, and a source without prompts.
     """
     try:
         prompts = [_text(entry, position) for position, entry in enumerate(_entries(source), start=1)]
     except (OSError, ValueError, csv.Error) as error:
         reason, _, _ = str(error).partition("\n")
-        raise ValueError(f"prompts.source {source!r}: {reason}") from error
+        raise ValueError(f"{field} {source!r}: {reason}") from error
     distinct = list(dict.fromkeys(prompt for prompt in prompts if prompt))
     if not distinct:
-        raise ValueError(f"prompts.source {source!r}: there are no prompts in it")
+        raise ValueError(f"{field} {source!r}: there are no prompts in it")
     return distinct
 
 
@@ -167,13 +167,25 @@ class PromptCursor:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """`position`, the prompts consumed by all ranks, and `fingerprint`, a hash of the prompt list."""
-        return {"position": self._position, "fingerprint": self._fingerprint}
+        """`position`, the prompts consumed by all ranks, `per_iteration`, and `fingerprint`, a hash of the prompts."""
+        return {
+            "position": self._position,
+            "per_iteration": self._per_iteration,
+            "fingerprint": self._fingerprint,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the prompts that `state` has consumed. Raises ValueError if it counts another prompt list."""
+        """Continue after the prompts that `state` has consumed.
+
+        Raises ValueError if it counts another prompt list, or dealt out another number of prompts per iteration.
+        """
         if state["fingerprint"] != self._fingerprint:
             raise ValueError("prompts.source: these are not the prompts that the checkpoint was trained on")
+        if state["per_iteration"] != self._per_iteration:
+            raise ValueError(
+                f"prompts.per_rank * train.gradient_accumulation_steps * processes = {self._per_iteration} differs "
+                f"from the checkpoint's {state['per_iteration']}; a resumed run must keep it"
+            )
         self._position = state["position"]
 
     def _at(self, position: int) -> str:

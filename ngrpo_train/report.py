@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ngrpo_train import parallel
 from ngrpo_train.config import Recipe
-from ngrpo_train.evaluate import Evaluation, evaluate, pictures, save_picture, tile
+from ngrpo_train.evaluate import Evaluation, evaluate, pictures, plus_minus, save_picture, tile
 from ngrpo_train.flux import Flux
 from ngrpo_train.rewards import Rewards
 
@@ -46,6 +46,15 @@ class Report:
         path.write_text(json.dumps(record))
 
     @staticmethod
+    def is_made(path: Path, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[str]]) -> bool:
+        """Whether the report at `path` is of these prompts and rewards, as when a run resumes unchanged."""
+        if not path.exists():
+            return False
+        per_prompt = recipe.evaluation.num_images_per_prompt
+        made = {name: (e.names, e.prompts, e.scores_RN.shape[1]) for name, e in Report.load(path).evaluations.items()}
+        return made == {name: (rewards.names, tuple(texts), len(texts) * per_prompt) for name, texts in prompts.items()}
+
+    @staticmethod
     def load(path: Path) -> Report:
         record = json.loads(path.read_text())
         return Report(
@@ -71,7 +80,7 @@ def before_after(before: Report, after: Report, log_only: frozenset[str]) -> Tab
                 f"{score} (out of domain)" if score in log_only else f"{score} (reward)",
                 f"{early.mean()[score]:.4f}",
                 f"{late.mean()[score]:.4f}",
-                f"{difference[score]:+.4f} ± {error[score]:.4f}",
+                f"{difference[score]:+.4f}{plus_minus(error[score])}",
             )
     return table
 

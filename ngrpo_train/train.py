@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ngrpo_train import parallel
 from ngrpo_train.algorithms import ALGORITHMS
-from ngrpo_train.checkpoint import Checkpointer, TrainState, find_checkpoint
+from ngrpo_train.checkpoint import Checkpointer, TrainState, find_checkpoint, refuse_unlike
 from ngrpo_train.config import Recipe, as_toml, check
 from ngrpo_train.ema import EMA
 from ngrpo_train.evaluate import evaluate, pictures
@@ -26,6 +26,7 @@ from ngrpo_train.metrics import Recorder, Stopwatch, flat_recipe
 from ngrpo_train.prompts import PromptCursor, load_prompts
 from ngrpo_train.report import Report, before_after, side_by_side
 from ngrpo_train.rewards import Rewards
+from ngrpo_train.update import allocate_state
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
     """
     with parallel.processes(recipe.parallel) as processes, _sigterm() as terminated:
         check(recipe, processes.num_processes)
+        if resume and overwrite:
+            raise ValueError(f"--resume {resume} and --overwrite exclude each other")
         per_iteration = recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps * processes.num_processes
         texts = load_prompts(recipe.prompts.source)
         cursor = PromptCursor(
@@ -49,11 +52,15 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
             rank=processes.process_index,
             world_size=processes.num_processes,
         )
-        validation = load_prompts(recipe.evaluation.validation) if recipe.evaluation.validation else []
-        test = load_prompts(recipe.evaluation.test) if recipe.evaluation.test else []
+        evaluation = recipe.evaluation
+        validation = load_prompts(evaluation.validation, "evaluation.validation") if evaluation.validation else []
+        test = load_prompts(evaluation.test, "evaluation.test") if evaluation.test else []
         rewards = Rewards(recipe.rewards)
         resume_from = find_resume(run, resume) if resume else None
-        _claim(run, processes, resuming=bool(resume), overwrite=overwrite)
+        continues = resume_from is not None and run.resolve() in resume_from.resolve().parents
+        if resume_from:
+            refuse_unlike(resume_from, recipe, cursor)
+        _claim(run, processes, may_exist=continues or overwrite)
 
         torch.manual_seed(recipe.train.seed)  # LoRA's initial weights; every other draw has a stream of its own
         flux = Flux(recipe.model, recipe.sampling, recipe.parallel, processes.device)
@@ -61,18 +68,22 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
         ema = EMA(flux.trainable, recipe.model.ema) if recipe.model.ema else None
         state = TrainState(flux, optimizer, cursor, ema)
         checkpointer = Checkpointer(run / "checkpoints", recipe)
+        if overwrite:
+            _clear(run, processes)
+        checkpointer.refuse_full_disk(state)
+        report_prompts = {"test": test, "train": texts[: len(test)]} if test else {}
+        if report_prompts and not Report.is_made(run / "before.json", recipe, rewards, report_prompts):
+            before = Report.make(flux, recipe, rewards, report_prompts, run / "before.png")
+            if processes.is_main_process:
+                before.save(run / "before.json")
         if resume_from:
-            state.load(resume_from, recipe)
-        elif processes.is_main_process:
+            state.load(resume_from)
+            checkpointer.go_on_after(state.step)
+        if processes.is_main_process:
             (run / "recipe.toml").write_text(as_toml(recipe))
 
         processes.print(_summary(flux, recipe, run, len(texts), per_iteration, processes.num_processes))
         algorithm = ALGORITHMS[recipe.algorithm.name](recipe, rewards)
-        report_prompts = {"test": test, "train": texts[: len(test)]} if test else {}
-        if report_prompts and not (run / "before.json").exists():
-            before = Report.make(flux, recipe, rewards, report_prompts, run / "before.png")
-            if processes.is_main_process:
-                before.save(run / "before.json")
         watch = Stopwatch(processes.device)
 
         with Recorder(run, recipe, _accelerator(run, recipe, processes), state.step) as recorder:
@@ -119,23 +130,33 @@ def find_resume(run: Path, resume: str) -> Path:
     return path if (path / "record.json").exists() else find_checkpoint(path, "latest")
 
 
-def _claim(run: Path, processes: PartialState, *, resuming: bool, overwrite: bool) -> None:
+def _claim(run: Path, processes: PartialState, *, may_exist: bool) -> None:
     """Make the run's directory, or refuse: nothing of an earlier run is ever lost by accident."""
-    if run.exists() and any(run.iterdir()) and not (resuming or overwrite):
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"log.output_dir = {str(run)!r} is not a directory")
+    if run.exists() and any(run.iterdir()) and not may_exist:
         raise ValueError(
             f"log.output_dir = {str(run)!r} exists: pass --resume latest, --overwrite, or another directory"
         )
     parallel.barrier()  # every rank has looked before one of them writes
+    refused = ""
     if processes.is_main_process:
-        if overwrite and not resuming and run.exists():
-            shutil.rmtree(run)
         try:
             run.mkdir(parents=True, exist_ok=True)
             probe = run / ".probe"
             probe.write_bytes(bytes(1 << 20))
             probe.unlink()
         except OSError as error:
-            raise ValueError(f"log.output_dir = {str(run)!r} cannot be written to: {error.strerror}") from error
+            refused = f": {error.strerror}"
+    if parallel.any_rank(bool(refused)):
+        raise ValueError(f"log.output_dir = {str(run)!r} cannot be written to{refused}")
+
+
+def _clear(run: Path, processes: PartialState) -> None:
+    """Delete an earlier run, once everything that the new one needs has loaded."""
+    if processes.is_main_process:
+        shutil.rmtree(run)
+        run.mkdir()
     parallel.barrier()
 
 
@@ -152,13 +173,15 @@ def _summary(flux: Flux, recipe: Recipe, run: Path, prompts: int, per_iteration:
 
 def _optimizer(flux: Flux, recipe: Recipe) -> torch.optim.Optimizer:
     settings = recipe.optimizer
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         flux.trainable.values(),
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
         fused=True,  # which can also skip a step without the host's knowing
     )
+    allocate_state(optimizer)
+    return optimizer
 
 
 def _accelerator(run: Path, recipe: Recipe, processes: PartialState) -> Accelerator:

@@ -77,7 +77,7 @@ def batches_of_rows(
 
 
 class Tally:
-    """Sums of an iteration's statistics on the device, read once at its end."""
+    """Sums of an iteration's statistics on the device, read once at its end. `num_steps` counts solver steps."""
 
     def __init__(self, num_steps: int, device: torch.device) -> None:
         self.rows = torch.zeros((), device=device)
@@ -87,9 +87,17 @@ class Tally:
         self.velocity_grad_norm_by_step = torch.zeros(num_steps, device=device)
         self.rows_by_step = torch.zeros(num_steps, device=device)
 
-    PER_ROW = ("ratio_mean", "clip_fraction", "clamp_fraction", "kl", "policy_entropy", "rollout_mismatch")
+    PER_ROW = (
+        "ratio_mean",
+        "clip_fraction",
+        "clamp_fraction",
+        "kl",
+        "policy_entropy",
+        "rollout_mismatch",
+        "mismatch_log_ratio_std",
+    )
 
-    def add(self, rows: Rows, out: LossOutput, velocity: Tensor) -> None:
+    def add(self, rows: Rows, out: LossOutput, velocity: Tensor, settings: Algorithm) -> None:
         """Statistics of one forward pass, of rows that count."""
         ratio_r = out.log_ratio.clamp(-20, 20).exp().flatten(1)
         drift = (velocity.float() - rows.rollout_velocity_rbTC).flatten(1).norm(dim=1)
@@ -100,13 +108,16 @@ class Tally:
             out.kl.mean(1),
             out.entropy.mean(1),
             drift / rows.rollout_velocity_rbTC.flatten(1).norm(dim=1),
+            mismatch_spread(rows, velocity, settings),
         )
         for name, value_r in zip(self.PER_ROW, per_row, strict=True):
             self.sums[name] += value_r.sum()
         self.rows += rows.real
         self.ratio_min = torch.minimum(self.ratio_min, ratio_r.min())
         self.ratio_max = torch.maximum(self.ratio_max, ratio_r.max())
-        self.velocity_grad_norm_by_step.index_add_(0, rows.step_r, out.velocity_grad_norm.mean(1))
+        # The kernel's norms are of its mean over rows and anchors. Each term's own does not depend on their number.
+        own_grad_norm = out.velocity_grad_norm * out.velocity_grad_norm.numel()
+        self.velocity_grad_norm_by_step.index_add_(0, rows.step_r, own_grad_norm.mean(1))
         self.rows_by_step.index_add_(0, rows.step_r, torch.ones_like(out.velocity_grad_norm[:, 0]))
 
 
@@ -117,7 +128,6 @@ class UpdateStats:
     loss: Tensor  # mean over optimizer steps
     grad_norm: Tensor  # of the parameters, before clipping: mean over optimizer steps
     skipped: Tensor  # optimizer steps left out for a gradient that was not finite
-    mismatch_spread: Tensor  # std of the log-ratio that the rollout's own velocity would have caused
     first: Tally  # at theta_old, up to the first optimizer step
     last: Tally  # of the last optimizer step: where clip and KL act
 
@@ -133,7 +143,8 @@ def update(
     """Make `updates_per_iteration` optimizer steps on this rank's P groups; None if no group of any rank has signal.
 
     `advantages_PG` is on the CPU and holds all ranks' prompts, so that every rank knows how many rows the others have.
-    The loss is the mean over all prompts, anchors and trained steps, those without signal included.
+    The loss is the mean over all prompts, anchors and trained steps. Groups without signal count in it and add nothing,
+    neither KL nor tether.
     """
     advantages = Advantages.of(advantages_PG)
     if advantages.most_active == 0:
@@ -158,33 +169,30 @@ def update(
             old_velocity[1:] = [[rows.velocity(flux) for rows in batches(anchors)] for anchors in blocks[1:]]
 
     parameters = list(flux.trainable.values())
-    totals = {name: torch.zeros((), device=device) for name in ("loss", "grad_norm", "skipped", "mismatch")}
+    totals = {name: torch.zeros((), device=device) for name in ("loss", "grad_norm", "skipped")}
     tallies: list[Tally] = []
     for anchors, old in zip(blocks, old_velocity, strict=True):
-        tally = Tally(int(groups.step_PK.max()) + 1, device)
+        tally = Tally(flux.sampling.num_inference_steps, device)
         for batch, rows in enumerate(batches(anchors)):
             parallel.sync_gradients(flux.transformer, batch == num_batches - 1)
             velocity = rows.velocity(flux)
+            base = base_velocity(flux, rows) if settings.reference_coef else None
             if rows.real == 0:
                 (0 * velocity.sum()).backward()  # the other ranks' backward waits for this one's
                 continue
             counted, velocity, share = rows.counted(), velocity[: rows.real], rows.real / (P * K)
             out = loss_of_rows(counted, velocity, local_PG, old[batch], settings)
             loss = out.loss
-            if settings.reference_coef:
-                loss = loss + settings.reference_coef * distance_to_base(flux, rows, velocity)
+            if base is not None:
+                loss = loss + settings.reference_coef * (velocity.float() - base[: rows.real]).square().mean()
             (loss * share).backward()
             totals["loss"] += loss.detach() * share / len(blocks)
-            tally.add(counted, out, velocity.detach())
-            if not tallies:
-                totals["mismatch"] += mismatch_spread(counted, velocity.detach(), settings) * share
+            tally.add(counted, out, velocity.detach(), settings)
         grad_norm, skipped = guarded_step(optimizer, parameters, max_grad_norm)
         totals["grad_norm"] += grad_norm / len(blocks)
         totals["skipped"] += skipped
         tallies.append(tally)
-    return UpdateStats(
-        totals["loss"], totals["grad_norm"], totals["skipped"], totals["mismatch"], tallies[0], tallies[-1]
-    )
+    return UpdateStats(totals["loss"], totals["grad_norm"], totals["skipped"], tallies[0], tallies[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,16 +234,16 @@ def loss_of_rows(
     )
 
 
-def distance_to_base(flux: Flux, rows: Rows, velocity: Tensor) -> Tensor:
-    """Mean over rows, anchors and elements of |v_theta - v_base|^2."""
-    with torch.no_grad(), flux.base_model():
-        base = rows.velocity(flux)
-    return (velocity.float() - base[: rows.real].float()).square().mean()
+@torch.no_grad()
+def base_velocity(flux: Flux, rows: Rows) -> Tensor:
+    """What the untrained model gives at all rows, in float32: a collective, like every forward."""
+    with flux.base_model():
+        return rows.velocity(flux).float()
 
 
 @torch.no_grad()
 def mismatch_spread(rows: Rows, velocity: Tensor, settings: Algorithm) -> Tensor:
-    """Mean over rows of the std of the log-ratio between the training forward and the rollout's, both at theta_old."""
+    """Per row, the spread of the log-ratio between the training forward and the rollout's."""
     log_ratio = leaping_log_ratio(
         rows.after_rGTC,
         rows.anchor_rb,
@@ -245,7 +253,18 @@ def mismatch_spread(rows: Rows, velocity: Tensor, settings: Algorithm) -> Tensor
         old_velocity=rows.rollout_velocity_rbTC,
         temperature=settings.temperature,
     )
-    return log_ratio.flatten(1).std(1).mean()
+    return log_ratio.flatten(1).std(1)
+
+
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give a fused optimizer's parameters their state before the first step, by one that is skipped.
+
+    A checkpoint then finds it there whenever it is written; torch would otherwise take a step to make it.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    _step_unless(torch.ones((), device=parameters[0].device), optimizer)
 
 
 def guarded_step(
@@ -254,9 +273,13 @@ def guarded_step(
     """Clip, then step unless the gradient norm is not finite, decided on the device. Returns (norm, 1 if skipped)."""
     norm = parallel.whole(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     skipped = (~norm.isfinite()).float()
+    _step_unless(skipped, optimizer)
+    return norm.where(skipped == 0, 0), skipped
+
+
+def _step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
     # Fused optimizers read these as a gradient scaler sets them: a step with found_inf = 1 changes nothing at all.
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.where(skipped == 0, 0), skipped

@@ -35,9 +35,9 @@ ORDER = {
         __init__
         config
         shapes
-        solvers perturb prompts ema
+        solvers perturb prompts
         parallel
-        flux
+        ema flux
         rollout
         rewards
         update

@@ -59,15 +59,13 @@ class Rewards:
         return torch.stack([self._score_with(name, images, prompts) for name in self.names])
 
     def _score_with(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        pictures = f"{len(prompts)} pictures, the first for {prompts[0]!r}"
         try:
             scores = torch.as_tensor(self._scorers[name](images, prompts), device=images.device, dtype=torch.float32)
         except Exception as error:
-            raise RewardError(
-                f"rewards.{name} failed on {len(prompts)} pictures, the first for {prompts[0]!r}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            raise RewardError(f"rewards.{name} failed on {pictures}: {type(error).__name__}: {error}") from error
         if scores.shape != (len(prompts),):
-            raise RewardError(f"rewards.{name} returned {list(scores.shape)} for {len(prompts)} pictures")
+            raise RewardError(f"rewards.{name} returned a tensor of shape {list(scores.shape)} for {pictures}")
         return scores
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:

@@ -1,0 +1,270 @@
+"""Small training runs on the shapes pipeline: in this process, on two ranks, under a launcher; and what they leave.
+
+As a script it makes runs one after the other, as one rank of two or alone, and may kill itself in the middle of a save.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from ngrpo_train import checkpoint
+from ngrpo_train.__main__ import main
+from ngrpo_train.algorithms import NeighborGRPO
+
+HERE = Path(__file__).parent
+
+# Four solver steps of which three are trainable and two trained: prompts, and so ranks, train different ones. The
+# reward is one whose spread in a group is large against the rounding of pictures to bytes.
+SMALL = {
+    "prompts.per-rank": "2",
+    "sampling.num-inference-steps": "4",
+    "algorithm.step-range": "0 0.75",
+    "algorithm.num-generations": "4",
+    "algorithm.num-anchors": "2",
+    "algorithm.num-train-steps": "2",
+    "rewards.redness.path": "runs:redness",
+    "rewards.shapes-verifier.log-only": "True",
+    "train.steps": "3",
+    "checkpoint.every": "1",
+    "checkpoint.keep": "9",
+    "evaluation.validation": "",
+    "evaluation.test": "",
+    "evaluation.num-images-per-prompt": "1",
+    "log.images-every": "1000",
+    "log.trackers": "",
+    "log.export": "False",
+}
+SEVERAL = ("algorithm.step-range", "log.trackers")  # fields of any number of values
+TWO_PROMPTS = ("a large red circle on a blue background", "a small green square on a yellow background")
+UNLIKE = ("time/", "memory/")  # figures that no two runs share
+
+
+def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images[:, 0].float().mean((1, 2)) / 255
+
+
+def redness_of_circles(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Flat where the prompt asks for something else."""
+    return redness(images, prompts) * torch.tensor(["circle" in prompt for prompt in prompts])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run to make: flags without their dashes, on top of SMALL."""
+
+    directory: Path
+    changes: dict[str, str] = field(default_factory=dict)
+    resume: str = ""
+    kill_in_save_of_step: int = 0  # the last rank, by SIGKILL
+
+    def arguments(self) -> list[str]:
+        """Of the command line, "train" first."""
+        settings = SMALL | self.changes
+        flags = [f"--{name}={value}" for name, value in settings.items() if name not in SEVERAL]
+        for name in SEVERAL:
+            flags += [f"--{name}", *settings[name].split()]
+        resume = [f"--resume={self.resume}"] if self.resume else []
+        return ["train", "shapes_cpu", f"--log.output-dir={self.directory}", *flags, *resume]
+
+    def make(self) -> int:
+        """Train in this process; returns the exit code. Rewards and advantages go beside the run's own files."""
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(sys, "path", [str(HERE), *sys.path]))
+            last_rank = int(os.environ.get("WORLD_SIZE", "1")) - 1
+            if self.kill_in_save_of_step and int(os.environ.get("RANK", "0")) == last_rank:
+                stack.enter_context(_killed_in_save(self.kill_in_save_of_step))
+            seen = stack.enter_context(_observed())
+            code = main(self.arguments())
+        if seen:
+            rewards_SRPG, advantages_SPG = (torch.stack(each) for each in zip(*seen, strict=True))
+            record = {"rewards": rewards_SRPG, "advantages": advantages_SPG}
+            torch.save(record, self.directory / f"observed_{os.environ.get('RANK', '0')}.pt")
+        return code
+
+
+@contextmanager
+def _observed() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Rewards [R, P, G] and advantages [P, G] of every iteration within it."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    original = NeighborGRPO.advantages
+
+    def advantages(self: NeighborGRPO, scores: Any, step: int) -> Tensor:
+        seen.append((scores.all_RPG, original(self, scores, step)))
+        return seen[-1][1]
+
+    with mock.patch.object(NeighborGRPO, "advantages", advantages):
+        yield seen
+
+
+@contextmanager
+def _killed_in_save(step: int) -> Iterator[None]:
+    """SIGKILL to this process when it has written a few tensors of that step's checkpoint."""
+    save_tensors, save = checkpoint._save_tensors, torch.save
+
+    def save_and_count(*arguments: Any, **options: Any) -> None:
+        save(*arguments, **options)
+        save_and_count.left -= 1
+        if save_and_count.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_tensors_or_die(state: dict[str, Any], path: Path) -> None:
+        save_and_count.left = 20 if f"{step:06d}" in path.name else -1
+        with mock.patch.object(torch, "save", save_and_count):
+            save_tensors(state, path)
+
+    with mock.patch.object(checkpoint, "_save_tensors", save_tensors_or_die):
+        yield
+
+
+# --- processes
+
+
+def on_two_ranks(runs: Sequence[Run]) -> None:
+    """Make the runs one after the other, on two gloo ranks that stay alive in between."""
+    with _as_jobs(runs) as jobs:
+        ranks = []
+        for rank in range(2):
+            group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            ranks.append(start([sys.executable, __file__, jobs], environment() | group))
+        outputs = [finish(rank) for rank in ranks]
+    for rank, output in zip(ranks, outputs, strict=True):
+        assert rank.returncode == 0, output
+
+
+@contextmanager
+def _as_jobs(runs: Sequence[Run]) -> Iterator[str]:
+    """A file of these runs for `python runs.py`; every process group gets a port of its own."""
+    with TemporaryDirectory() as directory:
+        jobs = [asdict(run) | {"port": port} for run, port in zip(runs, free_ports(len(runs)), strict=True)]
+        file = Path(directory) / "jobs.json"
+        file.write_text(json.dumps(jobs, default=str))
+        yield str(file)
+
+
+@contextmanager
+def script(run: Run) -> Iterator[list[str]]:
+    """What to give to python or a launcher for one run with what a command line cannot ask for."""
+    with _as_jobs([run]) as jobs:
+        yield [__file__, jobs]
+
+
+def start(command: Sequence[str], variables: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE.parents[1]
+    )
+
+
+def torchrun(*arguments: str) -> subprocess.Popen[str]:
+    """Start two processes, as two cores bear."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    return start([*launcher, f"--master-port={free_ports(1)[0]}", *arguments], environment())
+
+
+def accelerate_launch(*arguments: str) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    plain = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    return start([*launcher, *plain, f"--main_process_port={free_ports(1)[0]}", *arguments], environment())
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for a process to end; its output. It is killed if that takes too long."""
+    try:
+        return process.communicate(timeout=400)[0]
+    finally:
+        process.kill()
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    """Of a subprocess: its threads, which decide how sums are rounded, and this module importable for its scorers."""
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return dict(os.environ) | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+# --- what a run leaves
+
+
+def observed(directory: Path, rank: int = 0) -> dict[str, Tensor]:
+    """Rewards [S, R, P, G] and advantages [S, P, G] of the S iterations that this rank made last."""
+    record: dict[str, Tensor] = torch.load(directory / f"observed_{rank}.pt", weights_only=True)
+    return record
+
+
+def figures(directory: Path) -> list[dict[str, float]]:
+    """The iterations' lines of metrics.jsonl, without times and memory."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in row.items() if not name.startswith(UNLIKE)}
+        for row in rows
+        if "reward/mean" in row
+    ]
+
+
+def validations(directory: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "reward/mean" not in row]
+
+
+def steps_kept(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "checkpoints").iterdir())
+
+
+def saved(directory: Path, step: int) -> dict[str, Any]:
+    """Everything that a checkpoint's tensors hold, whole, whatever number of ranks wrote them."""
+    reader = dcp.FileSystemReader(directory / "checkpoints" / f"step_{step:06d}" / "tensors")
+    state: dict[str, Any] = {
+        name: torch.empty(kept.size, dtype=kept.properties.dtype) if isinstance(kept, TensorStorageMetadata) else None
+        for name, kept in reader.read_metadata().state_dict_metadata.items()
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def assert_same_run(got: Path, want: Path, steps: int = 4) -> None:
+    """Bitwise: weights, optimizer state, averages, and every figure, after so many iterations."""
+    mine, theirs = saved(got, steps), saved(want, steps)
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(mine[name], value) if isinstance(value, torch.Tensor) else mine[name] == value, name
+    assert figures(got)[:steps] == figures(want)[:steps]
+    assert [row["step"] for row in figures(got)[:steps]] == list(range(steps))
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file and directory below one."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in [directory, *directory.rglob("*")]}
+
+
+if __name__ == "__main__":
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        port = job.pop("port")
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            os.environ["MASTER_PORT"] = str(port)
+        code = Run(**(job | {"directory": Path(job["directory"])})).make()
+        if code:
+            sys.exit(code)

@@ -1,0 +1,380 @@
+"""Recipes and flags: one parser for both, every rule of `check`, and the resolved recipe that is written down."""
+
+import dataclasses
+import json
+import re
+import tomllib
+from dataclasses import replace
+from importlib.resources import files
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ngrpo_train import config
+from ngrpo_train.__main__ import TrainCommand
+from ngrpo_train.config import (
+    Algorithm,
+    Checkpoint,
+    Log,
+    Model,
+    Prompts,
+    Recipe,
+    Reward,
+    as_dict,
+    as_toml,
+    check,
+    find_recipe,
+    parse,
+    read_recipe,
+    refuse_changed,
+    resolve,
+)
+
+PACKAGED = sorted(path.name.removesuffix(".toml") for path in (files("ngrpo_train") / "recipes").iterdir())
+GOOD = Recipe(prompts=Prompts(source="prompts.txt"), rewards={"shapes_verifier": Reward()})
+
+
+def parsed(recipe, *flags):
+    return parse(TrainCommand, recipe, flags, prog="ngrpo train", name="a.toml").recipe
+
+
+def changed(recipe, name, value):
+    section, _, field = name.partition(".")
+    return replace(recipe, **{section: replace(getattr(recipe, section), **{field: value})})
+
+
+# --- from TOML and flags to a Recipe
+
+
+def test_every_value_of_a_recipe_arrives():
+    recipe = parsed(
+        {
+            "model": {"name_or_path": "-odd name=1", "gradient_checkpointing": False, "ema": 0.9},
+            "algorithm": {
+                "num_generations": 7,
+                "step_range": [0, 0.5],
+                "clip_range": [1e-4, 2e-4],
+                "temperature": "dim",
+            },
+            "rewards": {"a": {"weight": -0.5}, "shapes-judge": {"log_only": True}, "b": {"path": "m:f"}},
+            "log": {"trackers": [], "output_dir": ""},
+            "checkpoint": {},
+        }
+    )
+    assert recipe == Recipe(
+        model=Model(name_or_path="-odd name=1", gradient_checkpointing=False, ema=0.9),
+        algorithm=Algorithm(num_generations=7, step_range=(0.0, 0.5), clip_range=(1e-4, 2e-4), temperature="dim"),
+        rewards={"a": Reward(weight=-0.5), "shapes_judge": Reward(log_only=True), "b": Reward(path="m:f")},
+        log=Log(trackers=()),
+    )
+    assert list(recipe.rewards) == ["a", "shapes_judge", "b"]
+
+
+def test_an_empty_recipe_is_the_defaults():
+    assert parsed({}) == Recipe()
+
+
+def test_a_flag_beats_the_recipe_and_leaves_the_rest():
+    recipe = {"algorithm": {"sigma": 0.2, "p": 1.5}, "rewards": {"a": {"weight": 2.0}}, "train": {"steps": 9}}
+    flags = ("--algorithm.sigma", "0.7", "--rewards.a.log-only", "True", "--checkpoint.keep=5", "--train.steps", "8")
+    result = parsed(recipe, *flags)
+    assert (result.algorithm.sigma, result.algorithm.p) == (0.7, 1.5)
+    assert result.rewards == {"a": Reward(weight=2.0, log_only=True)}
+    assert (result.checkpoint, result.train.steps) == (Checkpoint(keep=5), 8)
+
+
+def test_a_flag_may_add_a_reward():
+    flags = ("--rewards.my-own.path", "m:f", "--rewards.other.weight=3")
+    result = parsed({"rewards": {"a": {"weight": 2.0}}}, *flags)
+    assert result.rewards == {"a": Reward(weight=2.0), "my_own": Reward(path="m:f"), "other": Reward(weight=3.0)}
+
+
+@pytest.mark.parametrize("spelling", ["--algorithm.num-train-steps", "--algorithm.num_train_steps"])
+def test_underscores_and_dashes_are_alike(spelling):
+    assert parsed({}, spelling, "3").algorithm.num_train_steps == 3
+
+
+@pytest.mark.parametrize(
+    "recipe, meant",
+    [
+        ({"algorithm": {"sigam": 0.3}}, "--algorithm.sigma"),
+        ({"algoritm": {"sigma": 0.3}}, "--algorithm.sigma"),
+        ({"trian": {"steps": 3}}, "--train.steps"),
+        ({"rewards": {"a": {"wieght": 3.0}}}, "--rewards.a.weight"),
+    ],
+    ids=str,
+)
+def test_a_misspelt_key_is_answered_with_the_right_one(recipe, meant, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed(recipe)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "Unrecognized options" in error
+    assert meant in error
+    assert error.endswith("in the recipe a.toml\n")
+
+
+def test_a_misspelt_flag_is_answered_with_the_right_one(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed({"train": {"steps": 3}}, "--sampling.shfit", "2")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "--sampling.shift" in error
+    assert "in the recipe" not in error
+
+
+@pytest.mark.parametrize(
+    "section, key, value",
+    [
+        ("train", "steps", 1.5),
+        ("train", "steps", "many"),
+        ("train", "steps", True),
+        ("train", "steps", {"of": 3}),
+        ("algorithm", "sigma", "high"),
+        ("algorithm", "sigma", False),
+        ("algorithm", "step_range", 0.5),
+        ("algorithm", "temperature", "hot"),
+        ("algorithm", "old_policy", "exakt"),
+        ("model", "gradient_checkpointing", 1),
+        ("model", "gradient_checkpointing", "no"),
+        ("log", "trackers", ["mlflow"]),
+        ("rewards", "a", 1.0),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(section, key, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed({section: {key: value}})
+    error = capsys.readouterr().err.replace("_", "-")
+    assert stop.value.code == 2
+    assert f"--{section}.{key}".replace("_", "-") in error
+    assert error.endswith("in the recipe a.toml\n")
+
+
+@pytest.mark.parametrize(
+    "recipe, complaint",
+    [
+        ({"steps": 3}, "steps = 3 must be a section"),
+        ({"train": 3}, "train = 3 must be a section"),
+        ({"rewards": ["a"]}, "rewards = ['a'] must be a section"),
+        ({"train": {"steps": [1, 2]}}, "train.steps = [1, 2] must be one value"),
+        ({"prompts": {"source": ["a.txt", "b.txt"]}}, "prompts.source = ['a.txt', 'b.txt'] must be one value"),
+        ({"algorithm": {"step_range": [0.5]}}, "algorithm.step_range = [0.5] must be two numbers"),
+        ({"algorithm": {"step_range": [0, 0.5, 1]}}, "algorithm.step_range = [0, 0.5, 1] must be two numbers"),
+        ({"algorithm": {"clip_range": [0.1, 0.2, 0.3]}}, "algorithm.clip_range = [0.1, 0.2, 0.3] must be two numbers"),
+        ({"optimizer": {"betas": []}}, "optimizer.betas = [] must be two numbers"),
+    ],
+    ids=str,
+)
+def test_toml_of_the_wrong_shape_is_refused(recipe, complaint):
+    with pytest.raises(ValueError, match=re.escape(f"recipe a.toml: {complaint}")):
+        parsed(recipe)
+
+
+def test_toml_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text("[model\n")
+    with pytest.raises(ValueError, match=r"^recipe .*a\.toml: not valid TOML: [^\n]*$"):
+        read_recipe(path)
+
+
+# --- packaged recipes
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_packaged_recipes_can_train(name):
+    recipe = parsed(read_recipe(find_recipe(name)))
+    sources = {} if recipe.prompts.source else {"source": "prompts.txt"}
+    rewards = recipe.rewards or {"shapes_verifier": Reward()}
+    check(replace(recipe, prompts=replace(recipe.prompts, **sources), rewards=rewards))
+
+
+def test_an_unknown_recipe_is_answered_with_the_near_one_and_the_list():
+    with pytest.raises(ValueError, match=r"no recipe 'shapes_cup'.* did you mean shapes_cpu\?") as raised:
+        find_recipe("shapes_cup")
+    for name in PACKAGED:
+        assert name in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["nothere.toml", "a_directory"])
+def test_a_recipe_must_be_a_toml_file(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_directory").mkdir()
+    with pytest.raises(ValueError, match=f"no recipe '{name}': not a TOML file"):
+        find_recipe(name)
+
+
+# --- the resolved recipe, written down
+
+
+def round_trip(recipe):
+    return resolve(tomllib.loads(as_toml(recipe)), name="recipe.toml")
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_resolved_recipes_read_back_identical(name):
+    recipe = parsed(read_recipe(find_recipe(name)), "--algorithm.clip-range", "0.1", "0.2", "--log.trackers")
+    assert round_trip(recipe) == recipe
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@settings(max_examples=25)  # each parses a whole recipe
+@given(path=TEXT, weight=st.floats(allow_nan=False, allow_infinity=False), seed=st.integers(0, 2**63 - 1))
+def test_any_text_and_number_reads_back(path, weight, seed):
+    recipe = replace(
+        GOOD,
+        model=Model(name_or_path=path),
+        rewards={"a": Reward(path=path, weight=weight)},
+        train=replace(GOOD.train, seed=seed),
+    )
+    assert round_trip(recipe) == recipe
+
+
+# --- check
+
+
+def test_a_good_recipe_passes():
+    check(GOOD)
+    check(changed(changed(GOOD, "algorithm.clip_range", (0.1, 3.0)), "algorithm.temperature", "neighborhood"))
+    check(changed(changed(GOOD, "model.tuning", "lora"), "algorithm.reference_coef", 0.1), world_size=8)
+
+
+NAN, INF = float("nan"), float("inf")
+BAD = {
+    "model.ema": [-0.1, 1.0, NAN],
+    "model.lora_rank": [0],
+    "model.lora_alpha": [-1],
+    "prompts.source": [""],
+    "prompts.per_rank": [0],
+    "sampling.num_inference_steps": [0],
+    "sampling.shift": [0.0, INF, NAN],
+    "sampling.guidance_scale": [-1.0, INF],
+    "sampling.height": [0, -16, 100],
+    "sampling.width": [0, 8],
+    "sampling.max_sequence_length": [0],
+    "algorithm.num_generations": [1, 3],
+    "algorithm.num_anchors": [0, 13],
+    "algorithm.num_train_steps": [0, 8],
+    "algorithm.step_range": [(0.5, 0.5), (-0.1, 1.0), (0.5, 1.1), (0.9, 0.1), (0.0, 0.25), (0.0, NAN)],
+    "algorithm.sigma": [0.0, -0.3, 1.01, NAN],
+    "algorithm.updates_per_iteration": [0, 3, 8],
+    "algorithm.p": [0.0, 2.01, NAN],
+    "algorithm.min_reward_std": [-1.0, NAN],
+    "algorithm.clip_range": [0.0, 1.0, (0.1, 0.0), (1.0, 0.1), (0.1, INF), NAN],
+    "algorithm.temperature": [0.0, -1.0, INF, NAN],
+    "algorithm.kl_coef": [-0.1, NAN],
+    "algorithm.reference_coef": [-0.1, 0.1],
+    "optimizer.learning_rate": [0.0, -1e-5, INF, NAN],
+    "optimizer.betas": [(0.9, 1.0), (-0.1, 0.9), (NAN, 0.9)],
+    "optimizer.weight_decay": [-1e-4, INF],
+    "optimizer.max_grad_norm": [0.0, NAN],
+    "train.steps": [0],
+    "train.seed": [-1, 2**63],
+    "train.gradient_accumulation_steps": [0],
+    "parallel.rollout_batch": [-1],
+    "parallel.update_batch": [-1],
+    "parallel.decode_batch": [-1],
+    "parallel.timeout_minutes": [0.0],
+    "checkpoint.every": [0],
+    "checkpoint.keep": [0],
+    "evaluation.every": [0],
+    "evaluation.num_images_per_prompt": [0],
+    "evaluation.batch": [-1],
+    "log.images_every": [0],
+    "log.num_images": [0],
+}
+# What is refused under the name of another field that it does not go with.
+BLAMED = {
+    ("algorithm.num_generations", 3): "algorithm.num_anchors",
+    ("algorithm.step_range", (0.0, 0.25)): "algorithm.num_train_steps",
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values])
+def test_a_number_out_of_range_is_refused_by_name_and_value(name, value):
+    blamed = BLAMED.get((name, value), name)
+    section, _, field = blamed.partition(".")
+    recipe = changed(GOOD, name, value)
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as raised:
+        check(recipe)
+    assert str(raised.value).startswith(f"{blamed} = {getattr(getattr(recipe, section), field)!r} ")
+
+
+def test_every_number_of_a_recipe_has_a_rule():
+    """Sections' numbers are all in BAD, so that a new one comes with its range."""
+    numbers = {
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(Recipe)
+        if section.name != "rewards"
+        for field in dataclasses.fields(getattr(GOOD, section.name))
+        if isinstance(getattr(getattr(GOOD, section.name), field.name), int | float | tuple)
+        and not isinstance(getattr(getattr(GOOD, section.name), field.name), bool)
+        and field.name != "trackers"
+    }
+    assert numbers - BAD.keys() == set()
+
+
+@pytest.mark.parametrize("rewards", [{}, {"a": Reward(log_only=True)}, {"a": Reward(weight=0.0)}])
+def test_nothing_to_train_on_is_refused(rewards):
+    with pytest.raises(ValueError, match=r"^rewards = \[.*\] must have at least one reward to train on$"):
+        check(replace(GOOD, rewards=rewards))
+
+
+@pytest.mark.parametrize("weight", [NAN, INF])
+def test_a_reward_weight_must_be_finite(weight):
+    with pytest.raises(ValueError, match=rf"^rewards\.a\.weight = {weight} must be finite"):
+        check(replace(GOOD, rewards={"a": Reward(weight=weight), "b": Reward()}))
+
+
+def test_several_processes_need_sharding():
+    recipe = changed(GOOD, "parallel.sharding", "none")
+    check(recipe, world_size=1)
+    with pytest.raises(ValueError, match=r"^parallel\.sharding = 'none' must be full or auto on 2 processes$"):
+        check(recipe, world_size=2)
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^log\.trackers = \('wandb',\) .*pip install \"ngrpo\[wandb\]\"$"):
+        check(changed(GOOD, "log.trackers", ("wandb",)))
+
+
+# --- resuming
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("train.steps", 999),
+        ("log.output_dir", "elsewhere"),
+        ("log.trackers", ()),
+        ("checkpoint.keep", 9),
+        ("evaluation.every", 3),
+        ("parallel.timeout_minutes", 1.0),
+    ],
+)
+def test_what_may_change_on_resume(name, value):
+    refuse_changed(saved(GOOD), saved(changed(GOOD, name, value)))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("algorithm.sigma", 0.5), ("algorithm.clip_range", (1e-4, 2e-4)), ("train.seed", 1), ("model.tuning", "lora")],
+)
+def test_what_may_not_change_on_resume(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} = .* differs from the checkpoint's .*"):
+        refuse_changed(saved(GOOD), saved(changed(GOOD, name, value)))
+
+
+def test_rewards_may_not_change_on_resume():
+    more = replace(GOOD, rewards=GOOD.rewards | {"b": Reward()})
+    with pytest.raises(ValueError, match=r"^rewards\.b = "):
+        refuse_changed(saved(GOOD), saved(more))
+    with pytest.raises(ValueError, match=r"^rewards\.b = None "):
+        refuse_changed(saved(more), saved(GOOD))
+
+
+def saved(recipe):
+    return json.loads(json.dumps(as_dict(recipe)))

@@ -1,0 +1,236 @@
+"""Evaluation in a run, `ngrpo eval`, `ngrpo sample`: the same pictures and numbers wherever they are made."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ngrpo_train import parallel
+from ngrpo_train.config import Evaluation as EvaluationSettings
+from ngrpo_train.config import Recipe, Reward, Sampling
+from ngrpo_train.evaluate import Evaluation, evaluate, pictures, save_picture, tile
+from ngrpo_train.report import Report, before_after, side_by_side
+from ngrpo_train.rewards import RewardError, Rewards
+
+PROMPTS = ["a dog", "a large red circle on a blue background", "two cats on a mat"]
+
+
+def recipe_of(**evaluation):
+    return Recipe(sampling=Sampling(num_inference_steps=4), evaluation=EvaluationSettings(**evaluation))
+
+
+@pytest.fixture
+def rewards(scorers, monkeypatch):
+    monkeypatch.syspath_prepend(scorers)
+    return Rewards({name: Reward(path=f"tiny_scorers:{name}") for name in ("brightness", "redness")})
+
+
+# --- in this process
+
+
+def test_every_picture_is_scored_once_in_order(tiny_dev, load_flux, rewards):
+    flux = load_flux(tiny_dev)
+    recipe = recipe_of(num_images_per_prompt=2, batch=4)
+    evaluation = evaluate(flux, recipe, rewards, PROMPTS)
+    each = [prompt for prompt in PROMPTS for _ in range(2)]
+    images = pictures(flux, recipe, each, range(6)).float()
+    assert evaluation.scores_RN.shape == (2, 6)
+    torch.testing.assert_close(evaluation.scores_RN[0], images.mean((1, 2, 3)) / 255, rtol=0, atol=1e-5)
+    assert len(set(evaluation.scores_RN[0].tolist())) == 6, "noise and prompts differ"
+    assert evaluation.mean()["brightness"] == pytest.approx(evaluation.scores_RN[0].mean().item())
+
+
+@pytest.mark.parametrize("batch", [1, 4, 0])
+def test_batches_change_no_score(tiny_dev, load_flux, rewards, batch):
+    flux = load_flux(tiny_dev)
+    whole, split = (
+        evaluate(flux, recipe_of(num_images_per_prompt=2, batch=size), rewards, PROMPTS).scores_RN
+        for size in (6, batch)
+    )
+    torch.testing.assert_close(split, whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_the_pictures_out(tiny_dev, load_flux, rewards, monkeypatch, ranks):
+    """Each rank in turn: five pictures over several ranks, the surplus cut off."""
+    flux, recipe, prompts = load_flux(tiny_dev), recipe_of(batch=1), [*PROMPTS, "a star", "a blue star"]
+    alone = evaluate(flux, recipe, rewards, prompts).scores_RN
+    shares = []
+
+    def gather(x):
+        shares.append(x)
+        return torch.stack(shares + [x] * (ranks - len(shares)))
+
+    monkeypatch.setattr(parallel, "world_size", lambda: ranks)
+    monkeypatch.setattr(parallel, "all_gather", gather)
+    for rank in range(ranks):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        together = evaluate(flux, recipe, rewards, prompts)
+    assert torch.equal(together.scores_RN, alone)
+    assert len({share.shape for share in shares}) == 1
+
+
+def test_standard_error_is_over_prompts():
+    """Two pictures of one prompt count once: hand-worked means 1, 3, 8 of which the standard deviation is sqrt(13)."""
+    scores = torch.tensor([[0.0, 2.0, 3.0, 3.0, 10.0, 6.0]])
+    evaluation = Evaluation(("a",), ("x", "y", "z"), scores)
+    assert evaluation.mean() == {"a": 4.0}
+    assert evaluation.standard_error()["a"] == pytest.approx((13 / 3) ** 0.5)
+    assert math.isnan(Evaluation(("a",), ("x",), scores).standard_error()["a"])
+
+
+def test_a_reward_that_is_not_finite_is_named(tiny_dev, load_flux, monkeypatch, tmp_path):
+    (tmp_path / "nan_scorer.py").write_text(
+        "def score(images, prompts):\n    return [float('nan') if 'cats' in p else 1.0 for p in prompts]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rewards = Rewards({"picky": Reward(path="nan_scorer:score")})
+    with pytest.raises(RewardError, match=r"^rewards\.picky = nan for the prompt 'two cats on a mat'$"):
+        evaluate(load_flux(tiny_dev), recipe_of(), rewards, PROMPTS)
+
+
+# --- pictures
+
+
+def test_tiles_stand_row_by_row():
+    images = torch.stack([torch.full((3, 2, 3), value, dtype=torch.uint8) for value in (10, 20, 30)])
+    images[1, 0] = 99  # red
+    grid = np.asarray(tile(images, columns=2, scale=2, gap=1))
+    assert grid.shape == (2 * 4 + 1, 2 * 6 + 1, 3)
+    assert (grid[:4, :6] == 10).all()
+    assert (grid[:4, 7:] == [99, 20, 20]).all()
+    assert (grid[5:, :6] == 30).all()
+    assert (grid[4] == 255).all()
+    assert (grid[:, 6] == 255).all()
+    assert (grid[5:, 7:] == 255).all(), "no fourth picture"
+
+
+def test_a_tile_keeps_height_and_width_apart():
+    image = torch.zeros(1, 3, 2, 3, dtype=torch.uint8)
+    image[0, :, 1, 2] = 200
+    picture = np.asarray(tile(image, columns=1))
+    assert picture.shape == (2, 3, 3)
+    assert (picture[1, 2] == 200).all()
+    assert picture.sum() == 600
+
+
+def test_side_by_side_has_both_panels(tmp_path):
+    for name, value in (("before", 50), ("after", 150)):
+        save_picture(tile(torch.full((1, 3, 40, 60), value, dtype=torch.uint8), 1), tmp_path / f"{name}.png")
+    side_by_side(tmp_path / "before.png", tmp_path / "after.png", tmp_path / "both.png")
+    both = np.asarray(Image.open(tmp_path / "both.png"))
+    assert (both[-40:, :60] == 50).all()
+    assert (both[-40:, -60:] == 150).all()
+    assert (both[:-40] < 128).any(), "labels"
+
+
+# --- the before/after report
+
+
+def test_report_pairs_prompts(tmp_path):
+    def report(scores):
+        return Report({"test": Evaluation(("a", "b"), ("x", "y"), torch.tensor(scores))})
+
+    before, after = report([[1.0, 2.0], [0.0, 0.0]]), report([[2.0, 4.0], [0.0, -1.0]])
+    after.save(tmp_path / "after.json")
+    table = before_after(before, Report.load(tmp_path / "after.json"), frozenset("b"))
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    # Differences 1 and 2: their mean 1.5, its standard error (1/sqrt(2)) / sqrt(2) = 0.5.
+    assert rows[0] == ("test (2)", "a (reward)", "1.5000", "3.0000", "+1.5000 ± 0.5000")
+    assert rows[1] == ("test (2)", "b (out of domain)", "0.0000", "-0.5000", "-0.5000 ± 0.5000")
+
+
+def test_a_report_of_other_prompts_is_made_again(tiny_dev, load_flux, rewards, tmp_path):
+    recipe, path = recipe_of(), tmp_path / "before.json"
+    prompts = {"test": PROMPTS[:2]}
+    assert not Report.is_made(path, recipe, rewards, prompts)
+    Report.make(load_flux(tiny_dev), recipe, rewards, prompts, tmp_path / "before.png").save(path)
+    assert (tmp_path / "before.png").exists()
+    assert Report.is_made(path, recipe, rewards, prompts)
+    assert not Report.is_made(path, recipe, rewards, {"test": PROMPTS[1:]})
+    assert not Report.is_made(path, recipe, rewards, {"test": PROMPTS[:2], "train": PROMPTS})
+    more = replace(recipe, evaluation=replace(recipe.evaluation, num_images_per_prompt=2))
+    assert not Report.is_made(path, more, rewards, prompts)
+
+
+# --- the commands
+
+
+def read_csv(path):
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_eval_and_sample_of_a_run(ngrpo, tiny_recipe):
+    flags = ["--evaluation.validation=prompts.txt", "--evaluation.every=1", "--checkpoint.every=1", "--model.ema=0.5"]
+    code, _, err = ngrpo("train", tiny_recipe, *flags, "--evaluation.num-images-per-prompt=2", "--checkpoint.keep=9")
+    assert code == 0, err
+    rows = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
+    in_run = {row["step"]: row for row in rows if "validation/brightness" in row}
+    assert in_run.keys() == {1, 2}
+    assert in_run[1]["validation/brightness"] != in_run[2]["validation/brightness"]
+
+    prompts = Path("prompts.txt").read_text().splitlines()
+    for step in (1, 2):
+        code, out, _ = ngrpo("eval", "runs/tiny", "--checkpoint", step, "--out", f"out/{step}.csv")
+        assert code == 0
+        table = read_csv(f"out/{step}.csv")
+        assert list(table[0]) == ["prompt", "picture", "brightness", "redness"]
+        assert [(row["prompt"], row["picture"]) for row in table] == [(p, str(i)) for p in prompts for i in range(2)]
+        for name in ("brightness", "redness"):
+            mean = sum(float(row[name]) for row in table) / len(table)
+            assert mean == pytest.approx(in_run[step][f"validation/{name}"], abs=1e-6)
+            assert f"{mean:.4f}" in out
+
+    # Chosen rewards, another source, one picture each.
+    Path("other.txt").write_text("a blue star\n")
+    arguments = ["--prompts", "other.txt", "--per-prompt", "1", "--rewards", "redness", "tiny_scorers:brightness"]
+    code, out, _ = ngrpo("eval", "runs/tiny", *arguments, "--out", "one.csv")
+    assert code == 0
+    [row] = read_csv("one.csv")
+    assert list(row) == ["prompt", "picture", "redness", "brightness"]
+    assert row["prompt"] == "a blue star"
+    assert f"{float(row['redness']):.4f} │" in out, "no error of a single prompt"
+
+    # The pictures of `sample` are those that `eval` scores: same prompts, same noise.
+    arguments = ["--prompt", *prompts, "--per-prompt", "2", "--checkpoint", "2", "--out", "pictures"]
+    code, out, _ = ngrpo("sample", "runs/tiny", *arguments)
+    assert code == 0
+    assert out.startswith("8 pictures in pictures")
+    table = read_csv("out/2.csv")
+    for i, row in enumerate(table):
+        image = np.asarray(Image.open(f"pictures/{i // 2:03d}_{i % 2:02d}.png"))
+        assert image.mean() / 255 == pytest.approx(float(row["brightness"]), abs=1e-4)
+    assert Image.open("pictures/grid.png").size == (2 * 128 + 2, 4 * 128 + 3 * 2)
+    assert Path("pictures/prompts.txt").read_text().splitlines() == prompts
+
+
+def test_eval_and_sample_of_a_model(ngrpo, tiny_recipe, tiny_dev):
+    small = ["--sampling.height=32", "--sampling.width=32", "--sampling.max-sequence-length=16"]
+    small += ["--sampling.num-inference-steps=2", "--parallel.device=cpu", "--parallel.compute-dtype=float32"]
+    scorer = ["--rewards", "tiny_scorers:brightness"]
+    code, out, _ = ngrpo("eval", tiny_dev, "--prompts", "prompts.txt", *scorer, *small, "--out", "a.csv")
+    assert code == 0
+    assert "4 prompts of prompts.txt" in out
+    code, _, _ = ngrpo("sample", tiny_dev, "--prompts", "prompts.txt", "--per-prompt", "1", *small, "--out", "pics")
+    assert code == 0
+    for i, row in enumerate(read_csv("a.csv")):
+        image = np.asarray(Image.open(f"pics/{i:03d}_00.png"))
+        assert image.mean() / 255 == pytest.approx(float(row["brightness"]), abs=1e-4)
+
+
+def test_eval_of_a_run_defaults_to_its_test_prompts(ngrpo, tiny_recipe):
+    Path("test.txt").write_text("a star\na blue star\n")
+    code, _, err = ngrpo("train", tiny_recipe, "--evaluation.test=test.txt", "--train.steps=1")
+    assert code == 0, err
+    assert ngrpo("eval", "runs/tiny", "--out", "test.csv")[0] == 0
+    table = read_csv("test.csv")
+    assert [row["prompt"] for row in table] == ["a star", "a blue star"]
+    after = Report.load(Path("runs/tiny/after.json")).evaluations["test"]
+    assert [float(row["brightness"]) for row in table] == pytest.approx(after.scores_RN[0].tolist(), abs=1e-6)

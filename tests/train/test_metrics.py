@@ -1,0 +1,311 @@
+"""Figures against hand-worked values, warnings on synthetic histories, and the files that a run leaves."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ngrpo_train import metrics, parallel
+from ngrpo_train.config import Recipe
+from ngrpo_train.metrics import Stopwatch, Symptoms, advantage_figures, device_figures, flat_recipe, reward_figures
+from ngrpo_train.rewards import Scores
+from ngrpo_train.rollout import Groups
+from ngrpo_train.update import Tally, UpdateStats
+
+
+def groups_of(final_PGTC, step_PK=None):
+    empty = torch.empty(0)
+    fields = {name: empty for name in Groups.__dataclass_fields__}
+    return Groups(**fields | {"final_PGTC": final_PGTC, "step_PK": torch.zeros(1, 1) if step_PK is None else step_PK})
+
+
+def stats_of(rows, **sums):
+    tallies = []
+    for scale in (1, 10):  # of the first optimizer step and the last
+        tally = Tally(3, torch.device("cpu"))
+        tally.rows += rows
+        for name, total in sums.items():
+            tally.sums[name] += scale * total
+        tally.ratio_min, tally.ratio_max = torch.tensor(0.5 * scale), torch.tensor(2.0 * scale)
+        tally.velocity_grad_norm_by_step += torch.tensor([2.0, 0.0, 9.0]) * scale
+        tally.rows_by_step += torch.tensor([1.0, 0.0, 3.0])
+        tallies.append(tally)
+    return UpdateStats(torch.tensor(-0.5), torch.tensor(7.0), torch.tensor(1.0), *tallies)
+
+
+# --- figures
+
+
+def test_reward_figures():
+    scores = torch.tensor([[[0.0, 1, 2], [2, 4, 6]], [[10, 10, 10], [10, 10, 40]]])
+    figures = reward_figures(Scores(("a", "watched"), scores), trained=(0,))
+    assert figures == {
+        "reward/mean": pytest.approx(2.5),
+        "reward/std_in_group": pytest.approx(1.5),  # of 1 and 2
+        "reward/std_of_prompts": pytest.approx(1.5),  # of the means 1 and 4
+        "reward/a": pytest.approx(2.5),
+        "reward/watched": pytest.approx(15.0),
+    }
+
+
+def test_advantage_figures():
+    advantages = torch.tensor([[1.0, -1, 1, -1], [3, -1, -1, -1], [0, 0, 0, 0]])
+    figures = advantage_figures(advantages)
+    assert figures == {
+        "advantage/flat_groups": pytest.approx(1 / 3),
+        # |A|_1 / (sqrt(4) |A|_2): 4 / (2 * 2) and 6 / (2 * sqrt(12))
+        "advantage/flatness": pytest.approx((1 + math.sqrt(3) / 2) / 2),
+        "advantage/abs_max": 3.0,
+    }
+    assert advantage_figures(torch.zeros(2, 4)) == {"advantage/flat_groups": 1.0}
+
+
+def test_diversity_is_the_distance_per_element_within_groups():
+    final = torch.zeros(2, 2, 2, 2)
+    final[0, 1] = 2
+    final[1] = 100  # where a group lies does not matter
+    final[1, 1] += 4
+    figures = metrics._reduced(device_figures(groups_of(final), None))
+    assert figures == {"group/diversity": pytest.approx(3.0)}  # of 2 and 4
+
+
+def test_update_figures():
+    stats = stats_of(4, ratio_mean=4.0, clip_fraction=2.0, rollout_mismatch=8.0, mismatch_log_ratio_std=0.4)
+    figures = metrics._reduced(device_figures(groups_of(torch.rand(1, 2, 2, 2)), stats))
+    assert figures["update/loss"] == -0.5
+    assert figures["update/grad_norm"] == 7
+    assert figures["update/skipped_steps"] == 1
+    assert figures["policy/ratio_mean"] == pytest.approx(10.0), "of the last optimizer step"
+    assert figures["policy/clip_fraction"] == pytest.approx(5.0)
+    assert (figures["policy/ratio_min"], figures["policy/ratio_max"]) == (5.0, 20.0)
+    assert figures["policy/rollout_mismatch"] == pytest.approx(2.0), "of the first, at theta_old"
+    assert figures["policy/mismatch_log_ratio_std"] == pytest.approx(0.1)
+    assert figures["velocity_grad_norm/step_0"] == pytest.approx(20.0)
+    assert figures["velocity_grad_norm/step_2"] == pytest.approx(30.0)
+    assert "velocity_grad_norm/step_1" not in figures, "nothing was trained there"
+
+
+def test_ranks_are_combined_by_their_rows(monkeypatch):
+    """Rank 0 has 4 rows of mean 1, rank 1 has 1 row of mean 6 and trained another step."""
+    mine = device_figures(groups_of(torch.zeros(1, 2, 2, 2), torch.tensor([[0, 2]])), stats_of(4, kl=0.4))
+    theirs = stats_of(1, kl=0.6)
+    theirs.last.ratio_max.fill_(99.0)
+    theirs.last.velocity_grad_norm_by_step.copy_(torch.tensor([0.0, 8.0, 1.0]))
+    theirs.last.rows_by_step.copy_(torch.tensor([0.0, 1.0, 1.0]))
+    other = device_figures(groups_of(torch.ones(1, 2, 2, 2), torch.tensor([[1, 2]])), theirs)
+    assert list(mine) == list(other), "a gather of packed figures needs the same ones on every rank"
+
+    packed = []
+    monkeypatch.setattr(parallel, "all_gather", lambda x: packed.append(x) or x[None])
+    metrics._reduced(other)
+    monkeypatch.setattr(parallel, "all_gather", lambda x: torch.stack([x, packed[0]]))
+    figures = metrics._reduced(mine)
+    assert figures["policy/kl"] == pytest.approx((4.0 + 6.0) / 5)
+    assert figures["policy/ratio_max"] == 99
+    assert figures["policy/ratio_min"] == 5
+    assert figures["velocity_grad_norm/step_0"] == pytest.approx(20.0)
+    assert figures["velocity_grad_norm/step_1"] == pytest.approx(8.0)
+    assert figures["velocity_grad_norm/step_2"] == pytest.approx((90 + 1) / 4)
+
+
+def test_stopwatch_adds_up_a_stage_and_starts_anew(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 10.0, 10.5, 11.0, 20.0, 21.0, 25.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        with watch("rollout"):
+            pass
+    assert watch.read() == {"time/rollout_s": 2.5, "time/iteration_s": 11.0}
+    with watch("decode"):
+        pass
+    assert watch.read() == {"time/decode_s": 1.0, "time/iteration_s": 14.0}
+
+
+def test_trackers_get_plain_values():
+    flat = flat_recipe(Recipe())
+    assert flat["algorithm.sigma"] == 0.3
+    assert flat["algorithm.step_range"] == "(0.0, 0.875)"
+    assert all(isinstance(value, str | int | float | bool) for value in flat.values())
+
+
+# --- warnings
+
+HEALTHY = {
+    "advantage/flat_groups": 0.1,
+    "advantage/flatness": 0.8,
+    "group/diversity": 0.5,
+    "update/grad_norm": 1.0,
+    "update/loss": 0.01,
+    "update/skipped_steps": 0.0,
+    "policy/rollout_mismatch": 1e-6,
+}
+
+
+def warnings_of(history):
+    symptoms = Symptoms(Recipe())
+    return [symptoms.of(figures) for figures in history]
+
+
+def test_a_healthy_run_warns_of_nothing():
+    generator = torch.Generator().manual_seed(0)
+    noise = (0.7 + 0.6 * torch.rand(60, len(HEALTHY), generator=generator)).tolist()
+    history = [
+        {name: min(value * factor, 0.94) for (name, value), factor in zip(HEALTHY.items(), row, strict=True)}
+        for row in noise
+    ]
+    assert warnings_of(history) == [[]] * 60
+
+
+@pytest.mark.parametrize(
+    "name, value, at, symptom, setting",
+    [
+        ("update/skipped_steps", 1.0, 0, "a gradient was not finite", "optimizer.learning_rate = 1e-05"),
+        ("policy/rollout_mismatch", 2e-3, 0, "rollout_mismatch = 2.0e-03", "algorithm.old_policy = exact"),
+        ("advantage/flat_groups", 0.6, 9, "60% of the groups have equal rewards", "raise algorithm.sigma = 0.3"),
+        ("advantage/flatness", 0.97, 9, "evenly spread (flatness 0.97)", "algorithm.p = 0.8"),
+    ],
+)
+def test_a_lasting_symptom_is_named_with_the_setting_to_try(name, value, at, symptom, setting):
+    """At once, or when ten iterations show it; then at most every 25 iterations."""
+    found = warnings_of([HEALTHY | {name: value}] * 60)
+    assert [i for i, messages in enumerate(found) if messages] == [
+        i for i in range(60) if i >= at and (i - at) % 25 == 0
+    ]
+    [message] = found[at]
+    assert symptom in message
+    assert setting in message
+
+
+@pytest.mark.parametrize("name, value", [("policy/rollout_mismatch", 0.9e-3), ("advantage/flat_groups", 0.5)])
+def test_what_is_just_below_its_limit_is_not_named(name, value):
+    assert warnings_of([HEALTHY | {name: value}] * 30) == [[]] * 30
+
+
+def test_one_flat_iteration_is_no_symptom():
+    history = [HEALTHY] * 15 + [HEALTHY | {"advantage/flat_groups": 1.0}] + [HEALTHY] * 15
+    assert not any(warnings_of(history))
+
+
+def test_falling_diversity_is_named():
+    history = [HEALTHY | {"group/diversity": 0.5}] * 12 + [HEALTHY | {"group/diversity": 0.1}] * 20
+    found = warnings_of(history)
+    assert not any(found[:20])
+    [message] = [message for messages in found for message in messages]
+    assert re.search(
+        r"diversity fell to 4\d% of where it began \(mode collapse\): raise algorithm.sigma = 0.3", message
+    )
+
+
+@pytest.mark.parametrize("name, sign", [("update/grad_norm", 1), ("update/loss", -1)])
+def test_a_spike_is_named(name, sign):
+    usual, spike = HEALTHY, HEALTHY | {name: sign * 11 * HEALTHY[name]}
+    found = warnings_of([usual] * 20 + [spike] + [usual] * 5)
+    [message] = found[20]
+    assert f"{name} = " in message
+    assert "11 times its usual size (outside the trust region): lower optimizer.learning_rate = 1e-05" in message
+    assert not any(found[:20] + found[21:])
+    assert not any(warnings_of([usual] * 9 + [spike])), "nine iterations do not make a habit"
+    assert not any(warnings_of([usual] * 20 + [HEALTHY | {name: 9 * HEALTHY[name]}]))
+
+
+def test_a_loss_that_is_zero_by_construction_does_not_spike():
+    history = [HEALTHY | {"update/loss": 1e-9}] * 20 + [HEALTHY | {"update/loss": 5e-7}]
+    assert not any(warnings_of(history))
+
+
+def test_iterations_without_signal_have_no_update_figures():
+    history = [HEALTHY] * 12 + [{"advantage/flat_groups": 1.0, "group/diversity": 0.5}] * 5
+    assert not any(warnings_of(history))
+
+
+# --- files
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_of_iterations_that_come_again_are_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 0}, {"step": 1}, {"step": 2, "validation/a": 1.0}, {"step": 2}, {"step": 3}, {"step": 4}]
+    rows += [{"step": 4, "validation/a": 2.0}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "rew')  # killed while writing
+    with metrics._reopen(path, start=2) as file:
+        file.write('{"step": 2, "again": true}\n')
+    # The evaluation "at 2" was made after two iterations, before the third, number 2, which is made again.
+    assert lines(path) == [*rows[:3], {"step": 2, "again": True}]
+
+
+def test_a_run_leaves_every_figure_and_picture(ngrpo, tiny_recipe):
+    flags = ["--log.trackers=tensorboard", "--log.images-every=2", "--train.steps=3", "--log.num-images=3"]
+    flags += ["--algorithm.updates-per-iteration=2", "--evaluation.validation=prompts.txt", "--evaluation.every=2"]
+    flags = [part for flag in flags for part in flag.split("=", 1)]
+    code, out, err = ngrpo("train", tiny_recipe, *flags)
+    assert code == 0, err
+    assert "iteration 1/3" in out
+    assert re.search(r"\d\.\d\d s/it  reward \d\.\d{3} ± \d\.\d{3}  ETA \d+:\d\d", out)
+
+    run = Path("runs/tiny")
+    rows = lines(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 2]
+    assert set(rows[2]) == {"step", "validation/brightness", "validation/redness"}
+    steps = {name for row in rows for name in row if name.startswith("velocity_grad_norm/")}
+    assert steps <= {f"velocity_grad_norm/step_{i}" for i in range(3)}
+    for row in (rows[0], rows[1], rows[3]):
+        assert set(row) - steps == {
+            "step",
+            "reward/mean",
+            "reward/std_in_group",
+            "reward/std_of_prompts",
+            "reward/brightness",
+            "reward/redness",
+            "advantage/flat_groups",
+            "advantage/flatness",
+            "advantage/abs_max",
+            "group/diversity",
+            "update/loss",
+            "update/grad_norm",
+            "update/skipped_steps",
+            "policy/ratio_min",
+            "policy/ratio_mean",
+            "policy/ratio_max",
+            "policy/clip_fraction",
+            "policy/clamp_fraction",
+            "policy/kl",
+            "policy/policy_entropy",
+            "policy/rollout_mismatch",
+            "policy/mismatch_log_ratio_std",
+            "time/rollout_s",
+            "time/decode_s",
+            "time/reward_s",
+            "time/update_s",
+            "time/iteration_s",
+            "memory/peak_gib",
+        }
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["policy/rollout_mismatch"] < 1e-4
+        assert len(steps & set(row)) >= 2, "two steps of each prompt"
+        stages = sum(row[f"time/{stage}_s"] for stage in ("rollout", "decode", "reward", "update"))
+        assert 0 < stages <= row["time/iteration_s"]
+
+    [events] = run.glob("**/events.out.tfevents.*.0")
+    recorded = EventAccumulator(str(events.parent)).Reload()
+    assert [event.step for event in recorded.Scalars("reward/mean")] == [0, 1, 2]
+    assert [event.value for event in recorded.Scalars("update/grad_norm")] == pytest.approx(
+        [row["update/grad_norm"] for row in rows if "update/grad_norm" in row]
+    )
+    assert [event.step for event in recorded.Scalars("validation/brightness")] == [2]
+
+    names = sorted(str(path.relative_to(run)) for path in run.glob("*/step_*.png"))
+    assert names == [f"{kind}/step_00000{step}.png" for kind in ("neighborhoods", "samples") for step in (0, 2)]
+    gap = 2
+    assert Image.open(run / "samples/step_000000.png").size == (3 * 128 + 2 * gap, 128)
+    assert Image.open(run / "neighborhoods/step_000000.png").size == (4 * 128 + 3 * gap, 128)
+    first, last = (np.asarray(Image.open(run / f"samples/step_00000{step}.png")) for step in (0, 2))
+    assert (first != last).any(), "the model moved, the noise did not"

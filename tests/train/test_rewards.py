@@ -1,0 +1,154 @@
+"""Scorers: how they are found, what they are given, and that a failing one is an error that names it."""
+
+import sys
+
+import pytest
+import torch
+
+from ngrpo_train import parallel
+from ngrpo_train.config import Reward
+from ngrpo_train.prompts import Prompt
+from ngrpo_train.rewards import SHIPPED, RewardError, Rewards, Scores, find_scorer, refuse_non_finite
+from ngrpo_train.shapes.judge import judge
+from ngrpo_train.shapes.verifier import score
+
+PROMPTS = [Prompt("a dog", 4), Prompt("a cat", 5)]
+IMAGES = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 3, 8, 8)  # three candidates of each prompt
+
+
+def rewards_of(monkeypatch, *scorers, **settings):
+    """Rewards `r0`, `r1`, ... of these functions."""
+    module = type(sys)("scorers_under_test")
+    for i, scorer in enumerate(scorers):
+        setattr(module, f"r{i}", scorer)
+    monkeypatch.setitem(sys.modules, "scorers_under_test", module)
+    return Rewards({f"r{i}": Reward(path=f"scorers_under_test:r{i}", **settings) for i in range(len(scorers))})
+
+
+def level(images, prompts):
+    return images[:, 0, 0, 0].float()
+
+
+# --- finding them
+
+
+def test_shipped_rewards_are_found_by_name():
+    assert find_scorer("shapes_verifier", "") is score
+    assert find_scorer("shapes_judge", "") is judge
+    for name in SHIPPED:
+        assert callable(find_scorer(name, ""))
+
+
+def test_an_unknown_name_is_answered_with_the_near_one_and_the_list():
+    with pytest.raises(ValueError, match=r"^rewards\.shapes_juge: no reward of that name; did you mean shapes_judge\?"):
+        find_scorer("shapes_juge", "")
+    with pytest.raises(ValueError, match=r"; there are shapes_judge, shapes_verifier, or set rewards\.nil\.path = "):
+        find_scorer("nil", "")
+
+
+@pytest.mark.parametrize(
+    "path, reason",
+    [
+        ("nowhere:score", "No module named 'nowhere'"),
+        ("math:nil", "module 'math' has no attribute 'nil'"),
+        ("math", "module 'math' has no attribute ''"),
+        (":score", "Empty module name"),
+        ("math:pi", "is not callable"),
+    ],
+)
+def test_a_path_that_leads_nowhere(path, reason):
+    with pytest.raises(ValueError, match=rf"^rewards\.mine\.path = '{path}'.*{reason}"):
+        find_scorer("mine", path)
+
+
+# --- what they get and what comes of it
+
+
+def test_scores_are_prompt_major_and_named(monkeypatch):
+    seen = []
+
+    def spy(images, prompts):
+        seen.append((images, list(prompts)))
+        return level(images, prompts)
+
+    def listed(images, prompts):  # plain numbers will do
+        return [len(prompt) + 0.5 for prompt in prompts]
+
+    scores = rewards_of(monkeypatch, spy, listed)(IMAGES, PROMPTS)
+    assert scores.names == ("r0", "r1")
+    assert scores.all_RPG.dtype == torch.float32
+    assert scores.all_RPG.tolist() == [[[0, 1, 2], [3, 4, 5]], [[5.5] * 3] * 2]
+    [(images, prompts)] = seen
+    assert images.dtype == torch.uint8
+    assert torch.equal(images, IMAGES)
+    assert prompts == ["a dog"] * 3 + ["a cat"] * 3
+
+
+def test_weights_are_those_of_trained_rewards():
+    rewards = Rewards(
+        {
+            "shapes_verifier": Reward(weight=2.0),
+            "watched": Reward(weight=3.0, log_only=True, path="math:sqrt"),
+            "off": Reward(weight=0.0, path="math:sqrt"),
+            "shapes_judge": Reward(weight=-0.5),
+        }
+    )
+    assert rewards.names == ("shapes_verifier", "watched", "off", "shapes_judge")
+    assert rewards.trained == (0, 3)
+    assert rewards.weights == (2.0, -0.5)
+
+
+def test_no_graph_is_kept(monkeypatch):
+    weight = torch.ones(1, requires_grad=True)
+    scores = rewards_of(monkeypatch, lambda images, prompts: weight * level(images, prompts))(IMAGES, PROMPTS)
+    assert not scores.all_RPG.requires_grad
+
+
+def test_each_rank_sees_its_own_and_all(monkeypatch):
+    rewards = rewards_of(monkeypatch, level)
+    monkeypatch.setattr(parallel, "all_gather", lambda x: torch.stack([x - 100, x]))
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    scores = rewards(IMAGES, PROMPTS)
+    assert scores.all_RPG.tolist() == [[[-100, -99, -98], [-97, -96, -95], [0, 1, 2], [3, 4, 5]]]
+    assert scores.local_RPG.tolist() == [[[0, 1, 2], [3, 4, 5]]]
+
+
+# --- failures
+
+
+@pytest.mark.parametrize(
+    "scorer, complaint",
+    [
+        (lambda i, p: {}["palette"], r"failed on 6 pictures, the first for 'a dog': KeyError: 'palette'"),
+        (lambda i, p: None, r"failed on 6 pictures, the first for 'a dog': "),
+        (lambda i, p: level(i, p)[:5], r"returned a tensor of shape \[5\] for 6 pictures, the first for 'a dog'"),
+        (lambda i, p: level(i, p)[:, None], r"returned a tensor of shape \[6, 1\] for 6 pictures"),
+        (lambda i, p: level(i, p).mean(), r"returned a tensor of shape \[\] for 6 pictures"),
+        (lambda i, p: [1, 2, 3, 4, float("nan"), 6], r"= nan for the prompt 'a cat'"),
+        (lambda i, p: [float("-inf"), 2, 3, 4, 5, 6], r"= -inf for the prompt 'a dog'"),
+    ],
+)
+def test_a_failure_names_reward_and_prompt(monkeypatch, scorer, complaint):
+    with pytest.raises(RewardError, match=rf"^rewards\.r1 {complaint}") as raised:
+        rewards_of(monkeypatch, level, scorer)(IMAGES, PROMPTS)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_watched_reward_may_not_fail_either(monkeypatch):
+    rewards = rewards_of(monkeypatch, lambda i, p: [float("nan")] * 6, log_only=True)
+    with pytest.raises(RewardError, match=r"^rewards\.r0 = nan"):
+        rewards(IMAGES, PROMPTS)
+
+
+def test_a_failure_elsewhere_stops_this_rank_too(monkeypatch):
+    rewards = rewards_of(monkeypatch, level)
+    monkeypatch.setattr(parallel, "all_gather", lambda x: torch.stack([x, x * float("nan")]))
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    with pytest.raises(RewardError, match="on another rank, which names it"):
+        rewards(IMAGES, PROMPTS)
+
+
+def test_finite_scores_pass():
+    refuse_non_finite(("a",), torch.tensor([[0.0, -3e38]]), ["x", "y"])
+    assert Scores(("a",), torch.zeros(1, 2, 3)).local_RPG.shape == (1, 2, 3)
