@@ -23,7 +23,7 @@ import torch
 import tyro
 
 from ngrpo_train.__main__ import TrainCommand
-from ngrpo_train.config import find_recipe, parse, read_recipe
+from ngrpo_train.parsing import find_recipe, parse, read_recipe
 from ngrpo_train.train import train
 
 HERE = Path(__file__).parent

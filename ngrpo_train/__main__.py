@@ -16,21 +16,8 @@ import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ngrpo_train.config import (
-    Model,
-    Parallel,
-    Recipe,
-    RecipeFlags,
-    Reward,
-    Sampling,
-    check_sections,
-    find_recipe,
-    parse,
-    parse_flags,
-    read_recipe,
-    resolve,
-    suggestion,
-)
+from ngrpo_train.config import Model, Parallel, Recipe, Reward, Sampling, check_sections
+from ngrpo_train.parsing import RecipeFlags, find_recipe, parse, parse_flags, read_recipe, resolve, suggestion
 
 USAGE = """\
 usage: ngrpo COMMAND ...

@@ -17,12 +17,13 @@ from rich.console import Console
 from ngrpo_train import parallel
 from ngrpo_train.algorithms import ALGORITHMS
 from ngrpo_train.checkpoint import Checkpointer, TrainState, find_checkpoint, refuse_unlike
-from ngrpo_train.config import Recipe, as_toml, check
+from ngrpo_train.config import Recipe, check
 from ngrpo_train.ema import EMA
 from ngrpo_train.evaluate import evaluate, pictures
 from ngrpo_train.export import export
 from ngrpo_train.flux import Flux
 from ngrpo_train.metrics import Recorder, Stopwatch, flat_recipe
+from ngrpo_train.parsing import as_toml
 from ngrpo_train.prompts import PromptCursor, load_prompts
 from ngrpo_train.report import Report, before_after, side_by_side
 from ngrpo_train.rewards import Rewards

@@ -34,6 +34,7 @@ ORDER = {
     "ngrpo_train": """
         __init__
         config
+        parsing symptoms
         shapes
         solvers perturb prompts
         parallel

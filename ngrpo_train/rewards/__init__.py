@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ngrpo_train import parallel
-from ngrpo_train.config import Reward, suggestion
+from ngrpo_train.config import Reward
+from ngrpo_train.parsing import suggestion
 from ngrpo_train.prompts import Prompt
 
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]

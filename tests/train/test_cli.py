@@ -12,7 +12,8 @@ import pytest
 
 import ngrpo_train.train as train_module
 from ngrpo_train import __main__ as command
-from ngrpo_train.config import Recipe, find_recipe, resolve
+from ngrpo_train.config import Recipe
+from ngrpo_train.parsing import find_recipe, resolve
 
 COMMANDS = ["train", "sample", "eval", "export", "doctor"]
 

@@ -22,14 +22,10 @@ from ngrpo_train.config import (
     Recipe,
     Reward,
     as_dict,
-    as_toml,
     check,
-    find_recipe,
-    parse,
-    read_recipe,
     refuse_changed,
-    resolve,
 )
+from ngrpo_train.parsing import as_toml, find_recipe, parse, read_recipe, resolve
 
 PACKAGED = sorted(path.name.removesuffix(".toml") for path in (files("ngrpo_train") / "recipes").iterdir())
 GOOD = Recipe(prompts=Prompts(source="prompts.txt"), rewards={"shapes_verifier": Reward()})

@@ -13,9 +13,9 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
 from ngrpo_train.checkpoint import TrainState, find_checkpoint, load_weights
-from ngrpo_train.config import resolve
 from ngrpo_train.ema import EMA
 from ngrpo_train.export import export
+from ngrpo_train.parsing import resolve
 from ngrpo_train.rollout import generate
 from ngrpo_train.solvers import flow_sigmas
 

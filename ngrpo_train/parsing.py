@@ -1,0 +1,172 @@
+"""Recipes (TOML) and flags into dataclasses, by one parser.
+
+A recipe is flattened into flags, so both are checked by the same rules and a misspelt name is answered with the nearest
+right one wherever it stands. The recipe's values are then the defaults of the user's own flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from ngrpo_train.config import Recipe, Reward, as_dict
+
+T = TypeVar("T")
+
+
+def find_recipe(name: str) -> Path:
+    """A packaged recipe by bare name, or a TOML file. Raises ValueError with the packaged names otherwise."""
+    packaged = {path.name.removesuffix(".toml"): path for path in (files("ngrpo_train") / "recipes").iterdir()}
+    if name in packaged:
+        return Path(str(packaged[name]))
+    path = Path(name)
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    close = suggestion(name, packaged)
+    raise ValueError(f"no recipe {name!r}: not a TOML file, nor one of {', '.join(sorted(packaged))}{close}")
+
+
+def suggestion(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
+    """'; did you mean X?' where one of `known` is near `name`, else ''."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path}: not valid TOML: {error}") from error
+
+
+# As a field of a command: its flags without a prefix, true and false written out as in TOML.
+RecipeFlags = Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+
+
+def parse(
+    command: type[T],
+    recipe: Mapping[str, Any],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    name: str = "",
+    quiet: bool = False,
+) -> T:
+    """`command`, a dataclass with a field `recipe: RecipeFlags`, from a recipe called `name` and flags.
+
+    Exits with code 2 on a wrong key, flag or value; a recipe's is said to be of `name`.
+    """
+    resolved = resolve(recipe, name=name, quiet=quiet)
+    # Rewards are a table of any names; the parser only knows flags of names that it has seen in its defaults.
+    mentioned = [match[1] for argument in arguments if (match := re.match(r"--rewards\.([^.=]+)\.", argument))]
+    default = command(recipe=_with_rewards(resolved, mentioned))  # type: ignore[call-arg]
+    return parse_flags(default, arguments, prog=prog, quiet=quiet)
+
+
+def resolve(recipe: Mapping[str, Any], *, name: str, quiet: bool = False) -> Recipe:
+    """A recipe as read from TOML, complete; exits with code 2, saying where and what, on a wrong key or value.
+
+    Raises ValueError where the shape of the TOML is wrong, which the parser of flags could not explain.
+    """
+    _refuse_misshapen(recipe, name)
+    default = _with_rewards(Recipe(), recipe.get("rewards", {}))
+    try:
+        return _cli(RecipeFlags, as_flags(recipe), default, "ngrpo train", quiet)
+    except SystemExit:
+        if not quiet:
+            print(f"in the recipe {name}", file=sys.stderr)
+        raise
+
+
+def _refuse_misshapen(recipe: Mapping[str, Any], name: str) -> None:
+    types = {
+        f"{section.name}.{entry.name}": str(entry.type)
+        for section in dataclasses.fields(Recipe)
+        if section.name != "rewards"
+        for entry in dataclasses.fields(getattr(Recipe(), section.name))
+    }
+    for section, values in recipe.items():
+        if not isinstance(values, Mapping):
+            raise ValueError(f"recipe {name}: {section} = {values!r} must be a section of its own or stand inside one")
+        for key, value in values.items():
+            expected = types.get(f"{section}.{key}", "...")
+            pair = "tuple[float, float]" in expected
+            if isinstance(value, list) and "..." not in expected and not (pair and len(value) == 2):
+                raise ValueError(
+                    f"recipe {name}: {section}.{key} = {value!r} must be {'two numbers' if pair else 'one value'}"
+                )
+
+
+def parse_flags(defaults: T, arguments: Sequence[str], *, prog: str, quiet: bool = False) -> T:
+    """A command's dataclass with flags over its values; exits with code 2 on a wrong flag or value."""
+    return _cli(type(defaults), arguments, defaults, prog, quiet)
+
+
+def _cli(kind: Any, arguments: Iterable[str], default: T, prog: str, quiet: bool) -> T:
+    result: T = tyro.cli(
+        kind,
+        prog=prog,
+        args=list(arguments),
+        default=default,
+        config=(tyro.conf.AvoidSubcommands,),
+        console_outputs=not quiet,
+    )
+    return result
+
+
+def _with_rewards(recipe: Recipe, names: Iterable[str]) -> Recipe:
+    """The recipe with rewards of these names too, at their defaults."""
+    wanted = {name.replace("-", "_"): Reward() for name in names}
+    return replace(recipe, rewards={**recipe.rewards, **{n: r for n, r in wanted.items() if n not in recipe.rewards}})
+
+
+def as_flags(recipe: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
+    """{"model": {"ema": 0.9}} -> "--model.ema=0.9"; the values of a list stand alone, after the name."""
+    for key, value in recipe.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from as_flags(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            yield name
+            yield from map(str, value)
+        else:
+            yield f"{name}={value}"
+
+
+def as_toml(recipe: Recipe) -> str:
+    """The resolved recipe as a file that `ngrpo train` takes back."""
+    lines: list[str] = []
+
+    def table(name: str, values: Mapping[str, Any]) -> None:
+        plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
+        if plain:
+            lines.extend([f"[{name}]", *(f"{k} = {_toml_value(v)}" for k, v in plain.items()), ""])
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                table(f"{name}.{key}", value)
+
+    for section, values in as_dict(recipe).items():
+        table(section, values)
+    return "\n".join(lines)
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's but for DEL
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return repr(value)
