@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from ngrpo_train import parallel
@@ -67,9 +69,11 @@ class Report:
 
 def before_after(before: Report, after: Report, log_only: frozenset[str]) -> Table:
     """A row per prompt set and reward; differences are paired by prompt, +- their standard error."""
-    table = Table(title="Before and after", title_justify="left")
-    for column in ("prompts", "score", "before", "after", "difference"):
-        table.add_column(column, justify="left" if column in ("prompts", "score") else "right")
+    table = Table(title="Before and after", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("prompts", "score", "role"):
+        table.add_column(column)
+    for column in ("before", "after", "difference"):
+        table.add_column(column, justify="right")
     for name, late in after.evaluations.items():
         early = before.evaluations[name]
         paired = Evaluation(late.names, late.prompts, late.scores_RN - early.scores_RN)
@@ -77,7 +81,8 @@ def before_after(before: Report, after: Report, log_only: frozenset[str]) -> Tab
         for score in late.names:
             table.add_row(
                 f"{name} ({len(late.prompts)})",
-                f"{score} (out of domain)" if score in log_only else f"{score} (reward)",
+                score,
+                "out of domain" if score in log_only else "reward",
                 f"{early.mean()[score]:.4f}",
                 f"{late.mean()[score]:.4f}",
                 f"{difference[score]:+.4f}{plus_minus(error[score])}",
@@ -98,3 +103,15 @@ def side_by_side(before: Path, after: Path, out: Path) -> None:
         canvas.paste(panel, (left, label))
         left += panel.width + gap
     canvas.save(out)
+
+
+def conclude(after: Report, run: Path, recipe: Recipe) -> None:
+    """Write and print the table and the picture that set the trained model beside the base model."""
+    after.save(run / "after.json")
+    side_by_side(run / "before.png", run / "after.png", run / "before_after.png")
+    log_only = frozenset(name for name, reward in recipe.rewards.items() if reward.log_only)
+    table = before_after(Report.load(run / "before.json"), after, log_only)
+    Console().print(table)
+    with (run / "before_after.txt").open("w") as file:
+        Console(file=file, width=100).print(table)
+    print(f"pictures: {run / 'before_after.png'}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +11,10 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator, PartialState
-from rich.console import Console
 
 from ngrpo_train import parallel
 from ngrpo_train.algorithms import ALGORITHMS
-from ngrpo_train.checkpoint import Checkpointer, TrainState, find_checkpoint, refuse_unlike
+from ngrpo_train.checkpoint import Checkpointer, TrainState, refuse_unlike
 from ngrpo_train.config import Recipe, check
 from ngrpo_train.ema import EMA
 from ngrpo_train.evaluate import evaluate, pictures
@@ -25,8 +23,9 @@ from ngrpo_train.flux import Flux
 from ngrpo_train.metrics import Recorder, Stopwatch, flat_recipe
 from ngrpo_train.parsing import as_toml
 from ngrpo_train.prompts import PromptCursor, load_prompts
-from ngrpo_train.report import Report, before_after, side_by_side
+from ngrpo_train.report import Report, conclude
 from ngrpo_train.rewards import Rewards
+from ngrpo_train.run_directory import claim, clear, find_resume
 from ngrpo_train.update import allocate_state
 
 logger = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
         continues = resume_from is not None and run.resolve() in resume_from.resolve().parents
         if resume_from:
             refuse_unlike(resume_from, recipe, cursor)
-        _claim(run, processes, may_exist=continues or overwrite)
+        claim(run, processes, may_exist=continues or overwrite)
 
         torch.manual_seed(recipe.train.seed)  # LoRA's initial weights; every other draw has a stream of its own
         flux = Flux(recipe.model, recipe.sampling, recipe.parallel, processes.device)
@@ -70,7 +69,7 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
         state = TrainState(flux, optimizer, cursor, ema)
         checkpointer = Checkpointer(run / "checkpoints", recipe)
         if overwrite:
-            _clear(run, processes)
+            clear(run, processes)
         checkpointer.refuse_full_disk(state)
         report_prompts = {"test": test, "train": texts[: len(test)]} if test else {}
         if report_prompts and not Report.is_made(run / "before.json", recipe, rewards, report_prompts):
@@ -116,49 +115,12 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
         with state.averaged():
             if report_prompts:
                 after = Report.make(flux, recipe, rewards, report_prompts, run / "after.png")
-                _show(after, run, recipe, processes)
+                if processes.is_main_process:
+                    conclude(after, run, recipe)
             if recipe.log.export:
                 exported = export(flux, run / "export")
                 processes.print(f"exported to {exported}")
     return 0
-
-
-def find_resume(run: Path, resume: str) -> Path:
-    """The checkpoint that `--resume` means. Raises ValueError if there is none."""
-    if resume == "latest":
-        return find_checkpoint(run, "latest")
-    path = Path(resume)
-    return path if (path / "record.json").exists() else find_checkpoint(path, "latest")
-
-
-def _claim(run: Path, processes: PartialState, *, may_exist: bool) -> None:
-    """Make the run's directory, or refuse: nothing of an earlier run is ever lost by accident."""
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"log.output_dir = {str(run)!r} is not a directory")
-    if run.exists() and any(run.iterdir()) and not may_exist:
-        raise ValueError(
-            f"log.output_dir = {str(run)!r} exists: pass --resume latest, --overwrite, or another directory"
-        )
-    parallel.barrier()  # every rank has looked before one of them writes
-    refused = ""
-    if processes.is_main_process:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            probe = run / ".probe"
-            probe.write_bytes(bytes(1 << 20))
-            probe.unlink()
-        except OSError as error:
-            refused = f": {error.strerror}"
-    if parallel.any_rank(bool(refused)):
-        raise ValueError(f"log.output_dir = {str(run)!r} cannot be written to{refused}")
-
-
-def _clear(run: Path, processes: PartialState) -> None:
-    """Delete an earlier run, once everything that the new one needs has loaded."""
-    if processes.is_main_process:
-        shutil.rmtree(run)
-        run.mkdir()
-    parallel.barrier()
 
 
 def _summary(flux: Flux, recipe: Recipe, run: Path, prompts: int, per_iteration: int, ranks: int) -> str:
@@ -214,19 +176,6 @@ def _draw(
     recorder.write_pictures(f"samples/step_{step:06d}", grid, columns=min(4, len(shown)))
     neighborhood = images[: recipe.algorithm.num_generations].cpu()
     recorder.write_pictures(f"neighborhoods/step_{step:06d}", neighborhood, columns=min(6, len(neighborhood)))
-
-
-def _show(after: Report, run: Path, recipe: Recipe, processes: PartialState) -> None:
-    if not processes.is_main_process:
-        return
-    after.save(run / "after.json")
-    side_by_side(run / "before.png", run / "after.png", run / "before_after.png")
-    log_only = frozenset(name for name, reward in recipe.rewards.items() if reward.log_only)
-    table = before_after(Report.load(run / "before.json"), after, log_only)
-    Console().print(table)
-    with (run / "before_after.txt").open("w") as file:
-        Console(file=file, width=100).print(table)
-    print(f"pictures: {run / 'before_after.png'}")
 
 
 @contextmanager

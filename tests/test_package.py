@@ -44,7 +44,7 @@ ORDER = {
         update
         algorithms
         evaluate export checkpoint
-        metrics report inference doctor
+        metrics report run_directory inference doctor
         train
         __main__
     """,

@@ -142,8 +142,8 @@ def test_report_pairs_prompts(tmp_path):
     table = before_after(before, Report.load(tmp_path / "after.json"), frozenset("b"))
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     # Differences 1 and 2: their mean 1.5, its standard error (1/sqrt(2)) / sqrt(2) = 0.5.
-    assert rows[0] == ("test (2)", "a (reward)", "1.5000", "3.0000", "+1.5000 ± 0.5000")
-    assert rows[1] == ("test (2)", "b (out of domain)", "0.0000", "-0.5000", "-0.5000 ± 0.5000")
+    assert rows[0] == ("test (2)", "a", "reward", "1.5000", "3.0000", "+1.5000 ± 0.5000")
+    assert rows[1] == ("test (2)", "b", "out of domain", "0.0000", "-0.5000", "-0.5000 ± 0.5000")
 
 
 def test_a_report_of_other_prompts_is_made_again(tiny_dev, load_flux, rewards, tmp_path):
