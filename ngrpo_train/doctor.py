@@ -44,8 +44,6 @@ class Row:
 OPTIONAL = (
     ("xformers", "attention backend xformers", 'pip install "ngrpo[xformers]"'),
     ("flash-attn", "attention backend flash, built with nvcc", "pip install flash-attn --no-build-isolation"),
-    ("torchao", "fp8 rollouts and 8-bit AdamW", "pip install torchao"),
-    ("nvtx", "named ranges in Nsight Systems", 'pip install "ngrpo[profile]"'),
     ("wandb", "Weights & Biases tracker", 'pip install "ngrpo[wandb]"'),
     ("pyarrow", "prompts from parquet files", 'pip install "ngrpo[parquet]"'),
 )
