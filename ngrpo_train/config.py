@@ -315,6 +315,13 @@ def check(recipe: Recipe, world_size: int = 1) -> None:
         recipe.parallel.sharding,
         f"must be full or auto on {world_size} processes",
     )
+    _require(
+        not (recipe.parallel.sharding == "none" and recipe.parallel.compute_dtype != "float32"),
+        "parallel.sharding",
+        recipe.parallel.sharding,
+        f"must be full or auto with parallel.compute_dtype = {recipe.parallel.compute_dtype!r}: plain modules compute "
+        "in the dtype of their weights, which is float32",
+    )
     for tracker in recipe.log.trackers:
         _require(
             find_spec(tracker) is not None,

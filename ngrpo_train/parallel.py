@@ -45,13 +45,9 @@ def refuse_foreign_launch(environment: Mapping[str, str] = os.environ) -> None:
     on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and "MASTER_PORT" in environment
     if on_cpu and not _GROUP_SIZE & environment.keys():
         raise ValueError(
-            "accelerate launch --cpu starts one process, however many are asked for, without parallel.device: use "
-            "accelerate launch --multi_gpu --num_processes N or torchrun, with parallel.device = 'cpu'"
+            "accelerate launch --cpu starts one process, however many are asked for: launch with --multi_gpu instead, "
+            "or with torchrun, and set parallel.device = 'cpu'"
         )
-
-
-def world_size_at_launch() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank_at_launch() -> int:

@@ -41,6 +41,7 @@ SMALL = {
     "rewards.redness.path": "runs:redness",
     "rewards.shapes-verifier.log-only": "True",
     "train.steps": "3",
+    "parallel.timeout-minutes": "3",
     "checkpoint.every": "1",
     "checkpoint.keep": "9",
     "evaluation.validation": "",
@@ -57,6 +58,10 @@ UNLIKE = ("time/", "memory/")  # figures that no two runs share
 
 def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images[:, 0].float().mean((1, 2)) / 255
+
+
+def redness_and_chance(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return redness(images, prompts) + 0.01 * torch.rand(len(images))
 
 
 def redness_of_circles(images: Tensor, prompts: Sequence[str]) -> Tensor:

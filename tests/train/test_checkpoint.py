@@ -59,11 +59,10 @@ def test_a_checkpoint_holds_what_training_moves(straight: Path) -> None:
 
 
 def test_two_iterations_and_two_more_are_four(tmp_path: Path) -> None:
-    assert Run(tmp_path / "straight", LORA | WHOLE).make() == 0
-    torch.manual_seed(1)  # a process that starts with another random state
-    assert Run(tmp_path / "run", LORA | CUT_SHORT).make() == 0
-    torch.manual_seed(2)
-    assert Run(tmp_path / "run", LORA | WHOLE, resume="latest").make() == 0
+    recipe = LORA | {"rewards.redness.path": "runs:redness_and_chance"}  # a scorer that needs the random state too
+    assert Run(tmp_path / "straight", recipe | WHOLE).make() == 0
+    assert Run(tmp_path / "run", recipe | CUT_SHORT).make() == 0
+    assert Run(tmp_path / "run", recipe | WHOLE, resume="latest").make() == 0
     assert_same_run(tmp_path / "run", tmp_path / "straight")
 
 
@@ -127,7 +126,8 @@ def test_killed_while_a_checkpoint_is_removed(straight: Path, tmp_path: Path) ->
     assert steps_kept(tmp_path) == ["step_000001", "step_000002", "step_000003"]
 
 
-def test_sigterm_saves_and_exits_143(straight: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", ["100", "2"], ids=["early", "when one is due"])
+def test_sigterm_saves_and_exits_143(every: str, straight: Path, tmp_path: Path) -> None:
     original = checkpoint.Checkpointer.save_if_due
 
     def save_if_due(self: Any, state: Any, *, best: bool = False) -> None:
@@ -135,7 +135,7 @@ def test_sigterm_saves_and_exits_143(straight: Path, tmp_path: Path) -> None:
         if state.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    seldom = {"checkpoint.every": "100"}
+    seldom = {"checkpoint.every": every}
     before = signal.getsignal(signal.SIGTERM)
     with mock.patch.object(checkpoint.Checkpointer, "save_if_due", save_if_due):
         assert Run(tmp_path / "run", FULL | WHOLE | seldom).make() == 143

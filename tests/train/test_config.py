@@ -325,10 +325,18 @@ def test_a_reward_weight_must_be_finite(weight):
 
 
 def test_several_processes_need_sharding():
-    recipe = changed(GOOD, "parallel.sharding", "none")
+    recipe = changed(changed(GOOD, "parallel.sharding", "none"), "parallel.compute_dtype", "float32")
     check(recipe, world_size=1)
     with pytest.raises(ValueError, match=r"^parallel\.sharding = 'none' must be full or auto on 2 processes$"):
         check(recipe, world_size=2)
+
+
+def test_bfloat16_arithmetic_needs_sharding():
+    recipe = changed(changed(GOOD, "parallel.sharding", "none"), "parallel.compute_dtype", "bfloat16")
+    with pytest.raises(
+        ValueError, match=r"^parallel\.sharding = 'none' must be full or auto with parallel\.compute_dtype"
+    ):
+        check(recipe)
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):

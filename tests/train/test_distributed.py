@@ -61,7 +61,7 @@ PLAIN = {"evaluation.validation": "", "evaluation.test": "", "log.trackers": "",
 ONE_EACH = {"prompts.per-rank": "1"}  # on two ranks
 
 # Another batch size rounds a velocity's last bits otherwise, and then one of a picture's bytes here and there.
-TOLERANCE = {"rewards": 1e-4, "advantages": 1e-3, "figures": 1e-3, "moments": 2e-3, "moved": 2e-3}
+TOLERANCE = {"rewards": 1e-4, "advantages": 3e-4, "figures": 5e-4, "moments": 5e-4, "moved": 1e-3}
 
 
 @pytest.fixture(scope="module")
