@@ -45,7 +45,7 @@ class Evaluation:
 
 
 def plus_minus(error: float) -> str:
-    return "" if math.isnan(error) else f" ± {error:.4f}"
+    return "" if math.isnan(error) else f" ± {error:.3f}"
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def _table(evaluation: Evaluation) -> Table:
     table.add_column("mean ± standard error", justify="right")
     error = evaluation.standard_error()
     for name, mean in evaluation.mean().items():
-        table.add_row(name, f"{mean:.4f}{plus_minus(error[name])}")
+        table.add_row(name, f"{mean:.3f}{plus_minus(error[name])}")
     return table
 
 

@@ -83,9 +83,9 @@ def before_after(before: Report, after: Report, log_only: frozenset[str]) -> Tab
                 f"{name} ({len(late.prompts)})",
                 score,
                 "out of domain" if score in log_only else "reward",
-                f"{early.mean()[score]:.4f}",
-                f"{late.mean()[score]:.4f}",
-                f"{difference[score]:+.4f}{plus_minus(error[score])}",
+                f"{early.mean()[score]:.3f}",
+                f"{late.mean()[score]:.3f}",
+                f"{difference[score]:+.3f}{plus_minus(error[score])}",
             )
     return table
 

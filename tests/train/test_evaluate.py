@@ -142,8 +142,8 @@ def test_report_pairs_prompts(tmp_path):
     table = before_after(before, Report.load(tmp_path / "after.json"), frozenset("b"))
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     # Differences 1 and 2: their mean 1.5, its standard error (1/sqrt(2)) / sqrt(2) = 0.5.
-    assert rows[0] == ("test (2)", "a", "reward", "1.5000", "3.0000", "+1.5000 ± 0.5000")
-    assert rows[1] == ("test (2)", "b", "out of domain", "0.0000", "-0.5000", "-0.5000 ± 0.5000")
+    assert rows[0] == ("test (2)", "a", "reward", "1.500", "3.000", "+1.500 ± 0.500")
+    assert rows[1] == ("test (2)", "b", "out of domain", "0.000", "-0.500", "-0.500 ± 0.500")
 
 
 def test_a_report_of_other_prompts_is_made_again(tiny_dev, load_flux, rewards, tmp_path):
@@ -186,7 +186,7 @@ def test_eval_and_sample_of_a_run(ngrpo, tiny_recipe):
         for name in ("brightness", "redness"):
             mean = sum(float(row[name]) for row in table) / len(table)
             assert mean == pytest.approx(in_run[step][f"validation/{name}"], abs=1e-6)
-            assert f"{mean:.4f}" in out
+            assert f"{mean:.3f}" in out
 
     # Chosen rewards, another source, one picture each.
     Path("other.txt").write_text("a blue star\n")
@@ -196,7 +196,7 @@ def test_eval_and_sample_of_a_run(ngrpo, tiny_recipe):
     [row] = read_csv("one.csv")
     assert list(row) == ["prompt", "picture", "redness", "brightness"]
     assert row["prompt"] == "a blue star"
-    assert f"{float(row['redness']):.4f} │" in out, "no error of a single prompt"
+    assert f"{float(row['redness']):.3f} │" in out, "no error of a single prompt"
 
     # The pictures of `sample` are those that `eval` scores: same prompts, same noise.
     arguments = ["--prompt", *prompts, "--per-prompt", "2", "--checkpoint", "2", "--out", "pictures"]
