@@ -204,7 +204,7 @@ def test_a_run_leaves_every_figure_and_picture(ngrpo, tiny_recipe):
         stages = sum(row[f"time/{stage}_s"] for stage in ("rollout", "decode", "reward", "update"))
         assert 0 < stages <= row["time/iteration_s"]
 
-    [events] = run.glob("**/events.out.tfevents.*.0")
+    [events] = (run / "ngrpo").glob("events.out.tfevents.*")
     recorded = EventAccumulator(str(events.parent)).Reload()
     assert [event.step for event in recorded.Scalars("reward/mean")] == [0, 1, 2]
     assert [event.value for event in recorded.Scalars("update/grad_norm")] == pytest.approx(

@@ -107,7 +107,9 @@ def test_verifier_and_judge_prefer_the_right_attribute(drawn, attribute):
     wrong = [(i, caption) for i, caption in wrong if caption in known and caption != EVERY[i]]
     pictures = drawn[[i for i, _ in wrong]]
     asked, others = [str(EVERY[i]) for i, _ in wrong], [str(caption) for _, caption in wrong]
-    assert (score(pictures, asked) - score(pictures, others)).min() > 0.1
+    margin = score(pictures, asked) - score(pictures, others)
+    assert margin.min() > 0
+    assert margin.mean() > 0.15, "half of what one of the three parts of the score can make"
     assert (judge(pictures, asked) > judge(pictures, others)).float().mean() > 0.97
 
 
