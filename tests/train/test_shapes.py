@@ -108,7 +108,7 @@ def test_verifier_and_judge_prefer_the_right_attribute(drawn, attribute):
     pictures = drawn[[i for i, _ in wrong]]
     asked, others = [str(EVERY[i]) for i, _ in wrong], [str(caption) for _, caption in wrong]
     margin = score(pictures, asked) - score(pictures, others)
-    assert margin.min() > 0
+    assert margin.min() > 0.05  # the worst pair is of shapes, 0.061
     assert margin.mean() > 0.15, "half of what one of the three parts of the score can make"
     assert (judge(pictures, asked) > judge(pictures, others)).float().mean() > 0.97
 
