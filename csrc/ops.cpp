@@ -53,12 +53,14 @@ std::vector<int64_t> own_candidates(const Tensor& candidates, const Tensor& anch
   return own;
 }
 
-// products[i] += <y_i, y_i - away>, and moved[i] += <y_i, delta> where there is a delta, for all valid candidates.
+// products[i] += <y_i, y_i - away>, and moved[i] += <y_i, delta> where there is a delta, for the candidates in `valid`
+// from its item `start` on.
 template <typename T>
-void add_products(const TileOf<T>& x, const std::vector<int64_t>& valid, const T* own, const T* away, const T* delta,
-                  int64_t count, double* products, double* moved) {
-  in_blocks(valid.size(), [&](int64_t first, auto size) {
+void add_products(const TileOf<T>& x, const std::vector<int64_t>& valid, int64_t start, const T* own, const T* away,
+                  const T* delta, int64_t count, double* products, double* moved) {
+  in_blocks(valid.size() - start, [&](int64_t first, auto size) {
     constexpr int64_t N = decltype(size)::value;
+    first += start;
     const T* rows[N];
     for (int64_t i = 0; i < N; ++i) rows[i] = x[valid[first + i]];
     Vector<T> product[N] = {}, along[N] = {};
@@ -85,24 +87,6 @@ void add_products(const TileOf<T>& x, const std::vector<int64_t>& valid, const T
       if (delta) moved[valid[first + i]] += sum_of_lanes<T>(along[i]);
     }
   });
-}
-
-// sum_i |x_i - mean|^2 over the valid candidates.
-template <typename T>
-T spread(const TileOf<T>& x, const std::vector<int64_t>& valid, int64_t count) {
-  Vector<T> sum = {};
-  for (int64_t d = 0; d < count; d += LANES<T>) {
-    Vector<T> mean = {};
-    for (const int64_t g : valid) mean += load(x[g] + d);
-    mean /= static_cast<T>(valid.size());
-    Vector<T> squares = {};
-    for (const int64_t g : valid) {
-      const Vector<T> difference = load(x[g] + d) - mean;
-      squares += difference * difference;
-    }
-    sum += squares;
-  }
-  return sum_of_lanes<T>(sum);
 }
 
 // result[b] = sum_i weights[b, i] (x_i - origin_b), for all anchors b of a prompt; `weights` is [B, G].
@@ -160,41 +144,51 @@ std::tuple<Tensor, Tensor, Tensor> measure(Tensor moving, std::optional<Tensor> 
   const Tensor slopes = contiguous(slope);
   Tensor old_logits = new_empty(slope, {prompts, anchors, group});
   Tensor projections = new_empty(slope, {prompts, anchors, group});
-  Tensor mean_sqdist = new_empty(slope, {prompts});
+  Tensor sqdist = new_empty(slope, {prompts, group, group});
   with_sum_type(slope.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const T* slope_of = slopes.const_data_ptr<T>();
 
-    // Sums of a prompt: products [B, G], projections [B, G], spread.
-    const std::vector<double> sums = split.sum_tiles(2 * pairs + 1, [&] {
-      return [&, x = TileOf<T>(group), scratch = std::vector<T>(5 * TILE)](int64_t p, int64_t begin, int64_t count,
+    // Sums of a prompt: products [B, G], projections [B, G], distances [G, G] of candidates to the valid ones after.
+    const int64_t width = 2 * pairs + group * group;
+    const std::vector<double> sums = split.sum_tiles(width, [&] {
+      return [&, x = TileOf<T>(group), scratch = std::vector<T>(6 * TILE)](int64_t p, int64_t begin, int64_t count,
                                                                           double* sums) mutable {
         T *away = &scratch[0], *delta = &scratch[TILE];
+        const T* no_offset = &scratch[2 * TILE];
         x.read(candidate_rows, p, begin, count);
-        sums[2 * pairs] += spread(x, valid[p], count);
+        for (size_t i = 0; i < valid[p].size(); ++i) {
+          const int64_t g = valid[p][i];
+          add_products<T>(x, valid[p], i + 1, x[g], no_offset, nullptr, count, sums + 2 * pairs + g * group, nullptr);
+        }
         for (int64_t b = 0; b < anchors; ++b) {
           const T* own_b = x[own[p * anchors + b]];
-          const T* moving_b = moving_rows.tile(p, b, begin, count, &scratch[2 * TILE]);
-          const T* old_b = old ? old_rows.tile(p, b, begin, count, &scratch[3 * TILE]) : nullptr;
-          const T* start_b = latents ? start_rows.tile(p, b, begin, count, &scratch[4 * TILE]) : nullptr;
+          const T* moving_b = moving_rows.tile(p, b, begin, count, &scratch[3 * TILE]);
+          const T* old_b = old ? old_rows.tile(p, b, begin, count, &scratch[4 * TILE]) : nullptr;
+          const T* start_b = latents ? start_rows.tile(p, b, begin, count, &scratch[5 * TILE]) : nullptr;
           displace(moving_b, old_b, literal, start_b, slope_of[p * anchors + b], own_b, count, away, delta);
-          add_products(x, valid[p], own_b, away, moved ? delta : nullptr, count, sums + b * group,
+          add_products(x, valid[p], 0, own_b, away, moved ? delta : nullptr, count, sums + b * group,
                        sums + pairs + b * group);
         }
       };
     });
 
     for (int64_t p = 0; p < prompts; ++p) {
-      const double* of_prompt = sums.data() + p * (2 * pairs + 1);
+      const double* of_prompt = sums.data() + p * width;
       for (int64_t i = 0; i < pairs; ++i) {
         old_logits.mutable_data_ptr<T>()[p * pairs + i] = static_cast<T>(-of_prompt[i]);
         projections.mutable_data_ptr<T>()[p * pairs + i] = static_cast<T>(of_prompt[pairs + i]);
       }
-      const double others = std::max<double>(1, static_cast<double>(valid[p].size()) - 1);
-      mean_sqdist.mutable_data_ptr<T>()[p] = static_cast<T>(2 * of_prompt[2 * pairs] / others);
+      const double* of_group = of_prompt + 2 * pairs;
+      T* table = sqdist.mutable_data_ptr<T>() + p * group * group;
+      for (int64_t g = 0; g < group; ++g) {
+        for (int64_t k = g; k < group; ++k) {
+          table[g * group + k] = table[k * group + g] = static_cast<T>(of_group[g * group + k]);
+        }
+      }
     }
   });
-  return {old_logits, projections, mean_sqdist};
+  return {old_logits, projections, sqdist};
 }
 
 // Writes the tile `from` to row (p, b) of a contiguous [P, B, D] tensor, in its dtype.
@@ -207,8 +201,8 @@ void write(const T* from, const Tensor& tensor, int64_t p, int64_t b, int64_t be
   });
 }
 
-Tensor weighted_differences(Tensor weights, Tensor candidates, Tensor anchor_index, std::optional<Tensor> mask,
-                            ScalarType dtype) {
+Tensor weighted_differences(Tensor weights, std::optional<Tensor> scale, Tensor candidates, Tensor anchor_index,
+                            std::optional<Tensor> mask, ScalarType dtype) {
   const int64_t prompts = weights.size(0), anchors = weights.size(1), group = weights.size(2);
   const Split split(prompts, candidates.size(2));
   const auto valid = valid_candidates(candidates, mask);
@@ -218,50 +212,19 @@ Tensor weighted_differences(Tensor weights, Tensor candidates, Tensor anchor_ind
   Tensor result = new_empty(weights, {prompts, anchors, split.dim}, dtype);
   with_sum_type(weights.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T* weights_of = weight_rows.const_data_ptr<T>();
+    std::vector<T> weights_of(weight_rows.const_data_ptr<T>(), weight_rows.const_data_ptr<T>() + weights.numel());
+    if (scale) {
+      for (T& weight : weights_of) weight *= *scale->const_data_ptr<T>();
+    }
     split.for_each_tile([&] {
       return [&, x = TileOf<T>(group), sums = std::vector<T>(anchors * TILE)](int64_t, int64_t p, int64_t begin,
                                                                              int64_t count) mutable {
         x.read(candidate_rows, p, begin, count);
         const auto origin_of = [&](int64_t b) { return x[own[p * anchors + b]]; };
-        add_weighted(x, valid[p], weights_of + p * anchors * group, origin_of, anchors, group, count, sums.data());
+        add_weighted(x, valid[p], weights_of.data() + p * anchors * group, origin_of, anchors, group, count, sums.data());
         for (int64_t b = 0; b < anchors; ++b) write(&sums[b * TILE], result, p, b, begin, count);
       };
     });
-  });
-  return result;
-}
-
-Tensor weighted_norm(Tensor weights, Tensor candidates, Tensor anchor_index, std::optional<Tensor> mask) {
-  const int64_t prompts = weights.size(0), anchors = weights.size(1), group = weights.size(2);
-  const Split split(prompts, candidates.size(2));
-  const auto valid = valid_candidates(candidates, mask);
-  const auto own = own_candidates(candidates, anchor_index);
-  const Rows candidate_rows(candidates);
-  const Tensor weight_rows = contiguous(weights);
-  Tensor result = new_empty(weights, {prompts, anchors});
-  with_sum_type(weights.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const T* weights_of = weight_rows.const_data_ptr<T>();
-    const std::vector<double> squares = split.sum_tiles(anchors, [&] {
-      return [&, x = TileOf<T>(group), sums = std::vector<T>(anchors * TILE)](int64_t p, int64_t begin, int64_t count,
-                                                                             double* squares) mutable {
-        x.read(candidate_rows, p, begin, count);
-        const auto origin_of = [&](int64_t b) { return x[own[p * anchors + b]]; };
-        add_weighted(x, valid[p], weights_of + p * anchors * group, origin_of, anchors, group, count, sums.data());
-        for (int64_t b = 0; b < anchors; ++b) {
-          Vector<T> square = {};
-          for (int64_t d = 0; d < count; d += LANES<T>) {
-            const Vector<T> sum = load(&sums[b * TILE + d]);
-            square += sum * sum;
-          }
-          squares[b] += sum_of_lanes<T>(square);
-        }
-      };
-    });
-    for (int64_t i = 0; i < prompts * anchors; ++i) {
-      result.mutable_data_ptr<T>()[i] = static_cast<T>(std::sqrt(squares[i]));
-    }
   });
   return result;
 }
@@ -281,7 +244,7 @@ Tensor pairwise_sqdist(Tensor anchors, Tensor candidates, ScalarType dtype) {
         x.read(candidate_rows, p, begin, count);
         for (int64_t b = 0; b < rows; ++b) {
           const T* anchor = anchor_rows.tile(p, b, begin, count, scratch.data());
-          add_products<T>(x, valid[p], anchor, no_offset.data(), nullptr, count, sums + b * group, nullptr);
+          add_products<T>(x, valid[p], 0, anchor, no_offset.data(), nullptr, count, sums + b * group, nullptr);
         }
       };
     });
@@ -321,7 +284,6 @@ Tensor weighted_sum_from(Tensor weights, Tensor anchors, Tensor candidates) {
 STABLE_TORCH_LIBRARY_IMPL(ngrpo_cpp, CPU, m) {
   m.impl("measure", TORCH_BOX(&ngrpo::measure));
   m.impl("weighted_differences", TORCH_BOX(&ngrpo::weighted_differences));
-  m.impl("weighted_norm", TORCH_BOX(&ngrpo::weighted_norm));
   m.impl("pairwise_sqdist", TORCH_BOX(&ngrpo::pairwise_sqdist));
   m.impl("weighted_sum_from", TORCH_BOX(&ngrpo::weighted_sum_from));
 }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ngrpo_kernels._inputs import check_p, check_rewards
-from ngrpo_kernels._registry import BACKENDS, pick
+from ngrpo_kernels._registry import backend_ops, pick
 
 
 def quasi_norm_advantages(
@@ -46,6 +46,6 @@ def quasi_norm_advantages(
     """
     check_p(p)
     rewards_RPG, weights_R11, min_std_R11, mask_PG = check_rewards(rewards, weights, min_reward_std, candidate_mask)
-    ops = BACKENDS[pick(backend, rewards.device.type)]
+    ops = backend_ops(pick(backend, rewards.device.type))
     advantages = ops.quasi_norm_advantages(rewards_RPG, p, weights_R11, min_std_R11, mask_PG)
     return advantages.squeeze(0) if rewards.ndim == 1 else advantages

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ngrpo_kernels._inputs import check_distance_inputs
-from ngrpo_kernels._registry import BACKENDS, pick
+from ngrpo_kernels._registry import backend_ops, pick
 
 
 class _Distances(torch.autograd.Function):
@@ -16,13 +16,13 @@ class _Distances(torch.autograd.Function):
     def forward(ctx: Any, anchors: Tensor, candidates: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(anchors, candidates)
         ctx.backend = backend
-        return BACKENDS[backend].pairwise_sqdist(anchors, candidates)
+        return backend_ops(backend).pairwise_sqdist(anchors, candidates)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         anchors, candidates = ctx.saved_tensors
-        grad_at = BACKENDS[ctx.backend].pairwise_sqdist_grad_anchors
+        grad_at = backend_ops(ctx.backend).pairwise_sqdist_grad_anchors
         grad_anchors = grad_at(grad, anchors, candidates) if ctx.needs_input_grad[0] else None
         grad_candidates = grad_at(grad.mT, candidates, anchors) if ctx.needs_input_grad[1] else None
         return grad_anchors, grad_candidates, None

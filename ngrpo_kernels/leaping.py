@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from ngrpo_kernels import reference
 from ngrpo_kernels._inputs import Group, check_temperature
-from ngrpo_kernels._registry import BACKENDS, pick
+from ngrpo_kernels._registry import backend_ops, pick
 from ngrpo_kernels.reference import OldPolicy, Temperature
 
 
@@ -37,8 +37,8 @@ class _LogRatio(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         new_policy, scale, candidates, anchor_index, mask = ctx.saved_tensors
         weights = scale * reference.leaping_log_ratio_weights(grad, new_policy, mask)
-        weighted_differences = BACKENDS[ctx.backend].weighted_differences
-        grad_moving = weighted_differences(weights, candidates, anchor_index, mask, ctx.dtype)
+        weighted_differences = backend_ops(ctx.backend).weighted_differences
+        grad_moving = weighted_differences(weights, None, candidates, anchor_index, mask, ctx.dtype)
         return grad_moving, None, None, None, None, None, None, None
 
 
@@ -100,7 +100,7 @@ def leaping_log_ratio(
         old = group.old_policy("old_anchors", old_anchors)
     name = pick(backend, moving.device.type)
     with torch.no_grad():
-        result = BACKENDS[name].leaping_log_ratio(
+        result = backend_ops(name).leaping_log_ratio(
             moving, old, start, group.slope(dt), group.candidates, group.anchor_index, temperature, group.mask
         )
     return group.drop_prompts(_LogRatio.apply(moving, *result, group.candidates, group.anchor_index, group.mask, name))

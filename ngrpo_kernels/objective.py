@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ngrpo_kernels._inputs import Group, check_clip_range, check_kl_coef, check_p, check_temperature
-from ngrpo_kernels._registry import BACKENDS, pick
+from ngrpo_kernels._registry import backend_ops, pick
 from ngrpo_kernels.reference import OldPolicy, Temperature
 
 
@@ -43,13 +43,13 @@ class LossOutput(NamedTuple):
 
 
 class _Loss(torch.autograd.Function):
-    """Gives a loss its gradient, sum_i weights_i (x_i - x_j)."""
+    """The mean of anchors' losses, and its gradient, sum_i weights_i (x_i - x_j)."""
 
     @staticmethod
     def forward(
         ctx: Any,
         moving: Tensor,
-        loss: Tensor,
+        losses: Tensor,
         weights: Tensor,
         candidates: Tensor,
         anchor_index: Tensor,
@@ -58,14 +58,14 @@ class _Loss(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weights, candidates, anchor_index, mask)
         ctx.dtype, ctx.backend = moving.dtype, backend
-        return loss.clone()
+        return losses.mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, candidates, anchor_index, mask = ctx.saved_tensors
-        weighted_differences = BACKENDS[ctx.backend].weighted_differences
-        grad_moving = weighted_differences(grad * weights, candidates, anchor_index, mask, ctx.dtype)
+        weighted_differences = backend_ops(ctx.backend).weighted_differences
+        grad_moving = weighted_differences(weights, grad, candidates, anchor_index, mask, ctx.dtype)
         return grad_moving, None, None, None, None, None, None
 
 
@@ -209,7 +209,7 @@ def _loss(
     bounds = check_clip_range(clip_range)
     name = pick(backend, moving.device.type)
     with torch.no_grad():
-        result = BACKENDS[name].objective(
+        result = backend_ops(name).objective(
             moving,
             old,
             latents,

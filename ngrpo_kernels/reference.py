@@ -2,8 +2,8 @@
 
 Arguments are validated and flattened by the caller. Everything is computed in float32, or in float64 when a latent is
 float64, by element-wise products and sums, which neither autocast nor tf32 touches. What reads latents stands in
-functions of its own (`measure`, `weighted_norm`, `weighted_differences`), which a backend may replace; the algebra on
-[P, B, G] is then this file's all the same.
+functions of its own (`measure`, `weighted_differences`), which a backend may replace; the algebra on [P, B, G] is then
+this file's all the same.
 """
 # P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened), R rewards.
 #
@@ -52,23 +52,23 @@ def _promoted(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left.to(dtype), right.to(dtype)
 
 
-def mean_sqdist(candidates: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Mean squared distance [P] over the pairs of a group of n valid ones: 2 / (n (n-1)) sum_{i<k} |x_i - x_k|^2.
+def group_sqdist(candidates: Tensor, dtype: torch.dtype) -> Tensor:
+    """Squared distances [P, G, G] among the candidates of a group, each pair from its differences."""
+    prompts, members, _ = candidates.shape
+    sqdist = torch.zeros((prompts, members, members), dtype=dtype, device=candidates.device)
+    for g in range(members - 1):
+        difference = candidates[:, g + 1 :].to(dtype) - candidates[:, g, None].to(dtype)
+        sqdist[:, g, g + 1 :] = sqdist[:, g + 1 :, g] = _dot(difference, difference)
+    return sqdist
 
-    Equal to 2 / (n-1) sum_i |x_i - mean|^2, which is how it is summed.
-    """
-    members = candidates.shape[1]
-    count = torch.full_like(candidates[:, 0, 0], members, dtype=dtype) if mask is None else mask.sum(-1).to(dtype)
-    valid = [None if mask is None else mask[:, g, None] for g in range(members)]
-    total = torch.zeros_like(candidates[:, 0], dtype=dtype)
-    for g in range(members):
-        total = total + _zero_unless(valid[g], candidates[:, g].to(dtype))
-    centre = total / count.clamp_min(1)[:, None]
-    spread = torch.zeros_like(count)
-    for g in range(members):
-        difference = _zero_unless(valid[g], candidates[:, g].to(dtype) - centre)
-        spread = spread + _dot(difference, difference)
-    return 2 * spread / (count - 1).clamp_min(1)
+
+def mean_sqdist(sqdist: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean [P] of `group_sqdist` over the pairs of a group of n valid ones: 2 / (n (n-1)) sum_{i<k} |x_i - x_k|^2."""
+    if mask is None:
+        return sqdist.sum((-2, -1)) / (sqdist.shape[-1] * (sqdist.shape[-1] - 1))
+    count = mask.sum(-1)
+    pairs = mask[:, :, None] & mask[:, None]
+    return sqdist.masked_fill(~pairs, 0).sum((-2, -1)) / (count * (count - 1)).clamp_min(1)
 
 
 def _zero_unless(valid: Tensor | None, value: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class Measured(NamedTuple):
 
     old_logits: Tensor  # tau log pi_old but for a constant, [P, B, G]
     projections: Tensor  # <y_i, delta>, [P, B, G]
-    mean_sqdist: Tensor  # [P]
+    sqdist: Tensor  # |x_i - x_k|^2, [P, G, G]
 
 
 def measure(
@@ -162,7 +162,7 @@ def measure(
         toward = difference if moved.offset is None else difference - 2 * moved.offset
         logits.append(-_dot(difference, toward))
         projections.append(torch.zeros_like(logits[-1]) if moved.delta is None else _dot(difference, moved.delta))
-    return Measured(torch.stack(logits, dim=-1), torch.stack(projections, dim=-1), mean_sqdist(candidates, mask, dtype))
+    return Measured(torch.stack(logits, dim=-1), torch.stack(projections, dim=-1), group_sqdist(candidates, dtype))
 
 
 def leaping_policy(measured: Measured, temperature: Tensor, anchor_index: Tensor, mask: Tensor | None) -> LeapingPolicy:
@@ -197,23 +197,38 @@ def _differences(candidates: Tensor, own: Tensor, mask: Tensor | None) -> Iterat
 
 
 def weighted_differences(
-    weights: Tensor, candidates: Tensor, anchor_index: Tensor, mask: Tensor | None, dtype: torch.dtype
+    weights: Tensor,
+    scale: Tensor | None,
+    candidates: Tensor,
+    anchor_index: Tensor,
+    mask: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """sum_i weights_i (x_i - x_j), [P, B, D] in `dtype`, from weights [P, B, G]: every gradient of the leaping policy.
+    """scale sum_i weights_i (x_i - x_j), [P, B, D] in `dtype`: every gradient of the leaping policy.
 
-    Summed in the dtype of the weights. A row of them sums to zero but for rounding, which centring keeps out.
+    Weights are [P, B, G], the scale [] or none, for 1. Summed in the dtype of the weights, a row of which sums to zero
+    but for rounding, which centring keeps out.
     """
     own = own_candidate(candidates, anchor_index, weights.dtype)
     total = torch.zeros_like(own)
     for g, difference in enumerate(_differences(candidates, own, mask)):
         total = torch.addcmul(total, weights[:, :, g, None], difference)
-    return total.to(dtype)
+    return (total if scale is None else scale * total).to(dtype)
 
 
-def weighted_norm(weights: Tensor, candidates: Tensor, anchor_index: Tensor, mask: Tensor | None) -> Tensor:
-    """Norm [P, B] of `weighted_differences`, before it is rounded to the dtype of the gradient."""
-    differences = weighted_differences(weights, candidates, anchor_index, mask, weights.dtype)
-    return torch.linalg.vector_norm(differences, dim=-1)
+def weighted_norm(weights: Tensor, sqdist: Tensor, anchor_index: Tensor, mask: Tensor | None) -> Tensor:
+    """Norm [P, B] of `weighted_differences`, from distances alone: no second pass over the latents.
+
+    |sum_i w_i y_i|^2 = sum_ik w_i w_k <y_i, y_k>, and 2 <y_i, y_k> = |y_i|^2 + |y_k|^2 - |x_i - x_k|^2.
+    """
+    index = anchor_index.clamp(0, sqdist.shape[-1] - 1)[:, :, None].expand_as(weights)
+    own = sqdist.gather(1, index)
+    products = own[:, :, :, None] + own[:, :, None] - sqdist[:, None]  # 2 <y_i, y_k>, [P, B, G, G]
+    if mask is not None:
+        products = products.masked_fill(~(mask[:, :, None] & mask[:, None])[:, None], 0)
+        weights = weights.masked_fill(~mask[:, None], 0)
+    square = (weights[:, :, :, None] * weights[:, :, None] * products).sum((-2, -1)) / 2
+    return torch.where(square < 0, 0, square).sqrt()  # rounding may leave less than zero; NaN stays
 
 
 def temperature_rows(temperature: Temperature, dim: int, group_sqdist: Tensor) -> Tensor:
@@ -250,7 +265,7 @@ def leaping_log_ratio(
 ) -> LogRatio:
     """log rho (Eqs. 8, 10) for x_theta = latents + slope * moving."""
     measured = measure(moving, old, latents, slope, candidates, anchor_index, mask)
-    tau = temperature_rows(temperature, candidates.shape[-1], measured.mean_sqdist)
+    tau = temperature_rows(temperature, candidates.shape[-1], mean_sqdist(measured.sqdist, mask))
     policy = leaping_policy(measured, tau, anchor_index, mask)
     return LogRatio(policy.log_ratio, policy.new(), 2 * slope.to(tau.dtype) / tau)
 
@@ -300,9 +315,10 @@ def quasi_norm_advantages(
 class Objective(NamedTuple):
     """`objective`: the loss, its gradient in weights of the candidates, and what to watch."""
 
-    loss: Tensor  # []
-    weights: Tensor  # d loss / d moving[p, b] = sum_i weights[p, b, i] (x_i - x_j), [P, B, G]
+    loss: Tensor  # of every anchor, [P, B]; their mean is the loss
+    weights: Tensor  # d mean(loss) / d moving[p, b] = sum_i weights[p, b, i] (x_i - x_j), [P, B, G]
     log_ratio: Tensor  # [P, B, G], not clamped
+    policy: Tensor  # pi_theta, [P, B, G]
     clip_fraction: Tensor  # [P, B]
     clamp_fraction: Tensor  # [P, B]
     kl: Tensor  # [P, B]
@@ -328,15 +344,15 @@ def objective(
     temperature: Temperature,
     kl_coef: float,
     measure: Callable[..., Measured] = measure,
-    weighted_norm: Callable[..., Tensor] = weighted_norm,
 ) -> Objective:
-    """-J + kl_coef KL(pi_old || pi_theta), J the clipped surrogate (Eq. 9), both averaged over P and B.
+    """-J + kl_coef KL(pi_old || pi_theta) of every anchor, J the clipped surrogate (Eq. 9); the gradient of their mean.
 
     With g_i = dJ / dlog rho_i, the weights are those of
     dJ / dx_theta = (2 / tau) sum_i (g_i - (sum g) pi_theta(i) - kl_coef (pi_theta(i) - pi_old(i))) x_i.
     """
     measured = measure(moving, old, latents, slope, candidates, anchor_index, mask)
-    tau = temperature_rows(temperature, candidates.shape[-1], measured.mean_sqdist)
+    spread = mean_sqdist(measured.sqdist, mask)
+    tau = temperature_rows(temperature, candidates.shape[-1], spread)
     policy = leaping_policy(measured, tau, anchor_index, mask)
     log_ratio, change, pi_old = policy.log_ratio, policy.change(), policy.old()
     advantages = _used_advantages(advantages, rewards, p, mask, log_ratio.dtype)
@@ -346,7 +362,6 @@ def objective(
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     surrogate = torch.minimum(gain * ratio, gain * ratio.clamp(low, high)).sum(-1)
     kl = -(pi_old * log_ratio).sum(-1)
-    loss = (kl_coef * kl - surrogate).mean()
 
     clamped = log_ratio.abs() > LOG_RATIO_LIMIT
     clipped = torch.where(gain > 0, ratio > high, ratio < low)
@@ -356,15 +371,16 @@ def objective(
 
     log_new = _zero_unless(None if mask is None else mask[:, None], policy.log_old + log_ratio)
     return Objective(
-        loss=loss,
+        loss=kl_coef * kl - surrogate,
         weights=weights,
         log_ratio=log_ratio,
+        policy=pi_old + change,
         clip_fraction=_share((ratio < low) | (ratio > high), log_ratio, mask),
         clamp_fraction=_share(clamped, log_ratio, mask),
         kl=kl,
         entropy=-((pi_old + change) * log_new).sum(-1),
-        grad_norm=weighted_norm(weights, candidates, anchor_index, mask),
-        mean_sqdist=measured.mean_sqdist,
+        grad_norm=weighted_norm(weights, measured.sqdist, anchor_index, mask),
+        mean_sqdist=spread,
         advantages=advantages,
     )
 

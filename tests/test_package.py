@@ -27,6 +27,8 @@ ORDER = {
     "ngrpo_kernels": """
         reference
         _inputs _tiles _cpp
+        _library
+        _cpp_ops _triton
         _registry
         distances leaping advantages objective
         __init__

@@ -5,6 +5,8 @@ import torch
 
 from ngrpo_kernels import pairwise_sqdist
 
+pytestmark = pytest.mark.usefixtures("auto_backend")
+
 SHAPES = [(1, 1, 2, 16), (2, 1, 12, 1000), (1, 4, 12, 4099), (3, 5, 3, 1)]
 
 

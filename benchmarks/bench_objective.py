@@ -1,0 +1,18 @@
+"""The loss, by every provider: `pytest benchmarks/bench_objective.py --benchmark-only`.
+
+What is compared, at which sizes and how is in docs/benchmarks.md.
+"""
+
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks.providers import LOSS, LOSS_SETTINGS
+from benchmarks.suite import measured_clock
+
+OP, SETTINGS = LOSS, LOSS_SETTINGS
+
+
+@pytest.mark.benchmark(timer=measured_clock)
+def test_loss(report: Callable[[], None]) -> None:
+    report()

@@ -1,0 +1,53 @@
+"""Block sizes of the Triton kernels, by the shapes that they see: fixed, so that every machine sums in one order.
+
+A program keeps a tile of at most ROWS candidates in registers, and 4 elements of D in each thread: one 16-byte load in
+float32. What more there is of candidates, anchors or shifts is shared out over more programs, which find the candidates
+in the cache. tests/kernels/test_compile.py holds the tiles to no spilled register.
+"""
+# P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened).
+
+from typing import NamedTuple
+
+import triton
+
+ROWS = 16  # candidates in a tile at most
+ELEMENTS = 1024  # of a tile of candidates: 64 of D for 16 candidates, so that FLUX's D = 64 T needs no mask
+ANCHORS = 4  # that share a tile: the paper's B
+SHIFTS = 8  # pairs of candidates g, (g + s) mod G that share a tile: all of G = 16
+PROGRAMS = 256  # about two for every multiprocessor of an H100; with 12 candidates their sums take 172 KB
+WARPS = 4
+
+
+class SumsTile(NamedTuple):
+    """How the latents of a row are shared out over programs that sum over D."""
+
+    block_g: int  # candidates of a program
+    block_b: int  # anchors of a program
+    block_s: int  # shifts of a program
+    block_d: int  # elements that a program holds at a time
+    parts: int  # programs for one stretch of D: blocks of candidates times blocks of anchors and shifts
+    chunk: int  # elements of D that a program sums over, in whole blocks
+    chunks: int
+
+
+def sums_tile(prompts: int, anchors: int, group: int, dim: int, shifts: int) -> SumsTile:
+    """For sums over D of every anchor and candidate of `prompts` rows, and of candidates that are `shifts` apart."""
+    block_g = min(triton.next_power_of_2(group), ROWS)
+    block_b, block_s = min(anchors, ANCHORS), min(shifts, SHIFTS)
+    block_d = ELEMENTS // block_g
+    blocks = max(triton.cdiv(anchors, block_b), triton.cdiv(shifts, block_s) if shifts else 0)
+    parts = triton.cdiv(group, block_g) * blocks
+    tiles = triton.cdiv(dim, block_d)
+    chunk = triton.cdiv(tiles, min(tiles, max(1, PROGRAMS // (prompts * parts)))) * block_d
+    return SumsTile(block_g, block_b, block_s, block_d, parts, chunk, triton.cdiv(dim, chunk))
+
+
+def finish_block(group: int) -> int:
+    """Partial sums of a table [G, G] that the finishing program adds at a time."""
+    return max(1, 4096 // triton.next_power_of_2(group) ** 2)
+
+
+# Elements of D that a program of the backward pass writes for ANCHORS anchors, and candidates whose loads it has in
+# flight at a time.
+WRITTEN = 1024
+AT_ONCE = 4

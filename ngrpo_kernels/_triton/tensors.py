@@ -1,0 +1,24 @@
+"""How tensors are handed to kernels: by row strides, with whole elements of D side by side."""
+
+from typing import TypeVar
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+Given = TypeVar("Given", Tensor, Tensor | None)
+
+
+def rows(tensor: Given) -> Given:
+    """`tensor` [P, rows, D] as kernels read it: with any strides of rows, and copied where elements stand apart."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def strides(tensor: Tensor | None) -> tuple[int, int]:
+    """Strides of the first two dimensions."""
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+def accumulator(dtype: torch.dtype) -> tuple[tl.dtype, float]:
+    """The dtype in which kernels add, and its rounding."""
+    return {torch.float32: tl.float32, torch.float64: tl.float64}[dtype], torch.finfo(dtype).eps
