@@ -1,5 +1,5 @@
-// The passes over latents of ngrpo_kernels/reference.py, for the CPU. Their schemas are in ngrpo_kernels/_registry.py;
-// arguments are validated and flattened by the caller, as for the reference.
+// The ops of ngrpo_kernels/reference.py, for the CPU. Their schemas are in ngrpo_kernels/_library.py; arguments are
+// validated and flattened by the caller, as for the reference.
 //
 // P prompts (or prompt-step rows), B anchors, G candidates, D latent elements.
 // x_i candidate; x_j the anchor's own candidate; y_i = x_i - x_j; a the old policy's point; delta = x_theta - a.
@@ -7,10 +7,12 @@
 // Within a tile of D sums are float (double if an input is); tiles are added in double, in order. Threads are PyTorch's
 // own: torch.set_num_threads holds, and there is one OpenMP runtime in the process. NaN must propagate: no -ffast-math.
 
+#include <array>
 #include <cmath>
 #include <optional>
 #include <tuple>
 
+#include "algebra.h"
 #include "tiles.h"
 
 namespace ngrpo {
@@ -18,6 +20,7 @@ namespace {
 
 using torch::stable::contiguous;
 using torch::stable::new_empty;
+using torch::stable::select;
 
 // Candidates, or anchors, that are treated together and share the loads of all else.
 constexpr int64_t BLOCK = 4;
@@ -53,38 +56,43 @@ std::vector<int64_t> own_candidates(const Tensor& candidates, const Tensor& anch
   return own;
 }
 
-// products[i] += <y_i, y_i - away>, and moved[i] += <y_i, delta> where there is a delta, for the candidates in `valid`
-// from its item `start` on.
+// result[i] += |x_i - origin|^2 for the candidates in `valid` from its item `start` on.
 template <typename T>
-void add_products(const TileOf<T>& x, const std::vector<int64_t>& valid, int64_t start, const T* own, const T* away,
-                  const T* delta, int64_t count, double* products, double* moved) {
+void add_sqdist(const TileOf<T>& x, const std::vector<int64_t>& valid, int64_t start, const T* origin, int64_t count,
+                double* result) {
   in_blocks(valid.size() - start, [&](int64_t first, auto size) {
     constexpr int64_t N = decltype(size)::value;
-    first += start;
-    const T* rows[N];
-    for (int64_t i = 0; i < N; ++i) rows[i] = x[valid[first + i]];
-    Vector<T> product[N] = {}, along[N] = {};
-    if (delta) {
-      for (int64_t d = 0; d < count; d += LANES<T>) {
-        const Vector<T> own_d = load(own + d), away_d = load(away + d), delta_d = load(delta + d);
-        for (int64_t i = 0; i < N; ++i) {
-          const Vector<T> y = load(rows[i] + d) - own_d;
-          product[i] += y * (y - away_d);
-          along[i] += y * delta_d;
-        }
-      }
-    } else {
-      for (int64_t d = 0; d < count; d += LANES<T>) {
-        const Vector<T> own_d = load(own + d), away_d = load(away + d);
-        for (int64_t i = 0; i < N; ++i) {
-          const Vector<T> y = load(rows[i] + d) - own_d;
-          product[i] += y * (y - away_d);
-        }
+    const int64_t* g = &valid[start + first];
+    Vector<T> sum[N] = {};
+    for (int64_t d = 0; d < count; d += LANES<T>) {
+      const Vector<T> origin_d = load(origin + d);
+      for (int64_t i = 0; i < N; ++i) {
+        const Vector<T> y = load(x[g[i]] + d) - origin_d;
+        sum[i] += y * y;
       }
     }
-    for (int64_t i = 0; i < N; ++i) {
-      products[valid[first + i]] += sum_of_lanes<T>(product[i]);
-      if (delta) moved[valid[first + i]] += sum_of_lanes<T>(along[i]);
+    for (int64_t i = 0; i < N; ++i) result[g[i]] += sum_of_lanes<T>(sum[i]);
+  });
+}
+
+// results[m][i] += <x_i - origin, directions[m]> for all valid candidates.
+template <typename T, size_t M>
+void add_projections(const TileOf<T>& x, const std::vector<int64_t>& valid, const T* origin,
+                     const std::array<const T*, M>& directions, int64_t count,
+                     const std::array<double*, M>& results) {
+  in_blocks(valid.size(), [&](int64_t first, auto size) {
+    constexpr int64_t N = decltype(size)::value;
+    const int64_t* g = &valid[first];
+    Vector<T> sum[M][N] = {};
+    for (int64_t d = 0; d < count; d += LANES<T>) {
+      const Vector<T> origin_d = load(origin + d);
+      for (int64_t i = 0; i < N; ++i) {
+        const Vector<T> y = load(x[g[i]] + d) - origin_d;
+        for (size_t m = 0; m < M; ++m) sum[m][i] += y * load(directions[m] + d);
+      }
+    }
+    for (size_t m = 0; m < M; ++m) {
+      for (int64_t i = 0; i < N; ++i) results[m][g[i]] += sum_of_lanes<T>(sum[m][i]);
     }
   });
 }
@@ -107,88 +115,178 @@ void add_weighted(const TileOf<T>& x, const std::vector<int64_t>& valid, const T
   });
 }
 
-// Fills away = 2 (a - x_j) and delta for a tile of one anchor of x_theta = start + slope * moving, start being zero
-// where there is none. The old point is a = start + slope * old; without `old` it is x_j if `literal`, else x_theta.
-// Two states of one trajectory, start and x_j, are subtracted first, and delta comes from velocities.
+// Fills offset = a - x_j and delta for a tile of one anchor of x_theta = start + slope * moving, start being zero where
+// there is none. The old point is a = start + slope * old; without `old` it is x_j if `literal`, and then no offset is
+// filled, else x_theta, and then no delta. Two states of one trajectory, start and x_j, are subtracted first, and delta
+// comes from velocities.
 template <typename T>
 void displace(const T* moving, const T* old, bool literal, const T* start, T slope, const T* own, int64_t count,
-              T* away, T* delta) {
+              T* offset, T* delta) {
   for (int64_t d = 0; d < count; d += LANES<T>) {
     const Vector<T> base = start ? load(start + d) - load(own + d) : -load(own + d);
     const Vector<T> moving_d = load(moving + d);
     if (literal) {
-      store(away + d, Vector<T>{});
       store(delta + d, base + slope * moving_d);
     } else if (old) {
       const Vector<T> old_d = load(old + d);
-      store(away + d, 2 * (base + slope * old_d));
+      store(offset + d, base + slope * old_d);
       store(delta + d, slope * (moving_d - old_d));
     } else {
-      store(away + d, 2 * (base + slope * moving_d));
+      store(offset + d, base + slope * moving_d);
     }
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> measure(Tensor moving, std::optional<Tensor> old, bool literal,
-                                           std::optional<Tensor> latents, Tensor slope, Tensor candidates,
-                                           Tensor anchor_index, std::optional<Tensor> mask) {
+// Row `p` of a [P, G] tensor in any strides and any dtype.
+Numbers numbers(const Tensor& tensor, int64_t p) {
+  Numbers row(tensor.size(1));
+  with_type(tensor.scalar_type(), [&](auto element) {
+    const auto* from = static_cast<const decltype(element)*>(tensor.const_data_ptr()) + p * tensor.stride(0);
+    for (size_t g = 0; g < row.size(); ++g) row[g] = convert<double>(from[g * tensor.stride(1)]);
+  });
+  return row;
+}
+
+// All sums over D of `objective` in one pass: those of Sums for every prompt, side by side.
+template <typename T>
+std::vector<double> sum_over_dim(const Split& split, const Tensor& moving, const std::optional<Tensor>& old,
+                                 bool literal, const std::optional<Tensor>& latents, const T* slope_of,
+                                 const Tensor& candidates, const std::vector<int64_t>& own,
+                                 const std::vector<std::vector<int64_t>>& valid) {
+  const int64_t anchors = moving.size(1), group = candidates.size(1), pairs = anchors * group;
+  const Rows candidate_rows(candidates), moving_rows(moving), old_rows(old.value_or(moving)),
+      start_rows(latents.value_or(moving));
+  return split.sum_tiles(2 * pairs + group * group, [&] {
+    return [&, x = TileOf<T>(group), scratch = std::vector<T>(5 * TILE)](int64_t p, int64_t begin, int64_t count,
+                                                                        double* sums) mutable {
+      T *offset = &scratch[0], *delta = &scratch[TILE];
+      x.read(candidate_rows, p, begin, count);
+      for (size_t i = 0; i < valid[p].size(); ++i) {
+        const int64_t g = valid[p][i];
+        add_sqdist(x, valid[p], i + 1, x[g], count, sums + 2 * pairs + g * group);
+      }
+      for (int64_t b = 0; b < anchors; ++b) {
+        const T* own_b = x[own[p * anchors + b]];
+        const T* moving_b = moving_rows.tile(p, b, begin, count, &scratch[2 * TILE]);
+        const T* old_b = old ? old_rows.tile(p, b, begin, count, &scratch[3 * TILE]) : nullptr;
+        const T* start_b = latents ? start_rows.tile(p, b, begin, count, &scratch[4 * TILE]) : nullptr;
+        displace(moving_b, old_b, literal, start_b, slope_of[p * anchors + b], own_b, count, offset, delta);
+        double *toward = sums + b * group, *along = sums + pairs + b * group;
+        if (literal) {
+          add_projections<T, 1>(x, valid[p], own_b, {delta}, count, {along});
+        } else if (old) {
+          add_projections<T, 2>(x, valid[p], own_b, {offset, delta}, count, {toward, along});
+        } else {
+          add_projections<T, 1>(x, valid[p], own_b, {offset}, count, {toward});
+        }
+      }
+    };
+  });
+}
+
+// Advantages of row `p`, as given or from rewards; zeros where neither is given, or fewer than two are valid.
+Numbers used_advantages(const std::optional<Tensor>& advantages, const std::optional<Tensor>& rewards, int64_t p,
+                        int64_t group, const std::vector<int64_t>& valid, double p_norm, double eps) {
+  Numbers used(group, 0.0);
+  if (advantages && valid.size() >= 2) {
+    const Numbers given = numbers(*advantages, p);
+    for (const int64_t g : valid) used[g] = given[g];
+  } else if (rewards) {
+    used = standardised(numbers(*rewards, p), valid, 0, eps);
+    Numbers magnitude(used);
+    for (double& term : magnitude) term = std::abs(term);
+    divide_by_quasi_norm(used, magnitude, valid, p_norm, eps);
+  }
+  return used;
+}
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Outputs objective(Tensor moving, std::optional<Tensor> old, bool literal, std::optional<Tensor> latents, Tensor slope,
+                  Tensor candidates, Tensor anchor_index, std::optional<Tensor> advantages,
+                  std::optional<Tensor> rewards, std::optional<Tensor> mask, double p_norm, double ratio_low,
+                  double ratio_high, std::optional<double> temperature, double kl_coef) {
   const int64_t prompts = moving.size(0), anchors = moving.size(1), group = candidates.size(1);
-  const int64_t pairs = anchors * group;
   const Split split(prompts, moving.size(2));
   const auto valid = valid_candidates(candidates, mask);
   const auto own = own_candidates(candidates, anchor_index);
-  const Rows candidate_rows(candidates), moving_rows(moving), old_rows(old.value_or(moving)),
-      start_rows(latents.value_or(moving));
-  const bool moved = old || literal;
+  const Tensor slopes = contiguous(slope), index = contiguous(anchor_index);
+  const auto of_anchors = [&] { return new_empty(slope, {prompts, anchors}); };
+  const auto of_candidates = [&] { return new_empty(slope, {prompts, anchors, group}); };
+  Tensor loss = of_anchors(), weights = of_candidates(), log_ratio = of_candidates(), policy = of_candidates(),
+         clip_fraction = of_anchors(), clamp_fraction = of_anchors(), kl = of_anchors(), entropy = of_anchors(),
+         grad_norm = of_anchors(), spread = new_empty(slope, {prompts}), used = new_empty(slope, {prompts, group});
 
-  const Tensor slopes = contiguous(slope);
-  Tensor old_logits = new_empty(slope, {prompts, anchors, group});
-  Tensor projections = new_empty(slope, {prompts, anchors, group});
-  Tensor sqdist = new_empty(slope, {prompts, group, group});
   with_sum_type(slope.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
+    const auto put = [](Tensor& tensor, int64_t at, double value) {
+      tensor.mutable_data_ptr<T>()[at] = static_cast<T>(value);
+    };
+    const auto put_row = [&](Tensor& tensor, int64_t at, const Numbers& values) {
+      for (int64_t g = 0; g < group; ++g) put(tensor, at * group + g, values[g]);
+    };
     const T* slope_of = slopes.const_data_ptr<T>();
-
-    // Sums of a prompt: products [B, G], projections [B, G], distances [G, G] of candidates to the valid ones after.
-    const int64_t width = 2 * pairs + group * group;
-    const std::vector<double> sums = split.sum_tiles(width, [&] {
-      return [&, x = TileOf<T>(group), scratch = std::vector<T>(6 * TILE)](int64_t p, int64_t begin, int64_t count,
-                                                                          double* sums) mutable {
-        T *away = &scratch[0], *delta = &scratch[TILE];
-        const T* no_offset = &scratch[2 * TILE];
-        x.read(candidate_rows, p, begin, count);
-        for (size_t i = 0; i < valid[p].size(); ++i) {
-          const int64_t g = valid[p][i];
-          add_products<T>(x, valid[p], i + 1, x[g], no_offset, nullptr, count, sums + 2 * pairs + g * group, nullptr);
-        }
-        for (int64_t b = 0; b < anchors; ++b) {
-          const T* own_b = x[own[p * anchors + b]];
-          const T* moving_b = moving_rows.tile(p, b, begin, count, &scratch[3 * TILE]);
-          const T* old_b = old ? old_rows.tile(p, b, begin, count, &scratch[4 * TILE]) : nullptr;
-          const T* start_b = latents ? start_rows.tile(p, b, begin, count, &scratch[5 * TILE]) : nullptr;
-          displace(moving_b, old_b, literal, start_b, slope_of[p * anchors + b], own_b, count, away, delta);
-          add_products(x, valid[p], 0, own_b, away, moved ? delta : nullptr, count, sums + b * group,
-                       sums + pairs + b * group);
-        }
-      };
-    });
-
+    const std::vector<double> totals =
+        sum_over_dim(split, moving, old, literal, latents, slope_of, candidates, own, valid);
+    const int64_t pairs = anchors * group;
     for (int64_t p = 0; p < prompts; ++p) {
-      const double* of_prompt = sums.data() + p * width;
-      for (int64_t i = 0; i < pairs; ++i) {
-        old_logits.mutable_data_ptr<T>()[p * pairs + i] = static_cast<T>(-of_prompt[i]);
-        projections.mutable_data_ptr<T>()[p * pairs + i] = static_cast<T>(of_prompt[pairs + i]);
-      }
-      const double* of_group = of_prompt + 2 * pairs;
-      T* table = sqdist.mutable_data_ptr<T>() + p * group * group;
-      for (int64_t g = 0; g < group; ++g) {
-        for (int64_t k = g; k < group; ++k) {
-          table[g * group + k] = table[k * group + g] = static_cast<T>(of_group[g * group + k]);
-        }
+      const double* toward = totals.data() + p * (2 * pairs + group * group);
+      const Sums sums{toward, toward + pairs, toward + 2 * pairs, group};
+      const double mean = mean_sqdist(sums, valid[p]), tau = temperature.value_or(mean == 0 ? 1 : mean);
+      const Numbers gain = used_advantages(advantages, rewards, p, group, valid[p], p_norm,
+                                           std::numeric_limits<T>::epsilon());
+      put(spread, p, mean);
+      put_row(used, p, gain);
+      for (int64_t b = 0; b < anchors; ++b) {
+        const int64_t at = p * anchors + b;
+        const bool anchor_is_valid = index.const_data_ptr<int64_t>()[at] == own[at] &&
+                                     std::binary_search(valid[p].begin(), valid[p].end(), own[at]);
+        const double factor = -2 * static_cast<double>(slope_of[at]) / tau / (prompts * anchors);
+        const Anchor result = finish(sums, b, own[at], anchor_is_valid, valid[p], tau, factor, gain,
+                                     {ratio_low, ratio_high, kl_coef});
+        put(loss, at, result.loss);
+        put_row(weights, at, result.weights);
+        put_row(log_ratio, at, result.log_ratio);
+        put_row(policy, at, result.policy);
+        put(clip_fraction, at, result.clip_fraction);
+        put(clamp_fraction, at, result.clamp_fraction);
+        put(kl, at, result.kl);
+        put(entropy, at, result.entropy);
+        put(grad_norm, at, result.grad_norm);
       }
     }
   });
-  return {old_logits, projections, sqdist};
+  return {loss, weights, log_ratio, policy, clip_fraction, clamp_fraction, kl, entropy, grad_norm, spread, used};
+}
+
+Tensor quasi_norm_advantages(Tensor rewards, double p_norm, Tensor weights, Tensor min_reward_std,
+                             std::optional<Tensor> mask) {
+  const int64_t number = rewards.size(0), prompts = rewards.size(1), group = rewards.size(2);
+  const bool wide = rewards.scalar_type() == ScalarType::Double;
+  Tensor result = new_empty(rewards, {prompts, group}, wide ? ScalarType::Double : ScalarType::Float);
+  with_sum_type(result.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const double eps = std::numeric_limits<T>::epsilon();
+    if (prompts == 0) return;
+    const auto valid = valid_candidates(select(rewards, 0, 0), mask);
+    for (int64_t p = 0; p < prompts; ++p) {
+      Numbers combined(group, 0.0), magnitude(group, 0.0);
+      for (int64_t r = 0; r < number; ++r) {
+        const double weight = weights.const_data_ptr<T>()[r * weights.stride(0)];
+        const double min_std = min_reward_std.const_data_ptr<T>()[r * min_reward_std.stride(0)];
+        const Numbers term = standardised(numbers(select(rewards, 0, r), p), valid[p], min_std, eps);
+        for (int64_t g = 0; g < group; ++g) {
+          combined[g] += weight * term[g];
+          magnitude[g] += std::abs(weight * term[g]);
+        }
+      }
+      divide_by_quasi_norm(combined, magnitude, valid[p], p_norm, eps);
+      for (int64_t g = 0; g < group; ++g) {
+        result.mutable_data_ptr<T>()[p * group + g] = static_cast<T>(combined[g]);
+      }
+    }
+  });
+  return result;
 }
 
 // Writes the tile `from` to row (p, b) of a contiguous [P, B, D] tensor, in its dtype.
@@ -221,7 +319,8 @@ Tensor weighted_differences(Tensor weights, std::optional<Tensor> scale, Tensor 
                                                                              int64_t count) mutable {
         x.read(candidate_rows, p, begin, count);
         const auto origin_of = [&](int64_t b) { return x[own[p * anchors + b]]; };
-        add_weighted(x, valid[p], weights_of.data() + p * anchors * group, origin_of, anchors, group, count, sums.data());
+        const T* weights_p = weights_of.data() + p * anchors * group;
+        add_weighted(x, valid[p], weights_p, origin_of, anchors, group, count, sums.data());
         for (int64_t b = 0; b < anchors; ++b) write(&sums[b * TILE], result, p, b, begin, count);
       };
     });
@@ -237,14 +336,13 @@ Tensor pairwise_sqdist(Tensor anchors, Tensor candidates, ScalarType dtype) {
   Tensor result = new_empty(anchors, {prompts, rows, group}, dtype);
   with_sum_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const std::vector<T> no_offset(TILE);
     const std::vector<double> sums = split.sum_tiles(rows * group, [&] {
       return [&, x = TileOf<T>(group), scratch = std::vector<T>(TILE)](int64_t p, int64_t begin, int64_t count,
                                                                        double* sums) mutable {
         x.read(candidate_rows, p, begin, count);
         for (int64_t b = 0; b < rows; ++b) {
           const T* anchor = anchor_rows.tile(p, b, begin, count, scratch.data());
-          add_products<T>(x, valid[p], 0, anchor, no_offset.data(), nullptr, count, sums + b * group, nullptr);
+          add_sqdist(x, valid[p], 0, anchor, count, sums + b * group);
         }
       };
     });
@@ -282,8 +380,9 @@ Tensor weighted_sum_from(Tensor weights, Tensor anchors, Tensor candidates) {
 }  // namespace ngrpo
 
 STABLE_TORCH_LIBRARY_IMPL(ngrpo_cpp, CPU, m) {
-  m.impl("measure", TORCH_BOX(&ngrpo::measure));
+  m.impl("objective", TORCH_BOX(&ngrpo::objective));
   m.impl("weighted_differences", TORCH_BOX(&ngrpo::weighted_differences));
   m.impl("pairwise_sqdist", TORCH_BOX(&ngrpo::pairwise_sqdist));
   m.impl("weighted_sum_from", TORCH_BOX(&ngrpo::weighted_sum_from));
+  m.impl("quasi_norm_advantages", TORCH_BOX(&ngrpo::quasi_norm_advantages));
 }

@@ -51,6 +51,8 @@ def _missing_tool() -> str | None:
 def load() -> str | None:
     """Build the C++ if need be and load it; why that failed, or None. A failed build is not tried again."""
     global _loaded
+    if _loaded and not is_turned_off():
+        return None
     with _lock:
         problem = why_not()
         if problem is not None or _loaded:

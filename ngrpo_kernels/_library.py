@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ngrpo_kernels.reference import LogRatio, Objective, compute_dtype
+from ngrpo_kernels.reference import (
+    LogRatio,
+    Objective,
+    OldPolicy,
+    Temperature,
+    compute_dtype,
+    temperature_rows,
+)
 
 
 class Backend(NamedTuple):
@@ -26,32 +33,77 @@ class Backend(NamedTuple):
     quasi_norm_advantages: Callable[..., Tensor]
 
 
-def define(namespace: str, name: str, launch: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """Define an op of OPS, implemented by `launch` wherever Triton runs; else C++ implements it when it is loaded."""
-    schema, allocate = OPS[name]
-    torch.library.define(f"{namespace}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"{namespace}::{name}", allocate)
-    if launch is not None:
-        torch.library.impl(f"{namespace}::{name}", ("CPU", "CUDA"), launch)
-    return getattr(getattr(torch.ops, namespace), name).default
+def define_backend(namespace: str, launchers: dict[str, Callable[..., Any]] | None = None) -> Backend:
+    """A backend whose OPS are defined here, and implemented by `launchers`, or by C++ once that is loaded."""
+    ops: dict[str, Any] = {}
+    for name, (schema, allocate) in OPS.items():
+        torch.library.define(f"{namespace}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{name}", allocate)
+        if launchers is not None:
+            torch.library.impl(f"{namespace}::{name}", ("CPU", "CUDA"), launchers[name])
+        ops[name] = getattr(getattr(torch.ops, namespace), name).default
+
+    def pairwise_sqdist(anchors: Tensor, candidates: Tensor) -> Tensor:
+        return ops["pairwise_sqdist"](anchors, candidates, compute_dtype(anchors, candidates))
+
+    def pairwise_sqdist_grad_anchors(grad: Tensor, anchors: Tensor, candidates: Tensor) -> Tensor:
+        return ops["weighted_sum_from"](-2 * grad, anchors, candidates)
+
+    def objective(
+        moving: Tensor,
+        old: OldPolicy,
+        latents: Tensor | None,
+        slope: Tensor,
+        candidates: Tensor,
+        anchor_index: Tensor,
+        advantages: Tensor | None,
+        rewards: Tensor | None,
+        mask: Tensor | None,
+        *,
+        p: float,
+        clip_range: tuple[float, float],
+        temperature: Temperature,
+        kl_coef: float,
+    ) -> Objective:
+        old_point = old if isinstance(old, Tensor) else None
+        literal = isinstance(old, str) and old == "literal"
+        slope = slope.to(compute_dtype(moving, old_point, latents, candidates))
+        ratio_bounds = 1 - clip_range[0], 1 + clip_range[1]
+        if temperature == "dim":
+            temperature = float(candidates.shape[-1])
+        tau = None if temperature == "neighborhood" else temperature
+        points = moving, old_point, literal, latents, slope, candidates, anchor_index
+        return Objective(*ops["objective"](*points, advantages, rewards, mask, p, *ratio_bounds, tau, kl_coef))
+
+    def leaping_log_ratio(
+        moving: Tensor,
+        old: OldPolicy,
+        latents: Tensor | None,
+        slope: Tensor,
+        candidates: Tensor,
+        anchor_index: Tensor,
+        temperature: Temperature,
+        mask: Tensor | None,
+    ) -> LogRatio:
+        # what the objective computes on the way, whatever the advantages
+        points = moving, old, latents, slope, candidates, anchor_index
+        result = objective(
+            *points, None, None, mask, p=1.0, clip_range=(1.0, 1.0), temperature=temperature, kl_coef=0.0
+        )
+        tau = temperature_rows(temperature, candidates.shape[-1], result.mean_sqdist)
+        return LogRatio(result.log_ratio, result.policy, 2 * slope.to(tau.dtype) / tau)
+
+    return Backend(
+        pairwise_sqdist=pairwise_sqdist,
+        pairwise_sqdist_grad_anchors=pairwise_sqdist_grad_anchors,
+        leaping_log_ratio=leaping_log_ratio,
+        objective=objective,
+        weighted_differences=ops["weighted_differences"],
+        quasi_norm_advantages=ops["quasi_norm_advantages"],
+    )
 
 
 # -- What ops return, for tracing and for the launchers alike ----------------------------------------------------------
-
-
-def alloc_measure(
-    moving: Tensor,
-    old: Tensor | None,
-    literal: bool,
-    latents: Tensor | None,
-    slope: Tensor,
-    candidates: Tensor,
-    anchor_index: Tensor,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    prompts, anchors, group = *anchor_index.shape, candidates.shape[1]
-    sums = slope.new_empty(prompts, anchors, group)
-    return sums, torch.empty_like(sums), slope.new_empty(prompts, group, group)
 
 
 def alloc_objective(
@@ -110,12 +162,7 @@ def alloc_quasi_norm_advantages(
 
 
 OPS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "measure": (  # sums are taken in the dtype of slope
-        "(Tensor moving, Tensor? old, bool literal, Tensor? latents, Tensor slope, Tensor candidates, "
-        "Tensor anchor_index, Tensor? mask) -> (Tensor, Tensor, Tensor)",
-        alloc_measure,
-    ),
-    "objective": (  # likewise; no temperature stands for the group's mean squared distance
+    "objective": (  # in the dtype of slope; no temperature stands for the group's mean squared distance
         "(Tensor moving, Tensor? old, bool literal, Tensor? latents, Tensor slope, Tensor candidates, "
         "Tensor anchor_index, Tensor? advantages, Tensor? rewards, Tensor? mask, float p, float ratio_low, "
         "float ratio_high, float? temperature, float kl_coef) -> ("

@@ -6,13 +6,14 @@ them gradients. "triton" computes on GPUs, "cpp" on the CPU, and "reference", pl
 
 import importlib.util
 import os
+import sys
 import warnings
 from functools import cache
 
 import torch
 
-from ngrpo_kernels import _cpp, _cpp_ops, reference
-from ngrpo_kernels._library import Backend
+from ngrpo_kernels import _cpp, reference
+from ngrpo_kernels._library import Backend, define_backend
 
 NAMES = ("triton", "cpp", "reference")
 
@@ -38,7 +39,7 @@ def pick(backend: str, device: str) -> str:
         names = ", ".join(map(repr, ("auto", *available_backends())))
         raise ValueError(f"backend is {backend!r}; available here: {names}")
     name = _first_choice(device) if backend == "auto" else backend
-    problem = _why_not(name, device) or (_cpp.load() if name == "cpp" else None)
+    problem = _cpp.load() if (name, device) == ("cpp", "cpu") else _why_not(name, device)
     if problem is None:
         return name
     if backend != "auto":
@@ -60,7 +61,7 @@ def backend_ops(name: str) -> Backend:
         from ngrpo_kernels import _triton  # imports triton, which takes a while and is not on every platform
 
         return _triton.BACKEND
-    return _cpp_ops.BACKEND if name == "cpp" else _REFERENCE
+    return _CPP if name == "cpp" else _REFERENCE
 
 
 def _first_choice(device: str) -> str:
@@ -80,7 +81,7 @@ def _why_not(name: str, device: str) -> str | None:
         return f"it computes on {'the CPU' if name == 'cpp' else 'GPUs'}; the tensors are on {device}"
     if name == "cpp":
         return _cpp.why_not()
-    if importlib.util.find_spec("triton") is None:
+    if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it computes on GPUs; the tensors are on the CPU (TRITON_INTERPRET=1 interprets it there, for tests)"
@@ -92,6 +93,7 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=1)
 
 
+_CPP = define_backend("ngrpo_cpp")
 _REFERENCE = Backend(
     pairwise_sqdist=reference.pairwise_sqdist,
     pairwise_sqdist_grad_anchors=reference.pairwise_sqdist_grad_anchors,

@@ -42,10 +42,23 @@ def sums_tile(prompts: int, anchors: int, group: int, dim: int, shifts: int) -> 
     return SumsTile(block_g, block_b, block_s, block_d, parts, chunk, triton.cdiv(dim, chunk))
 
 
-def finish_block(group: int) -> int:
-    """Partial sums of a table [G, G] that the finishing program adds at a time."""
-    return max(1, 4096 // triton.next_power_of_2(group) ** 2)
+class FinishTile(NamedTuple):
+    """What a program that finishes a row holds at a time."""
 
+    block_b: int  # anchors
+    block_g: int  # candidates
+    block_c: int  # chunks whose sums it adds at once
+
+
+def finish_tile(anchors: int, group: int) -> FinishTile:
+    """For the sums [2 B + S, G] and the table [G, G] of a row."""
+    block_g = triton.next_power_of_2(group)
+    return FinishTile(min(triton.next_power_of_2(anchors), ANCHORS), block_g, max(1, 4096 // block_g**2))
+
+
+# Whether the last program of a row to arrive finishes it, instead of a second launch. Off until a GPU has passed the
+# 10,000 repeats of tests/kernels/test_gpu.py: the interpreter runs programs one by one and proves no barrier.
+ONE_LAUNCH = False
 
 # Elements of D that a program of the backward pass writes for ANCHORS anchors, and candidates whose loads it has in
 # flight at a time.

@@ -1,16 +1,15 @@
 """Every op of ngrpo_kernels in plain PyTorch: the specification, the float64 oracle and the fallback.
 
 Arguments are validated and flattened by the caller. Everything is computed in float32, or in float64 when a latent is
-float64, by element-wise products and sums, which neither autocast nor tf32 touches. What reads latents stands in
-functions of its own (`measure`, `weighted_differences`), which a backend may replace; the algebra on [P, B, G] is then
-this file's all the same.
+float64, by element-wise products and sums, which neither autocast nor tf32 touches. `measure` and
+`weighted_differences` are what reads latents; everything between them is algebra on [P, B, G].
 """
 # P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened), R rewards.
 #
 # x_i candidate; x_j the anchor's own candidate; y_i = x_i - x_j; a the old policy's point; delta = x_theta - a;
 # tau temperature; pi the leaping policy over candidates (Eq. 8); rho = pi_theta / pi_old (Eq. 10).
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -260,8 +259,6 @@ def leaping_log_ratio(
     anchor_index: Tensor,
     temperature: Temperature,
     mask: Tensor | None,
-    *,
-    measure: Callable[..., Measured] = measure,
 ) -> LogRatio:
     """log rho (Eqs. 8, 10) for x_theta = latents + slope * moving."""
     measured = measure(moving, old, latents, slope, candidates, anchor_index, mask)
@@ -343,7 +340,6 @@ def objective(
     clip_range: tuple[float, float],
     temperature: Temperature,
     kl_coef: float,
-    measure: Callable[..., Measured] = measure,
 ) -> Objective:
     """-J + kl_coef KL(pi_old || pi_theta) of every anchor, J the clipped surrogate (Eq. 9); the gradient of their mean.
 

@@ -88,6 +88,8 @@ class Algorithm:
     A number, "dim" for the latent's dimension, or "neighborhood" for the group's mean squared distance."""
     kl_coef: float = 0.0
     """Weight of KL(pi_old || pi_theta) in the loss."""
+    backend: Literal["auto", "triton", "cpp", "reference"] = "auto"
+    """What computes the loss: Triton on a GPU, C++ on a CPU, or plain PyTorch anywhere."""
     shuffle_advantages: bool = False
     """A control experiment: deal each group's advantages to its candidates at random. The reward must not rise."""
     reference_coef: float = 0.0

@@ -163,7 +163,7 @@ def _loss_backends() -> Iterator[Row]:
         return
     for index, backend in enumerate(backends):
         yield Row(section, backend, "available" if index else "in use")
-    for variable in ("TRITON_INTERPRET", "NGRPO_CPP", "NGRPO_AUTOTUNE"):
+    for variable in ("TRITON_INTERPRET", "NGRPO_CPP"):
         if variable in os.environ:
             yield Row(section, variable, os.environ[variable], note="set in the environment")
     purpose, beside_python = "builds the C++ kernels for the CPU", Path(sys.executable).parent

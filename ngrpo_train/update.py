@@ -231,6 +231,7 @@ def loss_of_rows(
         clip_range=settings.clip_range,
         temperature=settings.temperature,
         kl_coef=settings.kl_coef,
+        backend=settings.backend,
     )
 
 
@@ -252,6 +253,7 @@ def mismatch_spread(rows: Rows, velocity: Tensor, settings: Algorithm) -> Tensor
         dt=rows.dt_r,
         old_velocity=rows.rollout_velocity_rbTC,
         temperature=settings.temperature,
+        backend=settings.backend,
     )
     return log_ratio.flatten(1).std(1)
 

@@ -28,7 +28,7 @@ ORDER = {
         reference
         _inputs _tiles _cpp
         _library
-        _cpp_ops _triton
+        _triton
         _registry
         distances leaping advantages objective
         __init__

@@ -1,18 +1,22 @@
 """The Triton backend: a file for each op. Written for any GPU that Triton compiles for; TRITON_INTERPRET=1, set before
 triton is imported, runs it on the CPU, slowly, to test it.
+
+Settings such as `kl_coef` are rounded to float32, whatever the latents are.
 """
 
-from ngrpo_kernels._library import Backend
-from ngrpo_kernels._triton.advantages import quasi_norm_advantages
-from ngrpo_kernels._triton.distances import pairwise_sqdist, pairwise_sqdist_grad_anchors
-from ngrpo_kernels._triton.objective import leaping_log_ratio, objective
-from ngrpo_kernels._triton.weighted import weighted_differences
+from ngrpo_kernels._library import define_backend
+from ngrpo_kernels._triton.advantages import launch_quasi_norm_advantages
+from ngrpo_kernels._triton.distances import launch_pairwise_sqdist
+from ngrpo_kernels._triton.objective import launch_objective
+from ngrpo_kernels._triton.weighted import launch_weighted_differences, launch_weighted_sum_from
 
-BACKEND = Backend(
-    pairwise_sqdist=pairwise_sqdist,
-    pairwise_sqdist_grad_anchors=pairwise_sqdist_grad_anchors,
-    leaping_log_ratio=leaping_log_ratio,
-    objective=objective,
-    weighted_differences=weighted_differences,
-    quasi_norm_advantages=quasi_norm_advantages,
+BACKEND = define_backend(
+    "ngrpo_triton",
+    {
+        "objective": launch_objective,
+        "weighted_differences": launch_weighted_differences,
+        "pairwise_sqdist": launch_pairwise_sqdist,
+        "weighted_sum_from": launch_weighted_sum_from,
+        "quasi_norm_advantages": launch_quasi_norm_advantages,
+    },
 )

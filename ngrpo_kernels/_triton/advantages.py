@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ngrpo_kernels._library import alloc_quasi_norm_advantages, define
+from ngrpo_kernels._library import alloc_quasi_norm_advantages
 from ngrpo_kernels._triton.maths import over_quasi_norm, row_sum, standardised
 from ngrpo_kernels._triton.tensors import accumulator, strides
 
@@ -52,7 +52,9 @@ def _advantages_kernel(
     tl.store(result_ptr + p * G + g, over_quasi_norm(combined, magnitude, valid, p_norm, EPS), g < G)
 
 
-def _launch(rewards: Tensor, p: float, weights: Tensor, min_reward_std: Tensor, mask: Tensor | None) -> Tensor:
+def launch_quasi_norm_advantages(
+    rewards: Tensor, p: float, weights: Tensor, min_reward_std: Tensor, mask: Tensor | None
+) -> Tensor:
     result = alloc_quasi_norm_advantages(rewards, p, weights, min_reward_std, mask)
     number, prompts, group = rewards.shape
     acc, eps = accumulator(result.dtype)
@@ -76,6 +78,3 @@ def _launch(rewards: Tensor, p: float, weights: Tensor, min_reward_std: Tensor, 
             num_warps=1,
         )
     return result
-
-
-quasi_norm_advantages = define("ngrpo_triton", "quasi_norm_advantages", _launch)

@@ -6,11 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ngrpo_kernels._library import alloc_pairwise_sqdist, define
+from ngrpo_kernels._library import alloc_pairwise_sqdist
 from ngrpo_kernels._tiles import WARPS, sums_tile
 from ngrpo_kernels._triton.tensors import accumulator, rows, strides
-from ngrpo_kernels._triton.weighted import weighted_sum_from
-from ngrpo_kernels.reference import compute_dtype
 
 
 @triton.jit
@@ -57,7 +55,7 @@ def _distances_kernel(
         tl.store(at + g, tl.sum(sums[k], axis=1), g < tl.where(first_b + k < B, G, 0))
 
 
-def _launch(anchors: Tensor, candidates: Tensor, dtype: torch.dtype) -> Tensor:
+def launch_pairwise_sqdist(anchors: Tensor, candidates: Tensor, dtype: torch.dtype) -> Tensor:
     result = alloc_pairwise_sqdist(anchors, candidates, dtype)
     prompts, number, dim = anchors.shape
     group = candidates.shape[1]
@@ -85,16 +83,3 @@ def _launch(anchors: Tensor, candidates: Tensor, dtype: torch.dtype) -> Tensor:
         num_warps=WARPS,
     )
     return torch.sum(sums, dim=1, out=result)  # in a fixed order
-
-
-_pairwise_sqdist_op = define("ngrpo_triton", "pairwise_sqdist", _launch)
-
-
-def pairwise_sqdist(anchors: Tensor, candidates: Tensor) -> Tensor:
-    """`reference.pairwise_sqdist`."""
-    return _pairwise_sqdist_op(anchors, candidates, compute_dtype(anchors, candidates))
-
-
-def pairwise_sqdist_grad_anchors(grad: Tensor, anchors: Tensor, candidates: Tensor) -> Tensor:
-    """`reference.pairwise_sqdist_grad_anchors`."""
-    return weighted_sum_from(-2 * grad, anchors, candidates)

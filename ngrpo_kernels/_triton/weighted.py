@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ngrpo_kernels._library import alloc_weighted_differences, alloc_weighted_sum_from, define
+from ngrpo_kernels._library import alloc_weighted_differences, alloc_weighted_sum_from
 from ngrpo_kernels._tiles import ANCHORS, AT_ONCE, WARPS, WRITTEN
 from ngrpo_kernels._triton.tensors import accumulator, rows, strides
 
@@ -112,7 +112,7 @@ def _launch(
     return result
 
 
-def _launch_differences(
+def launch_weighted_differences(
     weights: Tensor,
     scale: Tensor | None,
     candidates: Tensor,
@@ -124,10 +124,6 @@ def _launch_differences(
     return _launch(weights, scale, candidates, candidates, anchor_index, mask, result)
 
 
-def _launch_sum_from(weights: Tensor, anchors: Tensor, candidates: Tensor) -> Tensor:
+def launch_weighted_sum_from(weights: Tensor, anchors: Tensor, candidates: Tensor) -> Tensor:
     result = alloc_weighted_sum_from(weights, anchors, candidates)
     return _launch(weights, None, candidates, anchors, None, None, result) if result.numel() else result
-
-
-weighted_differences = define("ngrpo_triton", "weighted_differences", _launch_differences)
-weighted_sum_from = define("ngrpo_triton", "weighted_sum_from", _launch_sum_from)

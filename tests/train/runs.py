@@ -4,13 +4,14 @@ As a script it makes runs one after the other, as one rank of two or alone, and 
 """
 
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -54,6 +56,9 @@ SMALL = {
 SEVERAL = ("algorithm.step-range", "log.trackers")  # fields of any number of values
 TWO_PROMPTS = ("a large red circle on a blue background", "a small green square on a yellow background")
 UNLIKE = ("time/", "memory/")  # figures that no two runs share
+
+# Another batch size rounds a velocity's last bits otherwise, and then one of a picture's bytes here and there.
+TOLERANCE = {"rewards": 1e-4, "advantages": 3e-4, "figures": 5e-4, "moments": 5e-4, "moved": 1e-3}
 
 
 def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -248,6 +253,30 @@ def saved(directory: Path, step: int) -> dict[str, Any]:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(state, storage_reader=reader, no_dist=True)
     return state
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
+
+
+def assert_close(got: Path, want: Path) -> None:
+    """Two runs after three iterations; how far their weights are apart against how far the third one moved them."""
+    mine, theirs, before = saved(want, 3), saved(got, 3), saved(want, 2)
+    assert mine.keys() == theirs.keys()
+    for part in ("exp_avg", "exp_avg_sq"):
+        names = [name for name in mine if name.endswith(f".{part}")]
+        assert norm(theirs[n] - mine[n] for n in names) < TOLERANCE["moments"] * norm(mine[n] for n in names)
+    for part in ("model.", "ema."):
+        names = [name for name in mine if name.startswith(part)]
+        moved = norm(mine[n] - before[n] for n in names)
+        assert norm(theirs[n] - mine[n] for n in names) <= TOLERANCE["moved"] * moved
+        assert moved > 0 or not names
+    assert all(torch.equal(theirs[name], mine[name]) for name in mine if name.endswith(".step"))
+
+
+def assert_close_figures(got: list[dict[str, float]], want: list[dict[str, float]]) -> None:
+    for theirs, mine in zip(got, want, strict=True):
+        assert theirs == pytest.approx(mine, rel=TOLERANCE["figures"], abs=2e-6)
 
 
 def assert_same_run(got: Path, want: Path, steps: int = 4) -> None:

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,12 @@ from torch import Tensor
 from ngrpo_train.parallel import refuse_foreign_launch
 
 from .runs import (
+    TOLERANCE,
     TWO_PROMPTS,
     Run,
     accelerate_launch,
+    assert_close,
+    assert_close_figures,
     assert_same_run,
     figures,
     finish,
@@ -60,9 +62,6 @@ WITH_UPDATES = [case for case in CASES if "B_updates" in case]
 PLAIN = {"evaluation.validation": "", "evaluation.test": "", "log.trackers": "", "log.export": "False"}
 ONE_EACH = {"prompts.per-rank": "1"}  # on two ranks
 
-# Another batch size rounds a velocity's last bits otherwise, and then one of a picture's bytes here and there.
-TOLERANCE = {"rewards": 1e-4, "advantages": 3e-4, "figures": 5e-4, "moments": 5e-4, "moved": 1e-3}
-
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
@@ -92,30 +91,6 @@ def one(recipes: dict[str, dict[str, str]], tmp_path_factory: pytest.TempPathFac
     for name, recipe in recipes.items():
         assert Run(directory / name, recipe).make() == 0
     return directory
-
-
-def norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
-
-
-def assert_close(got: Path, want: Path) -> None:
-    """Two runs after three iterations; how far their weights are apart against how far the third one moved them."""
-    mine, theirs, before = saved(want, 3), saved(got, 3), saved(want, 2)
-    assert mine.keys() == theirs.keys()
-    for part in ("exp_avg", "exp_avg_sq"):
-        names = [name for name in mine if name.endswith(f".{part}")]
-        assert norm(theirs[n] - mine[n] for n in names) < TOLERANCE["moments"] * norm(mine[n] for n in names)
-    for part in ("model.", "ema."):
-        names = [name for name in mine if name.startswith(part)]
-        moved = norm(mine[n] - before[n] for n in names)
-        assert norm(theirs[n] - mine[n] for n in names) <= TOLERANCE["moved"] * moved
-        assert moved > 0 or not names
-    assert all(torch.equal(theirs[name], mine[name]) for name in mine if name.endswith(".step"))
-
-
-def assert_close_figures(got: list[dict[str, float]], want: list[dict[str, float]]) -> None:
-    for theirs, mine in zip(got, want, strict=True):
-        assert theirs == pytest.approx(mine, rel=TOLERANCE["figures"], abs=2e-6)
 
 
 # --- the same numbers
