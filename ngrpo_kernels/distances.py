@@ -31,7 +31,8 @@ class _Distances(torch.autograd.Function):
 def pairwise_sqdist(anchors: Tensor, candidates: Tensor, *, backend: str = "auto") -> Tensor:
     """Squared Euclidean distance from every anchor to every candidate of its prompt (Eq. 8).
 
-    Sums squared differences, so close latents keep their digits, unlike `torch.cdist`, which expands the square.
+    Sums squared differences in blocks, so close latents keep their digits. `torch.cdist` expands the square where there
+    are more than 25 points.
 
     Args:
         anchors: [P, B, ...], or [B, D] without prompts; bfloat16, float16, float32 or float64. Carries gradients.

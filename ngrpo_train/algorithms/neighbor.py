@@ -47,6 +47,7 @@ class NeighborGRPO:
             p=self.settings.p,
             weights=self.rewards.weights,
             min_reward_std=self.settings.min_reward_std,
+            backend="reference",  # a few numbers on the CPU, for which a GPU's machine need not compile C++
         )
         if self.settings.shuffle_advantages:
             for slot, row in enumerate(advantages_PG):
