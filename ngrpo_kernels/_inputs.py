@@ -104,8 +104,7 @@ class Group:
         if not isinstance(dt, Tensor):
             if not (math.isfinite(dt) and dt > 0):
                 raise ValueError(f"dt must be positive (sigma_before - sigma_after > 0), got {dt}")
-            rows = torch.full((prompts, anchors), dt, dtype=torch.float64, device=self.candidates.device)
-            return -rows[:, :, None]
+            return torch.full((prompts, anchors, 1), -dt, dtype=torch.float64, device=self.candidates.device)
         check_tensor("dt", dt, like=None if dt.ndim == 0 else ("candidates", self.candidates))
         if not self.has_prompts and dt.ndim > 0:
             dt = dt[None]

@@ -40,7 +40,7 @@ def define_backend(namespace: str, launchers: dict[str, Callable[..., Any]] | No
         torch.library.define(f"{namespace}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{namespace}::{name}", allocate)
         if launchers is not None:
-            torch.library.impl(f"{namespace}::{name}", ("CPU", "CUDA"), launchers[name])
+            torch.library.impl(f"{namespace}::{name}", ("CPU", "CUDA"), _on_its_device(launchers[name]))
         ops[name] = getattr(getattr(torch.ops, namespace), name).default
 
     def pairwise_sqdist(anchors: Tensor, candidates: Tensor) -> Tensor:
@@ -101,6 +101,16 @@ def define_backend(namespace: str, launchers: dict[str, Callable[..., Any]] | No
         weighted_differences=ops["weighted_differences"],
         quasi_norm_advantages=ops["quasi_norm_advantages"],
     )
+
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """`launch`, which Triton does on the current device, on that of the first tensor."""
+
+    def launch_there(tensor: Tensor, *arguments: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return launch(tensor, *arguments)
+
+    return launch_there
 
 
 # -- What ops return, for tracing and for the launchers alike ----------------------------------------------------------
