@@ -20,13 +20,15 @@ class Column(NamedTuple):
     metric: str
     form: str = "{:.3g}"
     of_direct: bool = False  # how many times faster than the direct form, instead of the value
+    absolute: bool = False  # not for a CPU, where only what is measured side by side can be compared
 
 
 COLUMNS = (
-    Column("forward, ms", FORWARD, "time"),
-    Column("with backward, ms", BOTH, "time"),
-    Column("times as fast as direct", BOTH, "time", "{:.1f}", of_direct=True),
-    Column("GB/s", BOTH, "bandwidth"),
+    Column("forward, ms", FORWARD, "time", absolute=True),
+    Column("with backward, ms", BOTH, "time", absolute=True),
+    Column("times as fast as direct: forward", FORWARD, "time", "{:.1f}", of_direct=True),
+    Column("with backward", BOTH, "time", "{:.1f}", of_direct=True),
+    Column("GB/s", BOTH, "bandwidth", absolute=True),
     Column("of the copy's", BOTH, "copy_share", "{:.0%}"),
     Column("host, µs", BOTH, "host_time", "{:.0f}"),
     Column("extra memory, MiB", BOTH, "extra_memory"),
@@ -50,14 +52,14 @@ def main(args: Table) -> None:
     for kind in ("cpu", "gpu"):
         begin, end = f"<!-- {kind} -->", f"<!-- end of {kind} -->"
         path = args.results / f"kernels_{kind}.csv"
-        table = "\n".join(markdown(read([path]))) if path.exists() else "Not measured yet."
+        table = "\n".join(markdown(read([path]), absolute=kind == "gpu")) if path.exists() else "Not measured yet."
         page = f"{page.split(begin)[0]}{begin}\n{table}\n{end}{page.split(end)[1]}"
     args.markdown.write_text(page)
     print(f"wrote the tables in {args.markdown}")
 
 
-def markdown(rows: list[Row]) -> Iterator[str]:
-    """One table per op: a line per setting and provider, medians."""
+def markdown(rows: list[Row], absolute: bool) -> Iterator[str]:
+    """One table per op: a line per setting and provider, medians; `absolute` times or ratios only."""
     runs = dict.fromkeys(
         f"{row.device}, {row.threads} CPU thread{'s' * (row.threads > 1)}, torch {row.torch}, triton {row.triton}, "
         f"commit {row.commit}, {row.date}"
@@ -68,7 +70,8 @@ def markdown(rows: list[Row]) -> Iterator[str]:
         of_op = [row for row in rows if row.op == op]
         if not of_op:
             continue
-        columns = [c for c in COLUMNS if any((row.mode, row.metric) == (c.mode, c.metric) for row in of_op)]
+        measured = {(row.mode, row.metric) for row in of_op}
+        columns = [c for c in COLUMNS if (c.mode, c.metric) in measured and (absolute or not c.absolute)]
         yield from ("", f"**{title}**", "")
         yield "| " + " | ".join(["setting", "P B G", "D", "provider", *(c.title for c in columns)]) + " |"
         yield "|" + "---|" * (len(columns) + 4)

@@ -124,26 +124,14 @@ def alloc_objective(
     slope: Tensor,
     candidates: Tensor,
     anchor_index: Tensor,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    mask: Tensor | None,
-    p: float,
-    ratio_low: float,
-    ratio_high: float,
-    temperature: float | None,
-    kl_coef: float,
+    *values_and_settings: object,
 ) -> tuple[Tensor, ...]:
     """The fields of `Objective`, in order."""
     prompts, anchors, group = *anchor_index.shape, candidates.shape[1]
-    of_candidates = [slope.new_empty(prompts, anchors, group) for _ in range(3)]
-    of_anchors = [slope.new_empty(prompts, anchors) for _ in range(6)]
-    return (
-        of_anchors[0],
-        *of_candidates,
-        *of_anchors[1:],
-        slope.new_empty(prompts),
-        slope.new_empty(prompts, group),
-    )
+    loss = slope.new_empty(prompts, anchors)
+    of_candidates = [slope.new_empty(prompts, anchors, group) for _ in ("weights", "log_ratio", "policy")]
+    of_anchors = [torch.empty_like(loss) for _ in ("clip_fraction", "clamp_fraction", "kl", "entropy", "grad_norm")]
+    return loss, *of_candidates, *of_anchors, slope.new_empty(prompts), slope.new_empty(prompts, group)
 
 
 def alloc_weighted_differences(

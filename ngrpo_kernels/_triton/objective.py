@@ -122,10 +122,7 @@ def launch_objective(
     temperature: float | None,
     kl_coef: float,
 ) -> tuple[Tensor, ...]:
-    outputs = alloc_objective(
-        moving, old, literal, latents, slope, candidates, anchor_index, advantages, rewards, mask,
-        p, ratio_low, ratio_high, temperature, kl_coef,
-    )  # fmt: skip
+    outputs = alloc_objective(moving, old, literal, latents, slope, candidates, anchor_index)
     prompts, anchors, dim = moving.shape
     group, shifts = candidates.shape[1], candidates.shape[1] // 2
     moving, old, latents, candidates = rows(moving), rows(old), rows(latents), rows(candidates)
