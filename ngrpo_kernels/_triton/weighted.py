@@ -47,7 +47,7 @@ def _weighted_kernel(
     origins = ()
     sums = ()
     for k in tl.static_range(BLOCK_B):
-        row = tl.minimum(first_b + k, B - 1)
+        row = tl.minimum(first_b + k, B - 1).to(tl.int64)
         if index_ptr is not None:  # the origin of an anchor is its own candidate
             j = tl.load(index_ptr + p * B + row)
             row = tl.minimum(tl.maximum(j, 0), G - 1)

@@ -1,6 +1,7 @@
 """Inputs shaped like a trainer's, their float64 truth, and the tolerance the suite uses."""
 # P prompts, B anchors, G candidates, D latent elements (tokens x channels, flattened).
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ngrpo_kernels import LossOutput, neighbor_grpo_loss, neighbor_grpo_loss_from_velocity, reference
+
+OLD = ["tensor", "detach", "literal"]  # what `run` takes for the old policy
 
 
 def assert_as_accurate_as_torch(got: Tensor, exact: Tensor, native: Tensor, slack: float = 2.0) -> None:
@@ -129,3 +132,36 @@ def run_from_anchors(case: Case, old: Any = "tensor", **settings: Any) -> tuple[
         **settings,
     )
     return output, torch.autograd.grad(output.loss, velocity)[0]
+
+
+def keep_some(case: Case) -> Tensor:
+    """A mask [P, G] without every third candidate, anchors aside."""
+    prompts, group = case.candidates.shape[:2]
+    keep = torch.arange(group).expand(prompts, -1) % 3 != 2
+    return keep.scatter(1, case.anchor_index, True)
+
+
+def assert_identical(got: tuple[LossOutput, Tensor], want: tuple[LossOutput, Tensor]) -> None:
+    """The same bits in every output and in the gradient."""
+    for name, left, right in zip((*LossOutput._fields, "grad"), (*got[0], got[1]), (*want[0], want[1]), strict=True):
+        torch.testing.assert_close(
+            left, right, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def assert_as_accurate_as_reference(
+    form: Callable[..., Any], case: Case, old: str, backend: str, **settings: Any
+) -> None:
+    """Every output and the gradient, against the reference in float64 on the same inputs."""
+    got, grad = form(case, old, backend=backend, **settings)
+    native, native_grad = form(case, old, backend="reference", **settings)
+    exact, exact_grad = form(case.to(torch.float64), old, backend="reference", **settings)
+    assert grad.dtype == native_grad.dtype
+    assert_as_accurate_as_torch(grad, exact_grad, native_grad)
+    for name in LossOutput._fields:
+        value, other, truth = getattr(got, name), getattr(native, name), getattr(exact, name)
+        assert value.dtype == other.dtype, name
+        if name in ("loss", "kl"):  # sums that cancel, held to the rounding of their terms
+            terms = torch.stack([exact.advantages.abs().sum(-1).max(), exact.log_ratio.abs().max()])
+            value, other, truth = (torch.cat([tensor.flatten(), terms.to(tensor)]) for tensor in (value, other, truth))
+        assert_as_accurate_as_torch(value, truth, other)

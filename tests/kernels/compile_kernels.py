@@ -1,18 +1,25 @@
-"""Compiles every Triton kernel for GPUs that are not there, as its launcher would: a JSON line for each, to stdout.
+"""Compiles Triton's kernels for GPUs that are not there, as their launchers would: a JSON line for each, to stdout.
+
+    python tests/kernels/compile_kernels.py float32:sm_90,sm_100 mixed:gfx942
+    python tests/kernels/compile_kernels.py --markdown      # the table in docs/kernels.md
 
 Run on its own, since Triton's compiler and its interpreter cannot be had in one process.
 """
 # P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened).
 
 import collections
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what launchers get; unset, Triton 3.9 warns of Triton 3.10
 
 import torch
 import triton
@@ -21,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from ngrpo_kernels import _tiles
 from ngrpo_kernels._triton import BACKEND
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -30,8 +38,48 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int64: "i64",
+    torch.int32: "i32",
     torch.bool: "i1",
 }
+P = 4
+FLUX_720 = 2025 * 64  # 129,600
+
+
+class Case(NamedTuple):
+    """What the kernels are compiled for."""
+
+    latents: torch.dtype
+    velocity: torch.dtype
+    B: int
+    G: int
+    D: int = FLUX_720
+    masked: bool = False
+    one_launch: bool = False
+    calls: tuple[str, ...] = ()  # all, unless named
+
+
+OFTEN = "loss", "backward"
+SOME = *OFTEN, "distances", "distances' backward"
+CASES = {
+    "every call": Case(torch.float32, torch.float32, 4, 12),
+    "float32": Case(torch.float32, torch.float32, 4, 12, calls=SOME[:3]),
+    "bfloat16": Case(torch.bfloat16, torch.bfloat16, 4, 16, calls=SOME),
+    "mixed": Case(torch.float32, torch.bfloat16, 4, 16, calls=OFTEN),
+    "one anchor": Case(torch.bfloat16, torch.bfloat16, 1, 16, calls=OFTEN),
+    "two anchors": Case(torch.float32, torch.bfloat16, 2, 12, calls=OFTEN),
+    "ragged": Case(torch.float32, torch.float32, 3, 7, 4099, masked=True, calls=OFTEN),
+    "one launch": Case(torch.float32, torch.bfloat16, 4, 12, one_launch=True, calls=OFTEN[:1]),
+}
+TABLE = {
+    "float32": CASES["every call"],
+    "bfloat16": Case(torch.bfloat16, torch.bfloat16, 4, 12),
+    "float32, velocities bfloat16": Case(torch.float32, torch.bfloat16, 4, 12),
+}
+
+
+def target(name: str) -> GPUTarget:
+    """`sm_90` or `gfx942`."""
+    return GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
 
 
 def launches(call: Callable[[], object]) -> list[tuple[JITFunction, dict[str, Any], dict[str, Any]]]:
@@ -39,7 +87,8 @@ def launches(call: Callable[[], object]) -> list[tuple[JITFunction, dict[str, An
     seen = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        arguments = dict(zip(kernel.arg_names, args, strict=False))
+        arguments = {parameter.name: parameter.default for parameter in kernel.params if parameter.has_default}
+        arguments |= dict(zip(kernel.arg_names, args, strict=False))
         arguments |= {name: options.pop(name) for name in kernel.arg_names if name in options}
         seen.append((kernel, arguments, options))
 
@@ -51,7 +100,7 @@ def launches(call: Callable[[], object]) -> list[tuple[JITFunction, dict[str, An
     return seen
 
 
-def compile_for(capability: int, kernel: JITFunction, arguments: dict[str, Any], options: dict[str, Any]) -> Any:
+def compile_for(gpu: GPUTarget, kernel: JITFunction, arguments: dict[str, Any], options: dict[str, Any]) -> Any:
     """What Triton makes of a launch: types, alignment and constants as it reads them off the arguments."""
     signature, constants, aligned = {}, {}, {}
     for position, parameter in enumerate(kernel.params):
@@ -65,40 +114,59 @@ def compile_for(capability: int, kernel: JITFunction, arguments: dict[str, Any],
         multiple = value.data_ptr() if isinstance(value, Tensor) else value
         if parameter.name not in constants and isinstance(multiple, int) and multiple % 16 == 0:
             aligned[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=gpu, options=options)
+
+
+LOADS = {  # from global memory, by the bytes that a thread reads
+    16: r"LDG\..*\.128\b.*|(global|buffer)_load_dwordx4",
+    8: r"LDG\..*\.64\b.*|(global|buffer)_load_dwordx2",
+    4: r"LDG\.E(\.(CONSTANT|STRONG\.GPU))?|(global|buffer)_load_dword",
+    1: r"LDG\..*\.U8.*|(global|buffer)_load_ubyte",
+}
+ORDERED = r"\b(st\.global|bar\.sync|atom\.global|ld\.global)"
 
 
 def describe(compiled: Any) -> dict[str, Any]:
-    """Registers, local and shared memory of a kernel, and how often each instruction stands in it."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
+    """Registers, local (spilled) and shared memory of a kernel, and how often each instruction stands in it."""
+    asm = compiled.asm
+    result = {"shared_bytes": compiled.metadata.shared}
+    if "amdgcn" in asm:
+        for name, key in (("registers", "vgpr_count"), ("local_bytes", "private_segment_fixed_size")):
+            result[name] = int(re.search(rf"\.{key}:\s+(\d+)", asm["amdgcn"])[1])
+        code = re.findall(r"^\t([a-z]\w+)(?:\s|$)", asm["amdgcn"], re.M)
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(asm["cubin"])
+            file.flush()
 
-        def output(tool: str, *flags: str) -> str:
-            return subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+            def output(tool: str, *flags: str) -> str:
+                command = [TOOLS / tool, *flags, file.name]
+                return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output("cuobjdump", "-res-usage")))
-        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", output("nvdisasm"), re.M)
-    return {
-        "registers": int(usage["REG"]),
-        "local_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
-        "shared_bytes": compiled.metadata.shared,
-        "instructions": collections.Counter(code),
-        "ptx_fp64": len(re.findall(r"\.f64\b", compiled.asm["ptx"])),
-    }
+            usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output("cuobjdump", "-res-usage")))
+            sass = output("nvdisasm")
+        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M)
+        to_bf16 = re.findall(r"\bcvt\.(\w+)\.(?:\w+\.)*bf16(x2)?\.f32", asm["ptx"])
+        result |= {
+            "registers": int(usage["REG"]),
+            "local_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
+            "ptx_fp64": len(re.findall(r"\.f64\b", asm["ptx"])),
+            "to_bf16": collections.Counter(mode for mode, pair in to_bf16 for _ in range(2 if pair else 1)),
+            "order": [name for name, _ in itertools.groupby(re.findall(ORDERED, asm["ptx"]))],
+        }
+    widths = [next((width for width, names in LOADS.items() if re.fullmatch(names, name)), None) for name in code]
+    result["loads"] = collections.Counter(width for width in widths if width)
+    return result | {"instructions": collections.Counter(code)}
 
 
-def calls(
-    latents: torch.dtype, velocity: torch.dtype, B: int, G: int, D: int, masked: bool = False
-) -> dict[str, Callable[[], object]]:
+def calls(case: Case) -> dict[str, Callable[[], object]]:
     """Forward and backward of the public ops on tensors of these shapes, whose contents do not matter."""
-    P = 4
-    moving, old, start = torch.empty(P, B, D, dtype=velocity), torch.empty(P, B, D, dtype=velocity), None
-    start = torch.empty(P, B, D, dtype=latents)
-    candidates, anchor_index = torch.empty(P, G, D, dtype=latents), torch.zeros(P, B, dtype=torch.int64)
+    B, G, D = case.B, case.G, case.D
+    moving, old = (torch.empty(P, B, D, dtype=case.velocity) for _ in range(2))
+    start, candidates = (torch.empty(P, rows, D, dtype=case.latents) for rows in (B, G))
+    anchor_index = torch.zeros(P, B, dtype=torch.int64)
     slope, rewards, weights = torch.empty(P, B, 1), torch.empty(P, G), torch.empty(P, B, G)
-    mask = torch.ones(P, G, dtype=torch.bool) if masked else None
+    mask = torch.ones(P, G, dtype=torch.bool) if case.masked else None
     settings = {"p": 0.8, "clip_range": (1e-4, 1e-4), "kl_coef": 0.1}
     group = candidates, anchor_index
 
@@ -109,37 +177,62 @@ def calls(
         )
 
     one = torch.empty(1, 1, 1)
-    return {
+    every = {
         "loss": lambda: objective(old, 1.0, advantages=rewards),
         "loss of rewards, one update": lambda: objective("detach", "neighborhood", rewards=rewards),
         "literal loss": lambda: objective("literal", "dim", advantages=rewards),
-        "backward": lambda: BACKEND.weighted_differences(weights, one[0, 0, 0], *group, mask, velocity),
+        "backward": lambda: BACKEND.weighted_differences(weights, one[0, 0, 0], *group, mask, case.velocity),
         "distances": lambda: BACKEND.pairwise_sqdist(moving, candidates),
         "distances' backward": lambda: BACKEND.pairwise_sqdist_grad_anchors(weights, moving, candidates),
         "advantages": lambda: BACKEND.quasi_norm_advantages(rewards[None], 0.8, one, one, mask),
     }
+    return {name: call for name, call in every.items() if name in (case.calls or every)}
 
 
-FLUX_720 = 2025 * 64  # 129,600
-CASES = {  # dtypes of latents and velocity, B, G, D, mask
-    "float32": (torch.float32, torch.float32, 4, 12, FLUX_720),
-    "bfloat16": (torch.bfloat16, torch.bfloat16, 4, 16, FLUX_720),
-    "mixed": (torch.float32, torch.bfloat16, 4, 16, FLUX_720),
-    "ragged": (torch.float32, torch.float32, 3, 7, 4099, True),
-    "largest": (torch.float32, torch.bfloat16, 64, 64, FLUX_720),
-}
-
-
-def main(case: str, *capabilities: str) -> None:
+def described(case: Case, gpus: list[str]) -> Iterator[dict[str, Any]]:
+    """Each kernel of a case, once."""
+    _tiles.ONE_LAUNCH = case.one_launch
     done = set()
-    for call_name, call in calls(*CASES[case]).items():
+    for call_name, call in calls(case).items():
         for kernel, arguments, options in launches(call):
-            for capability in map(int, capabilities):
-                compiled = compile_for(capability, kernel, arguments, options)
-                if (compiled.hash, capability) not in done:
-                    done.add((compiled.hash, capability))
-                    head = {"call": call_name, "kernel": kernel.__name__, "capability": capability}
-                    print(json.dumps(head | describe(compiled)), flush=True)
+            for gpu in gpus:
+                compiled = compile_for(target(gpu), kernel, arguments, options)
+                if compiled.hash not in done:
+                    done.add(compiled.hash)
+                    yield {"call": call_name, "kernel": kernel.__name__, "gpu": gpu, **describe(compiled)}
+
+
+def markdown() -> Iterator[str]:
+    """The table in docs/kernels.md."""
+    version, shape = (
+        triton.__version__,
+        f"P = {P}, B = {CASES['float32'].B}, G = {CASES['float32'].G}, D = {FLUX_720:,}",
+    )
+    yield f"Triton {version} for sm_90; {shape}; warps of 32 threads, {_tiles.WARPS} to a program."
+    yield ""
+    yield "| latents | call | kernel | registers | spilled, B | shared, B | instructions | 16-byte loads | narrower |"
+    yield "|---|---|---|--:|--:|--:|--:|--:|--:|"
+    seen = set()
+    for latents, case in TABLE.items():
+        for row in described(case, ["sm_90"]):
+            wide = row["loads"][16]
+            loads = wide, row["loads"].total() - wide
+            figures = row["registers"], row["local_bytes"], row["shared_bytes"], row["instructions"].total(), *loads
+            line = f"{row['call']} | `{row['kernel']}` | " + " | ".join(map(str, figures))
+            if line not in seen:  # what reads no latents is the same for all
+                seen.add(line)
+                yield f"| {latents} | {line} |"
+
+
+def main(*arguments: str) -> None:
+    if arguments == ("--markdown",):
+        for line in markdown():
+            print(line, flush=True)
+        return
+    for argument in arguments:
+        name, gpus = argument.split(":")
+        for row in described(CASES[name], gpus.split(",")):
+            print(json.dumps({"case": name, **row}), flush=True)
 
 
 if __name__ == "__main__":

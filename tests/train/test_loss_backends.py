@@ -18,7 +18,7 @@ def train(directory: Path, backend: str, updates: str) -> Path:
     changes = {
         "algorithm.backend": backend,
         "algorithm.updates-per-iteration": updates,
-        "algorithm.clip-range": "0.2",  # a ratio within rounding of the bound is clipped or not, by chance: none is here
+        "algorithm.clip-range": "0.2",  # no ratio is near it: one within rounding of the bound is clipped by chance
     }
     assert Run(directory / f"{backend}-{updates}", changes).make() == 0
     return directory / f"{backend}-{updates}"

@@ -1,0 +1,137 @@
+"""What Triton makes of the kernels for GPUs that are not there: no spilled register, 16-byte loads, rounded bfloat16.
+
+The interpreter shows what kernels compute, and none of this.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ngrpo_kernels._tiles import AT_ONCE, WARPS, WRITTEN
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+ROOT = SCRIPT.parents[2]
+NVIDIA = "sm_80,sm_90,sm_100"
+WHAT = [  # by process
+    [f"float32:{NVIDIA}", f"mixed:{NVIDIA}"],
+    [f"{case}:sm_90" for case in ("every call", "bfloat16", "one anchor", "two anchors", "ragged", "one launch")],
+]
+AMD = "mixed:gfx942"
+ANCHORS = {"every call": 4, "float32": 4, "bfloat16": 4, "mixed": 4, "one anchor": 1, "two anchors": 2}  # D = 64 T
+Rows = list[dict[str, Any]]
+
+
+def compile_kernels(cache: Path, *arguments: str) -> Rows:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    pytest.importorskip("triton")
+    caches = [tmp_path_factory.mktemp("triton") for _ in WHAT]
+    with ThreadPoolExecutor(len(WHAT)) as pool:
+        parts = pool.map(lambda cache, what: compile_kernels(cache, *what), caches, WHAT)
+        return [row for rows in parts for row in rows]
+
+
+def of(rows: Rows, *kernels: str) -> Rows:
+    found = [row for row in rows if row["kernel"].strip("_") in kernels]
+    assert found
+    return found
+
+
+def label(row: dict[str, Any]) -> str:
+    return f"{row['case']}, {row['gpu']}, {row['call']}, {row['kernel']}"
+
+
+def test_every_gpu_gets_every_kernel_of_the_loss(compiled: Rows) -> None:
+    names = {(row["gpu"], row["kernel"].strip("_")) for row in compiled}
+    kernels = "sums_kernel", "finish_kernel", "weighted_kernel", "distances_kernel"
+    assert names >= {(gpu, kernel) for gpu in NVIDIA.split(",") for kernel in kernels}
+    assert names >= {("sm_90", "advantages_kernel"), ("sm_90", "one_launch_kernel")}
+
+
+def test_no_register_is_spilled(compiled: Rows) -> None:
+    spilled = {label(row): row["local_bytes"] for row in compiled if row["local_bytes"]}
+    assert not spilled
+    opcodes = {name.split(".")[0] for row in compiled for name in row["instructions"]}
+    assert not opcodes & {"LDL", "STL"}
+
+
+def test_shared_memory_needs_no_opting_in(compiled: Rows) -> None:
+    """What every GPU gives a program unasked; sm_80 has 163 KiB on request, sm_90 and sm_100 have 227."""
+    assert max(row["shared_bytes"] for row in compiled) <= 48 * 1024
+
+
+def test_nothing_is_computed_in_float64(compiled: Rows) -> None:
+    assert not [label(row) for row in compiled if row["ptx_fp64"]]
+    opcodes = {name for row in compiled for name in row["instructions"]}
+    assert not {name for name in opcodes if re.match(r"D(ADD|FMA|MUL|SETP|MNMX)|.*\.F64|MUFU.*64", name)}
+
+
+def test_latents_are_loaded_16_bytes_at_a_time(compiled: Rows) -> None:
+    """All narrower loads are accounted for: an int64 index for each anchor, and float32 slopes and weights.
+
+    Threads hold as many bfloat16 velocities as float32 latents, so a mix of both reads the former 8 bytes at a time.
+    """
+    for row in of([row for row in compiled if row["case"] in ANCHORS], "sums_kernel"):
+        B = ANCHORS[row["case"]]
+        mixed = 2 * B if row["case"] in ("mixed", "two anchors") else 0  # rows of velocity and old_velocity
+        narrow = {width: count for width, count in row["loads"].items() if width != "16"}
+        assert narrow == {"8": B + mixed, "4": B}, label(row)
+        assert row["loads"]["16"] > 2 * B
+    for row in of([row for row in compiled if row["case"] in ANCHORS], "weighted_kernel"):
+        B, of_loss = ANCHORS[row["case"]], row["call"] == "backward"
+        narrow = {width: count for width, count in row["loads"].items() if width != "16"}
+        assert narrow == ({"8": B} if of_loss else {}) | {"4": B * AT_ONCE + of_loss}, label(row)
+    for row in of([row for row in compiled if row["case"] in ("float32", "bfloat16")], "distances_kernel"):
+        assert set(row["loads"]) == {"16"}, label(row)
+
+
+def test_bfloat16_gradients_are_rounded_to_nearest(compiled: Rows) -> None:
+    """Unlike in the interpreter, which truncates."""
+    for row in of(compiled, "weighted_kernel"):
+        if row["case"] in ("bfloat16", "mixed", "one anchor", "two anchors"):
+            assert row["to_bf16"] == {"rn": ANCHORS[row["case"]] * WRITTEN // (32 * WARPS)}, label(row)
+        else:
+            assert not row["to_bf16"]
+
+
+def test_arrival_is_fenced_where_one_launch_finishes_the_loss(compiled: Rows) -> None:
+    """Sums, a barrier, the atomic, a barrier, and only then what other programs have stored."""
+    (row,) = of(compiled, "one_launch_kernel")
+    assert "st.global bar.sync atom.global bar.sync ld.global" in " ".join(row["order"])
+    assert row["order"].count("atom.global") == 1
+    assert all("atom.global" not in other["order"] for other in compiled if other is not row)
+
+
+def test_amd(tmp_path: Path) -> None:
+    """The same kernels as machine code for an MI300; nobody has run it."""
+    backends = pytest.importorskip("triton.backends").backends
+    if "amd" not in backends:
+        pytest.skip("this build of Triton has no AMD backend")
+    rows = compile_kernels(tmp_path, AMD)
+    assert {row["kernel"].strip("_") for row in rows} == {"sums_kernel", "finish_kernel", "weighted_kernel"}
+    for row in rows:
+        assert row["local_bytes"] == 0, label(row)
+        assert row["shared_bytes"] <= 64 * 1024
+        assert not [name for name in row["instructions"] if "f64" in name]
+        assert row["loads"]["16"] > 0
+
+
+def test_the_table_in_the_documentation_names_the_kernels(compiled: Rows) -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    table = re.search(r"<!-- kernels: .* -->\n(.*)<!-- end of kernels -->", page, re.S)
+    assert table
+    assert set(re.findall(r"`(\w+)`", table[1])) == {row["kernel"] for row in compiled if row["case"] != "one launch"}
