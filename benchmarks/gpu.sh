@@ -3,14 +3,14 @@
 #
 #   bash benchmarks/gpu.sh PART OUT
 #
-#   tests     the tests of ngrpo_kernels, kernels compiled and not interpreted; the trainer's gpu tests if it imports
+#   tests     the gpu-marked tests of ngrpo_kernels
 #   kernels   the benchmarks of ngrpo_kernels: OUT/kernels_gpu.csv
 #   profile   one forward and backward under torch.profiler and, where it is installed, Nsight Compute
 #   all       the three, in under 10 minutes together
 #
-# OUT gets at most six files. PYTHON names the interpreter, else .venv's or python3. No network is used, and no setting
-# of the GPU is changed. The exit status is 1 if a part failed or ran out of time (what it measured is kept), 2 if
-# nothing could be run.
+# Takes torch, triton, numpy, pytest, pytest-benchmark and hypothesis. PYTHON names the interpreter, else .venv's or
+# python3. OUT gets at most six files. No network is used, and no setting of the GPU is changed. The exit status is 1 if
+# a part failed or ran out of time (what it measured is kept), 2 if nothing could be run.
 set -uo pipefail
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2; exit 2; }
@@ -49,13 +49,7 @@ provenance() {
 }
 
 tests() {
-    local seconds=$1
-    run "$seconds" tests.log "$PYTHON" -m pytest tests/kernels -q -p no:cacheprovider --durations=10
-    if "$PYTHON" -c 'import ngrpo_train.train' 2>/dev/null; then
-        run "$seconds" tests.log "$PYTHON" -m pytest tests/train -m gpu -q -p no:cacheprovider
-    else
-        echo "== the trainer's tests are left out: its dependencies are not installed" | tee -a "$out/tests.log"
-    fi
+    run "$1" tests.log "$PYTHON" -m pytest tests/kernels -m gpu -q -p no:cacheprovider --durations=10
 }
 
 kernels() {
@@ -86,7 +80,7 @@ case $part in
     tests) tests 280 ;;
     kernels) kernels 560 2 ;;
     profile) profile 120 ;;
-    all) tests 80; kernels 320 1; profile 45 ;;
+    all) tests 200; kernels 280 1; profile 45 ;;
 esac
 echo "results in $out"
 exit "$failed"

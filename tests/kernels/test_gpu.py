@@ -84,25 +84,42 @@ def test_auto_is_triton() -> None:
 # -- Values and gradients ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("launches")
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("old", OLD)
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("dim", [FLUX_720, FLUX_1024])
-def test_loss_at_real_sizes(dim: int, dtypes: tuple[torch.dtype, torch.dtype], old: str, masked: bool) -> None:
-    case = mixed(on_gpu(make_case(P=4, B=4, G=12, D=dim, change=1e-3)), dtypes)
+# Every combination is a kernel to compile, some seconds of a GPU's time: all of two factors, a few of the rest.
+AT_REAL_SIZES = [
+    *(pytest.param(FLUX_720, dtypes, old, False, False) for dtypes in DTYPES for old in OLD),
+    *(pytest.param(FLUX_720, "mixed", old, True, False) for old in OLD),
+    *(pytest.param(FLUX_720, "float32", old, False, True) for old in OLD),
+    pytest.param(FLUX_1024, "mixed", "tensor", False, False),
+]
+
+
+@pytest.mark.parametrize("dim, dtypes, old, masked, one_launch", AT_REAL_SIZES)
+def test_loss_at_real_sizes(
+    dim: int, dtypes: str, old: str, masked: bool, one_launch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_tiles, "ONE_LAUNCH", one_launch)
+    case = mixed(on_gpu(make_case(P=4, B=4, G=12, D=dim, change=1e-3)), DTYPES[dtypes])
     mask = keep_some(case.map(Tensor.cpu)).cuda() if masked else None
     settings: dict[str, Any] = {"temperature": "neighborhood", "kl_coef": 0.25, "clip_range": 0.5}
     assert_as_accurate_as_reference(run, case, old, "triton", candidate_mask=mask, **settings)
 
 
-@pytest.mark.usefixtures("launches")
-@pytest.mark.parametrize("old", OLD)
-@pytest.mark.parametrize("form", [run, run_from_anchors])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 2, 1), (2, 5, 7, 48), (3, 4, 12, 4099), (2, 17, 17, 1000), (1, 2, 33, 5000), (2, 64, 64, 999)]
+    "shape, form, old, one_launch",
+    [
+        ((1, 1, 2, 1), run, "tensor", False),
+        ((2, 5, 7, 48), run_from_anchors, "tensor", False),
+        ((2, 5, 7, 48), run_from_anchors, "literal", True),
+        ((3, 4, 12, 4099), run, "detach", True),
+        ((2, 17, 17, 1000), run, "tensor", True),
+        ((1, 2, 33, 5000), run, "tensor", False),
+        ((2, 64, 64, 999), run, "tensor", False),
+    ],
 )
-def test_loss_at_odd_sizes(shape: tuple[int, ...], form: Any, old: str) -> None:
+def test_loss_at_odd_sizes(
+    shape: tuple[int, ...], form: Any, old: str, one_launch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_tiles, "ONE_LAUNCH", one_launch)
     case = on_gpu(make_case(*shape, change=0.1)).to(torch.float32)
     mask = keep_some(case.map(Tensor.cpu)).cuda()
     settings: dict[str, Any] = {"temperature": "neighborhood", "kl_coef": 0.25, "clip_range": 0.5}
