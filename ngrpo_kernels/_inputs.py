@@ -101,6 +101,9 @@ class Group:
         prompts, anchors = self.anchor_index.shape
         if dt is None:
             return torch.ones((prompts, anchors, 1), device=self.candidates.device)
+        if isinstance(dt, Tensor) and dt.ndim == 0 and _values_readable(dt):
+            check_tensor("dt", dt)
+            dt = dt.item()  # read on the CPU, as schedulers keep it: to copy it to a GPU would synchronise
         if not isinstance(dt, Tensor):
             if not (math.isfinite(dt) and dt > 0):
                 raise ValueError(f"dt must be positive (sigma_before - sigma_after > 0), got {dt}")

@@ -46,6 +46,8 @@ def sums_kernel(
     g = part % BLOCKS_G * BLOCK_G + tl.arange(0, BLOCK_G)
     first_b, first_s = part // BLOCKS_G * BLOCK_B, part // BLOCKS_G * BLOCK_S
 
+    adds_pairs = True if B <= BLOCK_B else first_s < SHIFTS  # not again for every further block of anchors
+
     candidates_ptr += p * candidates_stride_p
     own_rows = ()
     slopes = ()
@@ -90,14 +92,15 @@ def sums_kernel(
                 sums_along += (along[k] + y * (moving - old),)
         toward, along = sums_toward, sums_along
 
-        sums_apart = ()
-        for k in tl.static_range(BLOCK_S):
-            partner = ((g + first_s + k + 1) % G).to(tl.int64)[:, None]
-            difference = x - tl.load(candidates_ptr + partner * candidates_stride_g + d, inside, other).to(ACC)
-            # Neighbours, which one thread holds, are added at once: that saves three registers of four.
-            square = tl.reshape(difference * difference, [BLOCK_G, BLOCK_D // 4, 4])
-            sums_apart += (apart[k] + tl.sum(square, axis=2),)
-        apart = sums_apart
+        if adds_pairs:
+            sums_apart = ()
+            for k in tl.static_range(BLOCK_S):
+                partner = ((g + first_s + k + 1) % G).to(tl.int64)[:, None]
+                difference = x - tl.load(candidates_ptr + partner * candidates_stride_g + d, inside, other).to(ACC)
+                # Neighbours, which one thread holds, are added at once: that saves three registers of four.
+                square = tl.reshape(difference * difference, [BLOCK_G, BLOCK_D // 4, 4])
+                sums_apart += (apart[k] + tl.sum(square, axis=2),)
+            apart = sums_apart
 
     sums_ptr += (p * tl.num_programs(1) + chunk) * ((2 * B + SHIFTS) * G) + g
     for k in tl.static_range(BLOCK_B):

@@ -11,11 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ngrpo_kernels import LossOutput, neighbor_grpo_loss, neighbor_grpo_loss_from_velocity, quasi_norm_advantages
 
-from .cases import Case, make_case, run, run_from_anchors, truth
+from .cases import OLD, Case, make_case, run, run_from_anchors, truth
 
 pytestmark = pytest.mark.usefixtures("auto_backend")
 
-OLD = ["tensor", "detach", "literal"]
 ROW_FIELDS = ("velocity", "latents", "anchor_index", "old_velocity")
 FORMS = [pytest.param(run, id="velocity"), pytest.param(run_from_anchors, id="anchors")]
 
