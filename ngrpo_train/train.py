@@ -26,7 +26,7 @@ from ngrpo_train.prompts import PromptCursor, load_prompts
 from ngrpo_train.report import Report, conclude
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.run_directory import claim, clear, find_resume
-from ngrpo_train.update import allocate_state
+from ngrpo_train.update import allocate_state, refuse_backend
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
         validation = load_prompts(evaluation.validation, "evaluation.validation") if evaluation.validation else []
         test = load_prompts(evaluation.test, "evaluation.test") if evaluation.test else []
         rewards = Rewards(recipe.rewards)
+        refuse_backend(recipe.algorithm.backend, processes.device)
         resume_from = find_resume(run, resume) if resume else None
         continues = resume_from is not None and run.resolve() in resume_from.resolve().parents
         if resume_from:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ngrpo_kernels import LossOutput, leaping_log_ratio, neighbor_grpo_loss_from_velocity
+from ngrpo_kernels import LossOutput, leaping_log_ratio, neighbor_grpo_loss_from_velocity, pairwise_sqdist
 from ngrpo_train import parallel
 from ngrpo_train.config import Algorithm
 from ngrpo_train.flux import Conditioning, Flux
@@ -209,6 +209,16 @@ class Advantages:
         active = [(chunk != 0).any(1) for chunk in by_rank]
         local = parallel.rank()
         return Advantages(by_rank[local], active[local], max(int(a.sum()) for a in active))
+
+
+def refuse_backend(name: str, device: torch.device) -> None:
+    """Raise ValueError where a backend of the loss that is asked for by name cannot compute on this device."""
+    if name != "auto":
+        point = torch.zeros(1, 1, 1, device=device)
+        try:
+            pairwise_sqdist(point, point, backend=name)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"algorithm.backend: {error}") from error
 
 
 def loss_of_rows(

@@ -45,3 +45,14 @@ def test_backends_train_alike(backend: str, plain: tuple[Path, str], tmp_path: P
 def test_the_setting_reaches_the_loss(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         Run(tmp_path, {"algorithm.backend": "metal"}).make()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can use it")
+def test_a_backend_that_cannot_compute_here_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    run = Run(tmp_path / "run", {"algorithm.backend": "triton"})
+    assert run.make() != 0
+    assert "algorithm.backend: backend is 'triton', which cannot be used here" in capsys.readouterr().err
+    assert not run.directory.exists()
