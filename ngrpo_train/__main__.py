@@ -1,16 +1,17 @@
-"""The `ngrpo` command: train, sample, eval, export, doctor."""
+"""The `ngrpo` command: train, plan, profile, embed, sample, eval, export, doctor."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 from rich.console import Console
@@ -19,19 +20,24 @@ from rich.logging import RichHandler
 from ngrpo_train.config import Model, Parallel, Recipe, Reward, Sampling, check_sections
 from ngrpo_train.parsing import RecipeFlags, find_recipe, parse, parse_flags, read_recipe, resolve, suggestion
 
+T = TypeVar("T")
+
 USAGE = """\
 usage: ngrpo COMMAND ...
 
 Neighbor GRPO: align FLUX-architecture flow models with human preference, without SDE sampling.
 
   train  [RECIPE] [--section.field value ...]   train by a recipe (a packaged name or a TOML file; default shapes_cpu)
+  plan   [RECIPE] --gpu NAME --gpus N           whether a recipe fits a GPU, and what an iteration costs there
+  profile [RECIPE] --iterations N              where an iteration's time goes; command lines for Nsight
+  embed  [RECIPE] --out DIRECTORY               encode the prompts once, so that training needs no text encoders
   sample RUN_OR_MODEL --prompt TEXT ...         generate pictures
   eval   RUN_OR_MODEL [--prompts SOURCE] ...    generate and score pictures
   export RUN --out DIRECTORY                    write a run's weights for diffusers
   doctor                                        what is installed, what works here, what is missing and how to get it
 
 `ngrpo COMMAND --help` explains each; `ngrpo train --help` lists every setting of a recipe.
-packaged recipes: {recipes}
+{recipes}
 """
 
 
@@ -49,6 +55,57 @@ class TrainCommand:
     """Continue a run: "latest" for the newest checkpoint in its directory, or the path of a checkpoint or run."""
     overwrite: bool = False
     """Delete what an earlier run left in the run directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCommand:
+    """Whether a recipe fits a GPU, and what an iteration costs there; nothing is loaded and no GPU is needed.
+
+    Flags override the recipe's fields; the defaults shown are the recipe's.
+    """
+
+    recipe: RecipeFlags = field(default_factory=Recipe)
+    gpu: str = "h100-80"
+    """A GPU by name and GB: a100-80, h100-80, h200-141, ..."""
+    gpus: int = 1
+    """Processes, each with a GPU."""
+    gpus_per_node: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileCommand:
+    """Where the time of a few iterations goes: tables, and a trace for Perfetto or chrome://tracing.
+
+    Flags override the recipe's fields; the defaults shown are the recipe's.
+    """
+
+    recipe: RecipeFlags = field(default_factory=Recipe)
+    iterations: int = 2
+    """Iterations profiled."""
+    warmup: int = 2
+    """Iterations before them: the first compile and allocate."""
+    out: Annotated[str, tyro.conf.arg(metavar="DIRECTORY", help_behavior_hint="")] = ""
+    """Directory to write; empty is "profiles/RECIPE"."""
+    trace: bool = True
+    """Record with torch.profiler. Without, the iterations are marked for Nsight, as the printed commands want it."""
+    memory: bool = False
+    """Record the GPU's allocations too, for pytorch.org/memory_viz."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedCommand:
+    """Encode all prompts of a recipe (training, validation, test) once: training then loads no text encoder.
+
+    What an earlier call encoded is kept, and a call that was stopped goes on. Launched processes share the work.
+
+    Flags override the recipe's fields; the defaults shown are the recipe's.
+    """
+
+    recipe: RecipeFlags = field(default_factory=Recipe)
+    out: Annotated[str, tyro.conf.arg(metavar="DIRECTORY", help_behavior_hint="")] = ""
+    """Directory of embeddings; empty takes the recipe's prompts.embeddings."""
+    batch: int = 16
+    """Prompts encoded at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +172,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         format="%(message)s",
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
     )
-    # transformers says at import that torchvision is missing, which nothing here uses.
+    # At import they warn of what nothing here uses: a missing torchvision, parts of torchao that moved.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for chatty in ("httpx", "accelerate", "torch", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    commands = {"train": _train, "sample": _sample, "eval": _eval, "export": _export, "doctor": _doctor}
+    for alarmist in ("torchao", "torch.utils._pytree"):  # about each other's versions, at import
+        logging.getLogger(alarmist).setLevel(logging.ERROR)
+    commands = {
+        "train": _train,
+        "plan": _plan,
+        "profile": _profile,
+        "embed": _embed,
+        "sample": _sample,
+        "eval": _eval,
+        "export": _export,
+        "doctor": _doctor,
+    }
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
-        print(USAGE.format(recipes=", ".join(_packaged())))
+        print(USAGE.format(recipes=textwrap.fill(f"packaged recipes: {', '.join(_packaged())}", 116)))
         return 0
     if command == "--version":
         print(f"ngrpo {_version()}")
@@ -153,14 +222,50 @@ def _raised_here(error: BaseException) -> bool:
 
 
 def _train(arguments: list[str]) -> int:
-    name, arguments = _positional(arguments, "shapes_cpu")
-    quiet = _rank() != 0
-    recipe = read_recipe(find_recipe(name))
-    command = parse(TrainCommand, recipe, arguments, prog="ngrpo train [RECIPE]", name=name, quiet=quiet)
+    name, command = _with_recipe(TrainCommand, "train", arguments)
     from ngrpo_train.train import train
 
     run = Path(command.recipe.log.output_dir or Path("runs") / Path(name).stem)
     return train(command.recipe, run, resume=command.resume, overwrite=command.overwrite)
+
+
+def _plan(arguments: list[str]) -> int:
+    _, command = _with_recipe(PlanCommand, "plan", arguments, default="flux_dpmpp8")
+    from ngrpo_train.plan import plan_command
+
+    return plan_command(command.recipe, command.gpu, command.gpus, command.gpus_per_node)
+
+
+def _profile(arguments: list[str]) -> int:
+    name, command = _with_recipe(ProfileCommand, "profile", arguments)
+    from ngrpo_train.profiling import profile
+
+    return profile(
+        command.recipe,
+        Path(command.out or Path("profiles") / Path(name).stem).expanduser(),
+        iterations=command.iterations,
+        warmup=command.warmup,
+        trace=command.trace,
+        memory=command.memory,
+        arguments=arguments,
+    )
+
+
+def _embed(arguments: list[str]) -> int:
+    _, command = _with_recipe(EmbedCommand, "embed", arguments)
+    out = command.out or command.recipe.prompts.embeddings
+    if not out:
+        raise ValueError("--out must name a directory")
+    from ngrpo_train.embed import embed_command
+
+    return embed_command(command.recipe, Path(out).expanduser(), command.batch)
+
+
+def _with_recipe(kind: type[T], command: str, arguments: list[str], default: str = "shapes_cpu") -> tuple[str, T]:
+    """A command that works by a recipe: the recipe's name, and the command's flags over its values."""
+    name, arguments = _positional(arguments, default)
+    recipe = read_recipe(find_recipe(name))
+    return name, parse(kind, recipe, arguments, prog=f"ngrpo {command} [RECIPE]", name=name, quiet=_rank() != 0)
 
 
 def _sample(arguments: list[str]) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from ngrpo_train import parallel
 from ngrpo_train.config import Recipe, as_dict, refuse_changed
@@ -59,15 +59,9 @@ class TrainState:
     def load(self, path: Path) -> None:
         """Restore everything from a checkpoint."""
         record = read_record(path)
-        state = self.tensors()
-        _load_tensors(state, path)
-        set_state_dict(
-            self.flux.transformer,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=StateDictOptions(ignore_frozen_params=True, strict=False),
-        )
+        # In place, and the settings that an optimizer's state dict has too are the recipe's. Its `load_state_dict`
+        # would cast states to their weights' dtype, which may be coarser.
+        _load_tensors(self.tensors(), path)
         self.cursor.load_state_dict(record["cursor"])
         self.step, self.best_score = record["step"], record["best_score"]
         random_state = path / f"random_{parallel.rank()}.safetensors"
@@ -84,7 +78,7 @@ class Checkpointer:
 
     def refuse_full_disk(self, state: TrainState) -> None:
         """Raise ValueError where the disk cannot hold one checkpoint; warn where it cannot hold all that are kept."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in _leaves(state.tensors())) / 2**30
+        size = sum(_bytes(tensor) for tensor in _leaves(state.tensors())) / 2**30
         free = shutil.disk_usage(self.directory.parent).free / 2**30
         room = f"log.output_dir = {str(self.directory.parent)!r} has {free:.2f} GiB free"
         if parallel.any_rank(free < size):
@@ -195,7 +189,7 @@ def load_weights(flux: Flux, path: Path) -> None:
     ema = EMA(flux.trainable, 0.0)
     tensors = {"ema" if averaged else "model": ema.state_dict()}
     _load_tensors(tensors, path)
-    ema.swap()
+    ema.apply()
 
 
 def _save_tensors(state: dict[str, Any], path: Path) -> None:
@@ -223,6 +217,15 @@ def _leaves(state: Mapping[str, Any]) -> Iterator[torch.Tensor]:
             yield from _leaves(value)
         elif isinstance(value, torch.Tensor):
             yield value
+
+
+def _bytes(tensor: torch.Tensor) -> float:
+    """Of all its shards. A quantised one takes less than its dtype says: what its parts take."""
+    shard: Any = parallel.local(tensor)
+    if hasattr(shard, "__tensor_flatten__") and shard.numel():
+        parts = [getattr(shard, name) for name in shard.__tensor_flatten__()[0]]
+        return tensor.numel() / shard.numel() * sum(part.numel() * part.element_size() for part in parts)
+    return tensor.numel() * tensor.element_size()
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -16,14 +16,16 @@ class Model:
     """The model that is trained: any directory or hub id in FLUX.1's layout (dev, schnell, or your own)."""
 
     name_or_path: str = "black-forest-labs/FLUX.1-dev"
-    """Directory, hub id, or "shapes" for the pipeline that ships with ngrpo."""
+    """Directory, hub id, "shapes" for the pipeline that ships with ngrpo, or "random:flux-dev", "random:flux-schnell":
+    random weights at that model's size, made on the device, for measuring without a download."""
     tuning: Literal["full", "lora"] = "full"
     """Train every weight of the transformer, or low-rank adapters (peft) on its attention and feed-forward layers."""
     lora_rank: int = 128
     lora_alpha: int = 128
     """The adapters' output is scaled by lora_alpha / lora_rank."""
-    gradient_checkpointing: bool = True
-    """Recompute each block's activations in the backward pass: less memory, a third more arithmetic."""
+    gradient_checkpointing: Literal["full", "selective", "none"] | float = "full"
+    """What the backward pass computes again to save memory: whole blocks, all but their matrix products and attention,
+    or nothing. A number between 0 and 1 is the share of activations that the compiler may keep: it then chooses."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights per iteration, used for evaluation and export; 0 is off."""
 
@@ -36,6 +38,8 @@ class Prompts:
     """A file (txt, json, jsonl, csv, parquet) or "shapes:train"."""
     per_rank: int = 1
     """P: prompts explored together on each process."""
+    embeddings: str = ""
+    """Directory of encoded prompts that `ngrpo embed` wrote: training then loads no text encoder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +114,8 @@ class Reward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer:
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW with float32 states, or torchao's with states of 8 bits, which bfloat16 weights need."""
     learning_rate: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
@@ -130,16 +135,42 @@ class Train:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    sharding: Literal["auto", "full", "none"] = "auto"
-    """FSDP2 over all processes ("full"), or one process with plain modules ("none"); "auto" picks by process count."""
+    sharding: Literal["auto", "full", "hybrid", "none"] = "auto"
+    """FSDP2 over all processes ("full"), over groups of `shard_size` that each hold a whole copy ("hybrid"), or a whole
+    copy in every process ("none"); "auto" is "none" for one process and "full" for several."""
+    shard_size: int = 0
+    """Processes that share one copy of the weights where sharding = "hybrid"; 0 takes those of a node."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Forward and backward arithmetic; the trained weights and their optimizer states are always float32."""
+    """Forward and backward arithmetic."""
+    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The trained weights between steps. bfloat16 halves them and their gradients; updates are rounded stochastically,
+    for at usual learning rates most of them are smaller than half of bfloat16's last digit."""
+    offload: bool = False
+    """Keep trained weights, gradients and optimizer states in host memory, and make the optimizer's step there."""
+    keep_gathered: Literal["auto", "never", "rollout", "iteration"] = "auto"
+    """Gather sharded weights once for a rollout, or for a rollout and an update, and not for every forward; "auto" does
+    what memory allows."""
+    reduce_gradients: Literal["auto", "step", "batch"] = "auto"
+    """Sum gradients over processes once per optimizer step, or after every forward-backward, which needs no memory for
+    whole gradients; "auto" does what memory allows."""
+    rollout_dtype: Literal["same", "float8"] = "same"
+    """Matrix products of the rollout: as in training, or on a float8 copy of the weights (torchao), which the policy
+    ratio never sees."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for each of the model's blocks; "auto" does on a GPU."""
+    compile_cache: str = ""
+    """Directory for compiled code that later runs find again; empty is PyTorch's own, which may be temporary."""
+    attention: str = "auto"
+    """Attention backend by diffusers' name: native, _native_cudnn, flash, _flash_3, xformers, ... (`ngrpo doctor` lists
+    those that work here). "auto" measures at the start; the run's recipe has the fastest, which resuming keeps."""
+    text_encoders: Literal["device", "offload", "shard"] = "device"
+    """Where T5 and CLIP wait between iterations: on the device, in host memory, or sharded over processes."""
     rollout_batch: int = 0
-    """Pictures per forward in the rollout; 0 takes all of a prompt batch at once."""
+    """Pictures per forward in the rollout; 0 takes as many as memory allows."""
     update_batch: int = 0
     """Anchors per forward in the update; 0 takes all at once."""
     decode_batch: int = 0
-    """Pictures per VAE decode; 0 takes all at once."""
+    """Pictures per VAE decode; 0 takes as many as memory allows."""
     timeout_minutes: float = 30.0
     """A collective that waits longer ends the run."""
 
@@ -207,7 +238,8 @@ class Recipe:
 # Two of them may make up for another number of processes: the prompt cursor sees to it that they do.
 _FREE_ON_RESUME = re.compile(
     r"train\.(steps|gradient_accumulation_steps)|prompts\.per_rank"
-    r"|log\..*|checkpoint\..*|evaluation\..*|parallel\.timeout_minutes"
+    r"|log\..*|checkpoint\..*|evaluation\..*"
+    r"|parallel\.(timeout_minutes|sharding|shard_size|offload|keep_gathered|reduce_gradients|compile_cache|text_encoders)"
 )
 
 
@@ -240,6 +272,7 @@ _NOT_NEGATIVE = [
     "algorithm.reference_coef",
     "optimizer.weight_decay",
     "train.seed",
+    "parallel.shard_size",
     "parallel.rollout_batch",
     "parallel.update_batch",
     "parallel.decode_batch",
@@ -311,19 +344,7 @@ def check(recipe: Recipe, world_size: int = 1) -> None:
         _require(math.isfinite(reward.weight), f"rewards.{name}.weight", reward.weight, "must be finite")
     trained = [name for name, reward in recipe.rewards.items() if not reward.log_only and reward.weight != 0]
     _require(bool(trained), "rewards", list(recipe.rewards), "must have at least one reward to train on")
-    _require(
-        not (recipe.parallel.sharding == "none" and world_size > 1),
-        "parallel.sharding",
-        recipe.parallel.sharding,
-        f"must be full or auto on {world_size} processes",
-    )
-    _require(
-        not (recipe.parallel.sharding == "none" and recipe.parallel.compute_dtype != "float32"),
-        "parallel.sharding",
-        recipe.parallel.sharding,
-        f"must be full or auto with parallel.compute_dtype = {recipe.parallel.compute_dtype!r}: plain modules compute "
-        "in the dtype of their weights, which is float32",
-    )
+    _check_parallel(recipe, world_size)
     for tracker in recipe.log.trackers:
         _require(
             find_spec(tracker) is not None,
@@ -331,6 +352,66 @@ def check(recipe: Recipe, world_size: int = 1) -> None:
             recipe.log.trackers,
             f'needs a package that is not installed: pip install "ngrpo[{tracker}]"',
         )
+
+
+def _check_parallel(recipe: Recipe, world_size: int) -> None:
+    parallel, optimizer = recipe.parallel, recipe.optimizer.name
+    size = parallel.shard_size
+    _require(
+        size == 0 or (parallel.sharding == "hybrid" and world_size % size == 0),
+        "parallel.shard_size",
+        size,
+        f'needs parallel.sharding = "hybrid" and must divide the {world_size} processes',
+    )
+    _require(
+        parallel.master_dtype == "float32" or (optimizer == "adamw_8bit" and parallel.compute_dtype == "bfloat16"),
+        "parallel.master_dtype",
+        parallel.master_dtype,
+        'needs optimizer.name = "adamw_8bit", which rounds stochastically, and parallel.compute_dtype = "bfloat16"',
+    )
+    _require(
+        parallel.master_dtype == "float32" or recipe.model.tuning == "full",
+        "parallel.master_dtype",
+        parallel.master_dtype,
+        'needs model.tuning = "full": LoRA keeps the base in parallel.compute_dtype and its small adapters in float32',
+    )
+    _require(
+        not parallel.offload or recipe.model.tuning == "full",
+        "parallel.offload",
+        parallel.offload,
+        'needs model.tuning = "full": the adapters of LoRA are small, and its base is never updated',
+    )
+    _require(
+        not parallel.offload or optimizer == "adamw",
+        "parallel.offload",
+        parallel.offload,
+        'needs optimizer.name = "adamw": in host memory float32 states cost nothing, and 8-bit ones have no kernels',
+    )
+    _require(
+        not parallel.offload or parallel.sharding != "none",
+        "parallel.offload",
+        parallel.offload,
+        "works on shards: parallel.sharding must be full or hybrid, or auto",
+    )
+    _require(
+        parallel.rollout_dtype == "same" or recipe.algorithm.old_policy != "cached",
+        "parallel.rollout_dtype",
+        parallel.rollout_dtype,
+        'needs another algorithm.old_policy than "cached", which takes the rollout\'s velocity into the ratio',
+    )
+    keep = recipe.model.gradient_checkpointing
+    _require(
+        isinstance(keep, str) or (0 < keep < 1 and parallel.compile != "off"),
+        "model.gradient_checkpointing",
+        keep,
+        'as a number must be between 0 and 1, and is a setting of the compiler: parallel.compile must not be "off"',
+    )
+    _require(
+        "sage" not in parallel.attention,
+        "parallel.attention",
+        parallel.attention,
+        "quantises attention: its gradient is not that of what it computes, so nothing can be trained through it",
+    )
 
 
 def check_sections(recipe: Recipe, sections: Sequence[str]) -> None:

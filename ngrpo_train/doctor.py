@@ -44,6 +44,8 @@ class Row:
 OPTIONAL = (
     ("xformers", "attention backend xformers", 'pip install "ngrpo[xformers]"'),
     ("flash-attn", "attention backend flash, built with nvcc", "pip install flash-attn --no-build-isolation"),
+    ("torchao", "8-bit AdamW, float8 rollouts", 'pip install "ngrpo[torchao]"'),
+    ("nvtx", "named ranges in Nsight", 'pip install "ngrpo[profile]"'),
     ("wandb", "Weights & Biases tracker", 'pip install "ngrpo[wandb]"'),
     ("pyarrow", "prompts from parquet files", 'pip install "ngrpo[parquet]"'),
 )

@@ -12,34 +12,40 @@ from ngrpo_train import parallel
 
 
 class EMA:
-    """`average <- decay * average + (1 - decay) * weights` after every iteration."""
+    """`average <- decay * average + (1 - decay) * weights` after every iteration, in float32."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
         self._parameters: list[Tensor] = list(parameters.values())
-        self._averages = [p.detach().clone() for p in self._parameters]
+        self._averages = [p.detach().to(torch.float32, copy=True) for p in self._parameters]
         self._names = list(parameters)
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(*self._shards(), 1 - self.decay)
+        averages, weights = self._shards()
+        if weights[0].dtype == torch.float32:
+            torch._foreach_lerp_(averages, weights, 1 - self.decay)
+            return
+        for average, weight in zip(averages, weights, strict=True):  # one by one: a copy of all would not fit
+            average.lerp_(weight.float(), 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it, the model has the averaged weights."""
-        self.swap()
+        """Within it, the model has the averaged weights; its own wait in host memory."""
+        _, weights = self._shards()
+        kept = [weight.detach().to("cpu", copy=True) for weight in weights]
+        self.apply()
         try:
             yield
         finally:
-            self.swap()
+            with torch.no_grad():
+                torch._foreach_copy_(weights, kept)
 
     @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the model's weights and the averages."""
+    def apply(self) -> None:
+        """Give the model the averaged weights for good."""
         averages, weights = self._shards()
-        kept = [weight.clone() for weight in weights]
         torch._foreach_copy_(weights, averages)
-        torch._foreach_copy_(averages, kept)
 
     def _shards(self) -> tuple[list[Tensor], list[Tensor]]:
         """Averages and weights as plain tensors: DTensors have few foreach operations, and need none here."""

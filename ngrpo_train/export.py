@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ngrpo_train import parallel
-from ngrpo_train.flux import Flux, quiet_diffusers
+from ngrpo_train.flux import Flux
+from ngrpo_train.loading import quiet_diffusers
+
+_FROZEN_PARTS = ("scheduler", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 def export(flux: Flux, directory: Path) -> Path:
@@ -45,14 +49,18 @@ def _write_lora(flux: Flux, trained: dict[str, Tensor], directory: Path) -> None
 
 
 def _write_pipeline(flux: Flux, trained: dict[str, Tensor], directory: Path) -> None:
+    """The trained transformer beside copies of the parts that were not trained."""
     from diffusers import FluxTransformer2DModel
 
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(flux.pipeline.transformer.config)
+        transformer = FluxTransformer2DModel.from_config(flux.transformer.config)
     transformer.load_state_dict(trained, strict=True, assign=True)
-    live, flux.pipeline.transformer = flux.pipeline.transformer, transformer
-    try:
-        with quiet_diffusers():
-            flux.pipeline.save_pretrained(directory)
-    finally:
-        flux.pipeline.transformer = live
+    with quiet_diffusers():
+        transformer.save_pretrained(directory / "transformer")
+        if flux.directory is None:  # random weights, which stand in no file
+            flux.pipeline.vae.save_pretrained(directory / "vae")
+            return
+    for part in _FROZEN_PARTS:
+        if (flux.directory / part).is_dir():
+            shutil.copytree(flux.directory / part, directory / part, dirs_exist_ok=True)
+    shutil.copy(flux.directory / "model_index.json", directory)

@@ -1,4 +1,4 @@
-"""The model: load a FLUX pipeline, encode text, evaluate the velocity, decode latents.
+"""The model: encode text, evaluate the velocity, decode latents.
 
 Latents are FLUX's packed tokens, [*, T, C] with C = 4 * latent channels; `sigma` is the flow time in [0, 1].
 """
@@ -7,96 +7,127 @@ Latents are FLUX's packed tokens, [*, T, C] with C = 4 * latent channels; `sigma
 
 from __future__ import annotations
 
-import logging
-import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
-from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from ngrpo_train import parallel
+from ngrpo_train import blocks, sharding
+from ngrpo_train.architecture import LORA_TARGETS
 from ngrpo_train.config import Model, Parallel, Sampling
-from ngrpo_train.shapes.world import shapes_pipeline_dir
-
-logger = logging.getLogger(__name__)
-
-_LORA_TARGETS = (  # every linear layer inside the blocks' attention and feed-forward
-    r"(transformer_blocks|single_transformer_blocks)\.\d+\."
-    r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Conditioning:
-    """Encoded prompts: T5 features [P, L, E], CLIP's pooled features [P, F], and their position ids [L, 3]."""
-
-    prompt_embeds: Tensor
-    pooled: Tensor
-    txt_ids: Tensor
-
-    def rows(self, index: Tensor) -> Conditioning:
-        """The prompts `index` [N] asks for, repeats allowed."""
-        return Conditioning(self.prompt_embeds[index], self.pooled[index], self.txt_ids)
-
-    @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        return Conditioning(
-            torch.cat([c.prompt_embeds for c in parts]), torch.cat([c.pooled for c in parts]), parts[0].txt_ids
-        )
+from ngrpo_train.float8 import Float8Copy
+from ngrpo_train.loading import TEXT_PARTS, fill, find_directory, load_parts, quiet_diffusers
+from ngrpo_train.perturb import stream
+from ngrpo_train.text import Conditioning, EmbeddingCache, PromptEncoder, TextEncoders, encoder_hash, frozen_dtype
 
 
 class Flux:
     """A FLUX pipeline on one device whose transformer is trained, sharded over processes where there are several."""
 
-    def __init__(self, model: Model, sampling: Sampling, settings: Parallel, device: torch.device) -> None:
-        """Raises ValueError, naming `model.name_or_path`, where no FLUX pipeline can be loaded."""
+    def __init__(
+        self,
+        model: Model,
+        sampling: Sampling,
+        settings: Parallel,
+        device: torch.device,
+        *,
+        embeddings: str = "",
+        seed: int = 0,
+    ) -> None:
+        """Raises ValueError, naming the field, where no FLUX pipeline, or no `embeddings` of it, can be loaded.
+
+        `settings.attention` is a backend's name, or "auto" for diffusers' choice. `seed` draws LoRA's first weights.
+        """
         self.model, self.sampling, self.settings, self.device = model, sampling, settings, device
-        self.pipeline = _load(model.name_or_path)
+        self.directory = find_directory(model.name_or_path, TEXT_PARTS if embeddings else ())
+        self.compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
+        self.compiled = blocks.compiles(settings, device)
+        self.pipeline = load_parts(
+            model.name_or_path, self.directory, device, frozen_dtype(device), text=not embeddings
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.text = self._text_encoder(embeddings)
+        self._prepare_vae()
         self.transformer: Any = self.pipeline.transformer  # FluxTransformer2DModel, an FSDPModule too where sharded
-        frozen_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        with quiet_diffusers():
-            for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
-                part.to(device=device, dtype=frozen_dtype).requires_grad_(False).eval()
-            self.transformer.to(device=device, dtype=torch.float32)  # master weights, whatever the arithmetic
-        self._prepare_transformer()
+        self._prepare_transformer(seed)
+        self._float8 = self._float8_copy() if settings.rollout_dtype == "float8" else None
         factor = 2 * self.pipeline.vae_scale_factor  # pixels per token, each way
         self.tokens = (sampling.height // factor) * (sampling.width // factor)
         self.channels: int = self.pipeline.transformer.config.in_channels
         self._img_ids = FluxPipeline._prepare_latent_image_ids(
             1, sampling.height // factor, sampling.width // factor, device, torch.float32
         )
-        self._warned_of_length = False
 
-    def _prepare_transformer(self) -> None:
-        transformer = self.transformer
+    def _text_encoder(self, embeddings: str) -> PromptEncoder:
+        length = self.sampling.max_sequence_length
+        if embeddings:
+            return EmbeddingCache(
+                Path(embeddings).expanduser(),
+                device=self.device,
+                dtype=self.compute_dtype,
+                max_sequence_length=length,
+                encoder=encoder_hash(self.directory) if self.directory else None,
+            )
+        return TextEncoders(
+            self.pipeline,
+            device=self.device,
+            dtype=self.compute_dtype,
+            max_sequence_length=length,
+            placement=self.settings.text_encoders,
+        )
+
+    def _prepare_vae(self) -> None:
+        vae = self.pipeline.vae.to(self.device).requires_grad_(False).eval()
+        if self.device.type == "cuda":
+            vae.to(memory_format=torch.channels_last)  # as cuDNN's convolutions want it
+        if self.compiled:
+            vae.decoder.forward = torch.compile(vae.decoder.forward, dynamic=False)
+
+    def _prepare_transformer(self, seed: int) -> None:
+        """On the meta device up to the sharding, then filled shard by shard."""
+        transformer, settings = self.transformer, self.settings
         if self.model.tuning == "lora":
             from peft import LoraConfig
 
-            transformer.requires_grad_(False)
+            _store_as(transformer.requires_grad_(False), self.compute_dtype)
             transformer.add_adapter(
                 LoraConfig(
                     r=self.model.lora_rank,
                     lora_alpha=self.model.lora_alpha,
-                    init_lora_weights="gaussian",
-                    target_modules=_LORA_TARGETS,
+                    init_lora_weights=False,
+                    target_modules=LORA_TARGETS,
                 )
             )
         else:
-            transformer.requires_grad_(True)
-        if self.model.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        transformer.train()  # FLUX has no dropout: this only switches checkpointing on
-        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-        parallel.shard(transformer, blocks, self.settings, self.device)
+            _store_as(transformer.requires_grad_(True), getattr(torch, settings.master_dtype))
+        transformer.train()  # FLUX has no dropout, but diffusers loads models for evaluation
+        self._set_attention(transformer)
+        repeated = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        blocks.prepare(repeated, self.model, settings, self.device)
+        sharding.shard(transformer, repeated, self.model, settings, self.device)
+        transformer.to_empty(device="cpu" if settings.offload else self.device)
+        fill(transformer, self.model.name_or_path, self.directory)
+        for name, adapter in self.trainable.items():
+            if ".lora_" in name:
+                _draw_adapter(name, adapter, seed)
+
+    def _set_attention(self, transformer: Any) -> None:
+        if self.settings.attention != "auto":
+            with quiet_diffusers():
+                transformer.set_attention_backend(self.settings.attention)
+
+    def _float8_copy(self) -> Float8Copy:
+        def prepare(repeated: Sequence[nn.Module]) -> None:
+            blocks.prepare(repeated, replace(self.model, gradient_checkpointing="none"), self.settings, self.device)
+
+        copy = Float8Copy(self.transformer, self.compute_dtype, self.device, prepare=prepare)
+        self._set_attention(copy.model)
+        return copy
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -107,33 +138,32 @@ class Flux:
         """(T, C) of one picture."""
         return self.tokens, self.channels
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        self._warn_of_length(prompts)
-        with quiet_diffusers():
-            prompt_embeds, pooled, txt_ids = self.pipeline.encode_prompt(
-                prompt=list(prompts),
-                prompt_2=None,
-                device=self.device,
-                max_sequence_length=self.sampling.max_sequence_length,
-            )
-        dtype = getattr(torch, self.settings.compute_dtype)
-        return Conditioning(prompt_embeds.to(dtype), pooled.to(dtype), txt_ids)
+        """A collective where text encoders are sharded."""
+        return self.text.encode(prompts)
 
-    def _warn_of_length(self, prompts: Sequence[str]) -> None:
-        if self._warned_of_length:
+    @contextmanager
+    def exploring(self) -> Iterator[None]:
+        """Around an iteration's rollout, during which the weights stand still; a collective."""
+        if self._float8:
+            self._float8.refresh()
+        with self.gathered("rollout"):
+            yield
+
+    @contextmanager
+    def gathered(self, phase: Literal["rollout", "iteration"]) -> Iterator[None]:
+        """Within the phase that the recipe says it of, sharded weights stay gathered after their first use.
+
+        Whoever changes the weights in between calls `sharding.release`.
+        """
+        if phase != self.settings.keep_gathered:
+            yield
             return
-        limit = self.sampling.max_sequence_length
-        with quiet_diffusers():
-            tokens, longest = max((len(self.pipeline.tokenizer_2(prompt).input_ids), prompt) for prompt in prompts)
-        if tokens > limit:
-            self._warned_of_length = True
-            logger.warning(
-                "a prompt has %d tokens and is cut to sampling.max_sequence_length = %d, as others may be: %.60r",
-                tokens,
-                limit,
-                longest,
-            )
+        sharding.keep_gathered(self.transformer, True)
+        try:
+            yield
+        finally:
+            sharding.keep_gathered(self.transformer, False)
 
     def velocity(self, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning) -> Tensor:
         """v_theta at `x_NTC` (fp32) and `sigma_N`, in the arithmetic's dtype. `conditioning` has N rows.
@@ -141,11 +171,14 @@ class Flux:
         Rollout and update both come through here: the model rounds its timestep, and the ratio is only right where
         both round alike.
         """
+        return self._velocity(self.transformer, x_NTC, sigma_N, conditioning)
+
+    def _velocity(self, transformer: Any, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning) -> Tensor:
         guidance = None
-        if self.pipeline.transformer.config.guidance_embeds:
+        if transformer.config.guidance_embeds:
             guidance = torch.full_like(sigma_N, self.sampling.guidance_scale)
-        return self.transformer(
-            hidden_states=x_NTC,
+        return transformer(
+            hidden_states=x_NTC.to(self.compute_dtype),
             timestep=sigma_N,
             guidance=guidance,
             encoder_hidden_states=conditioning.prompt_embeds,
@@ -154,6 +187,18 @@ class Flux:
             img_ids=self._img_ids,
             return_dict=False,
         )[0]
+
+    @torch.no_grad()
+    def sampling_velocity(
+        self, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning, *, explore: bool = False
+    ) -> Tensor:
+        """`velocity` without gradients, `rollout_batch` pictures at a time; to `explore`, in the rollout's dtype."""
+        transformer = self._float8.model if explore and self._float8 else self.transformer
+
+        def run(rows: Tensor) -> Tensor:
+            return self._velocity(transformer, x_NTC[rows], sigma_N[rows], conditioning.rows(rows))
+
+        return self._in_chunks(run, x_NTC, self.settings.rollout_batch)
 
     @contextmanager
     def base_model(self) -> Iterator[None]:
@@ -167,79 +212,43 @@ class Flux:
     @torch.no_grad()
     def decode(self, latents_NTC: Tensor) -> Tensor:
         """Pictures as every scorer sees them: uint8 [N, 3, H, W]."""
-        vae = self.pipeline.vae
-        batch = self.settings.decode_batch or max(1, len(latents_NTC))
-        pictures = []
-        for part in latents_NTC.split(batch):
+        vae, sampling = self.pipeline.vae, self.sampling
+
+        def run(rows: Tensor) -> Tensor:
             latents = FluxPipeline._unpack_latents(
-                part, self.sampling.height, self.sampling.width, self.pipeline.vae_scale_factor
+                latents_NTC[rows], sampling.height, sampling.width, self.pipeline.vae_scale_factor
             )
             latents = latents / vae.config.scaling_factor + vae.config.shift_factor
             decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
             # The same arithmetic as diffusers' image processor, so that a saved picture gets the same score.
-            pictures.append(((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
-        return torch.cat(pictures)
+            return ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+        return self._in_chunks(run, latents_NTC, self.settings.decode_batch)
+
+    def _in_chunks(self, run: Callable[[Tensor], Tensor], x: Tensor, batch: int) -> Tensor:
+        """`run` on the row numbers of `x`, `batch` at a time (0: all), joined.
+
+        Compiled, every chunk is filled up to `batch` with rows whose results are dropped: another size would have to
+        be compiled for.
+        """
+        count = len(x)
+        batch = batch or count
+        results = []
+        for start in range(0, count, batch):
+            stop = start + batch if self.compiled else min(start + batch, count)
+            rows = torch.arange(start, stop, device=x.device) % count
+            results.append(run(rows)[: count - start])
+        return torch.cat(results)
 
 
-def _load(name_or_path: str) -> FluxPipeline:
-    directory = shapes_pipeline_dir() if name_or_path == "shapes" else Path(name_or_path).expanduser()
-    local = directory.is_dir()
-    if local:
-        for part in ("model_index.json", "transformer", "vae", "text_encoder", "text_encoder_2"):
-            if not (directory / part).exists():
-                raise ValueError(f"model.name_or_path = {name_or_path!r} has no {part}; it must be in FLUX.1's layout")
-    try:
-        with quiet_diffusers(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pipeline: Any = FluxPipeline.from_pretrained(
-                directory if local else name_or_path, dtype=torch.float32, local_files_only=local
-            )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ValueError(f"model.name_or_path = {name_or_path!r} {_remedy(error, name_or_path)}") from error
-    if not isinstance(pipeline.transformer, FluxTransformer2DModel):
-        kind = type(pipeline.transformer).__name__
-        raise ValueError(f"model.name_or_path = {name_or_path!r} has a {kind} where FLUX has its transformer")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def _store_as(module: nn.Module, dtype: torch.dtype) -> None:
+    with quiet_diffusers():  # which means to warn that some of its models do not bear this
+        module.to(dtype)
 
 
-def _remedy(error: BaseException, name_or_path: str) -> str:
-    """What is wrong with a model that did not load, and what to do. diffusers hides the hub's errors as causes."""
-    chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-    if any(isinstance(each, GatedRepoError) for each in chain):
-        return "is gated: accept its licence on its hub page, then run `hf auth login` with an account that did"
-    if Path(name_or_path).expanduser().is_dir() or name_or_path == "shapes":
-        return f"cannot be loaded: {str(error).strip().splitlines()[0]:.300}"
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path):
-        return "is neither a directory nor a hub id such as black-forest-labs/FLUX.1-dev"
-    if any(isinstance(each, RepositoryNotFoundError) for each in chain):
-        return "is not on the hub, or is private: check the spelling, or run `hf auth login`"
-    offline = ", for HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
-    return (
-        f"is no directory, and the hub cannot be reached{offline}: download it once with `hf download {name_or_path}` "
-        "or give a directory in FLUX.1's layout"
-    )
-
-
-@contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Silence progress bars and warnings that concern nobody here, such as one for every prompt that is cut."""
-    from transformers.utils import logging as transformers_logging
-
-    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-    bars = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(levels[0])
-        transformers_logging.set_verbosity(levels[1])
-        if bars[0]:
-            diffusers_logging.enable_progress_bar()
-        if bars[1]:
-            transformers_logging.enable_progress_bar()
+def _draw_adapter(name: str, adapter: Tensor, seed: int) -> None:
+    """As peft's "gaussian": A ~ N(0, 1/rank), B = 0; alike however the adapter is sharded."""
+    values = torch.zeros(adapter.shape)
+    if ".lora_A." in name:
+        values.normal_(std=1 / adapter.shape[0], generator=stream(seed, 0, 0, name))
+    sharding.assign(adapter, values)

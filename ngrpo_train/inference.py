@@ -20,6 +20,7 @@ from ngrpo_train.export import export
 from ngrpo_train.flux import Flux
 from ngrpo_train.prompts import load_prompts
 from ngrpo_train.rewards import Rewards
+from ngrpo_train.settle import settle_attention, settle_memory
 
 
 @contextmanager
@@ -31,7 +32,9 @@ def trained_model(source: str, recipe: Recipe, checkpoint: str) -> Iterator[Flux
     weights = find_checkpoint(Path(source), checkpoint) if is_run else None
     model = recipe.model if is_run else replace(recipe.model, name_or_path=source)
     with parallel.processes(recipe.parallel) as processes:
-        flux = Flux(model, recipe.sampling, recipe.parallel, processes.device)
+        recipe = settle_attention(replace(recipe, model=model), processes.device)
+        settings = settle_memory(recipe, processes.device)
+        flux = Flux(model, recipe.sampling, settings, processes.device)  # with text encoders, for prompts of any kind
         if weights:
             load_weights(flux, weights)
         yield flux

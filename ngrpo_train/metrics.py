@@ -9,11 +9,9 @@ import logging
 import math
 import statistics
 import sys
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,53 +24,23 @@ from torch import Tensor
 from ngrpo_kernels import pairwise_sqdist
 from ngrpo_train import parallel
 from ngrpo_train.config import Recipe
+from ngrpo_train.cost import Cost
 from ngrpo_train.evaluate import save_picture, tile
+from ngrpo_train.iteration import Outcome
 from ngrpo_train.rewards import Scores
 from ngrpo_train.rollout import Groups
+from ngrpo_train.stopwatch import Stopwatch
 from ngrpo_train.symptoms import Symptoms
 from ngrpo_train.update import UpdateStats
 
 logger = logging.getLogger(__name__)
 
 
-class Stopwatch:
-    """Seconds per stage of an iteration: by device events on CUDA, where the host must not wait, else by the clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
-        self._marks: list[tuple[str, Any, Any]] = []
-        self._started = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = self._mark()
-        yield
-        self._marks.append((stage, start, self._mark()))
-
-    def _mark(self) -> Any:
-        if not self._on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def read(self) -> dict[str, float]:
-        """Seconds by stage and of the whole iteration since the last call; on CUDA after a synchronisation."""
-        times: dict[str, float] = {}
-        for stage, start, stop in self._marks:
-            seconds = start.elapsed_time(stop) / 1000 if self._on_cuda else stop - start
-            times[f"time/{stage}_s"] = times.get(f"time/{stage}_s", 0.0) + seconds
-        now = time.perf_counter()
-        times["time/iteration_s"] = now - self._started
-        self._marks, self._started = [], now
-        return times
-
-
 class Recorder:
     """Collects an iteration's figures over all ranks and shows them; on rank 0 it writes."""
 
-    def __init__(self, run: Path, recipe: Recipe, accelerator: Accelerator, start: int) -> None:
-        self.run, self.recipe, self.accelerator = run, recipe, accelerator
+    def __init__(self, run: Path, recipe: Recipe, accelerator: Accelerator, start: int, cost: Cost) -> None:
+        self.run, self.recipe, self.accelerator, self._cost = run, recipe, accelerator, cost
         self.main = parallel.rank() == 0
         self.symptoms = Symptoms(recipe)
         self._pictures = ThreadPoolExecutor(max_workers=1)
@@ -101,20 +69,15 @@ class Recorder:
         if self.main:
             self._metrics.close()
 
-    def write(
-        self,
-        step: int,
-        scores: Scores,
-        trained: tuple[int, ...],
-        advantages_PG: Tensor,
-        groups: Groups,
-        stats: UpdateStats | None,
-        watch: Stopwatch,
-    ) -> dict[str, float]:
-        """Record a finished iteration and return its figures. Its one synchronisation reads the device's, packed."""
-        figures = reward_figures(scores, trained) | advantage_figures(advantages_PG)
-        figures |= _reduced(device_figures(groups, stats))
-        figures |= watch.read() | {"memory/peak_gib": _peak_gib(groups.final_PGTC.device)}
+    def write(self, step: int, outcome: Outcome, trained: tuple[int, ...], watch: Stopwatch) -> dict[str, float]:
+        """Record a finished iteration and return its figures. Its one synchronisation reads the device's, packed.
+
+        `trained` says which rewards count into the mean.
+        """
+        figures = reward_figures(outcome.scores, trained) | advantage_figures(outcome.advantages_PG)
+        figures |= _reduced(device_figures(outcome.groups, outcome.stats))
+        figures |= watch.read()
+        figures |= self._cost.figures(figures["time/iteration_s"])
         if not self.main:
             return figures
         self._metrics.write(json.dumps({"step": step, **figures}) + "\n")
@@ -148,7 +111,7 @@ class Recorder:
         left = (self.recipe.train.steps - step - 1) * seconds
         line = (
             f"{seconds:.2f} s/it  reward {figures['reward/mean']:.3f} ± {figures['reward/std_in_group']:.3f}  "
-            f"ETA {int(left // 60)}:{int(left % 60):02d}"
+            f"{self._cost.line(figures)}ETA {int(left // 60)}:{int(left % 60):02d}"
         )
         self._progress.update(self._task, completed=step + 1, line=line)
         if self._progress.disable and ((step + 1) % max(1, self.recipe.train.steps // 20) == 0 or step == 0):
@@ -246,14 +209,6 @@ def _stays(line: str, start: int) -> bool:
 
 def _is_evaluation(row: Mapping[str, Any], start: int) -> bool:
     return row["step"] == start and any(name.startswith("validation/") for name in row)
-
-
-def _peak_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _report_failure(future: Any) -> None:

@@ -1,10 +1,11 @@
-"""Processes and devices: who we are, how parameters are sharded, and the few collectives an iteration needs."""
+"""Processes and devices: who we are, how we were launched, and the few collectives an iteration needs."""
 
 from __future__ import annotations
 
+import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -12,12 +13,12 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ngrpo_train.config import Parallel
+
+logger = logging.getLogger(__name__)
 
 # What `accelerate launch` may ask for in the environment, and the recipe field that does it here.
 _REFUSED_LAUNCH = {
@@ -70,35 +71,40 @@ def processes(settings: Parallel) -> Iterator[PartialState]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def shards(settings: Parallel) -> bool:
-    """Whether to use FSDP2: on one process too (a mesh of one) where master weights and arithmetic differ."""
-    return world_size() > 1 or settings.sharding == "full" or settings.compute_dtype != "float32"
+@contextmanager
+def node_leader_first() -> Iterator[None]:
+    """Within it, a node's first process goes before its others, which then find what it downloaded."""
+    leads = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not leads:
+        barrier()
+    try:
+        yield
+    finally:
+        if leads:
+            barrier()
 
 
-def shard(module: nn.Module, blocks: Sequence[nn.Module], settings: Parallel, device: torch.device) -> None:
-    """FSDP2 in place, block by block: fp32 shards, `compute_dtype` arithmetic, fp32 gradient reduction."""
-    if not shards(settings):
-        return
-    if not dist.is_initialized():
-        backend = "gloo" if device.type == "cpu" else "nccl"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
-    dtype = getattr(torch, settings.compute_dtype)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
-    # FLUX's blocks return slices, which is harmless as long as nothing writes into them.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    # The root too gives its gathered weights up after a forward, which by default it keeps until a backward: what
-    # optimizer, clipping and EMA hold are the shards, and the next forward must see what they made of them.
-    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+@contextmanager
+def ending_with_its_group() -> Iterator[None]:
+    """Where a collective fails, say plainly that another process died or hung, and what to do; then raise on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _is_of_a_collective(error):
+            logger.error(
+                "rank %d of %d ends: a collective failed, so another process died or hung for parallel.timeout_minutes "
+                "(its own output says why). Continue from the last checkpoint with --resume latest.",
+                rank(),
+                world_size(),
+            )
+        raise
 
 
-def sync_gradients(module: nn.Module, enabled: bool) -> None:
-    """Reduce gradients over ranks in the next backward pass, or only accumulate them."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(enabled)
-        module.set_is_last_backward(enabled)
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return isinstance(error, dist.DistError) or innermost.f_globals["__name__"].startswith("torch.distributed.d")
 
 
 def distributed() -> bool:
@@ -123,8 +129,11 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def whole(x: Tensor) -> Tensor:
-    """A sharded tensor gathered on every rank; a plain one as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    """A sharded tensor gathered on every rank, on the device even where its shards wait in host memory."""
+    if not isinstance(x, DTensor):
+        return x
+    gathered: Tensor = x.to(x.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+    return gathered
 
 
 def local(x: Tensor) -> Tensor:
@@ -139,9 +148,13 @@ def barrier() -> None:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank."""
+    return bool(max_over_ranks(int(flag)))
+
+
+def max_over_ranks(value: int) -> int:
     if world_size() == 1:
-        return flag
+        return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    shared = torch.tensor(int(flag), device=device)
+    shared = torch.tensor(value, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return bool(shared.item())
+    return int(shared.item())

@@ -25,12 +25,12 @@ from ngrpo_train.config import Recipe, Reward, as_dict
 T = TypeVar("T")
 
 
-def find_recipe(name: str) -> Path:
-    """A packaged recipe by bare name, or a TOML file. Raises ValueError with the packaged names otherwise."""
+def find_recipe(name: str, beside: Path = Path()) -> Path:
+    """A packaged recipe by bare name, or a TOML file, relative to `beside`. Raises ValueError where there is none."""
     packaged = {path.name.removesuffix(".toml"): path for path in (files("ngrpo_train") / "recipes").iterdir()}
     if name in packaged:
         return Path(str(packaged[name]))
-    path = Path(name)
+    path = beside / name
     if path.suffix == ".toml" and path.is_file():
         return path
     close = suggestion(name, packaged)
@@ -43,12 +43,34 @@ def suggestion(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe, on top of the one that it `extends`. Raises ValueError where that is not to be had, or is itself."""
     try:
         with path.open("rb") as file:
-            return tomllib.load(file)
+            own = tomllib.load(file)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path}: not valid TOML: {error}") from error
+    name = own.pop("extends", None)
+    if name is None:
+        return own
+    if not isinstance(name, str):
+        raise ValueError(f"recipe {path}: extends = {name!r} must be the name of a recipe")
+    try:
+        base = find_recipe(name, beside=path.parent)
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: extends: {error}") from error
+    if base.resolve() in (path.resolve(), *within):
+        raise ValueError(f"recipe {path}: extends = {name!r} leads back to itself")
+    return _on_top(read_recipe(base, (path.resolve(), *within)), own)
+
+
+def _on_top(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own` over `base`, table by table."""
+    merged = dict(base)
+    for key, value in own.items():
+        below = merged.get(key)
+        merged[key] = _on_top(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 # As a field of a command: its flags without a prefix, true and false written out as in TOML.

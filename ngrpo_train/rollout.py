@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngrpo_train.flux import Conditioning, Flux
+from ngrpo_train.flux import Flux
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.solvers import SOLVERS, Previous
+from ngrpo_train.text import Conditioning
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,18 @@ class Groups:
 
 
 @torch.no_grad()
-def generate(flux: Flux, noise_NTC: Tensor, conditioning: Conditioning, sigmas: Tensor) -> Iterator[Step]:
-    """Solve from `noise_NTC` down `sigmas` [steps + 1] (CPU), yielding every step. `conditioning` has N rows."""
+def generate(
+    flux: Flux, noise_NTC: Tensor, conditioning: Conditioning, sigmas: Tensor, *, explore: bool = False
+) -> Iterator[Step]:
+    """Solve from `noise_NTC` down `sigmas` [steps + 1] (CPU), yielding every step. `conditioning` has N rows.
+
+    To `explore`, the model may compute coarser, in `parallel.rollout_dtype`.
+    """
     solver = SOLVERS[flux.sampling.solver]
     x_NTC, previous = noise_NTC, None
     for index in range(len(sigmas) - 1):
         sigma_N = torch.full((len(x_NTC),), float(sigmas[index]), device=x_NTC.device)
-        velocity_NTC = _velocity_in_chunks(flux, x_NTC, sigma_N, conditioning)
+        velocity_NTC = flux.sampling_velocity(x_NTC, sigma_N, conditioning, explore=explore)
         step = Step(index, x_NTC, velocity_NTC, *solver(x_NTC, velocity_NTC, sigmas, index, previous))
         x_NTC, previous = step.after_NTC, step.previous
         yield step
@@ -66,14 +72,6 @@ class Step:
     velocity_NTC: Tensor
     after_NTC: Tensor
     previous: Previous | None
-
-
-def _velocity_in_chunks(flux: Flux, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning) -> Tensor:
-    chunk = flux.settings.rollout_batch or len(x_NTC)
-    every = torch.arange(len(x_NTC), device=x_NTC.device)
-    return torch.cat(
-        [flux.velocity(x_NTC[rows], sigma_N[rows], conditioning.rows(rows)) for rows in every.split(chunk)]
-    )
 
 
 def rollout(
@@ -96,7 +94,7 @@ def rollout(
     after = noise_PGTC.new_empty(P, K, G, *shape_TC)
     velocity = noise_PGTC.new_empty(P, K, B, *shape_TC)
     final = noise_PGTC
-    for step in generate(flux, noise_PGTC.flatten(0, 1), conditioning.rows(of_picture), sigmas):
+    for step in generate(flux, noise_PGTC.flatten(0, 1), conditioning.rows(of_picture), sigmas, explore=True):
         final = step.after_NTC.view_as(noise_PGTC)
         for p, k in (step_PK == step.index).nonzero().tolist():  # a CPU tensor: no synchronisation
             before[p, k] = step.before_NTC.view_as(noise_PGTC)[p, anchor_PB[p]]

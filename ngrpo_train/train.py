@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -13,20 +14,22 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from ngrpo_train import parallel
-from ngrpo_train.algorithms import ALGORITHMS
-from ngrpo_train.checkpoint import Checkpointer, TrainState, refuse_unlike
+from ngrpo_train.checkpoint import Checkpointer, TrainState, read_record, refuse_unlike
 from ngrpo_train.config import Recipe, check
-from ngrpo_train.ema import EMA
 from ngrpo_train.evaluate import evaluate, pictures
 from ngrpo_train.export import export
 from ngrpo_train.flux import Flux
-from ngrpo_train.metrics import Recorder, Stopwatch, flat_recipe
+from ngrpo_train.iteration import Trainer
+from ngrpo_train.metrics import Recorder, flat_recipe
 from ngrpo_train.parsing import as_toml
 from ngrpo_train.prompts import PromptCursor, load_prompts
 from ngrpo_train.report import Report, conclude
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.run_directory import claim, clear, find_resume
-from ngrpo_train.update import allocate_state, refuse_backend
+from ngrpo_train.settle import cost_of, explained_out_of_memory, settle_attention, settle_memory
+from ngrpo_train.stopwatch import Stopwatch
+from ngrpo_train.text import EmbeddingCache
+from ngrpo_train.update import refuse_backend
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +43,60 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
     rewards, model, directory or checkpoint that cannot be used.
     """
     with parallel.processes(recipe.parallel) as processes, _sigterm() as terminated:
+        device = processes.device
+        inputs = _Inputs.checked(recipe, run, processes, resume, overwrite)
+        recipe, rewards, validation = inputs.recipe, inputs.rewards, inputs.validation
+        with parallel.ending_with_its_group(), explained_out_of_memory(recipe, device):
+            torch.manual_seed(recipe.train.seed)  # for scorers that draw; every draw of ours has a stream of its own
+            watch = Stopwatch(device)
+            trainer = Trainer.make(recipe, settle_memory(recipe, device), rewards, device, watch)
+            state = TrainState(trainer.flux, trainer.optimizer, inputs.cursor, trainer.ema)
+            checkpointer = Checkpointer(run / "checkpoints", recipe)
+            _begin(inputs, run, processes, state, checkpointer, overwrite)
+            accelerator, cost = _accelerator(run, recipe, processes), cost_of(recipe, device)
+
+            with Recorder(run, recipe, accelerator, state.step, cost) as recorder:
+                for step in range(state.step, recipe.train.steps):
+                    watch.restart()
+                    outcome = trainer.iterate(inputs.cursor.next(), step)
+                    state.step = step + 1
+                    recorder.write(step, outcome, rewards.trained, watch)
+
+                    if step % recipe.log.images_every == 0:
+                        _draw(recorder, state, recipe, validation or inputs.texts, outcome.images, step)
+                    validate = bool(validation) and state.step % recipe.evaluation.every == 0
+                    best = validate and _validate(recorder, state, recipe, rewards, validation)
+                    checkpointer.save_if_due(state, best=best)
+                    if parallel.any_rank(bool(terminated)):
+                        logger.warning("SIGTERM: saved %s; continue with --resume latest", checkpointer.save(state))
+                        return TERMINATED
+
+            _end(inputs, run, processes, state)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What a run is made from, all of it looked at before any work is done."""
+
+    recipe: Recipe  # with the attention backend by name
+    texts: list[str]
+    validation: list[str]
+    test: list[str]
+    cursor: PromptCursor
+    rewards: Rewards
+    resume_from: Path | None
+
+    @staticmethod
+    def checked(recipe: Recipe, run: Path, processes: PartialState, resume: str, overwrite: bool) -> _Inputs:
         check(recipe, processes.num_processes)
         if resume and overwrite:
             raise ValueError(f"--resume {resume} and --overwrite exclude each other")
-        per_iteration = recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps * processes.num_processes
         texts = load_prompts(recipe.prompts.source)
         cursor = PromptCursor(
             texts,
             seed=recipe.train.seed,
-            per_iteration=per_iteration,
+            per_iteration=_prompts_per_iteration(recipe, processes),
             rank=processes.process_index,
             world_size=processes.num_processes,
         )
@@ -58,73 +106,66 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
         rewards = Rewards(recipe.rewards)
         refuse_backend(recipe.algorithm.backend, processes.device)
         resume_from = find_resume(run, resume) if resume else None
-        continues = resume_from is not None and run.resolve() in resume_from.resolve().parents
+        kept = read_record(resume_from)["recipe"]["parallel"]["attention"] if resume_from else ""
+        recipe = settle_attention(recipe, processes.device, kept)
         if resume_from:
             refuse_unlike(resume_from, recipe, cursor)
+        continues = resume_from is not None and run.resolve() in resume_from.resolve().parents
         claim(run, processes, may_exist=continues or overwrite)
+        return _Inputs(recipe, texts, validation, test, cursor, rewards, resume_from)
 
-        torch.manual_seed(recipe.train.seed)  # LoRA's initial weights; every other draw has a stream of its own
-        flux = Flux(recipe.model, recipe.sampling, recipe.parallel, processes.device)
-        optimizer = _optimizer(flux, recipe)
-        ema = EMA(flux.trainable, recipe.model.ema) if recipe.model.ema else None
-        state = TrainState(flux, optimizer, cursor, ema)
-        checkpointer = Checkpointer(run / "checkpoints", recipe)
-        if overwrite:
-            clear(run, processes)
-        checkpointer.refuse_full_disk(state)
-        report_prompts = {"test": test, "train": texts[: len(test)]} if test else {}
-        if report_prompts and not Report.is_made(run / "before.json", recipe, rewards, report_prompts):
-            before = Report.make(flux, recipe, rewards, report_prompts, run / "before.png")
-            if processes.is_main_process:
-                before.save(run / "before.json")
-        if resume_from:
-            state.load(resume_from)
-            checkpointer.go_on_after(state.step)
+    @property
+    def report_prompts(self) -> dict[str, list[str]]:
+        return {"test": self.test, "train": self.texts[: len(self.test)]} if self.test else {}
+
+
+def _begin(
+    inputs: _Inputs,
+    run: Path,
+    processes: PartialState,
+    state: TrainState,
+    checkpointer: Checkpointer,
+    overwrite: bool,
+) -> None:
+    """The table of before, the checkpoint to go on from, the resolved recipe."""
+    flux, recipe = state.flux, inputs.recipe
+    if isinstance(flux.text, EmbeddingCache):
+        flux.text.refuse_missing([*inputs.texts, *inputs.validation, *inputs.test])
+    if overwrite:
+        clear(run, processes)
+    checkpointer.refuse_full_disk(state)
+    if inputs.report_prompts and not Report.is_made(run / "before.json", recipe, inputs.rewards, inputs.report_prompts):
+        before = Report.make(flux, recipe, inputs.rewards, inputs.report_prompts, run / "before.png")
         if processes.is_main_process:
-            (run / "recipe.toml").write_text(as_toml(recipe))
-
-        processes.print(_summary(flux, recipe, run, len(texts), per_iteration, processes.num_processes))
-        algorithm = ALGORITHMS[recipe.algorithm.name](recipe, rewards)
-        watch = Stopwatch(processes.device)
-
-        with Recorder(run, recipe, _accelerator(run, recipe, processes), state.step) as recorder:
-            for step in range(state.step, recipe.train.steps):
-                prompts = cursor.next()
-                with watch("rollout"):
-                    groups = algorithm.explore(flux, prompts, step)
-                with watch("decode"):
-                    images = flux.decode(groups.final_PGTC.flatten(0, 1))
-                with watch("reward"):
-                    scores = rewards(images, prompts)
-                advantages_PG = algorithm.advantages(scores, step)
-                with watch("update"):
-                    stats = algorithm.update(flux, optimizer, groups, advantages_PG)
-                if ema:
-                    ema.update()
-                state.step = step + 1
-                recorder.write(step, scores, rewards.trained, advantages_PG, groups, stats, watch)
-
-                if step % recipe.log.images_every == 0:
-                    _draw(recorder, state, recipe, validation or texts, images, step)
-                validate = bool(validation) and state.step % recipe.evaluation.every == 0
-                best = validate and _validate(recorder, state, recipe, rewards, validation)
-                checkpointer.save_if_due(state, best=best)
-                if parallel.any_rank(bool(terminated)):
-                    logger.warning("SIGTERM: saved %s; continue with --resume latest", checkpointer.save(state))
-                    return TERMINATED
-
-        with state.averaged():
-            if report_prompts:
-                after = Report.make(flux, recipe, rewards, report_prompts, run / "after.png")
-                if processes.is_main_process:
-                    conclude(after, run, recipe)
-            if recipe.log.export:
-                exported = export(flux, run / "export")
-                processes.print(f"exported to {exported}")
-    return 0
+            before.save(run / "before.json")
+    if inputs.resume_from:
+        state.load(inputs.resume_from)
+        checkpointer.go_on_after(state.step)
+    if processes.is_main_process:
+        (run / "recipe.toml").write_text(as_toml(recipe))
+    processes.print(_summary(flux, recipe, run, len(inputs.texts), processes))
 
 
-def _summary(flux: Flux, recipe: Recipe, run: Path, prompts: int, per_iteration: int, ranks: int) -> str:
+def _end(inputs: _Inputs, run: Path, processes: PartialState, state: TrainState) -> None:
+    """The table of after, and the trained weights for others."""
+    recipe = inputs.recipe
+    with state.averaged():
+        if inputs.report_prompts:
+            after = Report.make(state.flux, recipe, inputs.rewards, inputs.report_prompts, run / "after.png")
+            if processes.is_main_process:
+                conclude(after, run, recipe)
+        if recipe.log.export:
+            exported = export(state.flux, run / "export")
+            processes.print(f"exported to {exported}")
+
+
+def _prompts_per_iteration(recipe: Recipe, processes: PartialState) -> int:
+    per_process = recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps
+    return per_process * int(processes.num_processes)
+
+
+def _summary(flux: Flux, recipe: Recipe, run: Path, prompts: int, processes: PartialState) -> str:
+    ranks, per_iteration = processes.num_processes, _prompts_per_iteration(recipe, processes)
     trainable = sum(parameter.numel() for parameter in flux.trainable.values())
     settings = recipe.algorithm
     return (
@@ -133,19 +174,6 @@ def _summary(flux: Flux, recipe: Recipe, run: Path, prompts: int, per_iteration:
         f"{prompts} prompts, {per_iteration} per iteration; G {settings.num_generations}, B {settings.num_anchors}, "
         f"K {settings.num_train_steps}; {recipe.train.steps} iterations into {run}"
     )
-
-
-def _optimizer(flux: Flux, recipe: Recipe) -> torch.optim.Optimizer:
-    settings = recipe.optimizer
-    optimizer = torch.optim.AdamW(
-        flux.trainable.values(),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,  # which can also skip a step without the host's knowing
-    )
-    allocate_state(optimizer)
-    return optimizer
 
 
 def _accelerator(run: Path, recipe: Recipe, processes: PartialState) -> Accelerator:

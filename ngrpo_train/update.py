@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ngrpo_kernels import LossOutput, leaping_log_ratio, neighbor_grpo_loss_from_velocity, pairwise_sqdist
-from ngrpo_train import parallel
+from ngrpo_train import parallel, sharding
 from ngrpo_train.config import Algorithm
-from ngrpo_train.flux import Conditioning, Flux
+from ngrpo_train.flux import Flux
+from ngrpo_train.optimizer import guarded_step
 from ngrpo_train.rollout import Groups
+from ngrpo_train.text import Conditioning
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +154,10 @@ def update(
     device = groups.after_PKGTC.device
     P, K = groups.step_PK.shape
     b = settings.num_anchors // settings.updates_per_iteration
-    rows_per_batch = (
-        max(1, flux.settings.update_batch // b) if flux.settings.update_batch else advantages.most_active * K
-    )
+    if flux.settings.update_batch:
+        rows_per_batch = max(1, flux.settings.update_batch // b)
+    else:  # compiled, always as many, for another number would have to be compiled for
+        rows_per_batch = (P if flux.compiled else advantages.most_active) * K
     num_batches = -(-advantages.most_active * K // rows_per_batch)
     blocks = [slice(u * b, (u + 1) * b) for u in range(settings.updates_per_iteration)]
     local_PG = advantages.local_PG.to(device, non_blocking=True)
@@ -168,13 +171,12 @@ def update(
         with torch.no_grad():
             old_velocity[1:] = [[rows.velocity(flux) for rows in batches(anchors)] for anchors in blocks[1:]]
 
-    parameters = list(flux.trainable.values())
     totals = {name: torch.zeros((), device=device) for name in ("loss", "grad_norm", "skipped")}
     tallies: list[Tally] = []
     for anchors, old in zip(blocks, old_velocity, strict=True):
         tally = Tally(flux.sampling.num_inference_steps, device)
         for batch, rows in enumerate(batches(anchors)):
-            parallel.sync_gradients(flux.transformer, batch == num_batches - 1)
+            sharding.sync_gradients(flux.transformer, flux.settings, last=batch == num_batches - 1)
             velocity = rows.velocity(flux)
             base = base_velocity(flux, rows) if settings.reference_coef else None
             if rows.real == 0:
@@ -188,7 +190,8 @@ def update(
             (loss * share).backward()
             totals["loss"] += loss.detach() * share / len(blocks)
             tally.add(counted, out, velocity.detach(), settings)
-        grad_norm, skipped = guarded_step(optimizer, parameters, max_grad_norm)
+        grad_norm, skipped = guarded_step(optimizer, max_grad_norm, device)
+        sharding.release(flux.transformer)
         totals["grad_norm"] += grad_norm / len(blocks)
         totals["skipped"] += skipped
         tallies.append(tally)
@@ -266,32 +269,3 @@ def mismatch_spread(rows: Rows, velocity: Tensor, settings: Algorithm) -> Tensor
         backend=settings.backend,
     )
     return log_ratio.flatten(1).std(1)
-
-
-def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give a fused optimizer's parameters their state before the first step, by one that is skipped.
-
-    A checkpoint then finds it there whenever it is written; torch would otherwise take a step to make it.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    _step_unless(torch.ones((), device=parameters[0].device), optimizer)
-
-
-def guarded_step(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_grad_norm: float
-) -> tuple[Tensor, Tensor]:
-    """Clip, then step unless the gradient norm is not finite, decided on the device. Returns (norm, 1 if skipped)."""
-    norm = parallel.whole(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-    skipped = (~norm.isfinite()).float()
-    _step_unless(skipped, optimizer)
-    return norm.where(skipped == 0, 0), skipped
-
-
-def _step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    # Fused optimizers read these as a gradient scaler sets them: a step with found_inf = 1 changes nothing at all.
-    optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.found_inf = skipped  # type: ignore[attr-defined]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)

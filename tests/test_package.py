@@ -38,16 +38,20 @@ ORDER = {
         config
         parsing symptoms
         shapes
-        solvers perturb prompts
+        solvers perturb prompts machines architecture
+        plan
         parallel
-        ema flux
+        text blocks sharding stopwatch attention loading
+        float8 ema optimizer cost
+        flux
         rollout
         rewards
         update
         algorithms
-        evaluate export checkpoint
-        metrics report run_directory inference doctor
-        train
+        iteration settle
+        evaluate export checkpoint embed
+        metrics report run_directory inference doctor trace
+        profiling train
         __main__
     """,
 }

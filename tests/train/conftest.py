@@ -112,7 +112,7 @@ def load_flux() -> Callable[..., Flux]:
     def load(directory: str, **changes: object) -> Flux:
         sections = []
         defaults = {
-            Model: {"name_or_path": directory, "gradient_checkpointing": False, "lora_rank": 4, "lora_alpha": 4},
+            Model: {"name_or_path": directory, "gradient_checkpointing": "none", "lora_rank": 4, "lora_alpha": 4},
             Sampling: {"height": SIZE, "width": SIZE, "max_sequence_length": 16, "num_inference_steps": 4},
             Parallel: {"device": "cpu", "compute_dtype": "float32"},
         }
@@ -148,7 +148,7 @@ def tiny_recipe(tiny_dev: str, scorers: str, tmp_path: Path, monkeypatch: pytest
     path.write_text(f"""
         [model]
         name_or_path = "{tiny_dev}"
-        gradient_checkpointing = false
+        gradient_checkpointing = "none"
         lora_rank = 4
         lora_alpha = 8
         [prompts]

@@ -1,6 +1,6 @@
-"""Small training runs on the shapes pipeline: in this process, on two ranks, under a launcher; and what they leave.
+"""Small training runs on the shapes pipeline: in this process, on several ranks, under a launcher; and what they leave.
 
-As a script it makes runs one after the other, as one rank of two or alone, and may kill itself in the middle of a save.
+As a script it makes runs one after the other, as one rank of several or alone, and may kill itself in the middle.
 """
 
 import json
@@ -82,6 +82,7 @@ class Run:
     changes: dict[str, str] = field(default_factory=dict)
     resume: str = ""
     kill_in_save_of_step: int = 0  # the last rank, by SIGKILL
+    kill_in_step: int = 0  # the same, after this step's rollout
 
     def arguments(self) -> list[str]:
         """Of the command line, "train" first."""
@@ -99,6 +100,8 @@ class Run:
             last_rank = int(os.environ.get("WORLD_SIZE", "1")) - 1
             if self.kill_in_save_of_step and int(os.environ.get("RANK", "0")) == last_rank:
                 stack.enter_context(_killed_in_save(self.kill_in_save_of_step))
+            if self.kill_in_step and int(os.environ.get("RANK", "0")) == last_rank:
+                stack.enter_context(_killed_in_step(self.kill_in_step))
             seen = stack.enter_context(_observed())
             code = main(self.arguments())
         if seen:
@@ -142,19 +145,37 @@ def _killed_in_save(step: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _killed_in_step(step: int) -> Iterator[None]:
+    """SIGKILL to this process in the middle of that step, between collectives."""
+    original = NeighborGRPO.advantages
+
+    def advantages_or_die(self: NeighborGRPO, scores: Any, at: int) -> Tensor:
+        if at == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, scores, at)
+
+    with mock.patch.object(NeighborGRPO, "advantages", advantages_or_die):
+        yield
+
+
 # --- processes
 
 
-def on_two_ranks(runs: Sequence[Run]) -> None:
-    """Make the runs one after the other, on two gloo ranks that stay alive in between."""
+def on_ranks(count: int, runs: Sequence[Run], codes: Sequence[int] = ()) -> list[str]:
+    """Make the runs one after the other, on so many gloo ranks that stay alive in between; the ranks' outputs.
+
+    `codes` are the exit codes to expect, by default 0.
+    """
     with _as_jobs(runs) as jobs:
         ranks = []
-        for rank in range(2):
-            group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for rank in range(count):
+            group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
             ranks.append(start([sys.executable, __file__, jobs], environment() | group))
         outputs = [finish(rank) for rank in ranks]
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, output
+    for rank, output, code in zip(ranks, outputs, codes or [0] * count, strict=True):
+        assert rank.returncode == code, output
+    return outputs
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def changed(recipe, name, value):
 def test_every_value_of_a_recipe_arrives():
     recipe = parsed(
         {
-            "model": {"name_or_path": "-odd name=1", "gradient_checkpointing": False, "ema": 0.9},
+            "model": {"name_or_path": "-odd name=1", "gradient_checkpointing": 0.5, "ema": 0.9},
             "algorithm": {
                 "num_generations": 7,
                 "step_range": [0, 0.5],
@@ -59,7 +59,7 @@ def test_every_value_of_a_recipe_arrives():
         }
     )
     assert recipe == Recipe(
-        model=Model(name_or_path="-odd name=1", gradient_checkpointing=False, ema=0.9),
+        model=Model(name_or_path="-odd name=1", gradient_checkpointing=0.5, ema=0.9),
         algorithm=Algorithm(num_generations=7, step_range=(0.0, 0.5), clip_range=(1e-4, 2e-4), temperature="dim"),
         rewards={"a": Reward(weight=-0.5), "shapes_judge": Reward(log_only=True), "b": Reward(path="m:f")},
         log=Log(trackers=()),
@@ -132,7 +132,7 @@ def test_a_misspelt_flag_is_answered_with_the_right_one(capsys):
         ("algorithm", "step_range", 0.5),
         ("algorithm", "temperature", "hot"),
         ("algorithm", "old_policy", "exakt"),
-        ("model", "gradient_checkpointing", 1),
+        ("model", "gradient_checkpointing", True),
         ("model", "gradient_checkpointing", "no"),
         ("log", "trackers", ["mlflow"]),
         ("rewards", "a", 1.0),
@@ -172,6 +172,35 @@ def test_toml_that_is_none_is_refused(tmp_path):
     path.write_text("[model\n")
     with pytest.raises(ValueError, match=r"^recipe .*a\.toml: not valid TOML: [^\n]*$"):
         read_recipe(path)
+
+
+def test_a_recipe_extends_another(tmp_path):
+    (tmp_path / "base.toml").write_text("[train]\nsteps = 5\nseed = 1\n[rewards.a]\nweight = 2.0\n")
+    (tmp_path / "middle.toml").write_text('extends = "base.toml"\n[train]\nsteps = 6\n[model]\nema = 0.5\n')
+    (tmp_path / "top.toml").write_text('extends = "middle.toml"\n[rewards.a]\npath = "m:f"\n[train]\nseed = 2\n')
+    assert read_recipe(tmp_path / "top.toml") == {
+        "train": {"steps": 6, "seed": 2},
+        "model": {"ema": 0.5},
+        "rewards": {"a": {"weight": 2.0, "path": "m:f"}},
+    }
+    (tmp_path / "of_a_package.toml").write_text('extends = "flux_lora"')
+    assert read_recipe(tmp_path / "of_a_package.toml")["model"]["lora_rank"] == 128
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ('extends = "flux_lore"', "extends: no recipe 'flux_lore'.* did you mean flux_lora"),
+        ("extends = 3", "extends = 3 must be the name of a recipe"),
+        ('extends = "a.toml"', "extends = 'a.toml' leads back to itself"),
+        ('extends = "b.toml"', "extends = 'a.toml' leads back to itself"),
+    ],
+)
+def test_what_cannot_be_extended_is_refused(tmp_path, text, complaint):
+    (tmp_path / "a.toml").write_text(text)
+    (tmp_path / "b.toml").write_text('extends = "a.toml"')
+    with pytest.raises(ValueError, match=rf"^recipe .*[ab]\.toml: {complaint}"):
+        read_recipe(tmp_path / "a.toml")
 
 
 # --- packaged recipes
@@ -239,6 +268,7 @@ def test_a_good_recipe_passes():
 
 NAN, INF = float("nan"), float("inf")
 BAD = {
+    "parallel.shard_size": [-1],
     "model.ema": [-0.1, 1.0, NAN],
     "model.lora_rank": [0],
     "model.lora_alpha": [-1],
@@ -324,19 +354,56 @@ def test_a_reward_weight_must_be_finite(weight):
         check(replace(GOOD, rewards={"a": Reward(weight=weight), "b": Reward()}))
 
 
-def test_several_processes_need_sharding():
-    recipe = changed(changed(GOOD, "parallel.sharding", "none"), "parallel.compute_dtype", "float32")
-    check(recipe, world_size=1)
-    with pytest.raises(ValueError, match=r"^parallel\.sharding = 'none' must be full or auto on 2 processes$"):
-        check(recipe, world_size=2)
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"parallel.shard_size": 2}, r'shard_size = 2 needs parallel\.sharding = "hybrid"'),
+        ({"parallel.sharding": "hybrid", "parallel.shard_size": 3}, r"shard_size = 3 .* must divide the 4 processes"),
+        ({"parallel.master_dtype": "bfloat16"}, r'master_dtype = \'bfloat16\' needs optimizer\.name = "adamw_8bit"'),
+        (
+            {"parallel.master_dtype": "bfloat16", "optimizer.name": "adamw_8bit", "model.tuning": "lora"},
+            r'master_dtype = \'bfloat16\' needs model\.tuning = "full"',
+        ),
+        ({"parallel.offload": True, "optimizer.name": "adamw_8bit"}, r'offload = True needs optimizer\.name = "adamw"'),
+        ({"parallel.offload": True, "parallel.sharding": "none"}, r"offload = True works on shards"),
+        ({"parallel.offload": True, "model.tuning": "lora"}, r'offload = True needs model\.tuning = "full"'),
+        (
+            {"parallel.rollout_dtype": "float8", "algorithm.old_policy": "cached"},
+            r"rollout_dtype = 'float8' needs another algorithm\.old_policy",
+        ),
+        ({"parallel.attention": "sage_hub"}, r"attention = 'sage_hub' quantises attention"),
+        (
+            {"model.gradient_checkpointing": 0.9, "parallel.compile": "off"},
+            r"gradient_checkpointing = 0\.9 .* parallel\.compile must not be",
+        ),
+        ({"model.gradient_checkpointing": 1.5}, r"gradient_checkpointing = 1\.5 as a number must be between 0 and 1"),
+    ],
+)
+def test_what_excludes_each_other_is_refused(changes, message):
+    recipe = changed(GOOD, "parallel.compute_dtype", "bfloat16")
+    for name, value in changes.items():
+        recipe = changed(recipe, name, value)
+    with pytest.raises(ValueError, match=rf"^(parallel|model)\.{message}"):
+        check(recipe, world_size=4)
 
 
-def test_bfloat16_arithmetic_needs_sharding():
-    recipe = changed(changed(GOOD, "parallel.sharding", "none"), "parallel.compute_dtype", "bfloat16")
-    with pytest.raises(
-        ValueError, match=r"^parallel\.sharding = 'none' must be full or auto with parallel\.compute_dtype"
-    ):
-        check(recipe)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel.sharding": "none"},
+        {"parallel.sharding": "hybrid"},
+        {"parallel.sharding": "hybrid", "parallel.shard_size": 2},
+        {"parallel.master_dtype": "bfloat16", "optimizer.name": "adamw_8bit"},
+        {"parallel.offload": True},
+        {"parallel.rollout_dtype": "float8"},
+        {"model.gradient_checkpointing": 0.9},
+    ],
+)
+def test_what_goes_together_is_accepted(changes):
+    recipe = changed(GOOD, "parallel.compute_dtype", "bfloat16")
+    for name, value in changes.items():
+        recipe = changed(recipe, name, value)
+    check(recipe, world_size=4)
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
@@ -357,6 +424,8 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
         ("checkpoint.keep", 9),
         ("evaluation.every", 3),
         ("parallel.timeout_minutes", 1.0),
+        ("parallel.sharding", "hybrid"),
+        ("parallel.keep_gathered", "never"),
     ],
 )
 def test_what_may_change_on_resume(name, value):

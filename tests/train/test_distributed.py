@@ -33,7 +33,7 @@ from .runs import (
     figures,
     finish,
     observed,
-    on_two_ranks,
+    on_ranks,
     saved,
     script,
     steps_kept,
@@ -45,6 +45,7 @@ FLAT = {"prompts.source": "two.txt", "rewards.redness.path": "runs:redness_of_ci
 B_UPDATES = {"algorithm.updates-per-iteration": "2", "parallel.update-batch": "1", "checkpoint.every": "2"}
 CASES = {
     "full": {
+        "algorithm.sigma": "1",  # a wide spread of rewards, against the byte of a picture that is rounded otherwise
         "model.ema": "0.5",
         "train.steps": "4",
         "evaluation.validation": "two.txt",
@@ -80,7 +81,7 @@ def two(recipes: dict[str, dict[str, str]], tmp_path_factory: pytest.TempPathFac
     stopped = recipes["full"] | ONE_EACH | PLAIN
     runs.append(Run(directory / "stopped", stopped | {"train.steps": "2"}))
     runs.append(Run(directory / "stopped", stopped, resume="latest"))
-    on_two_ranks(runs)
+    on_ranks(2, runs)
     return directory
 
 
@@ -208,6 +209,19 @@ def test_a_killed_rank_ends_the_run_and_sigterm_saves_it(
     made = len(figures(run))
     assert steps_kept(run) == ["step_000001", "step_000002", f"step_{made:06d}"]
     assert figures(run)[:4] == figures(two / "full")
+
+
+def test_without_a_launcher_too_a_killed_rank_ends_the_run(
+    recipes: dict[str, dict[str, str]], two: Path, tmp_path: Path
+) -> None:
+    recipe = recipes["full"] | ONE_EACH | PLAIN | {"train.steps": "3"}
+    started = time.time()
+    output, _ = on_ranks(2, [Run(tmp_path / "run", recipe, kill_in_step=2)], codes=[1, -signal.SIGKILL])
+    assert time.time() - started < 120  # the timeout is 180 seconds
+    assert re.search(r"rank 0 of 2 ends: a collective failed,\s+so another process died", output), output
+    assert steps_kept(tmp_path / "run") == ["step_000001", "step_000002"]
+    on_ranks(2, [Run(tmp_path / "run", recipe, resume="latest")])
+    assert_same_run(tmp_path / "run", two / "full", steps=3)
 
 
 # --- launchers

@@ -1,11 +1,9 @@
 """The model against stock diffusers: text, velocity, whole samplings, LoRA's layers; and models that cannot be had."""
 
 import json
-import logging
 import math
 import re
 import shutil
-from dataclasses import replace
 from unittest.mock import MagicMock
 
 import pytest
@@ -124,34 +122,7 @@ def test_guidance_reaches_only_models_that_embed_it(request, load_flux, model, f
     assert torch.equal(*velocities) is not feels
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_text_comes_in_the_arithmetics_dtype(tiny_dev, load_flux, dtype):
-    """Whatever the frozen encoders have: a transformer that is not sharded casts nothing."""
-    flux = load_flux(tiny_dev)
-    flux.settings = replace(flux.settings, compute_dtype=dtype)
-    flux.pipeline.text_encoder.bfloat16()
-    flux.pipeline.text_encoder_2.bfloat16()
-    conditioning = flux.encode(PROMPTS)
-    assert conditioning.prompt_embeds.dtype == conditioning.pooled.dtype == getattr(torch, dtype)
-
-
 # --- what is trained
-
-
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_gradient_checkpointing_changes_no_gradient(tiny_dev, load_flux, tuning):
-    gradients = []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        flux = load_flux(tiny_dev, tuning=tuning, gradient_checkpointing=checkpointing)
-        assert flux.transformer.is_gradient_checkpointing is checkpointing
-        x = torch.randn(2, TOKENS, 64, generator=torch.Generator().manual_seed(0))
-        flux.velocity(x, torch.full((2,), 0.6), flux.encode(PROMPTS[:2])).square().sum().backward()
-        gradients.append({name: parameter.grad for name, parameter in flux.trainable.items()})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-6, atol=1e-7)
-    assert any(gradient.abs().max() > 0 for gradient in gradients[0].values())
 
 
 def test_full_tuning_trains_every_weight_in_float32(tiny_dev, load_flux):
@@ -194,23 +165,6 @@ def test_base_model_is_the_model_before_training(tiny_dev, load_flux):
     assert all(parameter.requires_grad for parameter in flux.trainable.values())
 
 
-# --- prompts too long
-
-
-def test_a_long_prompt_warns_once(tiny_dev, load_flux, caplog):
-    flux = load_flux(tiny_dev)
-    dense = " ".join(["a"] * 17)  # and an end: fewer letters than the other, and more tokens
-    with caplog.at_level(logging.WARNING, "ngrpo_train"):
-        flux.encode(["a red star on a blue background"])
-        assert not caplog.records
-        flux.encode([" ".join(["background"] * 15), dense])
-        assert len(caplog.records) == 1
-        flux.encode([dense])
-    assert [record.getMessage() for record in caplog.records] == [
-        f"a prompt has 18 tokens and is cut to sampling.max_sequence_length = 16, as others may be: {dense!r:.60}"
-    ]
-
-
 # --- models that cannot be had
 
 
@@ -229,7 +183,7 @@ def test_a_transformer_without_weights_is_refused(tiny_dev, load_flux, tmp_path)
     shutil.copytree(tiny_dev, directory)
     for weights in (directory / "transformer").glob("*.safetensors"):
         weights.unlink()
-    with pytest.raises(ValueError, match=r"^model\.name_or_path = .* cannot be loaded: [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^model\.name_or_path = .* has no \*\.safetensors in its transformer dir"):
         load_flux(str(directory))
 
 

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ngrpo_train import metrics, parallel
+from ngrpo_train import metrics, parallel, stopwatch
 from ngrpo_train.config import Recipe
-from ngrpo_train.metrics import Stopwatch, advantage_figures, device_figures, flat_recipe, reward_figures
+from ngrpo_train.metrics import advantage_figures, device_figures, flat_recipe, reward_figures
 from ngrpo_train.rewards import Scores
 from ngrpo_train.rollout import Groups
+from ngrpo_train.stopwatch import Stopwatch
 from ngrpo_train.update import Tally, UpdateStats
 
 
@@ -115,16 +116,17 @@ def test_ranks_are_combined_by_their_rows(monkeypatch):
 
 
 def test_stopwatch_adds_up_a_stage_and_starts_anew(monkeypatch):
-    clock = iter([0.0, 1.0, 3.0, 10.0, 10.5, 11.0, 20.0, 21.0, 25.0])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    clock = iter([0.0, 1.0, 3.0, 10.0, 10.5, 11.0, 11.0, 15.0, 20.0, 21.0, 25.0, 25.0])  # the last: it starts anew
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(clock))
     watch = Stopwatch(torch.device("cpu"))
     for _ in range(2):
         with watch("rollout"):
             pass
     assert watch.read() == {"time/rollout_s": 2.5, "time/iteration_s": 11.0}
+    watch.restart()  # what came since, an evaluation say, is left out
     with watch("decode"):
         pass
-    assert watch.read() == {"time/decode_s": 1.0, "time/iteration_s": 14.0}
+    assert watch.read() == {"time/decode_s": 1.0, "time/iteration_s": 10.0}
 
 
 def test_trackers_get_plain_values():
@@ -197,6 +199,7 @@ def test_a_run_leaves_every_figure_and_picture(ngrpo, tiny_recipe):
             "time/update_s",
             "time/iteration_s",
             "memory/peak_gib",
+            "compile/graphs",
         }
         assert all(math.isfinite(value) for value in row.values())
         assert row["policy/rollout_mismatch"] < 1e-4

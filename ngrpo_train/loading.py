@@ -1,0 +1,208 @@
+"""A FLUX pipeline from a directory, the hub, or made up: frozen parts whole, the transformer's weights shard by shard.
+
+No process ever holds the whole transformer: it is built on the meta device, sharded, and only then filled.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ngrpo_train import parallel
+from ngrpo_train.architecture import Architecture, find_architecture, text_encoders_on, transformer_on, vae_on
+from ngrpo_train.shapes.world import shapes_pipeline_dir
+
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_PARTS = ("model_index.json", "transformer", "vae", *TEXT_PARTS)
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+
+
+def find_directory(name_or_path: str, absent: tuple[str, ...] = ()) -> Path | None:
+    """The directory in FLUX.1's layout that this means, downloaded where need be; None for random weights.
+
+    Parts that may be `absent` are neither downloaded nor asked for. Raises ValueError, naming `model.name_or_path`,
+    where there is no such directory.
+    """
+    if name_or_path.startswith("random:"):
+        find_architecture(name_or_path)
+        return None
+    directory = shapes_pipeline_dir() if name_or_path == "shapes" else Path(name_or_path).expanduser()
+    if not directory.is_dir():
+        directory = _downloaded(name_or_path, absent)
+    for part in (part for part in _PARTS if part not in absent):
+        if not (directory / part).exists():
+            raise ValueError(f"model.name_or_path = {name_or_path!r} has no {part}; it must be in FLUX.1's layout")
+        # Without its files transformers makes a tokenizer that knows no word, and says nothing.
+        if part.startswith("tokenizer") and not any((directory / part / name).is_file() for name in _VOCABULARIES):
+            raise ValueError(f"model.name_or_path = {name_or_path!r} has no vocabulary in its {part}")
+    return directory
+
+
+@functools.cache
+def _downloaded(name_or_path: str, absent: tuple[str, ...]) -> Path:
+    with _explained(name_or_path), parallel.node_leader_first():
+        return Path(FluxPipeline.download(name_or_path, **dict.fromkeys(absent)))
+
+
+def load_architecture(name_or_path: str, absent: tuple[str, ...] = ()) -> Architecture:
+    """The sizes of a model that may have to be downloaded for them. Raises ValueError as `find_directory` does."""
+    directory = find_directory(name_or_path, absent)
+    return find_architecture(str(directory) if directory else name_or_path)
+
+
+def load_parts(
+    name_or_path: str, directory: Path | None, device: torch.device, dtype: torch.dtype, *, text: bool = True
+) -> FluxPipeline:
+    """The pipeline in `dtype`, its transformer still empty, on the meta device; random parts are made on `device`.
+
+    Without `text` it has neither text encoders nor tokenizers. Raises ValueError as `find_directory` does.
+    """
+    if directory is None:
+        return _random_parts(find_architecture(name_or_path), device, dtype, text=text)
+    with _explained(name_or_path):
+        config: dict[str, Any] = FluxTransformer2DModel.load_config(directory / "transformer")
+        if (kind := config.get("_class_name", FluxTransformer2DModel.__name__)) != FluxTransformer2DModel.__name__:
+            raise ValueError(f"has a {kind} where FLUX has its transformer")
+        absent = dict.fromkeys(() if text else TEXT_PARTS)
+        pipeline: Any = FluxPipeline.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, transformer=None, **absent
+        )
+    with torch.device("meta"):
+        pipeline.register_modules(transformer=FluxTransformer2DModel.from_config(config))
+    return pipeline
+
+
+def load_text_encoders(name_or_path: str, dtype: torch.dtype) -> tuple[FluxPipeline, Path]:
+    """A pipeline of text encoders and tokenizers alone, in `dtype` on the CPU, and the directory they came from.
+
+    Raises ValueError as `find_directory` does, and for random weights.
+    """
+    absent = ("transformer", "vae")
+    directory = find_directory(name_or_path, absent)
+    if directory is None:
+        raise ValueError(f"model.name_or_path = {name_or_path!r} has no text encoders that are worth a file")
+    with _explained(name_or_path):
+        pipeline = FluxPipeline.from_pretrained(directory, dtype=dtype, local_files_only=True, **dict.fromkeys(absent))
+    return pipeline, directory
+
+
+def fill(transformer: nn.Module, name_or_path: str, directory: Path | None) -> None:
+    """Read the transformer's weights, each process its shards; adapters are left as they are. A collective."""
+    state = {name.replace(".base_layer.", "."): p for name, p in transformer.named_parameters() if ".lora_" not in name}
+    if directory is None:
+        _randomize(state)
+        return
+    with _explained(name_or_path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        reader = dcp.HuggingFaceStorageReader(str(directory / "transformer"))
+        stored = reader.read_metadata().state_dict_metadata
+        if not stored:
+            raise ValueError("has no *.safetensors in its transformer directory")
+        if odd := stored.keys() ^ state.keys():
+            where = "lacks" if (name := min(odd)) in state else "has, unlike FLUX,"
+            raise ValueError(f"{where} the weight {name} in its transformer directory")
+        for name, parameter in state.items():
+            entry: Any = stored[name]
+            if (size := list(entry.size)) != list(parameter.shape):
+                raise ValueError(f"has {name} of shape {size}; its config says {list(parameter.shape)}")
+            if len(entry.chunks) > 1:  # a "variant" beside it, say: which of them would be read is chance
+                raise ValueError(f"has the weight {name} in more than one file of its transformer directory")
+        dcp.load(state, storage_reader=reader, no_dist=not parallel.distributed())
+
+
+@torch.no_grad()
+def _randomize(state: dict[str, nn.Parameter]) -> None:
+    """Random weights under which activations keep about their size, the same for any run with as many shards."""
+    for name, parameter in state.items():
+        part = parallel.local(parameter)
+        if parameter.ndim < 2:
+            part.fill_(float(name.endswith("weight")))  # the scale of a norm, or a bias
+            continue
+        shard = parameter.device_mesh.get_local_rank("shard") if isinstance(parameter, DTensor) else 0
+        seed = int.from_bytes(hashlib.blake2b(f"{name} {shard}".encode(), digest_size=7).digest())
+        part.normal_(std=parameter.shape[1] ** -0.5, generator=torch.Generator(part.device).manual_seed(seed))
+
+
+def _random_parts(architecture: Architecture, device: torch.device, dtype: torch.dtype, *, text: bool) -> FluxPipeline:
+    from ngrpo_train.shapes.pipeline import clip_tokenizer, t5_tokenizer
+
+    clip, t5 = text_encoders_on(architecture, str(device), dtype) if text else (None, None)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae_on(architecture, str(device), dtype),
+        text_encoder=clip,
+        text_encoder_2=t5,
+        tokenizer=clip_tokenizer() if text else None,
+        tokenizer_2=t5_tokenizer() if text else None,
+        transformer=transformer_on(architecture),
+    )
+
+
+@contextmanager
+def _explained(name_or_path: str) -> Iterator[None]:
+    """Turn what diffusers, the hub and safetensors raise into a ValueError that names the setting and the remedy."""
+    try:
+        with quiet_diffusers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (HfHubHTTPError, OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"model.name_or_path = {name_or_path!r} {_remedy(error, name_or_path)}") from error
+
+
+def _remedy(error: BaseException, name_or_path: str) -> str:
+    """What is wrong with a model that did not load, and what to do. diffusers hides the hub's errors as causes."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    if any(isinstance(each, GatedRepoError) for each in chain):
+        return "is gated: accept its licence on its hub page, then run `hf auth login` with an account that did"
+    if Path(name_or_path).expanduser().is_dir() or name_or_path == "shapes":
+        reason = f"{str(error).strip().splitlines()[0]:.300}"
+        return reason if reason.startswith(("has ", "has, ", "lacks ")) else f"cannot be loaded: {reason}"
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path):
+        return "is neither a directory nor a hub id such as black-forest-labs/FLUX.1-dev"
+    if any(isinstance(each, RepositoryNotFoundError) for each in chain):
+        return "is not on the hub, or is private: check the spelling, or run `hf auth login`"
+    offline = ", for HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+    return (
+        f"is no directory, and the hub cannot be reached{offline}: download it once with `hf download {name_or_path}` "
+        "or give a directory in FLUX.1's layout"
+    )
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Silence progress bars and warnings that concern nobody here, such as one for every prompt that is cut."""
+    from transformers.utils import logging as transformers_logging
+
+    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    bars = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(levels[0])
+        transformers_logging.set_verbosity(levels[1])
+        if bars[0]:
+            diffusers_logging.enable_progress_bar()
+        if bars[1]:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,26 @@
+"""Whether a recipe fits a GPU and what an iteration costs there, before any GPU is touched; `ngrpo plan` shows it.
+
+`activations` measures what the model keeps, on "meta"; `layout` cuts an iteration into pieces; `flops`, `traffic` and
+`memory` count what it computes, sends and holds; `forecast` settles what a recipe leaves open and makes a `Plan`;
+`remedies` and `report` say what follows from it.
+"""
+
+from ngrpo_train.plan.flops import Flops, iteration_flops
+from ngrpo_train.plan.forecast import Plan, Settled, make_plan, settle
+from ngrpo_train.plan.remedies import Remedy, explain_out_of_memory, remedies, speedups
+from ngrpo_train.plan.report import plan_command, print_plan
+
+__all__ = [
+    "Flops",
+    "Plan",
+    "Remedy",
+    "Settled",
+    "explain_out_of_memory",
+    "iteration_flops",
+    "make_plan",
+    "plan_command",
+    "print_plan",
+    "remedies",
+    "settle",
+    "speedups",
+]

@@ -1,0 +1,153 @@
+"""Floating point operations of an iteration, two for a multiplication with its addition."""
+
+# h width of the transformer, T image tokens, L text tokens, S = T + L tokens of a picture.
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ngrpo_train.architecture import Architecture, lora_parameters
+from ngrpo_train.config import Recipe
+from ngrpo_train.plan.activations import Shape, block_bytes, decode_pass, encode_pass
+from ngrpo_train.plan.layout import Batches, compiles, shape_of
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerFlops:
+    """Of one picture's forward, by what a backward makes of it."""
+
+    products: int
+    """Linear layers inside the blocks that work on tokens: what LoRA adapts and float8 speeds up."""
+    attention: int
+    conditioning: int
+    """Linear layers inside the blocks that see only time, guidance and pooled text."""
+    around: int
+    """Linear layers before and after the blocks."""
+    adapters: int
+
+    @property
+    def blocks(self) -> int:
+        return self.products + self.attention + self.conditioning + self.adapters
+
+    @property
+    def forward(self) -> int:
+        return self.blocks + self.around
+
+    @property
+    def backward(self) -> int:
+        """Two products for each of the forward's; one where a layer is frozen, which has no gradient of its weight.
+
+        What a flash attention computes twice inside its own backward is not counted.
+        """
+        if self.adapters:
+            return self.products + 2 * (self.attention + self.adapters)
+        return 2 * self.forward
+
+
+def transformer_flops(
+    architecture: Architecture, image_tokens: int, text_tokens: int, lora_rank: int = 0
+) -> TransformerFlops:
+    config, h = architecture.transformer, architecture.width
+    doubles, singles = architecture.layers
+    T, L, S = image_tokens, text_tokens, image_tokens + text_tokens
+    time_width = 256  # sinusoidal features of a time, in diffusers fixed
+    times = 2 if config["guidance_embeds"] else 1  # timestep, and guidance
+    embedders = times * (time_width * h + h * h) + (config["pooled_projection_dim"] * h + h * h)
+    ends = T * config["in_channels"] * h + L * config["joint_attention_dim"] * h + 2 * h * h
+    output = T * h * (config.get("out_channels") or config["in_channels"]) * config["patch_size"] ** 2
+    # A double block: 4 h x h for attention and 2 h x 4h for the feed-forward, each token by its own stream's. A single
+    # block: 3 h x h, h x 4h and 5h x h. Both come to 12 h^2 for a token.
+    return TransformerFlops(
+        products=2 * 12 * (doubles + singles) * S * h * h,
+        attention=2 * 2 * (doubles + singles) * S * S * h,
+        conditioning=2 * (12 * doubles + 3 * singles) * h * h,
+        around=2 * (embedders + ends + output),
+        adapters=2 * _adapter_products(architecture, T, L, lora_rank),
+    )
+
+
+def _adapter_products(architecture: Architecture, image_tokens: int, text_tokens: int, rank: int) -> int:
+    """Half of a double block's adapters see the picture's tokens and half the text's; a single block's see both."""
+    (double, single), (doubles, singles) = lora_parameters(architecture, rank), architecture.layers
+    tokens = image_tokens + text_tokens
+    return doubles * double // 2 * tokens + singles * single * tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Of one iteration on one process, by stage."""
+
+    model_stages: Mapping[str, int]
+    """What the algorithm asks for."""
+    hardware_stages: Mapping[str, int]
+    """What is computed for it, with what is computed again and with pictures that only fill up a batch."""
+    float8: int
+    """Of the rollout's, what products in float8 take over."""
+
+    @property
+    def model(self) -> int:
+        """The numerator of MFU."""
+        return sum(self.model_stages.values())
+
+    @property
+    def hardware(self) -> int:
+        """The numerator of HFU."""
+        return sum(self.hardware_stages.values())
+
+
+def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
+    """Every group counts as one with signal; the scorers are not counted, for nobody can know them here."""
+    algorithm, sampling, batches = recipe.algorithm, recipe.sampling, Batches.of(recipe)
+    shape = shape_of(recipe, architecture)
+    trained = transformer_flops(architecture, shape.image_tokens, shape.text_tokens, shape.lora_rank)
+    base = transformer_flops(architecture, shape.image_tokens, shape.text_tokens)
+    float8 = recipe.parallel.rollout_dtype == "float8"
+    exploring = base if float8 else trained  # the float8 copy has adapters merged in
+    updates = batches.updates
+    before = updates - 1 if algorithm.old_policy == "exact" else 0  # the first block's is the training forward itself
+    tethers = updates if algorithm.reference_coef else 0
+    text = 0 if recipe.prompts.embeddings else batches.prompts * encode_pass(architecture, shape.text_tokens).flops
+    decode = decode_pass(architecture, sampling.height, sampling.width).flops
+
+    def stages(explored: int, decoded: int, anchors: int) -> dict[str, int]:
+        """Of so many pictures, and of so many anchors per optimizer step."""
+        each = {
+            "text": text,
+            "rollout": explored * sampling.num_inference_steps * exploring.forward,
+            "decode": decoded * decode,
+            "old policy": before * anchors * trained.forward,
+            "reference": tethers * anchors * base.forward,
+            "forward": updates * anchors * trained.forward,
+            "backward": updates * anchors * trained.backward,
+        }
+        return {stage: flops for stage, flops in each.items() if flops}
+
+    pictures = batches.prompts * algorithm.num_generations
+    anchors = batches.prompts * algorithm.num_train_steps * batches.anchors
+    explored = pictures // batches.explored * _filled(batches.explored, batches.rollout, recipe)
+    filled = batches.count * batches.update
+    hardware = stages(explored, _filled(pictures, batches.decode, recipe), filled)
+    if again := _recomputed(recipe, architecture, shape, trained):
+        hardware["recomputation"] = updates * filled * again
+    products = explored * sampling.num_inference_steps * base.products
+    return Flops(stages(pictures, pictures, anchors), hardware, products if float8 else 0)
+
+
+def _filled(count: int, batch: int, recipe: Recipe) -> int:
+    return -(-count // batch) * batch if compiles(recipe) else count
+
+
+def _recomputed(recipe: Recipe, architecture: Architecture, shape: Shape, picture: TransformerFlops) -> int:
+    """Operations that the backward of one picture makes again."""
+    keep = recipe.model.gradient_checkpointing
+    if keep == "full":
+        return picture.blocks
+    if isinstance(keep, str):  # what is cheap, and no products
+        return 0
+    doubles, singles = architecture.layers
+    share = sum(
+        layers * block_bytes(architecture, kind, shape, keep, compiled=True).recomputed
+        for kind, layers in (("double", doubles), ("single", singles))
+    )
+    return round(picture.blocks * share / (doubles + singles))

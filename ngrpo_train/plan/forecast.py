@@ -1,0 +1,226 @@
+"""A recipe on a machine: what it leaves open is settled, then what fits and how long an iteration takes is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ngrpo_train.architecture import Architecture, Parameters, find_architecture, parameters
+from ngrpo_train.config import Recipe
+from ngrpo_train.machines import Machine
+from ngrpo_train.plan.flops import Flops, iteration_flops
+from ngrpo_train.plan.layout import Batches, Layout, Weights, shape_of
+from ngrpo_train.plan.memory import Memory, iteration_memory
+from ngrpo_train.plan.traffic import Traffic, iteration_traffic
+
+SAFE_SHARE = 0.92
+"""Of a GPU's memory: the rest is for what its allocator cannot use, because free memory lies in pieces."""
+
+# Assumptions that no measurement backs yet.
+COMPUTE_EFFICIENCY = 0.7  # of `matmul_tflops`, over a whole iteration
+LINK_EFFICIENCY = 0.8  # of a link's speed, in large collectives
+HOST_ADAMW_GBPS = 200.0  # memory traffic of a node's processors together, in an optimizer step in host memory
+
+
+# -- What a recipe leaves to memory ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Values for the fields of `parallel` that a recipe may leave open."""
+
+    keep_gathered: Literal["never", "rollout", "iteration"]
+    reduce_gradients: Literal["step", "batch"]
+    rollout_batch: int
+    decode_batch: int
+
+    def within(self, recipe: Recipe) -> Recipe:
+        return replace(recipe, parallel=replace(recipe.parallel, **dataclasses.asdict(self)))
+
+
+FULL_FORWARD_TOKENS = 8192
+"""Tokens in a forward from which on its matrix products are about as fast as they get."""
+FULL_DECODE_PIXELS = 4 * 1024**2
+"""Likewise, pixels in a VAE decode."""
+
+
+def settle(
+    recipe: Recipe, architecture: Architecture, gpu_bytes: int, world_size: int, gpus_per_node: int = 8
+) -> Settled:
+    """The fastest values that fit; where none do, those that need the least memory. What the recipe sets stays.
+
+    A function of its arguments alone, so that all ranks choose alike: of unequal GPUs, give it the smallest's bytes.
+    """
+    layout, asked = Layout.of(recipe, world_size, gpus_per_node), recipe.parallel
+    keeps = ("never", "rollout", "iteration") if asked.keep_gathered == "auto" else (asked.keep_gathered,)
+    reduces = ("batch", "step") if asked.reduce_gradients == "auto" else (asked.reduce_gradients,)
+    shape, batches = shape_of(recipe, architecture), Batches.of(recipe)
+    rollouts = [asked.rollout_batch] if asked.rollout_batch else _divisors(batches.explored)
+    pixels = recipe.sampling.height * recipe.sampling.width
+    most = max(1, FULL_DECODE_PIXELS // pixels)
+    decodes = [asked.decode_batch] if asked.decode_batch else [n for n in _divisors(batches.decode) if n <= most]
+
+    def cost(choice: tuple[Any, Any]) -> tuple[float, float]:
+        """Bytes to wait for. In a tie the first choice wins, which needs the least memory."""
+        settled = Settled(*choice, rollouts[0], decodes[0])
+        traffic = iteration_traffic(settled.within(recipe), architecture, layout)
+        sent = traffic.gathered_bytes + traffic.reduced_bytes + traffic.all_reduced_bytes
+        return sent + traffic.host_bytes, traffic.copied_bytes
+
+    def memory(settled: Settled) -> float:
+        return iteration_memory(settled.within(recipe), architecture, layout).peak
+
+    # Few pictures at once slow every product down: gathering less often is not worth that.
+    tokens = shape.image_tokens + shape.text_tokens
+    fast = [n for n in rollouts if n * tokens >= FULL_FORWARD_TOKENS] or rollouts[:1]
+    choices = sorted(itertools.product(keeps, reduces), key=cost)
+    every = [
+        Settled(*choice, rollout, decode)  # type: ignore[arg-type]
+        for sizes in (fast, [n for n in rollouts if n not in fast])
+        for choice, rollout, decode in itertools.product(choices, sizes, decodes)
+    ]
+    fitting = (settled for settled in every if memory(settled) <= SAFE_SHARE * gpu_bytes)
+    return next(fitting, None) or min(every, key=memory)
+
+
+def _divisors(count: int) -> list[int]:
+    """From the largest on: batches of these sizes need no filling up."""
+    return [n for n in range(count, 0, -1) if count % n == 0]
+
+
+# -- Plans -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Of one iteration. Arithmetic and transfers go on at once, so the longer of them counts."""
+
+    compute: float
+    """All arithmetic at `matmul_tflops`."""
+    links: float
+    """What processes send each other, at full speed."""
+    host: float
+    """To and from host memory, at full speed, and the optimizer's steps there."""
+    estimate: float
+    """At the efficiencies assumed in this module."""
+
+    @property
+    def floor(self) -> float:
+        return max(self.compute, self.links, self.host)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    recipe: Recipe
+    """As asked for: what is left open is in `settled`."""
+    architecture: Architecture
+    machine: Machine | None
+    """None for a GPU of which only the memory is known."""
+    gpu_bytes: int
+    layout: Layout
+    settled: Settled
+    parameters: Parameters
+    trained: int
+    """Parameters."""
+    batches: Batches
+    memory: Memory
+    flops: Flops
+    """Of one iteration, on each process; so are the next two."""
+    traffic: Traffic
+    seconds: Seconds | None
+    """None where the speed is unknown: of the GPU, or of float32 on it."""
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= SAFE_SHARE * self.gpu_bytes
+
+    @property
+    def nfe_old(self) -> int:
+        """Model evaluations per picture in a rollout, as in the paper's Table 3."""
+        return self.recipe.sampling.num_inference_steps
+
+    @property
+    def nfe_theta(self) -> float:
+        """Model evaluations per picture in the update, B/G * K: the paper's Table 3."""
+        algorithm = self.recipe.algorithm
+        return algorithm.num_anchors / algorithm.num_generations * algorithm.num_train_steps
+
+    @property
+    def prompts(self) -> int:
+        """Per iteration, over all processes; every one of its optimizer steps sees them all."""
+        return self.batches.prompts * self.layout.world_size
+
+    @property
+    def estimated_mfu(self) -> float:
+        """Share of the datasheet's arithmetic; NaN where time is unknown."""
+        if self.seconds is None or self.machine is None:
+            return float("nan")
+        return self.flops.model / self.seconds.estimate / (self.machine.tflops * 1e12)
+
+
+def make_plan(
+    recipe: Recipe,
+    machine: Machine | int,
+    world_size: int = 1,
+    gpus_per_node: int = 8,
+    architecture: Architecture | None = None,
+) -> Plan:
+    """`machine` may be a GPU's bytes alone. Raises ValueError where the model's sizes are not at hand."""
+    architecture = architecture or find_architecture(recipe.model.name_or_path)
+    known = machine if isinstance(machine, Machine) else None
+    gpu_bytes = machine.memory_bytes if isinstance(machine, Machine) else machine
+    layout = Layout.of(recipe, world_size, gpus_per_node)
+    settled = settle(recipe, architecture, gpu_bytes, world_size, gpus_per_node)
+    resolved = settled.within(recipe)
+    flops, traffic = iteration_flops(resolved, architecture), iteration_traffic(resolved, architecture, layout)
+    weights = Weights.of(resolved, architecture, layout)
+    seconds = None
+    if known and recipe.parallel.compute_dtype == "bfloat16":
+        seconds = _seconds(resolved, known, layout, weights, flops, traffic)
+    return Plan(
+        recipe=recipe,
+        architecture=architecture,
+        machine=known,
+        gpu_bytes=gpu_bytes,
+        layout=layout,
+        settled=settled,
+        parameters=parameters(architecture),
+        trained=weights.trained,
+        batches=Batches.of(resolved),
+        memory=iteration_memory(resolved, architecture, layout),
+        flops=flops,
+        traffic=traffic,
+        seconds=seconds,
+    )
+
+
+def _seconds(
+    recipe: Recipe, machine: Machine, layout: Layout, weights: Weights, flops: Flops, traffic: Traffic
+) -> Seconds:
+    saved = flops.float8 * (1 - 1 / machine.float8_speedup)
+    compute = (flops.hardware - saved) / (machine.matmul_tflops * 1e12)
+    node = layout.gpus_per_node
+    # A ring over nodes goes through every adapter of a node at once, as many as the ring has members there.
+    within = machine.nvlink_gbps
+    shared = within if layout.shares <= node else min(within, machine.network_gbps * node)
+    beside = max(1, node // layout.shares)
+    copied = within if layout.world_size <= node else min(within, machine.network_gbps * beside)
+    sharing = (traffic.gathered_bytes + traffic.reduced_bytes) / (shared * 1e9)
+    links = sharing + traffic.all_reduced_bytes / (copied * 1e9)
+    host = traffic.host_bytes / (machine.host_gbps * 1e9)
+    # The optimizer reads gradients, and reads and writes weights and states; AdamW's fp32 sizes bound all others.
+    step_bytes = recipe.algorithm.updates_per_iteration * 28 * weights.trained / layout.shares
+    if recipe.parallel.offload:
+        steps = step_bytes * node / (HOST_ADAMW_GBPS * 1e9)
+    else:
+        steps = step_bytes / (machine.memory_gbps * 1e9)
+    transfers = max(links, host) / LINK_EFFICIENCY
+    copies = traffic.copied_bytes / (machine.memory_gbps * 1e9)
+    return Seconds(
+        compute=compute,
+        links=links,
+        host=host + (steps if recipe.parallel.offload else 0),
+        estimate=max(compute / COMPUTE_EFFICIENCY, transfers) + copies + steps,
+    )

@@ -1,0 +1,167 @@
+"""How a recipe lays weights over processes, and cuts an iteration into batches."""
+
+# P prompts together, G candidates, B anchors, K trained steps, U optimizer steps of an iteration, b = B / U anchors of
+# one, S processes that share a copy of the weights. A row is a (prompt, step) pair with its b anchors, as in `update`.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ngrpo_train.architecture import Architecture, lora_parameters, lora_total, parameters
+from ngrpo_train.config import Recipe
+from ngrpo_train.plan.activations import Shape
+
+TEXT_BYTES = 2
+"""Of a weight of the text encoders, and of the VAE: bfloat16, whatever the transformer computes in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the weights lie over processes."""
+
+    world_size: int
+    gpus_per_node: int
+    shares: int
+    """S: processes that share one copy of the weights."""
+    plain: bool
+    """One process with ordinary modules: weights are stored as they compute, and nothing is ever gathered."""
+
+    @staticmethod
+    def of(recipe: Recipe, world_size: int, gpus_per_node: int) -> Layout:
+        settings = recipe.parallel
+        node = min(gpus_per_node, world_size)
+        if settings.sharding == "none" or world_size == 1:
+            shares = 1
+        elif settings.sharding == "hybrid":
+            shares = settings.shard_size or node
+        else:
+            shares = world_size
+        if world_size % shares:
+            raise ValueError(f"parallel.shard_size = {shares} must divide the {world_size} processes")
+        stored = settings.master_dtype if recipe.model.tuning == "full" else "float32"
+        plain = (
+            world_size == 1
+            and settings.sharding != "full"
+            and stored == settings.compute_dtype
+            and not settings.offload
+        )
+        return Layout(world_size, node, shares, plain)
+
+    @property
+    def copies(self) -> int:
+        return self.world_size // self.shares
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Numbers of parameters, by what happens to them."""
+
+    base: int
+    trained: int
+    frozen: int
+    managed: int
+    """That FSDP shards and gathers."""
+    managed_block: int
+    """Of these, in the largest block."""
+    managed_last: int
+    """Of these, in the last block."""
+    managed_around: int
+    """Of these, outside of blocks."""
+    trained_block: int
+    """Trained ones in the largest block."""
+
+    @staticmethod
+    def of(recipe: Recipe, architecture: Architecture, layout: Layout) -> Weights:
+        counts, rank = parameters(architecture), recipe.model.lora_rank
+        base, block, last = counts.transformer, counts.largest_block, counts.last_block
+        if recipe.model.tuning == "full":
+            managed = (0, 0, 0, 0) if layout.plain else (base, block, last, counts.around_blocks)
+            return Weights(base, base, 0, *managed, block)
+        double, single = lora_parameters(architecture, rank)
+        adapters, adapter_block = lora_total(architecture, rank), max(double, single)
+        if layout.plain:
+            managed = (0, 0, 0, 0)
+        elif layout.shares == 1:  # the base is left alone: gathering it would only copy it
+            managed = (adapters, adapter_block, single, 0)
+        else:
+            managed = (base + adapters, block + adapter_block, last + single, counts.around_blocks)
+        return Weights(base, adapters, base, *managed, adapter_block)
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """What goes through the model together, on one process."""
+
+    prompts: int
+    """Of an iteration."""
+    explored: int
+    """Pictures whose groups are explored together: P * G."""
+    rollout: int
+    """Pictures per forward of the rollout."""
+    decode: int
+    """Pictures per VAE decode."""
+    rows: int
+    """Rows per forward-backward."""
+    anchors: int
+    """b."""
+    count: int
+    """Forward-backwards per optimizer step."""
+    updates: int
+    """U."""
+
+    @staticmethod
+    def of(recipe: Recipe) -> Batches:
+        """Where the recipe leaves a number to what memory allows, all at once."""
+        algorithm, settings, together = recipe.algorithm, recipe.parallel, recipe.prompts.per_rank
+        prompts = together * recipe.train.gradient_accumulation_steps
+        explored = together * algorithm.num_generations
+        pictures = prompts * algorithm.num_generations
+        anchors = algorithm.num_anchors // algorithm.updates_per_iteration
+        all_rows = prompts * algorithm.num_train_steps
+        rows = max(1, settings.update_batch // anchors) if settings.update_batch else all_rows
+        return Batches(
+            prompts=prompts,
+            explored=explored,
+            rollout=_batch(settings.rollout_batch, explored, recipe),
+            decode=_batch(settings.decode_batch, pictures, recipe),
+            rows=rows,
+            anchors=anchors,
+            count=-(-all_rows // rows),
+            updates=algorithm.updates_per_iteration,
+        )
+
+    @property
+    def update(self) -> int:
+        """Pictures per forward-backward."""
+        return self.rows * self.anchors
+
+
+def _batch(asked: int, count: int, recipe: Recipe) -> int:
+    """Compiled code always gets as many as it was compiled for, of which some only fill up."""
+    return asked or count if compiles(recipe) else min(asked or count, count)
+
+
+def shape_of(recipe: Recipe, architecture: Architecture) -> Shape:
+    return Shape(
+        image_tokens=architecture.image_tokens(recipe.sampling),
+        text_tokens=recipe.sampling.max_sequence_length,
+        dtype=getattr(torch, recipe.parallel.compute_dtype),
+        lora_rank=recipe.model.lora_rank if recipe.model.tuning == "lora" else 0,
+    )
+
+
+def compiles(recipe: Recipe) -> bool:
+    """On a GPU, which is what is planned for."""
+    return recipe.parallel.compile != "off"
+
+
+def bytes_of(dtype: str) -> int:
+    return {"float32": 4, "bfloat16": 2}[dtype]
+
+
+def stored_bytes(recipe: Recipe) -> int:
+    """Of one weight between steps. A frozen base lies as it computes, and is nearly all there is."""
+    settings = recipe.parallel
+    return bytes_of(settings.master_dtype if recipe.model.tuning == "full" else settings.compute_dtype)

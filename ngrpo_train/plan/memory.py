@@ -1,0 +1,243 @@
+"""What each GPU and its host hold, by part and by phase of an iteration, in bytes."""
+
+# P prompts together, G candidates, B anchors, K trained steps, T image tokens, C channels, L text tokens, S processes
+# that share one copy of the weights.
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ngrpo_train.architecture import Architecture, Parameters, parameters
+from ngrpo_train.config import Recipe
+from ngrpo_train.machines import GIB
+from ngrpo_train.plan.activations import BlockBytes, Shape, block_bytes, decode_pass, encode_pass, ends_bytes
+from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Layout, Weights, bytes_of, compiles, shape_of
+
+PHASES = ("encode", "rollout", "decode", "update", "step")
+
+# Assumptions: nothing here has been compared with a GPU yet.
+RUNTIME_BYTES = 1.5 * GIB  # CUDA's context, its libraries' workspaces, and compiled code
+NCCL_BYTES = 1.5 * GIB  # communicators' buffers, where there are several processes
+
+_ADAMW_BYTES = {  # of optimizer state for one trained weight
+    "adamw": 4 + 4,
+    "adamw_8bit": 1 + 1 + 2 * 4 / 256,  # torchao: two states, each with a float32 scale for 256 of its values
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    phases: Mapping[str, Mapping[str, float]]
+    """On a GPU: bytes by phase and part. The first phases also hold what an earlier iteration left."""
+    host: float
+    """On a node: what the recipe puts into host memory, in bytes. Programs and pictures are not counted."""
+
+    def total(self, phase: str) -> float:
+        return sum(self.phases[phase].values())
+
+    @property
+    def fullest(self) -> str:
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> float:
+        return self.total(self.fullest)
+
+
+def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout) -> Memory:
+    """`keep_gathered` and `reduce_gradients` must be settled."""
+    settings, batches, counts = recipe.parallel, Batches.of(recipe), parameters(architecture)
+    weights, shape = Weights.of(recipe, architecture, layout), shape_of(recipe, architecture)
+    everywhere, host = _states(recipe, counts, weights, layout)
+    encoders, encoders_gathered = 0.0, 0.0
+    if not recipe.prompts.embeddings:
+        encoders = float(TEXT_BYTES * (counts.clip + counts.t5))
+    if settings.text_encoders == "shard" and encoders and layout.world_size > 1:
+        encoders = TEXT_BYTES * (counts.clip + counts.t5 / layout.world_size)
+        # Three blocks for the reasons that `_gathered` names, and what lies around them.
+        around = counts.t5 - architecture.text_encoder_2["num_layers"] * counts.t5_block
+        encoders_gathered = TEXT_BYTES * (3 * counts.t5_block + around)
+    if settings.text_encoders == "offload":
+        host += encoders
+        encoders_gathered = encoders
+    else:
+        everywhere["text encoders"] = encoders
+    everywhere["VAE"] = TEXT_BYTES * counts.vae
+    everywhere["explored groups"] = batches.prompts * _group_bytes(recipe, architecture, shape)
+    everywhere["runtime"] = RUNTIME_BYTES + (NCCL_BYTES if layout.world_size > 1 else 0)
+    rollout_gathered = _gathered(recipe, weights, layout, "rollout")
+    update_gathered = _gathered(recipe, weights, layout, "update")
+    kept = update_gathered if settings.keep_gathered == "iteration" else 0
+    kept_before = kept if settings.rollout_dtype == "same" else 0  # a float8 copy explores: nothing is gathered before
+    phases = {
+        "encode": {
+            **everywhere,
+            "gathered weights": rollout_gathered if settings.keep_gathered != "never" else 0,
+            "activations": recipe.prompts.per_rank * _encode_bytes(recipe, architecture, shape),
+        },
+        "rollout": {
+            **everywhere,
+            "gathered weights": rollout_gathered,
+            "activations": _rollout_bytes(recipe, architecture, shape, batches),
+        },
+        "decode": {
+            **everywhere,
+            "gathered weights": kept_before,
+            "activations": _decode_bytes(recipe, architecture, batches),
+        },
+        "update": {
+            **everywhere,
+            "gathered weights": update_gathered,
+            "gradients": _gradients_in_update(recipe, weights, layout, batches),
+            "activations": _update_bytes(recipe, architecture, shape, batches),
+        },
+        "step": {**everywhere, "gathered weights": kept, "gradients": _gradients(recipe, weights, layout)},
+    }
+    phases["encode"]["text encoders"] = everywhere.get("text encoders", 0.0) + encoders_gathered
+    if not encoders:
+        del phases["encode"]
+    by_phase = {phase: {part: size for part, size in parts.items() if size} for phase, parts in phases.items()}
+    return Memory(by_phase, host * layout.gpus_per_node)
+
+
+# -- The transformer's weights and what training adds to them ----------------------------------------------------------
+
+
+def _states(recipe: Recipe, counts: Parameters, weights: Weights, layout: Layout) -> tuple[dict[str, float], float]:
+    """What lasts from iteration to iteration: on the GPU, and how much of it in host memory instead."""
+    shard, settings = 1 / layout.shares, recipe.parallel
+    frozen = bytes_of(settings.compute_dtype) * weights.frozen * shard
+    trained = _master_bytes(recipe) * weights.trained * shard
+    parts = {
+        "frozen weights": frozen,
+        "trained weights": trained,
+        "optimizer states": _ADAMW_BYTES[recipe.optimizer.name] * weights.trained * shard,
+        "moving average": 4 * weights.trained * shard if recipe.model.ema else 0.0,
+    }
+    host = 0.0
+    if settings.offload:
+        # Frozen weights go along only where FSDP manages them.
+        moved = [part for part in parts if part != "frozen weights" or weights.managed > weights.trained]
+        host = sum(parts.pop(part) for part in moved) + _master_bytes(recipe) * weights.trained * shard  # gradients
+    if settings.rollout_dtype == "float8":
+        parts["float8 copy"] = counts.block_matrices + 2 * (counts.transformer - counts.block_matrices)
+    return parts, host
+
+
+def _master_bytes(recipe: Recipe) -> int:
+    """Of one trained weight between steps; LoRA's adapters are always float32."""
+    return bytes_of(recipe.parallel.master_dtype) if recipe.model.tuning == "full" else 4
+
+
+def _gathered(recipe: Recipe, weights: Weights, layout: Layout, phase: str) -> float:
+    """Whole weights beside the shards in a rollout or an update: all of them, or what FSDP has at hand at once.
+
+    Where there are others to gather from, every gather passes through a buffer. A forward has two: the last one's is
+    freed when the next one's, asked for ahead, has been copied out. A backward has only the next one's.
+    """
+    settings, compute = recipe.parallel, bytes_of(recipe.parallel.compute_dtype)
+    if phase == "rollout" and settings.rollout_dtype == "float8":
+        return compute * weights.managed_block  # more than the one layer that the copy is being made from
+    buffers = 0 if layout.shares == 1 else 2 if phase == "rollout" else 1
+    if settings.keep_gathered in ("iteration", phase):
+        first = buffers if phase == "rollout" else 0
+        return compute * (weights.managed + first * weights.managed_last)
+    return compute * (weights.managed_around + (1 + buffers) * weights.managed_block)
+
+
+def _gradients(recipe: Recipe, weights: Weights, layout: Layout) -> float:
+    """That the optimizer reads; an offloaded one's are in host memory."""
+    return 0 if recipe.parallel.offload else _master_bytes(recipe) * weights.trained / layout.shares
+
+
+def _gradients_in_update(recipe: Recipe, weights: Weights, layout: Layout, batches: Batches) -> float:
+    """At most, while backward passes make them."""
+    summed, compute = _gradients(recipe, weights, layout), bytes_of(recipe.parallel.compute_dtype)
+    if layout.plain:
+        return summed
+    by_step = recipe.parallel.reduce_gradients == "step"
+    if batches.count > 1 and not by_step:
+        # FSDP keeps shards for later batches in float32, and on the GPU, until it sums them over copies, if only one.
+        summed = max(summed, 4 * weights.trained / layout.shares)
+    # One block's gradient, and the float32 buffer in which the last block's is being reduced.
+    most = summed + (compute + 4) * weights.trained_block
+    if batches.count > 1 and by_step:
+        # Float32 sums of whole gradients, which become shards block by block in the last backward. So they are whole
+        # in its forward, which has one buffer more for gathering than backward.
+        most = max(most, 4 * weights.trained + compute * weights.managed_block)
+    return most
+
+
+# -- Activations -------------------------------------------------------------------------------------------------------
+
+
+def _blocks(recipe: Recipe, architecture: Architecture, shape: Shape) -> list[tuple[int, BlockBytes]]:
+    """(layers, bytes of one) of double blocks, then of single ones."""
+    keep, doubles, singles = recipe.model.gradient_checkpointing, *architecture.layers
+    return [
+        (layers, block_bytes(architecture, kind, shape, keep, compiled=compiles(recipe)))
+        for layers, kind in ((doubles, "double"), (singles, "single"))
+        if layers
+    ]
+
+
+def update_picture_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> tuple[float, float]:
+    """Of one picture's forward and backward: (kept after the forward, at most)."""
+    kept = float(ends_bytes(architecture, shape))
+    most = 0.0
+    for layers, block in _blocks(recipe, architecture, shape):
+        kept += layers * block.kept
+        most = max(most, kept - block.kept + block.backward)  # in the backward of the last block of this kind
+    return kept, most
+
+
+def _update_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, batches: Batches) -> float:
+    kept, most = update_picture_bytes(recipe, architecture, shape)
+    if recipe.algorithm.reference_coef:  # the base model's forward comes between forward and backward
+        most = max(most, kept + _forward_bytes(recipe, architecture, shape))
+    latent = shape.image_tokens * architecture.channels
+    # For each anchor: its state, the rollout's velocity, the model's and its gradient; for each row all candidates.
+    rows = batches.rows * (4 * batches.anchors + recipe.algorithm.num_generations) * 4 * latent
+    conditioning = batches.update * _conditioning_bytes(architecture, shape)
+    old = 0
+    if recipe.algorithm.old_policy == "exact":
+        old = (batches.updates - 1) * batches.count * batches.update * bytes_of(recipe.parallel.compute_dtype) * latent
+    return batches.update * most + rows + conditioning + old
+
+
+def _forward_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> int:
+    return max(block.forward for _, block in _blocks(recipe, architecture, shape))
+
+
+def _rollout_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, batches: Batches) -> float:
+    latent = 4 * shape.image_tokens * architecture.channels
+    # Of all pictures explored together: noise, states before and after, velocity, and what the solver remembers.
+    solver = batches.explored * (6 * latent + _conditioning_bytes(architecture, shape))
+    return batches.rollout * _forward_bytes(recipe, architecture, shape) + solver
+
+
+def _conditioning_bytes(architecture: Architecture, shape: Shape) -> int:
+    """Of one prompt's T5 features."""
+    features: int = architecture.transformer["joint_attention_dim"]
+    return shape.text_tokens * features * torch.empty((), dtype=shape.dtype).element_size()
+
+
+def _group_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> float:
+    """Of one explored prompt until its update: float32 states and velocities, and what conditioned them."""
+    algorithm, latent = recipe.algorithm, 4 * shape.image_tokens * architecture.channels
+    G, B, K = algorithm.num_generations, algorithm.num_anchors, algorithm.num_train_steps
+    return (2 * K * B + K * G + G) * latent + _conditioning_bytes(architecture, shape)
+
+
+def _encode_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> int:
+    """Of one prompt."""
+    return 0 if recipe.prompts.embeddings else encode_pass(architecture, shape.text_tokens).peak
+
+
+def _decode_bytes(recipe: Recipe, architecture: Architecture, batches: Batches) -> float:
+    height, width = recipe.sampling.height, recipe.sampling.width
+    pictures = batches.prompts * recipe.algorithm.num_generations * 3 * height * width  # bytes of colour
+    return batches.decode * decode_pass(architecture, height, width).peak + 2 * pictures  # parts, then all in one

@@ -1,0 +1,181 @@
+"""What to change in a recipe where memory is short, each change planned anew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ngrpo_train.architecture import Architecture, lora_total
+from ngrpo_train.config import Recipe
+from ngrpo_train.machines import GIB, Machine
+from ngrpo_train.plan.forecast import Plan, make_plan
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    settings: Mapping[str, Any]
+    """Values by their names in a recipe."""
+    effect: str
+    plan: Plan
+    """With these settings."""
+    time: float
+    """Of an iteration, in what it took before; NaN where that is not known."""
+
+    @property
+    def flags(self) -> str:
+        """As typed after `ngrpo train RECIPE`."""
+        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in self.settings.items())
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe with fields replaced, by names such as "parallel.update_batch"."""
+    for name, value in settings.items():
+        section, _, entry = name.partition(".")
+        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{entry: value})})
+    return recipe
+
+
+def remedies(plan: Plan) -> list[Remedy]:
+    """Changes that lower the peak: first those that make the recipe fit, the fastest ahead, then by how much they save.
+
+    Each is one change. Where none is enough, the first is several together, if those are.
+    """
+    singles = _singles(plan)
+    ranked = sorted(singles, key=_rank)
+    if ranked and not ranked[0].plan.fits:
+        together = _together(ranked[0])
+        if together is not None:
+            ranked.insert(0, together)
+    return ranked
+
+
+def speedups(plan: Plan) -> list[Remedy]:
+    """Changes that memory has room for and that shorten an iteration by more than a percent, the fastest ahead."""
+    if plan.seconds is None or plan.machine is None:
+        return []
+    model, algorithm, changes = plan.recipe.model, plan.recipe.algorithm, []
+    if model.gradient_checkpointing == "full":
+        effect = "keeps what products and attention give, and computes only the rest again"
+        changes.append(({"model.gradient_checkpointing": "selective"}, effect))
+    if plan.machine.float8_speedup > 1 and algorithm.old_policy != "cached":
+        effect = "explores with products in float8, which are coarser; the ratio never sees them"
+        changes.append(({"parallel.rollout_dtype": "float8"}, effect))
+    found = [_changed(plan, settings, effect) for settings, effect in changes]
+    return sorted((each for each in found if each.plan.fits and each.time < 0.99), key=lambda each: each.time)
+
+
+def _changed(plan: Plan, settings: Mapping[str, Any], effect: str) -> Remedy:
+    machine, layout = plan.machine or plan.gpu_bytes, plan.layout
+    recipe = with_settings(plan.recipe, settings)
+    changed = make_plan(recipe, machine, layout.world_size, layout.gpus_per_node, plan.architecture)
+    time = changed.seconds.estimate / plan.seconds.estimate if changed.seconds and plan.seconds else math.nan
+    return Remedy(settings, effect, changed, time)
+
+
+def _singles(plan: Plan) -> list[Remedy]:
+    found = [_changed(plan, settings, effect) for settings, effect in _changes(plan)]
+    return [remedy for remedy in found if remedy.plan.memory.peak < plan.memory.peak]
+
+
+def _rank(remedy: Remedy) -> tuple[bool, float]:
+    plan = remedy.plan
+    if not plan.fits:
+        return True, plan.memory.peak
+    return False, plan.seconds.estimate if plan.seconds else float(plan.flops.hardware)
+
+
+def _together(first: Remedy) -> Remedy | None:
+    """`first` and what saves most after it, until the recipe fits."""
+    combined = first
+    while not combined.plan.fits:
+        following = sorted(_singles(combined.plan), key=_rank)
+        if not following:
+            return None
+        step = following[0]
+        combined = Remedy(
+            settings={**combined.settings, **step.settings},
+            effect=f"{combined.effect}; {step.effect}",
+            plan=step.plan,
+            time=combined.time * step.time,
+        )
+    return combined
+
+
+def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
+    """Single changes that leave the recipe valid, and what each of them means."""
+    recipe, batches, several = plan.recipe, plan.batches, plan.layout.world_size > 1
+    model, settings, optimizer = recipe.model, recipe.parallel, recipe.optimizer.name
+    if batches.rows > 1:
+        half = max(1, batches.rows // 2) * batches.anchors
+        yield {"parallel.update_batch": half}, "fewer anchors per forward-backward"
+        if half > batches.anchors:
+            yield {"parallel.update_batch": batches.anchors}, "the anchors of one step per forward-backward"
+    for name in ("rollout_batch", "decode_batch", "keep_gathered", "reduce_gradients"):
+        open_value = 0 if name.endswith("batch") else "auto"
+        if getattr(settings, name) != open_value:
+            yield {f"parallel.{name}": open_value}, "what memory allows"
+    if model.gradient_checkpointing != "full":
+        yield {"model.gradient_checkpointing": "full"}, "blocks are computed again in the backward pass"
+        if model.gradient_checkpointing in ("none", "selective") and settings.compile != "off":
+            yield {"model.gradient_checkpointing": 0.5}, "the compiler keeps about half of what is to be kept"
+    if not recipe.prompts.embeddings:
+        yield {"prompts.embeddings": "DIRECTORY"}, "prompts encoded before, by `ngrpo embed`: no text encoders"
+        if several and settings.text_encoders != "shard":
+            yield {"parallel.text_encoders": "shard"}, "T5 and CLIP spread over GPUs"
+        if settings.text_encoders != "offload":
+            yield {"parallel.text_encoders": "offload"}, "T5 and CLIP wait in host memory"
+    if recipe.prompts.per_rank > 1:
+        steps = recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps
+        together = {"prompts.per_rank": 1, "train.gradient_accumulation_steps": steps}
+        yield together, "as many prompts per update, explored one by one"
+    if several and settings.sharding in ("none", "hybrid"):
+        yield {"parallel.sharding": "full", "parallel.shard_size": 0}, "weights and states spread over all GPUs"
+    if settings.rollout_dtype == "float8":
+        yield {"parallel.rollout_dtype": "same"}, "no float8 copy of the weights"
+    if not settings.offload:
+        if optimizer == "adamw":
+            yield {"optimizer.name": "adamw_8bit"}, "optimizer states of 8 bits"
+        if model.tuning == "full" and settings.master_dtype == "float32" and settings.compute_dtype == "bfloat16":
+            short = {"optimizer.name": "adamw_8bit", "parallel.master_dtype": "bfloat16"}
+            yield short, "weights and gradients of 16 bits, rounded stochastically, and states of 8"
+    if model.tuning == "full" and not settings.offload:
+        there: dict[str, Any] = {"parallel.offload": True}
+        if optimizer != "adamw":
+            there |= {"optimizer.name": "adamw"}
+        if settings.master_dtype != "float32":
+            there |= {"parallel.master_dtype": "float32"}
+        if settings.sharding == "none":
+            there |= {"parallel.sharding": "auto"}
+        yield there, "weights, gradients and optimizer states in host memory"
+    if model.tuning == "full":
+        lora: dict[str, Any] = {"model.tuning": "lora", "optimizer.learning_rate": 3e-4}
+        if settings.master_dtype != "float32":
+            lora |= {"parallel.master_dtype": "float32"}
+        size = lora_total(plan.architecture, model.lora_rank) / 1e6
+        yield lora, f"trains {size:,.0f} M adapter weights instead of all"
+    if model.ema:
+        yield {"model.ema": 0.0}, "no moving average of the weights"
+
+
+def explain_out_of_memory(
+    recipe: Recipe, architecture: Architecture, machine: Machine | int, world_size: int = 1, gpus_per_node: int = 8
+) -> str:
+    """For somebody whose GPU, given as such or by its bytes, has just run out: what is where, and what helps most."""
+    plan = make_plan(recipe, machine, world_size, gpus_per_node, architecture)
+    phase = plan.memory.fullest
+    held = sorted(plan.memory.phases[phase].items(), key=lambda item: -item[1])
+    lines = [
+        f"GPU memory ran out. By the plan the fullest phase is the {phase}, with {plan.memory.peak / GIB:.1f} of "
+        f"{plan.gpu_bytes / GIB:.1f} GiB:",
+        *(f"  {size / GIB:6.1f} GiB  {part}" for part, size in held if size >= 0.05 * GIB),
+        "Scorers are not in it, nor other programs on the GPU.",
+    ]
+    found = remedies(plan)
+    if plan.fits:  # and yet it did not: then only what saves a good part of it will do
+        found = [remedy for remedy in found if remedy.plan.memory.peak < 0.9 * plan.memory.peak] or found
+    if found:
+        best = found[0]
+        lines.append(f"What helps most: {best.flags}  ({best.effect}: {best.plan.memory.peak / GIB:.1f} GiB)")
+    return "\n".join(lines)

@@ -1,0 +1,201 @@
+"""`ngrpo plan`: a plan as tables. Bytes in GiB, as torch and a run's metrics count them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ngrpo_train.config import Recipe, Reward, check
+from ngrpo_train.machines import GIB, find_machine
+from ngrpo_train.plan.forecast import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, SAFE_SHARE, Plan, make_plan
+from ngrpo_train.plan.remedies import Remedy, remedies, speedups
+
+REMEDIES_SHOWN = 5
+
+_PHASE_TITLES = {
+    "encode": "encode prompts",
+    "rollout": "rollout",
+    "decode": "decode, score",
+    "update": "update",
+    "step": "optimizer",
+}
+
+
+def plan_command(recipe: Recipe, gpu: str, gpus: int = 1, gpus_per_node: int = 8) -> int:
+    """Print the plan of a recipe for so many GPUs. Returns 0 if it fits, 1 if not.
+
+    Raises ValueError for a recipe that cannot train, though prompts and rewards may still be missing.
+    """
+    machine = find_machine(gpu)
+    for flag, value in (("--gpus", gpus), ("--gpus-per-node", gpus_per_node)):
+        if value < 1:
+            raise ValueError(f"{flag} {value} must be positive")
+    complete = replace(
+        recipe,
+        prompts=replace(recipe.prompts, source=recipe.prompts.source or "-"),
+        rewards=recipe.rewards or {"any": Reward()},
+        log=replace(recipe.log, trackers=()),  # the machine that trains may have them
+    )
+    check(complete, gpus)
+    plan = make_plan(recipe, machine, gpus, gpus_per_node)
+    print_plan(plan)
+    return 0 if plan.fits else 1
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    console = console or Console()
+
+    def section(title: str, table: Table) -> None:
+        console.print(Text(f"\n{title}", style="bold"), soft_wrap=True)
+        console.print(table)
+
+    def lines(texts: Iterable[str], style: str = "") -> None:
+        for text in texts:
+            console.print(Text(f"  {text}", style=style), soft_wrap=True)
+
+    console.print(Text(_title(plan), style="bold"), soft_wrap=True)
+    lines(_facts(plan))
+    section(f"Memory of each GPU, in GiB of {plan.gpu_bytes / GIB:.1f}", _memory_table(plan))
+    section("Arithmetic of an iteration, on each GPU", _work_table(plan))
+    lines(_times(plan))
+    lines(_notes(plan), style="dim")
+    used, most = plan.memory.peak / GIB, SAFE_SHARE * plan.gpu_bytes / GIB
+    verdict = f"{used:.1f} GiB at most ({_PHASE_TITLES[plan.memory.fullest]}), of {most:.1f} that a plan may fill."
+    if plan.fits:
+        console.print(Text(f"\nIt fits: {verdict}", style="green"), soft_wrap=True)
+        if faster := speedups(plan):
+            section("What would be faster, and fits", _remedy_table(faster))
+        return
+    console.print(Text(f"\nIt does not fit: {verdict}", style="red"), soft_wrap=True)
+    section("What would help", _remedy_table(remedies(plan)[:REMEDIES_SHOWN]))
+
+
+def _title(plan: Plan) -> str:
+    recipe, layout = plan.recipe, plan.layout
+    gpu = plan.machine.name if plan.machine else f"a GPU of {plan.gpu_bytes / GIB:.1f} GiB"
+    nodes = -(-layout.world_size // layout.gpus_per_node)
+    where = f"{layout.gpus_per_node} x {gpu}" + (f" on each of {nodes} nodes" if nodes > 1 else "")
+    tuning = f"LoRA of rank {recipe.model.lora_rank}" if recipe.model.tuning == "lora" else "full fine-tune"
+    return f"{recipe.model.name_or_path}, {tuning}, {recipe.sampling.width} x {recipe.sampling.height}: {where}"
+
+
+def _facts(plan: Plan) -> Iterator[str]:
+    counts, settled, layout, batches = plan.parameters, plan.settled, plan.layout, plan.batches
+    yield (
+        f"parameters: transformer {_scaled(counts.transformer)}, trained {_scaled(plan.trained)}; "
+        f"T5 {_scaled(counts.t5)}, CLIP {_scaled(counts.clip)}, VAE {_scaled(counts.vae)}"
+    )
+    updates = f" in each of {batches.updates} optimizer steps" if batches.updates > 1 else ""
+    yield (
+        f"iteration: {plan.prompts} prompts{updates}, {batches.prompts} on each GPU; "
+        f"NFE_old {plan.nfe_old}, NFE_theta {plan.nfe_theta:.2f}"
+    )
+    if layout.plain:
+        yield "weights: whole and stored as they compute, nothing to gather"
+    else:
+        shared = f"sharded over {layout.shares}" if layout.shares > 1 else "whole on each GPU"
+        copies = f", {layout.copies} copies" if layout.copies > 1 else ""
+        kept = {"never": "for every forward", "rollout": "once for a rollout", "iteration": "once for an iteration"}
+        yield (
+            f"weights: {shared}{copies}, gathered {kept[settled.keep_gathered]}; "
+            f"gradients summed once per {settled.reduce_gradients}"
+        )
+    yield (
+        f"batches: {batches.rollout} of {batches.explored} pictures in the rollout, {batches.update} of "
+        f"{batches.count * batches.update} anchors in the update, {batches.decode} pictures in the VAE"
+    )
+
+
+def _memory_table(plan: Plan) -> Table:
+    memory = plan.memory
+    table = Table("", box=SIMPLE_HEAD, show_footer=True)
+    table.columns[0].footer = "together"
+    for phase in memory.phases:
+        style = "bold" if phase == memory.fullest else ""
+        table.add_column(
+            _PHASE_TITLES[phase], f"{memory.total(phase) / GIB:.1f}", justify="right", style=style, footer_style=style
+        )
+    parts = dict.fromkeys(part for parts in memory.phases.values() for part in parts)
+    for part in parts:
+        sizes = [parts.get(part, 0.0) for parts in memory.phases.values()]
+        if max(sizes) >= 0.005 * GIB:
+            table.add_row(part, *(f"{size / GIB:.2f}" if size else "" for size in sizes))
+    return table
+
+
+def _work_table(plan: Plan) -> Table:
+    flops = plan.flops
+    table = Table("", box=SIMPLE_HEAD)
+    table.add_column("operations", justify="right")
+    table.add_column("share", justify="right")
+    for stage, count in flops.hardware_stages.items():
+        table.add_row(stage, _scaled(count, "FLOP"), f"{count / flops.hardware:.1%}")
+    table.add_row("together", _scaled(flops.hardware, "FLOP"), "", style="bold")
+    table.add_row("without doing anything twice", _scaled(flops.model, "FLOP"), f"{flops.model / flops.hardware:.1%}")
+    return table
+
+
+def _scaled(count: float, unit: str = "") -> str:
+    """With a prefix, and four digits at most before the point."""
+    prefixes = ((1e12, "T"), (1e9, "G"), (1e6, "M")) if unit else ((1e9, "B"), (1e6, "M"))
+    for size, prefix in prefixes:
+        if count >= size:
+            return f"{count / size:,.{1 if unit else 2}f} {prefix}{unit}"
+    return f"{count:,.0f} {unit}".rstrip()
+
+
+def _times(plan: Plan) -> Iterator[str]:
+    traffic, seconds = plan.traffic, plan.seconds
+    if traffic.gathered_bytes or traffic.reduced_bytes or traffic.all_reduced_bytes:
+        reduced = traffic.reduced_bytes + traffic.all_reduced_bytes
+        yield (
+            f"links of each GPU: {traffic.gathered_bytes / 1e9:,.0f} GB to gather weights ({traffic.gathers} x), "
+            f"{reduced / 1e9:,.0f} GB to sum gradients"
+        )
+    if plan.memory.host:
+        yield (
+            f"host memory of each node: {plan.memory.host / GIB:,.0f} GiB; "
+            f"{traffic.host_bytes / 1e9:,.0f} GB to and from each GPU"
+        )
+    if seconds is None:
+        yield "seconds: not known for this GPU or dtype"
+        return
+    limits = {"arithmetic": seconds.compute, "links": seconds.links, "host memory": seconds.host}
+    slowest = max(limits, key=lambda name: limits[name])
+    prompts = plan.batches.prompts
+    yield f"at the least: {seconds.floor:,.1f} s per iteration ({slowest}), {seconds.floor / prompts:.2f} s per prompt"
+    yield (
+        f"estimate: {seconds.estimate:,.1f} s per iteration, {seconds.estimate / prompts:.2f} s per prompt, "
+        f"MFU {plan.estimated_mfu:.0%}"
+    )
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    yield "Scorers are not counted, neither their memory nor their time."
+    if plan.seconds is not None:
+        yield (
+            f"The estimate assumes {COMPUTE_EFFICIENCY:.0%} of what large products reach and {LINK_EFFICIENCY:.0%} "
+            "of the links; no measurement backs it yet."
+        )
+    float8 = plan.recipe.parallel.rollout_dtype == "float8"
+    if float8 and plan.machine and plan.machine.float8_speedup == 1:
+        yield f"{plan.machine.name} has no float8 products: parallel.rollout_dtype must be same there."
+
+
+def _remedy_table(changes: Iterable[Remedy]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("flags", overflow="fold")
+    table.add_column("GiB", justify="right")
+    table.add_column("", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("what it means", overflow="fold")
+    for change in changes:
+        fits, time = "fits" if change.plan.fits else "", "" if math.isnan(change.time) else f"x {change.time:.2f}"
+        table.add_row(change.flags, f"{change.plan.memory.peak / GIB:.1f}", fits, time, change.effect)
+    return table

@@ -1,0 +1,67 @@
+"""What an iteration sends and copies to make sharded weights whole and to sum gradients, in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ngrpo_train.architecture import Architecture, parameters
+from ngrpo_train.config import Recipe
+from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Layout, Weights, bytes_of, stored_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Of one iteration, by one GPU."""
+
+    gathers: int
+    """Times that the sharded weights are made whole."""
+    gathered_bytes: float
+    """Received for that from the processes that share a copy, and for text encoders that are sharded."""
+    reduced_bytes: float
+    """Sent to sum gradients among them."""
+    all_reduced_bytes: float
+    """Sent to sum gradients over copies."""
+    host_bytes: float
+    """To and from host memory, where weights or text encoders are kept there."""
+    copied_bytes: float
+    """Read and written in the GPU's own memory to make weights whole."""
+
+
+def iteration_traffic(recipe: Recipe, architecture: Architecture, layout: Layout) -> Traffic:
+    """`keep_gathered` and `reduce_gradients` must be settled."""
+    settings, batches = recipe.parallel, Batches.of(recipe)
+    weights = Weights.of(recipe, architecture, layout)
+    compute, stored, reduced = bytes_of(settings.compute_dtype), stored_bytes(recipe), 4
+    refreshes = int(settings.rollout_dtype == "float8")
+    gathers = _gathers(recipe, batches) if weights.managed else 0
+    reduces = batches.updates * (1 if settings.reduce_gradients == "step" else batches.count)
+    others, copies, shard = (layout.shares - 1) / layout.shares, layout.copies, 1 / layout.shares
+    # A float8 copy is made from the weights as they are stored.
+    whole = (gathers * compute + refreshes * stored) * weights.managed
+    taken = (gathers + refreshes) * stored * weights.managed * shard
+    given = batches.updates * reduced * weights.trained * shard
+    counts, placement = parameters(architecture), settings.text_encoders
+    encodes = 0 if recipe.prompts.embeddings else recipe.train.gradient_accumulation_steps
+    from_host = encodes * TEXT_BYTES * (counts.clip + counts.t5) if placement == "offload" else 0
+    from_others = encodes * TEXT_BYTES * counts.t5 * (1 - 1 / layout.world_size) if placement == "shard" else 0
+    return Traffic(
+        gathers=gathers + refreshes,
+        gathered_bytes=whole * others + from_others,
+        reduced_bytes=reduces * reduced * weights.trained * others,
+        all_reduced_bytes=given * 2 * (copies - 1) / copies,
+        host_bytes=from_host + (taken + given if settings.offload else 0),
+        copied_bytes=whole + taken,
+    )
+
+
+def _gathers(recipe: Recipe, batches: Batches) -> int:
+    """Of the transformer that is trained: a float8 copy takes its place in the rollout."""
+    settings, algorithm, updates = recipe.parallel, recipe.algorithm, batches.updates
+    float8 = settings.rollout_dtype == "float8"
+    if settings.keep_gathered == "iteration":
+        return updates  # an optimizer step makes stale what is gathered
+    forwards = -(-batches.explored // batches.rollout) * recipe.sampling.num_inference_steps
+    rollout = 1 if settings.keep_gathered == "rollout" else recipe.train.gradient_accumulation_steps * forwards
+    before = updates - 1 if algorithm.old_policy == "exact" else 0
+    tethers = updates if algorithm.reference_coef else 0
+    return (0 if float8 else rollout) + (2 * updates + before + tethers) * batches.count  # forward and backward

@@ -1,0 +1,452 @@
+"""Directories of embeddings: what is read back, what is added, what a kill leaves, what is refused, and two ranks."""
+
+import json
+import logging
+import re
+import shutil
+import sys
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file
+
+from ngrpo_train import embed as embed_module
+from ngrpo_train.config import Evaluation, Model, Parallel, Prompts, Recipe, Sampling
+from ngrpo_train.embed import embed, embed_command, training_prompts
+from ngrpo_train.text import EmbeddingCache, Manifest, TextEncoders, encoder_hash
+
+from .runs import environment, finish, free_ports, start
+
+LENGTH = 16
+CPU = torch.device("cpu")
+PROMPTS = [
+    "a large red circle on a blue background",
+    "a dog",
+    "an étoile, far away",
+    "🐈 auf der Straße, 「夜」",
+    unicodedata.normalize("NFD", "an étoile, far away"),
+    "two cats on a mat",
+    "a star on " * 20,
+]
+
+
+def load(directory):
+    return FluxPipeline.from_pretrained(
+        directory, transformer=None, vae=None, local_files_only=True, dtype=torch.float32
+    )
+
+
+class Counted:
+    """The tiny pipeline's text encoders, and what they were asked for. They die in the call after `survives` calls."""
+
+    def __init__(self, directory):
+        self.encoders = TextEncoders(load(directory), device=CPU, dtype=torch.bfloat16, max_sequence_length=LENGTH)
+        self.again()
+
+    def again(self):
+        self.batches, self.survives = [], 10**6
+
+    def encode(self, prompts):
+        if len(self.batches) == self.survives:
+            raise KeyboardInterrupt
+        self.batches.append(list(prompts))
+        return self.encoders.encode(prompts)
+
+    @property
+    def prompts(self):
+        return [prompt for batch in self.batches for prompt in batch]
+
+
+@pytest.fixture
+def counted(tiny_dev):
+    return Counted(tiny_dev)
+
+
+@pytest.fixture(scope="module")
+def manifest(tiny_dev):
+    return Manifest(encoder=encoder_hash(Path(tiny_dev)), max_sequence_length=LENGTH, features=16, pooled_features=16)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "my embeddings"
+
+
+@pytest.fixture
+def two_in_a_shard(monkeypatch):
+    monkeypatch.setattr(embed_module, "_SHARD_PROMPTS", 2)
+
+
+def read(out, manifest, **changes):
+    defaults = {
+        "device": CPU,
+        "dtype": torch.float32,
+        "max_sequence_length": manifest.max_sequence_length,
+        "encoder": manifest.encoder,
+    }
+    return EmbeddingCache(out, **defaults | changes)
+
+
+def assert_holds(out, manifest, prompts, counted):
+    """One by one, as a batch of another size may round otherwise before bfloat16 does."""
+    cache = read(out, manifest)
+    for prompt in prompts:
+        got, want = cache.encode([prompt]), counted.encoders.encode([prompt])
+        torch.testing.assert_close(got.prompt_embeds, want.prompt_embeds.float(), rtol=2**-7, atol=1e-6)
+        torch.testing.assert_close(got.pooled, want.pooled.float(), rtol=2**-7, atol=1e-6)
+
+
+# --- what is read is what was written
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_gives_diffusers_embeddings_rounded_to_bfloat16(tiny_dev, counted, manifest, out, dtype):
+    embed(counted, PROMPTS, out, manifest, batch=len(PROMPTS))
+    with torch.no_grad():
+        prompt_embeds, pooled, txt_ids = load(tiny_dev).encode_prompt(PROMPTS, None, max_sequence_length=LENGTH)
+    assert not torch.equal(prompt_embeds.bfloat16().float(), prompt_embeds), "this could not tell"
+    asked = [3, 0, 3, 6]
+    got = read(out, manifest, dtype=dtype).encode([PROMPTS[i] for i in asked])
+    assert torch.equal(got.prompt_embeds, prompt_embeds[asked].bfloat16().to(dtype))
+    assert torch.equal(got.pooled, pooled[asked].bfloat16().to(dtype))
+    assert torch.equal(got.txt_ids, txt_ids)
+
+
+@pytest.mark.gpu
+def test_a_cache_on_a_gpu(counted, manifest, out):
+    embed(counted, PROMPTS, out, manifest, batch=4)
+    got, want = (read(out, manifest, device=torch.device(device)).encode(PROMPTS) for device in ("cuda", "cpu"))
+    for part in ("prompt_embeds", "pooled", "txt_ids"):
+        assert getattr(got, part).is_cuda
+        assert torch.equal(getattr(got, part).cpu(), getattr(want, part))
+
+
+def test_every_distinct_prompt_is_encoded_once(counted, manifest, out, two_in_a_shard):
+    summary = embed(counted, [*PROMPTS, *PROMPTS[:3]], out, manifest, batch=3)
+    assert counted.prompts == PROMPTS
+    assert (summary.encoded, summary.present, summary.total, summary.shards) == (7, 0, 7, 4)
+    shards = [f"embeddings_0000{i}.safetensors" for i in range(4)]
+    assert sorted(path.name for path in out.iterdir()) == [*shards, "index.json", "manifest.json"]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "whoever may read one file may read all"
+    assert summary.size_gib == sum((out / shard).stat().st_size for shard in shards) / 2**30
+    assert_holds(out, manifest, PROMPTS, counted)
+
+
+def test_a_shard_is_encoded_in_batches(counted, manifest, out):
+    embed(counted, PROMPTS, out, manifest, batch=3)
+    assert [len(batch) for batch in counted.batches] == [3, 3, 1]
+    assert load_file(out / "embeddings_00000.safetensors")["prompt_embeds"].shape == (7, LENGTH, 16)
+    assert_holds(out, manifest, PROMPTS, counted)
+
+
+def test_a_list_that_has_grown_adds_only_what_is_new(counted, manifest, out):
+    embed(counted, PROMPTS[:3], out, manifest, batch=2)
+    in_use, first = read(out, manifest), out / "embeddings_00000.safetensors"
+    written = first.stat().st_mtime_ns
+    counted.again()
+    summary = embed(counted, PROMPTS[::-1], out, manifest, batch=2)
+    assert counted.prompts == PROMPTS[:2:-1]
+    assert (summary.encoded, summary.present, summary.total, summary.shards) == (4, 3, 7, 2)
+    assert first.stat().st_mtime_ns == written
+    assert_holds(out, manifest, PROMPTS, counted)
+    assert in_use.encode(PROMPTS[:3]).pooled.shape == (3, 16)
+
+    counted.again()
+    summary = embed(counted, PROMPTS[:5], out, manifest, batch=2)
+    assert not counted.batches
+    assert (summary.encoded, summary.present, summary.total) == (0, 5, 7)
+
+
+def test_shards_are_numbered_on_past_five_digits(counted, manifest, out):
+    embed(counted, PROMPTS[:1], out, manifest, batch=1)
+    (out / "embeddings_00000.safetensors").rename(out / "embeddings_99999.safetensors")
+    for count in (2, 3):
+        embed(counted, PROMPTS[:count], out, manifest, batch=1)
+    assert sorted(int(path.stem[11:]) for path in out.glob("*.safetensors")) == [99999, 100000, 100001]
+    assert_holds(out, manifest, PROMPTS[:3], counted)
+
+
+# --- kills and damage
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["a new directory", "one that had some"])
+def test_a_killed_command_goes_on_where_it_stopped(counted, manifest, out, two_in_a_shard, before):
+    if before:
+        embed(counted, PROMPTS[:before], out, manifest, batch=1)
+        counted.again()
+    counted.survives = 3  # a shard of two, and half of the next
+    with pytest.raises(KeyboardInterrupt):
+        embed(counted, PROMPTS, out, manifest, batch=1)
+    assert counted.prompts == PROMPTS[before : before + 3]
+    (out / "embeddings_00009.safetensors.partial").write_bytes(b"half a sh")
+    (out / "index.json.partial").write_bytes(b"{")
+
+    command = re.escape(f"`ngrpo embed RECIPE --out '{out}'`")
+    if before:  # the index is still that of the first command
+        assert_holds(out, manifest, PROMPTS[:before], counted)
+        with pytest.raises(
+            ValueError, match=rf"lacks the prompt 'a dog' and 5 others: {command} adds what is missing$"
+        ):
+            read(out, manifest).refuse_missing(PROMPTS)
+    else:
+        with pytest.raises(ValueError, match=rf"^prompts\.embeddings = .* is unfinished .*: {command} completes it$"):
+            read(out, manifest)
+
+    counted.again()
+    embed(counted, PROMPTS, out, manifest, batch=1)
+    assert counted.prompts == PROMPTS[before + 2 :]
+    assert not list(out.glob("*.partial"))
+    assert_holds(out, manifest, PROMPTS, counted)
+
+
+def test_a_kill_before_anything_was_written(counted, manifest, out):
+    out.mkdir()
+    (out / "manifest.json.partial").write_text('{"form')
+    embed(counted, PROMPTS[:1], out, manifest, batch=1)
+    assert_holds(out, manifest, PROMPTS[:1], counted)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "gone", "another header"])
+def test_a_damaged_shard_is_refused_and_mended(counted, manifest, out, two_in_a_shard, caplog, damage):
+    embed(counted, PROMPTS, out, manifest, batch=1)
+    shard = out / "embeddings_00001.safetensors"
+    content = shard.read_bytes()
+    if damage == "cut short":
+        shard.write_bytes(content[:-1])
+    elif damage == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(b"\xff" * len(content))
+    refusal = rf"^prompts\.embeddings = .* is damaged \(.*{shard.name}.*\): `ngrpo embed RECIPE .*`"
+    if damage == "another header":
+        cache = read(out, manifest)
+        with pytest.raises(ValueError, match=refusal):
+            cache.encode(PROMPTS)
+    else:  # the size tells, before any work
+        with pytest.raises(ValueError, match=refusal):
+            read(out, manifest)
+    counted.again()
+    with caplog.at_level(logging.WARNING, "ngrpo_train.embed"):
+        embed(counted, PROMPTS, out, manifest, batch=1)
+    warnings = [record.getMessage() for record in caplog.records if record.name == "ngrpo_train.embed"]
+    assert [shard.name in warning for warning in warnings] == [True] * (damage != "gone")
+    assert counted.prompts == PROMPTS[2:4]
+    assert_holds(out, manifest, PROMPTS, counted)
+
+
+def test_a_shard_of_other_prompts_is_never_mistaken(counted, manifest, out, two_in_a_shard):
+    embed(counted, PROMPTS[:4], out, manifest, batch=1)
+    shutil.copy(out / "embeddings_00000.safetensors", out / "embeddings_00001.safetensors")
+    cache = read(out, manifest)
+    cache.encode(PROMPTS[:2])
+    with pytest.raises(ValueError, match=r"embeddings_00001\.safetensors: not what index\.json says is in it"):
+        cache.encode(PROMPTS[:3])
+
+
+# --- what is refused
+
+
+def test_a_missing_prompt_is_named(counted, manifest, out):
+    embed(counted, PROMPTS[:2], out, manifest, batch=2)
+    cache = read(out, manifest)
+    cache.refuse_missing(PROMPTS[:2])
+    for refused in (cache.encode, cache.refuse_missing):
+        with pytest.raises(
+            ValueError, match=r"lacks the prompt 'a cat': `ngrpo embed RECIPE --out .*` adds what is mis"
+        ):
+            refused(["a dog", "a cat", "a cat"])
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_what_is_no_directory_of_embeddings(manifest, out, exists):
+    if exists:
+        out.mkdir()
+    with pytest.raises(
+        ValueError, match=r"^prompts\.embeddings = .* is no directory of embeddings: `ngrpo embed RECIPE"
+    ):
+        read(out, manifest)
+
+
+@pytest.mark.parametrize(
+    "change, cause",
+    [
+        ({"max_sequence_length": 32}, "has prompts of 16 tokens, and sampling.max_sequence_length is 32"),
+        ({"encoder": "another"}, "was made by other text encoders or tokenizers than those of model.name_or_path"),
+    ],
+)
+def test_another_length_or_encoder_is_refused(counted, manifest, out, change, cause):
+    embed(counted, PROMPTS[:2], out, manifest, batch=2)
+    counted.again()
+    with pytest.raises(
+        ValueError, match=rf"^prompts\.embeddings = .* {cause}: write another directory with `ngrpo emb"
+    ):
+        read(out, manifest, **change)
+    with pytest.raises(ValueError, match=rf"^--out = .* {cause}: give another directory$"):
+        embed(counted, PROMPTS, out, replace(manifest, **change), batch=2)
+    assert not counted.batches
+    read(out, manifest, encoder=None).encode(PROMPTS[:2])  # nothing to compare with
+
+
+@pytest.mark.parametrize(
+    "content, cause",
+    [('{"format": 2}', "is of format 2, and this version"), ("{", "has a manifest.json that cannot be")],
+)
+def test_a_manifest_of_no_use_is_refused(counted, manifest, out, content, cause):
+    embed(counted, PROMPTS[:1], out, manifest, batch=1)
+    (out / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"^prompts\.embeddings = .* {cause}"):
+        read(out, manifest)
+    with pytest.raises(ValueError, match=rf"^--out = .* {cause}"):
+        embed(counted, PROMPTS, out, manifest, batch=1)
+
+
+def test_an_out_of_other_things_is_refused(counted, manifest, out):
+    out.mkdir()
+    (out / "thesis.tex").write_text("")
+    for wrong in (out, out / "thesis.tex"):
+        with pytest.raises(ValueError, match=r"^--out = .* exists and is not a directory of embeddings: give another"):
+            embed(counted, PROMPTS, wrong, manifest, batch=1)
+    with pytest.raises(ValueError, match=r"^--out = .* cannot be written to: Not a directory$"):
+        embed(counted, PROMPTS, out / "thesis.tex" / "below", manifest, batch=1)
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+def test_a_full_disk_is_refused_before_the_work(counted, manifest, out, monkeypatch):
+    row = 2 * (LENGTH * 16 + 16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=7 * row - 1))
+    with pytest.raises(ValueError, match=r"^--out = .* has 0\.00 GiB free, and 7 prompts take 0\.00 GiB$"):
+        embed(counted, PROMPTS, out, manifest, batch=1)
+    assert not counted.batches
+    embed(counted, PROMPTS[:6], out, manifest, batch=1)
+
+
+# --- the command
+
+
+@pytest.fixture
+def recipe(tiny_dev, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, prompts in {"train": PROMPTS[:3], "validation": PROMPTS[2:4], "test": PROMPTS[3:5]}.items():
+        Path(f"{name}.txt").write_text("\n".join(prompts), encoding="utf-8")
+    return Recipe(
+        model=Model(name_or_path=tiny_dev),
+        prompts=Prompts(source="train.txt"),
+        sampling=Sampling(max_sequence_length=LENGTH),
+        evaluation=Evaluation(validation="validation.txt", test="test.txt"),
+        parallel=Parallel(device="cpu"),
+    )
+
+
+def test_the_command_encodes_all_that_training_asks_for(recipe, counted, manifest, out, capsys):
+    assert training_prompts(recipe) == PROMPTS[:5]
+    assert embed_command(recipe, out) == 0
+    assert re.search(
+        rf"^5 prompts encoded; {out} has 5 prompts in 1 shard, 0\.00 GiB\n.*--prompts\.embeddings '{out}'$",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )
+    assert_holds(out, manifest, PROMPTS[:5], counted)
+    only = replace(recipe, evaluation=Evaluation(), prompts=Prompts(source="test.txt"))
+    assert embed_command(only, out) == 0
+    assert "0 prompts encoded, 2 were there; " in capsys.readouterr().out
+
+
+def test_the_command_loads_neither_transformer_nor_vae(recipe, tiny_dev, counted, manifest, out):
+    model = Path(shutil.copytree(tiny_dev, "model"))
+    shutil.rmtree(model / "transformer")
+    shutil.rmtree(model / "vae")
+    embed_command(replace(recipe, model=Model(name_or_path="model")), out)
+    assert_holds(out, manifest, PROMPTS[:5], counted)
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"model": Model(name_or_path="some/model")}, "model.name_or_path = 'some/model' is no directory, and the hub"),
+        (
+            {"model": Model(name_or_path="model")},
+            "model.name_or_path = 'model' has no text_encoder_2; it must be in FL",
+        ),
+        ({"sampling": Sampling(max_sequence_length=0)}, "sampling.max_sequence_length = 0 must be positive"),
+        ({"prompts": Prompts(source="nowhere.txt")}, "prompts.source 'nowhere.txt': [Errno 2] No such file"),
+        ({"evaluation": Evaluation(test="shapes:tset")}, "evaluation.test 'shapes:tset': unknown split"),
+    ],
+)
+def test_what_the_command_cannot_use(recipe, tiny_dev, out, change, complaint):
+    shutil.rmtree(Path(shutil.copytree(tiny_dev, "model")) / "text_encoder_2")
+    with pytest.raises(ValueError, match=f"^{re.escape(complaint)}"):
+        embed_command(replace(recipe, **change), out)
+    with pytest.raises(ValueError, match=r"^--batch = 0 must be positive$"):
+        embed_command(recipe, out, batch=0)
+    assert not out.exists()
+
+
+# --- two ranks
+
+ON_A_RANK = """
+import sys
+from pathlib import Path
+import torch
+from torch.distributed.tensor import DTensor
+from ngrpo_train import embed as embed_module, parallel
+from ngrpo_train.config import Parallel
+from ngrpo_train.embed import embed
+from ngrpo_train.text import Manifest, TextEncoders
+
+embed_module._SHARD_PROMPTS = 2
+model, out, *prompts = sys.argv[1:]
+out = Path(out)
+with parallel.processes(Parallel(device="cpu")) as processes:
+    def encoders(placement):
+        pipeline, _ = embed_module.load_text_encoders(model, torch.float32)
+        return TextEncoders(
+            pipeline, device=processes.device, dtype=torch.float32, max_sequence_length=16, placement=placement
+        )
+    sharded = encoders("shard")
+    assert all(isinstance(parameter, DTensor) for parameter in sharded._t5.parameters())
+    for share in (prompts[:1], prompts[2:]) if parallel.rank() else (prompts, prompts):  # as often, not as many
+        encoded = sharded.encode(share)
+    torch.save([encoded.prompt_embeds, encoded.pooled, encoded.txt_ids], out / f"sharded_{parallel.rank()}.pt")
+    manifest = Manifest(encoder="an encoder", max_sequence_length=16, features=16, pooled_features=16)
+    for known in (prompts[:1], prompts):
+        summary = embed(encoders("device"), known, out / "embeddings", manifest, batch=1)
+    processes.print(summary)
+"""
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tiny_dev, tmp_path_factory):
+    """The directory that two ranks wrote in, and what they said."""
+    directory = tmp_path_factory.mktemp("ranks")
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    command = [sys.executable, "-c", ON_A_RANK, tiny_dev, str(directory), *PROMPTS]
+    ranks = [start(command, environment() | group | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(2)]
+    outputs = [finish(rank) for rank in ranks]
+    for rank, output in zip(ranks, outputs, strict=True):
+        assert rank.returncode == 0, output
+    return directory, outputs
+
+
+@pytest.mark.parametrize("rank, share", [(0, slice(None)), (1, slice(2, None))])
+def test_sharded_encoders_give_what_one_process_does(on_two_ranks, tiny_dev, rank, share):
+    prompts = PROMPTS[share]
+    with torch.no_grad():
+        want = load(tiny_dev).encode_prompt(prompts, None, max_sequence_length=LENGTH)
+    got = torch.load(on_two_ranks[0] / f"sharded_{rank}.pt", weights_only=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))
+    assert "returned a view" not in on_two_ranks[1][rank]
+
+
+def test_two_ranks_write_one_cache(on_two_ranks, counted, manifest):
+    directory, outputs = on_two_ranks
+    out = directory / "embeddings"
+    assert_holds(out, replace(manifest, encoder="an encoder"), PROMPTS, counted)
+    index = json.loads((out / "index.json").read_text())
+    assert [len(entry["prompts"]) for entry in index.values()] == [1, 2, 2, 2]  # 3 for one rank, 2 + 1 for the other
+    assert f"6 prompts encoded, 1 were there; {out} has 7 prompts in 4 shards" in outputs[0]
+    assert "prompts encoded" not in outputs[1]

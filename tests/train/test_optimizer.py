@@ -1,0 +1,283 @@
+"""AdamW against torch's; stochastic rounding against float32's step; what a bad gradient, a checkpoint and shards do."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ngrpo_train import checkpoint, parallel, sharding
+from ngrpo_train.checkpoint import TrainState
+from ngrpo_train.config import Optimizer
+from ngrpo_train.flux import Flux
+from ngrpo_train.optimizer import guarded_step, make_optimizer
+from ngrpo_train.prompts import PromptCursor
+
+from .runs import Run, assert_same_run, saved
+
+CPU = torch.device("cpu")
+NO_CLIPPING = float("inf")
+SHAPES = [(96, 128), (64,), (33, 7)]  # of which torchao quantises the first alone: 4096 values and a multiple of 256
+ADAMW = Optimizer(name="adamw", learning_rate=1e-3, betas=(0.8, 0.95), weight_decay=0.1)
+EIGHT_BIT = Optimizer(name="adamw_8bit", learning_rate=1e-3, betas=(0.8, 0.95), weight_decay=0.1)
+BOTH = pytest.mark.parametrize(
+    "settings, dtype",
+    [(ADAMW, torch.float32), (EIGHT_BIT, torch.float32), (EIGHT_BIT, torch.bfloat16)],
+    ids=["adamw", "8bit-float32", "8bit-bfloat16"],
+)
+
+
+@pytest.fixture(autouse=True)
+def _torchao_steps_as_written(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """It compiles its step, which would take a C++ compiler and seconds for every shape."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    yield
+    if dist.is_initialized():  # of a mesh of one
+        dist.destroy_process_group()
+
+
+def draw(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+
+
+def weights(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    return [nn.Parameter(value) for value in draw(0, dtype)]
+
+
+def give(parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.to(parameter.dtype)
+
+
+def parts(value: Tensor) -> list[Tensor]:
+    """Copies of the plain tensors that a state is made of."""
+    value = parallel.local(value.detach())
+    names = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else []
+    return [getattr(value, name).clone() for name in names] or [value.clone()]
+
+
+def everything(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Weights and states, to the last bit."""
+    found = []
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        found += parts(parameter)
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            found += parts(optimizer.state[parameter][name])
+    return found
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# --- the step
+
+
+def test_adamw_is_torchs() -> None:
+    ours, theirs = weights(), weights()
+    optimizer = make_optimizer(ours, ADAMW)
+    reference = torch.optim.AdamW(theirs, lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1, foreach=False, fused=False)
+    for seed in range(1, 6):
+        for parameters in (ours, theirs):
+            give(parameters, draw(seed))
+        guarded_step(optimizer, NO_CLIPPING, CPU)
+        reference.step()
+    for mine, other, first in zip(ours, theirs, draw(0), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+        assert (mine - first).abs().mean() > 1e-3
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(optimizer.state[mine][name], reference.state[other][name], rtol=1e-5, atol=1e-7)
+
+
+def test_the_first_8_bit_step_of_float32_weights_is_adamws() -> None:
+    """Its states are quantised after they were used."""
+    ours, theirs = weights(), weights()
+    reference = torch.optim.AdamW(theirs, lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1)
+    give(ours, draw(1)), give(theirs, draw(1))
+    optimizer = make_optimizer(ours, EIGHT_BIT)
+    give(ours, draw(1))
+    guarded_step(optimizer, NO_CLIPPING, CPU)
+    reference.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+def test_bfloat16_weights_move_as_float32_ones_would_on_average() -> None:
+    """By a step that is mostly below half of bfloat16's last digit, which rounding to the nearest would drop."""
+    start = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)).abs().add(0.5).bfloat16()
+    gradient = torch.rand(256, 512, generator=torch.Generator().manual_seed(1)).add(0.1).bfloat16()
+    settings = Optimizer(name="adamw_8bit", learning_rate=1e-4, weight_decay=0.0)
+    ours, exact = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    optimizer = make_optimizer([ours], settings)
+    ours.grad, exact.grad = gradient.clone(), gradient.float()
+    guarded_step(optimizer, NO_CLIPPING, CPU)
+    torch.optim.AdamW([exact], lr=1e-4, weight_decay=0.0).step()
+
+    below, above = neighbours(exact.detach())
+    assert ((ours == below) | (ours == above)).all()
+    error = (ours.detach().double() - exact.detach().double()) / (above - below).double()
+    # Rounded up with probability q, else down: the error of one has variance q (1 - q), in units of the last digit.
+    q = (exact.detach().double() - below.double()) / (above - below).double()
+    deviation = (q * (1 - q)).sum().sqrt() / error.numel()
+    assert error.mean().abs() < 4 * deviation
+    step = ((exact.detach() - start.float()) / (above - below)).mean().abs()
+    assert step > 20 * deviation, "this could not tell"
+    nearest = exact.detach().bfloat16()
+    assert (nearest != start).float().mean() < 0.01
+    assert 0.5 * step < (ours != start).float().mean() < 2 * step
+
+
+def neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The bfloat16 numbers around positive float32 ones."""
+    bits = x.view(torch.int32)
+    below = (bits & ~0xFFFF).view(torch.float32)
+    return below, ((bits & ~0xFFFF) + 0x10000).view(torch.float32)
+
+
+def test_rounding_draws_by_the_step_alone() -> None:
+    """Copies of the same weights on other processes, whose scorers drew more or less, must not drift apart."""
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        optimizer = make_optimizer(weights(torch.bfloat16), EIGHT_BIT)
+        parameters = optimizer.param_groups[0]["params"]
+        before = torch.get_rng_state()
+        for step in (1, 2, 3):
+            give(parameters, draw(step))
+            guarded_step(optimizer, NO_CLIPPING, CPU)
+            torch.rand(seed)
+        made.append(everything(optimizer))
+        torch.set_rng_state(before)
+    assert same(*made)
+
+    torch.manual_seed(0)
+    expected = torch.rand(4)
+    torch.manual_seed(0)
+    give(parameters, draw(4))
+    guarded_step(optimizer, NO_CLIPPING, CPU)
+    assert torch.equal(torch.rand(4), expected), "and leave the draws of others alone"
+
+    fractions = []
+    for _ in range(2):  # the same step from the same weights, as steps 1 and 2: rounded by other draws
+        parameters[0].data.fill_(1.0)
+        optimizer.state[parameters[0]]["exp_avg"].copy_(torch.zeros(SHAPES[0]))
+        optimizer.state[parameters[0]]["exp_avg_sq"].copy_(torch.zeros(SHAPES[0]))
+        give(parameters, [torch.ones(shape) for shape in SHAPES])
+        guarded_step(optimizer, NO_CLIPPING, CPU)
+        fractions.append(parameters[0] == 1)
+    assert not torch.equal(*fractions)
+
+
+def test_states_are_kept_in_float32() -> None:
+    """In bfloat16 the second moment stops where a step changes it by less than half a digit: far below its gradient."""
+    parameter = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = make_optimizer([parameter], Optimizer(name="adamw_8bit", learning_rate=1e-9))
+    for _ in range(400):
+        parameter.grad = torch.ones_like(parameter)
+        guarded_step(optimizer, NO_CLIPPING, CPU)
+    second = optimizer.state[parameter]["exp_avg_sq"]
+    torch.testing.assert_close(second, torch.full((8,), 1 - 0.999**400), rtol=1e-4, atol=0)
+
+
+# --- before the first step
+
+
+@BOTH
+def test_allocating_states_changes_nothing(settings: Optimizer, dtype: torch.dtype) -> None:
+    parameters = weights(dtype)
+    optimizer = make_optimizer(parameters, settings)
+    assert all(torch.equal(p, value) for p, value in zip(parameters, draw(0, dtype), strict=True))
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert state["step"] == 0
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert state[name].shape == parameter.shape
+            values = state[name].dequantize() if hasattr(state[name], "codes") else state[name]
+            assert torch.equal(values, torch.zeros_like(values))
+        assert parameter.grad is None
+    quantised = [hasattr(optimizer.state[p]["exp_avg"], "codes") for p in parameters]
+    assert quantised == [settings is EIGHT_BIT, False, False]
+    [group] = optimizer.param_groups
+    assert float(group["lr"]) == pytest.approx(settings.learning_rate)
+    assert (tuple(group["betas"]), group["weight_decay"]) == (settings.betas, settings.weight_decay)
+
+
+def test_without_torchao_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ValueError, match=r"^optimizer\.name = 'adamw_8bit' needs torchao: pip install \"ngrpo\[torcha"):
+        make_optimizer(weights(), EIGHT_BIT)
+    make_optimizer(weights(), ADAMW)
+
+
+# --- gradients
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(settings: Optimizer, dtype: torch.dtype, bad: float) -> None:
+    parameters = weights(dtype)
+    optimizer = make_optimizer(parameters, settings)
+    give(parameters, draw(1))
+    norm, skipped = guarded_step(optimizer, 1.0, CPU)
+    assert (norm > 1, skipped) == (True, 0)
+    before = everything(optimizer)
+    gradients = draw(2)
+    gradients[1][3] = bad
+    give(parameters, gradients)
+    norm, skipped = guarded_step(optimizer, 1.0, CPU)
+    assert (norm, skipped) == (0, 1)
+    assert same(everything(optimizer), before)
+    assert all(p.grad is None for p in parameters)
+    give(parameters, draw(3))
+    assert guarded_step(optimizer, 1.0, CPU)[1] == 0
+    assert [optimizer.state[p]["step"].item() for p in parameters] == [2, 2, 2]
+    assert not same(everything(optimizer), before)
+
+
+@pytest.mark.parametrize("limit", [1e-2, 1.0, 1e6])
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "mesh of one"])
+def test_clipping_is_torchs(limit: float, sharded: bool) -> None:
+    modules = [nn.Linear(20, 30) for _ in range(2)]
+    with torch.no_grad():
+        for mine, other in zip(*(module.parameters() for module in modules), strict=True):
+            other.copy_(mine)
+    if sharded:
+        sharding.shard(modules[0], [], _full_in_bfloat16.model, _full_in_bfloat16.settings, CPU)
+        modules[1].bfloat16()
+    for module in modules:
+        dtype = torch.bfloat16 if sharded else torch.float32
+        module(torch.ones(4, 20, dtype=dtype)).float().square().sum().backward()
+    ours, theirs = (list(module.parameters()) for module in modules)
+    norm = sharding.clip_grad_norm(ours, limit, CPU)
+    for parameter in theirs:
+        parameter.grad = parameter.grad.float() if not sharded else None
+    if sharded:
+        assert norm.dtype == torch.float32
+        assert {p.grad.dtype for p in ours} == {torch.float32}
+        return
+    expected = nn.utils.clip_grad_norm_(theirs, limit)
+    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-6, atol=0)
+
+
+def test_bfloat16_gradients_are_summed_in_float32() -> None:
+    parameters = [nn.Parameter(torch.zeros(5000, dtype=torch.bfloat16)) for _ in range(40)]
+    generator = torch.Generator().manual_seed(0)
+    give(parameters, [torch.randn(5000, generator=generator) * (1 + i / 40) for i in range(40)])
+    exact = torch.cat([p.grad.double() for p in parameters]).norm()
+    before = [p.grad.clone() for p in parameters]
+    norm = sharding.clip_grad_norm(parameters, 1.0, CPU)
+    assert norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(exact.item(), rel=1e-6)
+    for parameter, gradient in zip(parameters, before, strict=True):
+        assert parameter.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(parameter.grad, (gradient.double() / exact).bfloat16(), rtol=2**-7, atol=0)
