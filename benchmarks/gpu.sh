@@ -3,14 +3,30 @@
 #
 #   bash benchmarks/gpu.sh PART OUT
 #
-#   tests     the gpu-marked tests of ngrpo_kernels
+#   tests     the gpu-marked tests of ngrpo_kernels and, where its packages are installed, of ngrpo_train
 #   kernels   the benchmarks of ngrpo_kernels: OUT/kernels_gpu.csv
-#   profile   one forward and backward under torch.profiler and, where it is installed, Nsight Compute
-#   all       the three, in under 10 minutes together
+#   profile   the loss's forward and backward under torch.profiler and, where it is installed, Nsight Compute
+#   all       the kernels' tests, kernels and profile, in under 10 minutes together
 #
-# Takes torch, triton, numpy, pytest, pytest-benchmark and hypothesis. PYTHON names the interpreter, else .venv's or
-# python3. OUT gets at most six files. No network is used, and no setting of the GPU is changed. The exit status is 1 if
-# a part failed or ran out of time (what it measured is kept), 2 if nothing could be run.
+# Training FLUX.1-dev at full size on a GPU of 141 GB, rows in OUT/train_gpu.csv, in order of what is best known first:
+#
+#   train-smoke         every kind of iteration with a tiny model: whether anything breaks, in 5 minutes
+#   train-iteration     the iteration of the target: 1 optimizer step for each rollout, and 4
+#   train-peer          an iteration built as other trainers are
+#   train-forward       forwards by batch, attention backend and dtype; how far apart their velocities are
+#   train-activations   forward and backward by what is kept in between
+#   train-variants      the iteration with activations kept, a float8 rollout, LoRA
+#   train-sharded       the iteration through FSDP2 in one process
+#   train-decode        the VAE
+#   train-optimizer     one step of all parameters
+#   train-profile       `ngrpo profile` of the target's iteration: OUT/train_profile
+#
+# Parts that follow each other on one machine find what the others compiled, in PyTorch's default cache.
+#
+# Takes torch, triton, numpy, pytest, pytest-benchmark and hypothesis; training takes what pyproject.toml names. PYTHON
+# names the interpreter, else .venv's or python3. OUT gets at most eight files. No network is used, and no setting of the
+# GPU is changed. The exit status is 1 if a part failed or ran out of time (what it measured is kept), 2 if nothing could
+# be run.
 set -uo pipefail
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2; exit 2; }
@@ -52,6 +68,14 @@ tests() {
     run "$1" tests.log "$PYTHON" -m pytest tests/kernels -m gpu -q -p no:cacheprovider --durations=10
 }
 
+train_tests() {
+    if "$PYTHON" -c 'import accelerate, diffusers, peft, transformers, tyro' 2>/dev/null; then
+        run "$1" tests.log "$PYTHON" -m pytest tests/train -m gpu -q -p no:cacheprovider --durations=10
+    else
+        echo "== no tests of ngrpo_train: its packages are not installed" | tee -a "$out/tests.log"
+    fi
+}
+
 kernels() {
     run "$1" kernels.log "$PYTHON" -m pytest benchmarks/bench_objective.py benchmarks/bench_distances.py \
         --benchmark-only --benchmark-columns=median,iqr,rounds -q -p no:cacheprovider \
@@ -70,17 +94,55 @@ profile() {
     fi
 }
 
-case $part in tests | kernels | profile | all) ;; *) usage ;; esac
+# train SECONDS PART ARGUMENT...: of benchmarks.train_parts, in a process of its own, so that a GPU error ends there.
+train() {
+    local seconds=$1; shift
+    run "$seconds" "train-$1.log" "$PYTHON" -m benchmarks.train_parts "$@" --out "$out/train_gpu.csv"
+}
+
+# Memory in segments that grow, where the driver has them: the phases of an iteration need blocks of unlike sizes.
+growing_segments() {
+    local setting=expandable_segments:True try='import torch; torch.ones(1 << 28, device="cuda").sum().item()'
+    if [[ -z ${PYTORCH_CUDA_ALLOC_CONF:-} ]] && PYTORCH_CUDA_ALLOC_CONF=$setting "$PYTHON" -c "$try" >/dev/null 2>&1; then
+        export PYTORCH_CUDA_ALLOC_CONF=$setting
+    fi
+    echo "PYTORCH_CUDA_ALLOC_CONF: ${PYTORCH_CUDA_ALLOC_CONF:-}" >>"$out/provenance.txt"
+}
+
+train_profile() {
+    run "$1" train-profile.log "$PYTHON" -m ngrpo_train profile flux_dpmpp8 --iterations 2 --warmup 1 \
+        --model.name-or-path random:flux-dev --parallel.master-dtype bfloat16 --optimizer.name adamw_8bit \
+        --train.gradient-accumulation-steps 1 --prompts.source shapes:train \
+        --rewards.made-up.path benchmarks.train_recipes:score --out "$out/train_profile"
+}
+
+case $part in
+    tests | kernels | profile | all) ;;
+    train-smoke | train-iteration | train-peer | train-forward | train-activations) ;;
+    train-variants | train-sharded | train-decode | train-optimizer | train-profile) ;;
+    *) usage ;;
+esac
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu.sh: $PYTHON finds no CUDA device (or no torch); nothing was run" >&2
     exit 2
 fi
 provenance
+case $part in train-*) growing_segments ;; esac
 case $part in
-    tests) tests 280 ;;
+    tests) tests 280; train_tests 280 ;;
     kernels) kernels 560 2 ;;
     profile) profile 120 ;;
     all) tests 200; kernels 280 1; profile 45 ;;
+    train-smoke) for each in optimizer peer iteration variants sharded; do train 110 "$each" --tiny; done ;;
+    train-iteration) train 320 iteration --only "1 update"; train 250 iteration --only "4 updates" ;;
+    train-peer) train 290 peer --only float32; train 280 peer --only bfloat16 ;;
+    train-forward) train 570 forward ;;
+    train-activations) train 570 activations ;;
+    train-variants) train 190 variants --only "0.9"; train 160 variants --only float8; train 235 variants --only LoRA ;;
+    train-sharded) train 570 sharded ;;
+    train-decode) train 400 decode ;;
+    train-optimizer) train 240 optimizer ;;
+    train-profile) train_profile 570 ;;
 esac
 echo "results in $out"
 exit "$failed"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -139,18 +139,29 @@ def find_architecture(name_or_path: str) -> Architecture:
     Raises ValueError, naming `model.name_or_path`, where no configs are at hand.
     """
     if name_or_path.startswith("random:"):
-        name = name_or_path.removeprefix("random:")
-        if name not in KNOWN:
-            known = [f"random:{each}" for each in KNOWN]
-            raise ValueError(
-                f"model.name_or_path = {name_or_path!r}: there are {', '.join(known)}{suggestion(name_or_path, known)}"
-            )
-        return KNOWN[name]
+        return _random(name_or_path)
     if name_or_path in _HUB_IDS:
         return KNOWN[_HUB_IDS[name_or_path]]
     directory = _directory(name_or_path)
     files = {part: _config_file(name_or_path, directory, part) for part in PARTS}
     return _read(tuple(files.items()))
+
+
+@lru_cache
+def _random(name_or_path: str) -> Architecture:
+    """ "random:NAME", or "random:NAME:D+S" for D double and S single blocks of such a size."""
+    name, _, depth = name_or_path.removeprefix("random:").partition(":")
+    blocks = re.fullmatch(r"(\d+)\+(\d+)", depth)
+    if name not in KNOWN or (depth and not blocks):
+        known = [f"random:{each}" for each in KNOWN]
+        raise ValueError(
+            f"model.name_or_path = {name_or_path!r}: there are {', '.join(known)}{suggestion(name_or_path, known)}; "
+            "random:flux-dev:2+4 has 2 double and 4 single blocks"
+        )
+    if not blocks:
+        return KNOWN[name]
+    layers = {"num_layers": int(blocks[1]), "num_single_layers": int(blocks[2])}
+    return replace(KNOWN[name], transformer={**KNOWN[name].transformer, **layers})
 
 
 def _directory(name_or_path: str) -> Path | None:

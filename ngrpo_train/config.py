@@ -17,7 +17,8 @@ class Model:
 
     name_or_path: str = "black-forest-labs/FLUX.1-dev"
     """Directory, hub id, "shapes" for the pipeline that ships with ngrpo, or "random:flux-dev", "random:flux-schnell":
-    random weights at that model's size, made on the device, for measuring without a download."""
+    random weights at that model's size, made on the device, for measuring without a download; "random:flux-dev:2+4" has
+    2 double and 4 single blocks of it."""
     tuning: Literal["full", "lora"] = "full"
     """Train every weight of the transformer, or low-rank adapters (peft) on its attention and feed-forward layers."""
     lora_rank: int = 128

@@ -14,6 +14,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from ngrpo_train import parallel
+from ngrpo_train.loading import quiet_diffusers
 
 
 class Float8Copy:
@@ -31,14 +32,14 @@ class Float8Copy:
         """Of `transformer`, sharded and with adapters as it may be, in arithmetic of `dtype`; empty until `refresh`.
 
         `prepare` compiles the copy's blocks, say; `config` is torchao's quantisation, by default a scale for each row
-        of weights and, on the fly, of activations. Raises ValueError where the device has no float8 products.
+        of weights and, on the fly, of activations. Raises ValueError where the device or `dtype` has no such products.
         """
         self.dtype, self.device = dtype, device
         self._source: Any = transformer
-        self._config = _rowwise(device) if config is None else config
-        with torch.device("meta"):
-            self.model: Any = FluxTransformer2DModel.from_config(transformer.config)
-        self.model.requires_grad_(False).eval().to(dtype)
+        self._config = _rowwise(device, dtype) if config is None else config
+        with torch.device("meta"), quiet_diffusers():
+            self.model: Any = FluxTransformer2DModel.from_config(transformer.config).to(dtype)
+        self.model.requires_grad_(False).eval()
         repeated = [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
         self._quantised = {linear for block in repeated for linear in block.modules() if isinstance(linear, nn.Linear)}
         prepare(repeated)
@@ -50,11 +51,12 @@ class Float8Copy:
 
         trained = dict(self._source.named_parameters())
         for name, module in self.model.named_modules():
-            for own in list(module._parameters):
+            for own in [own for own, parameter in module._parameters.items() if parameter is not None]:
                 values = self._current(trained, f"{name}.{own}".lstrip("."))
                 module._parameters[own] = nn.Parameter(values, requires_grad=False)
             if module in self._quantised:
                 quantize_(module, self._config)
+                module.__dict__.pop("extra_repr", None)  # which torchao wraps anew each time
 
     def _current(self, trained: dict[str, nn.Parameter], name: str) -> Tensor:
         """A weight as the transformer computes with it, gathered, in a tensor of its own."""
@@ -72,11 +74,14 @@ class Float8Copy:
         return values
 
 
-def _rowwise(device: torch.device) -> Any:
+def _rowwise(device: torch.device, dtype: torch.dtype) -> Any:
+    if dtype != torch.bfloat16:
+        raise ValueError("parallel.rollout_dtype = 'float8' needs parallel.compute_dtype = 'bfloat16'")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError("parallel.rollout_dtype = 'float8' needs a GPU with float8 products: compute capability 8.9")
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
     except ImportError as error:
         raise ValueError("parallel.rollout_dtype = 'float8' needs torchao: pip install \"ngrpo[torchao]\"") from error
-    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    # Inductor's settings are left alone: training compiles by them too, and torchao before 0.18 would turn TF32 on.
+    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)

@@ -228,7 +228,7 @@ class Ranges:
 
 @contextmanager
 def _recording(out: Path, device: torch.device, *, trace: bool, memory: bool) -> Iterator[None]:
-    """Around the iterations that are profiled. Every process records, so that none is slower; the first one writes."""
+    """Around the iterations that are profiled. Every process records, to be slowed alike; the first one writes."""
     on_gpu, writes = device.type == "cuda", parallel.rank() == 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -316,11 +316,12 @@ class Profile:
 
     def write(self, out: Path) -> None:
         """Print it, and write it into the directory as text and as numbers."""
-        (out / "profile.json").write_text(json.dumps(self.numbers(), indent=1))
+        parts = list(self.shown())
         with (out / "profile.txt").open("w") as file:
             for console in (Console(), Console(file=file, width=120)):
-                for part in self.shown():
+                for part in parts:
                     console.print(part, soft_wrap=isinstance(part, Text))
+        (out / "profile.json").write_text(json.dumps(self.numbers(), indent=1))
 
     def numbers(self) -> dict[str, Any]:
         """Everything for other programs, times in seconds."""

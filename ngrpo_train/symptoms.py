@@ -40,12 +40,29 @@ class Symptoms:
                     f"optimizer.learning_rate = {self.recipe.optimizer.learning_rate:g}"
                 ),
             )
-        if (mismatch := figures.get("policy/rollout_mismatch", 0)) > 1e-3:
+        exploring_alike = self.recipe.parallel.rollout_dtype == "same"  # float8 differs, and that is no news
+        if exploring_alike and (mismatch := figures.get("policy/rollout_mismatch", 0)) > 1e-3:
             yield (
                 "mismatch",
                 (
                     f"rollout_mismatch = {mismatch:.1e}: rollout and training forwards differ (batch shape, precision, "
                     "kernels); keep algorithm.old_policy = exact, where it does no harm to the ratio"
+                ),
+            )
+        if self._iteration > 2 and (graphs := figures.get("compile/graphs")):
+            yield (
+                "recompiled",
+                (
+                    f"{graphs:.0f} graphs were compiled anew: a batch had another size than before; set "
+                    "parallel.update_batch and parallel.rollout_batch"
+                ),
+            )
+        if retries := figures.get("memory/alloc_retries"):
+            yield (
+                "retries",
+                (
+                    f"the allocator ran out of memory {retries:.0f} times and freed its cache, which is slow: lower "
+                    "parallel.rollout_batch, update_batch or decode_batch, or see ngrpo plan"
                 ),
             )
         flat = self._recent("advantage/flat_groups", figures)

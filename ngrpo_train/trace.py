@@ -120,6 +120,7 @@ def _event(row: Mapping[str, Any], origin: float) -> Event:
 _ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 _LAUNCHES = {"cuda_runtime", "cuda_driver"}
 _OPERATOR, _RANGE = "cpu_op", "user_annotation"
+_ON_HOST = {_OPERATOR, _RANGE, *_LAUNCHES}
 
 # -- What work is ------------------------------------------------------------------------------------------------------
 
@@ -237,7 +238,7 @@ class Trace:
     @staticmethod
     def of(events: Sequence[Event], stages: Sequence[str], *, on_gpu: bool) -> Trace:
         """Raises ValueError where a trace has no iterations, or the device no work in them."""
-        host = [e for e in events if e.category in {_OPERATOR, _RANGE, *_LAUNCHES}]
+        host = [e for e in events if e.category in _ON_HOST]
         iterations = [e for e in host if e.category == _RANGE and e.name == ITERATION]
         ranges = [e for e in host if e.category == _RANGE and e.name.partition(".")[0] in stages]
         if not iterations:
@@ -282,11 +283,11 @@ class Trace:
 
     def by_group(self) -> list[Sum]:
         """The longest first. They overlap where a GPU's streams do, so their sum may exceed the iterations."""
-        return _sums(self.work, lambda work: work.group)
+        return _sums(self.work, lambda work: (work.group, work.group))
 
     def by_name(self) -> list[Sum]:
-        """The longest first."""
-        return _sums(self.work, lambda work: work.name)
+        """The longest first. What belongs to two groups, because an optimizer's step uses it too, is there twice."""
+        return _sums(self.work, lambda work: (work.name, work.group))
 
     def idle_by_stage(self) -> dict[str, float]:
         """Seconds without work, by the stage that the host was in; they add up to those of `timeline`."""
@@ -388,15 +389,16 @@ def _in_iterations(
             yield Work(event.name, group, stage_at(time) or ELSEWHERE, event.start, event.stop, own)
 
 
-def _sums(work: Iterable[Work], key: Callable[[Work], str]) -> list[Sum]:
-    together: dict[str, list[Work]] = defaultdict(list)
+def _sums(work: Iterable[Work], key: Callable[[Work], tuple[str, str]]) -> list[Sum]:
+    """By name and group."""
+    together: dict[tuple[str, str], list[Work]] = defaultdict(list)
     for each in work:
         together[key(each)].append(each)
     sums = []
-    for name, parts in together.items():
+    for (name, group), parts in together.items():
         by_stage: dict[str, int] = defaultdict(int)
         for part in parts:
             by_stage[part.stage] += part.own
         seconds = {stage: nanoseconds / 1e9 for stage, nanoseconds in by_stage.items()}
-        sums.append(Sum(name, parts[0].group, len(parts), sum(by_stage.values()) / 1e9, seconds))
+        sums.append(Sum(name, group, len(parts), sum(by_stage.values()) / 1e9, seconds))
     return sorted(sums, key=lambda each: -each.seconds)

@@ -6,7 +6,7 @@ Everything is of one picture or prompt, in bytes; it grows in proportion to thei
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -54,13 +54,14 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def now(self) -> int:
+        """Bytes."""
         return sum(size for _, size in self._changes)
 
     def mark(self) -> int:
         """A point in time, for `peak`."""
         return len(self._changes)
 
-    def peak(self, since: int = 0, *, without: Iterator[Tensor] | tuple[Tensor, ...] = ()) -> int:
+    def peak(self, since: int = 0, *, without: Iterable[Tensor] = ()) -> int:
         """The most bytes at once from a mark on, leaving out the storages of some tensors."""
         left_out = {self._numbers.get(x.untyped_storage()) for x in without}
         now = most = sum(size for number, size in self._changes[:since] if number not in left_out)

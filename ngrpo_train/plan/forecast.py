@@ -20,6 +20,7 @@ SAFE_SHARE = 0.92
 
 # Assumptions that no measurement backs yet.
 COMPUTE_EFFICIENCY = 0.7  # of `matmul_tflops`, over a whole iteration
+FLOAT8_SPEEDUP = 1.5  # of the rollout's products, at most: activations must be quantised first
 LINK_EFFICIENCY = 0.8  # of a link's speed, in large collectives
 HOST_ADAMW_GBPS = 200.0  # memory traffic of a node's processors together, in an optimizer step in host memory
 
@@ -123,7 +124,7 @@ class Plan:
     settled: Settled
     parameters: Parameters
     trained: int
-    """Parameters."""
+    """Parameters that are trained."""
     batches: Batches
     memory: Memory
     flops: Flops
@@ -199,8 +200,11 @@ def make_plan(
 def _seconds(
     recipe: Recipe, machine: Machine, layout: Layout, weights: Weights, flops: Flops, traffic: Traffic
 ) -> Seconds:
-    saved = flops.float8 * (1 - 1 / machine.float8_speedup)
-    compute = (flops.hardware - saved) / (machine.matmul_tflops * 1e12)
+    def arithmetic(float8_speedup: float) -> float:
+        flops_in_bfloat16 = flops.hardware - flops.float8 * (1 - 1 / float8_speedup)
+        return flops_in_bfloat16 / (machine.matmul_tflops * 1e12)
+
+    compute = arithmetic(machine.float8_speedup)
     node = layout.gpus_per_node
     # A ring over nodes goes through every adapter of a node at once, as many as the ring has members there.
     within = machine.nvlink_gbps
@@ -218,9 +222,10 @@ def _seconds(
         steps = step_bytes / (machine.memory_gbps * 1e9)
     transfers = max(links, host) / LINK_EFFICIENCY
     copies = traffic.copied_bytes / (machine.memory_gbps * 1e9)
+    busy = arithmetic(min(FLOAT8_SPEEDUP, machine.float8_speedup)) / COMPUTE_EFFICIENCY
     return Seconds(
         compute=compute,
         links=links,
         host=host + (steps if recipe.parallel.offload else 0),
-        estimate=max(compute / COMPUTE_EFFICIENCY, transfers) + copies + steps,
+        estimate=max(busy, transfers) + copies + steps,
     )

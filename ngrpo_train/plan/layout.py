@@ -153,8 +153,9 @@ def shape_of(recipe: Recipe, architecture: Architecture) -> Shape:
 
 
 def compiles(recipe: Recipe) -> bool:
-    """On a GPU, which is what is planned for."""
-    return recipe.parallel.compile != "off"
+    """On a GPU, unless the recipe is for a CPU."""
+    settings = recipe.parallel
+    return settings.compile == "on" or (settings.compile == "auto" and settings.device != "cpu")
 
 
 def bytes_of(dtype: str) -> int:

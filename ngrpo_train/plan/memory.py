@@ -16,8 +16,6 @@ from ngrpo_train.machines import GIB
 from ngrpo_train.plan.activations import BlockBytes, Shape, block_bytes, decode_pass, encode_pass, ends_bytes
 from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Layout, Weights, bytes_of, compiles, shape_of
 
-PHASES = ("encode", "rollout", "decode", "update", "step")
-
 # Assumptions: nothing here has been compared with a GPU yet.
 RUNTIME_BYTES = 1.5 * GIB  # CUDA's context, its libraries' workspaces, and compiled code
 NCCL_BYTES = 1.5 * GIB  # communicators' buffers, where there are several processes
@@ -31,7 +29,7 @@ _ADAMW_BYTES = {  # of optimizer state for one trained weight
 @dataclass(frozen=True, slots=True)
 class Memory:
     phases: Mapping[str, Mapping[str, float]]
-    """On a GPU: bytes by phase and part. The first phases also hold what an earlier iteration left."""
+    """On a GPU: bytes by phase and part. Phases are encode, rollout, decode, update and (the optimizer's) step."""
     host: float
     """On a node: what the recipe puts into host memory, in bytes. Programs and pictures are not counted."""
 

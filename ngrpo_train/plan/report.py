@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ngrpo_train.config import Recipe, Reward, check
 from ngrpo_train.machines import GIB, find_machine
-from ngrpo_train.plan.forecast import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, SAFE_SHARE, Plan, make_plan
+from ngrpo_train.plan.forecast import COMPUTE_EFFICIENCY, FLOAT8_SPEEDUP, LINK_EFFICIENCY, SAFE_SHARE, Plan, make_plan
 from ngrpo_train.plan.remedies import Remedy, remedies, speedups
 
 REMEDIES_SHOWN = 5
@@ -96,16 +96,18 @@ def _facts(plan: Plan) -> Iterator[str]:
         f"iteration: {plan.prompts} prompts{updates}, {batches.prompts} on each GPU; "
         f"NFE_old {plan.nfe_old}, NFE_theta {plan.nfe_theta:.2f}"
     )
+    kept = {"never": "for every forward", "rollout": "once for a rollout", "iteration": "once for an iteration"}
+    summed = {"step": "once per optimizer step", "batch": "after every forward-backward"}
     if layout.plain:
-        yield "weights: whole and stored as they compute, nothing to gather"
+        yield "weights: stored as they compute, nothing to gather"
+    elif layout.shares > 1:
+        copies = f" in {layout.copies} copies" if layout.copies > 1 else ""
+        yield f"weights: sharded over {layout.shares} GPUs{copies}, gathered {kept[settled.keep_gathered]}"
     else:
-        shared = f"sharded over {layout.shares}" if layout.shares > 1 else "whole on each GPU"
-        copies = f", {layout.copies} copies" if layout.copies > 1 else ""
-        kept = {"never": "for every forward", "rollout": "once for a rollout", "iteration": "once for an iteration"}
-        yield (
-            f"weights: {shared}{copies}, gathered {kept[settled.keep_gathered]}; "
-            f"gradients summed once per {settled.reduce_gradients}"
-        )
+        dtype = plan.recipe.parallel.compute_dtype
+        yield f"weights: whole on each GPU, trained ones copied to {dtype} {kept[settled.keep_gathered]}"
+    if layout.world_size > 1:
+        yield f"gradients: summed {summed[settled.reduce_gradients]}"
     yield (
         f"batches: {batches.rollout} of {batches.explored} pictures in the rollout, {batches.update} of "
         f"{batches.count * batches.update} anchors in the update, {batches.decode} pictures in the VAE"
@@ -177,13 +179,14 @@ def _times(plan: Plan) -> Iterator[str]:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
+    float8 = plan.recipe.parallel.rollout_dtype == "float8"
     yield "Scorers are not counted, neither their memory nor their time."
     if plan.seconds is not None:
+        coarse = f", and float8 products to be {FLOAT8_SPEEDUP} times as fast" if float8 else ""
         yield (
             f"The estimate assumes {COMPUTE_EFFICIENCY:.0%} of what large products reach and {LINK_EFFICIENCY:.0%} "
-            "of the links; no measurement backs it yet."
+            f"of the links{coarse}; no measurement backs it yet."
         )
-    float8 = plan.recipe.parallel.rollout_dtype == "float8"
     if float8 and plan.machine and plan.machine.float8_speedup == 1:
         yield f"{plan.machine.name} has no float8 products: parallel.rollout_dtype must be same there."
 

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -43,24 +44,32 @@ from ngrpo_train.plan.traffic import Traffic, iteration_traffic
 DEV = KNOWN["flux-dev"]
 N = 11_901_408_320  # parameters of FLUX.1-dev's transformer
 H100, H200 = MACHINES["h100-80"], MACHINES["h200-141"]
-SETTLED = {"parallel.keep_gathered": "never", "parallel.reduce_gradients": "batch"}
 EAGER = {"parallel.compile": "off", "model.gradient_checkpointing": "none"}
 EIGHT_BIT = {"parallel.master_dtype": "bfloat16", "optimizer.name": "adamw_8bit"}
 
 
+@cache
+def _packaged(name: str) -> Recipe:
+    return resolve(read_recipe(find_recipe(name)), name=name)
+
+
 def recipe(name: str = "flux_dpmpp8", **settings: Any) -> Recipe:
     """A packaged recipe with one prompt per process, as in the paper, and settings by name, with __ for the dot."""
-    packaged = resolve(read_recipe(find_recipe(name)), name=name)
     named = {field.replace("__", "."): value for field, value in settings.items()}
-    return with_settings(packaged, {"train.gradient_accumulation_steps": 1, **named})
+    return with_settings(_packaged(name), {"train.gradient_accumulation_steps": 1, **named})
 
 
-def memory(settled: Recipe, world_size: int = 1, architecture: Architecture = DEV) -> Memory:
-    return iteration_memory(settled, architecture, Layout.of(settled, world_size, 8))
+def settled(name: str = "flux_dpmpp8", **settings: Any) -> Recipe:
+    """As `recipe`, with what needs the least memory."""
+    return recipe(name, parallel__keep_gathered="never", parallel__reduce_gradients="batch", **settings)
 
 
-def traffic(settled: Recipe, world_size: int = 8) -> Traffic:
-    return iteration_traffic(settled, DEV, Layout.of(settled, world_size, 8))
+def memory(asked: Recipe, world_size: int = 1, architecture: Architecture = DEV) -> Memory:
+    return iteration_memory(asked, architecture, Layout.of(asked, world_size, 8))
+
+
+def traffic(asked: Recipe, world_size: int = 8) -> Traffic:
+    return iteration_traffic(asked, DEV, Layout.of(asked, world_size, 8))
 
 
 def of_layers(double: int, single: int) -> Architecture:
@@ -187,7 +196,7 @@ def one_of(world_size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "world_size, keep, reduce",
-    [(8, "never", "batch"), (8, "never", "step"), (8, "iteration", "batch"), (1, "rollout", "step")],
+    [(8, "never", "step"), (8, "iteration", "batch"), (1, "rollout", "step")],
 )
 def test_shards_gathers_and_gradients_are_those_of_fsdp(
     world_size: int, keep: Any, reduce: Any, monkeypatch: pytest.MonkeyPatch
@@ -272,11 +281,22 @@ def _weights(parts: Any) -> float:
     return sum(parts.get(part, 0) for part in ("trained weights", "gathered weights", "gradients"))
 
 
+@pytest.mark.parametrize("sharding_", ["auto", "full", "hybrid", "none"])
+@pytest.mark.parametrize("world_size", [1, 8, 16])
+@pytest.mark.parametrize("changes", [{}, EIGHT_BIT, {"parallel.offload": True}, {"parallel.compute_dtype": "float32"}])
+def test_weights_lie_where_the_trainer_puts_them(sharding_: Any, world_size: int, changes: dict[str, Any]) -> None:
+    for tuning in ("full", "lora"):
+        asked = with_settings(recipe(), {"parallel.sharding": sharding_, "model.tuning": tuning, **changes})
+        layout = Layout.of(asked, world_size, 8)
+        assert layout.shares == sharding.share_size(asked.parallel, world_size, min(8, world_size))
+        assert layout.plain == sharding.is_plain(asked.model, asked.parallel, world_size)
+
+
 # -- Memory, by hand ---------------------------------------------------------------------------------------------------
 
 
 def test_one_gpu_with_bfloat16_weights_and_8_bit_states() -> None:
-    held = memory(recipe(**{k.replace(".", "__"): v for k, v in {**SETTLED, **EIGHT_BIT}.items()})).phases["update"]
+    held = memory(with_settings(settled(), EIGHT_BIT)).phases["update"]
     assert held["trained weights"] == 2 * N
     states = held["trained weights"] + held["gradients"] + held["optimizer states"]
     assert states == (2 + 2 + 2 + 8 / 256) * N
@@ -296,49 +316,63 @@ def test_eight_gpus_share_float32_states() -> None:
 
 
 def test_more_gpus_hold_less_each() -> None:
-    settled = recipe(**{k.replace(".", "__"): v for k, v in SETTLED.items()})
-    peaks = [memory(settled, world_size).peak for world_size in (2, 4, 8, 16, 32)]
+    asked = settled()
+    peaks = [memory(asked, world_size).peak for world_size in (2, 4, 8, 16, 32)]
     assert peaks == sorted(peaks, reverse=True)
-    hybrid = replace(settled, parallel=replace(settled.parallel, sharding="hybrid"))
+    hybrid = replace(asked, parallel=replace(asked.parallel, sharding="hybrid"))
     assert memory(hybrid, 32).phases["step"] == memory(hybrid, 8).phases["step"]  # a copy for each node
 
 
 def test_host_memory_takes_what_is_offloaded() -> None:
-    settled = recipe(**{k.replace(".", "__"): v for k, v in SETTLED.items()}, parallel__offload=True, model__ema=0.99)
-    held = memory(settled, 8)
+    asked = settled(parallel__offload=True, model__ema=0.99)
+    held = memory(asked, 8)
     assert held.host == (16 + 4) * N  # weights, gradients, two states and the average, of all eight together
     assert not {"trained weights", "optimizer states", "moving average"} & held.phases["step"].keys()
 
 
 def test_text_encoders_where_the_recipe_puts_them() -> None:
     encoders = 2 * (parameters(DEV).clip + parameters(DEV).t5)
-    at = {
-        place: memory(recipe(**{k.replace(".", "__"): v for k, v in SETTLED.items()}, parallel__text_encoders=place), 8)
-        for place in ("device", "offload", "shard")
-    }
+    at = {place: memory(settled(parallel__text_encoders=place), 8) for place in ("device", "offload", "shard")}
     assert at["device"].phases["update"]["text encoders"] == encoders
     assert at["offload"].phases["encode"]["text encoders"] == encoders
     assert "text encoders" not in at["offload"].phases["update"]
     assert at["offload"].host == 8 * encoders
     assert at["shard"].phases["update"]["text encoders"] == pytest.approx(encoders / 8, rel=0.2)  # CLIP stays whole
-    cached = memory(recipe(**{k.replace(".", "__"): v for k, v in SETTLED.items()}, prompts__embeddings="x"), 8)
+    cached = memory(settled(prompts__embeddings="x"), 8)
     assert "encode" not in cached.phases
     assert all("text encoders" not in parts for parts in cached.phases.values())
 
 
 def test_lora_trains_little_beside_a_frozen_base() -> None:
     adapters = 128 * 3072 * (19 * 36 + 38 * 17)
-    settled = recipe("flux_lora", **{k.replace(".", "__"): v for k, v in SETTLED.items()})
-    held = memory(settled).phases["step"]
+    asked = settled("flux_lora")
+    held = memory(asked).phases["step"]
     assert held["frozen weights"] == 2 * N
     assert held["trained weights"] == held["gradients"] == 4 * adapters
-    assert memory(settled, 8).phases["step"]["frozen weights"] == 2 * N / 8
+    assert memory(asked, 8).phases["step"]["frozen weights"] == 2 * N / 8
+
+
+def test_a_float8_copy_explores_for_sharded_weights() -> None:
+    asked = settled(parallel__rollout_dtype="float8")
+    matrices = parameters(DEV).block_matrices
+    phases = memory(asked, 8).phases
+    assert phases["step"]["float8 copy"] == matrices + 2 * (N - matrices)
+    assert phases["rollout"]["gathered weights"] < memory(settled(), 8).phases["rollout"]["gathered weights"]
+    update = 2 * 4
+    assert traffic(asked).gathers == update + 1
+    assert traffic(asked).gathered_bytes == (update * 2 + 4) * N * 7 / 8  # the copy is made from float32 weights
+    flops, same = iteration_flops(asked, DEV), iteration_flops(settled(), DEV)
+    assert flops.model == same.model
+    assert 0.85 < flops.float8 / flops.hardware_stages["rollout"] < 0.9  # attention stays in bfloat16
+    assert make_plan(asked, H100, 8).seconds.compute < make_plan(settled(), H100, 8).seconds.compute
+    fast, none = (make_plan(asked, machine, 8).seconds for machine in (H100, MACHINES["a100-80"]))
+    assert none.compute / fast.compute > H100.matmul_tflops / MACHINES["a100-80"].matmul_tflops
 
 
 def test_trajectories_wait_for_the_update() -> None:
-    settled = recipe(**{k.replace(".", "__"): v for k, v in SETTLED.items()}, train__gradient_accumulation_steps=32)
+    asked = settled(train__gradient_accumulation_steps=32)
     latent, text = 4 * 2025 * 64, 2 * 512 * 4096
-    assert memory(settled).phases["decode"]["explored groups"] == 32 * ((2 * 16 + 48 + 12) * latent + text)
+    assert memory(asked).phases["decode"]["explored groups"] == 32 * ((2 * 16 + 48 + 12) * latent + text)
 
 
 # -- Operations and bytes, by hand -------------------------------------------------------------------------------------
@@ -377,8 +411,8 @@ def test_evaluations_of_the_papers_rows(
 
 
 def test_what_is_computed_twice_is_not_the_models() -> None:
-    settled = recipe()
-    flops = iteration_flops(settled, DEV)
+    asked = recipe()
+    flops = iteration_flops(asked, DEV)
     assert flops.hardware - flops.model == flops.hardware_stages["recomputation"]
     for keep in ("selective", "none"):
         kept = iteration_flops(recipe(model__gradient_checkpointing=keep), DEV)
@@ -417,25 +451,25 @@ def test_bytes_between_eight_gpus() -> None:
 
 
 def test_bytes_between_copies_and_to_the_host() -> None:
-    settled = recipe(**{k.replace(".", "__"): v for k, v in SETTLED.items()})
-    copies = with_settings(settled, {"parallel.sharding": "hybrid"})
-    assert traffic(copies, 32).gathered_bytes == traffic(settled, 8).gathered_bytes
+    asked = settled()
+    copies = with_settings(asked, {"parallel.sharding": "hybrid"})
+    assert traffic(copies, 32).gathered_bytes == traffic(asked, 8).gathered_bytes
     assert traffic(copies, 32).all_reduced_bytes == 4 * N / 8 * 2 * 3 / 4
-    none = traffic(with_settings(settled, {"parallel.sharding": "none"}), 4)
+    none = traffic(with_settings(asked, {"parallel.sharding": "none"}), 4)
     assert (none.gathered_bytes, none.reduced_bytes, none.all_reduced_bytes) == (0, 0, 4 * N * 2 * 3 / 4)
-    offloaded = traffic(with_settings(settled, {"parallel.offload": True}), 1)
+    offloaded = traffic(with_settings(asked, {"parallel.offload": True}), 1)
     assert offloaded.host_bytes == (16 + 1) * 4 * N  # weights as float32 for every gather, gradients once
-    plain = traffic(with_settings(settled, EIGHT_BIT), 1)
+    plain = traffic(with_settings(asked, EIGHT_BIT), 1)
     assert (plain.gathers, plain.copied_bytes) == (0, 0)
 
 
 def test_links_of_a_node_and_between_nodes() -> None:
-    settled = recipe(parallel__keep_gathered="never", parallel__reduce_gradients="batch")
+    asked = settled()
     slow = replace(H100, network_gbps=1.0)  # eight of them together 8 GB/s
-    sent = traffic(settled, 8)
-    near = make_plan(settled, slow, 8).seconds
+    sent = traffic(asked, 8)
+    near = make_plan(asked, slow, 8).seconds
     assert near.links == pytest.approx((sent.gathered_bytes + sent.reduced_bytes) / 450e9)
-    far = make_plan(settled, slow, 16).seconds
+    far = make_plan(asked, slow, 16).seconds
     assert far.links == pytest.approx(near.links * (15 / 16) / (7 / 8) * 450 / 8)
     assert far.floor == far.links > far.compute
     assert near.floor == near.compute
@@ -557,7 +591,7 @@ def test_the_command_says_whether_it_fits(capsys: pytest.CaptureFixture[str], mo
     shown = capsys.readouterr().out
     assert "full fine-tune, 720 x 720: 8 x h100-80 on each of 2 nodes" in shown
     assert "iteration: 16 prompts, 1 on each GPU; NFE_old 8, NFE_theta 1.33" in shown
-    assert "weights: sharded over 16, gathered once for an iteration" in shown
+    assert "weights: sharded over 16 GPUs, gathered once for an iteration" in shown
     assert "It fits: " in shown
     assert plan_command(recipe(), "h100-80") == 1
     shown = capsys.readouterr().out

@@ -1,11 +1,12 @@
 """Every warning fires on the history it is about, names the setting to try, and is silent otherwise."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ngrpo_train.config import Recipe
+from ngrpo_train.config import Parallel, Recipe
 from ngrpo_train.symptoms import Symptoms
 
 HEALTHY = {
@@ -19,8 +20,8 @@ HEALTHY = {
 }
 
 
-def warnings_of(history):
-    symptoms = Symptoms(Recipe())
+def warnings_of(history, recipe=None):
+    symptoms = Symptoms(recipe or Recipe())
     return [symptoms.of(figures) for figures in history]
 
 
@@ -39,6 +40,8 @@ def test_a_healthy_run_warns_of_nothing():
     [
         ("update/skipped_steps", 1.0, 0, "a gradient was not finite", "optimizer.learning_rate = 1e-05"),
         ("policy/rollout_mismatch", 2e-3, 0, "rollout_mismatch = 2.0e-03", "algorithm.old_policy = exact"),
+        ("memory/alloc_retries", 2.0, 0, "the allocator ran out of memory 2 times", "lower parallel.rollout_batch"),
+        ("compile/graphs", 4.0, 2, "4 graphs were compiled anew", "set parallel.update_batch"),
         ("advantage/flat_groups", 0.6, 9, "60% of the groups have equal rewards", "raise algorithm.sigma = 0.3"),
         ("advantage/flatness", 0.97, 9, "evenly spread (flatness 0.97)", "algorithm.p = 0.8"),
     ],
@@ -57,6 +60,11 @@ def test_a_lasting_symptom_is_named_with_the_setting_to_try(name, value, at, sym
 @pytest.mark.parametrize("name, value", [("policy/rollout_mismatch", 0.9e-3), ("advantage/flat_groups", 0.5)])
 def test_what_is_just_below_its_limit_is_not_named(name, value):
     assert warnings_of([HEALTHY | {name: value}] * 30) == [[]] * 30
+
+
+def test_a_rollout_in_float8_is_meant_to_differ():
+    recipe = replace(Recipe(), parallel=Parallel(rollout_dtype="float8"))
+    assert not any(warnings_of([HEALTHY | {"policy/rollout_mismatch": 0.05}] * 3, recipe))
 
 
 def test_one_flat_iteration_is_no_symptom():

@@ -267,6 +267,12 @@ def test_an_operator_counts_without_what_it_calls():
     }
 
 
+def test_what_an_optimizer_uses_too_is_there_twice():
+    trace = of(*CPU, row("cpu_op", "aten::add_", 90, 95), on_gpu=False)
+    adds = [(each.group, round(1e6 * each.seconds)) for each in trace.by_name() if each.name == "aten::add_"]
+    assert adds == [("norms, pointwise", 5), (OPTIMIZER, 3)]
+
+
 def test_a_cpus_time():
     timeline = microseconds(of(*CPU, on_gpu=False).timeline())
     # linear, mul and add_ compute; of gloo's 15, mul hides 3; around mul, autograd keeps its books for 2 before gloo.

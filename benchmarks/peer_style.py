@@ -1,0 +1,161 @@
+"""An iteration of Neighbor GRPO built as this field's FLUX trainers are: what ours is measured against.
+
+Their habits, those of DanceGRPO's FLUX script, around our mathematics. One picture per forward, in rollout and training
+alike; plain PyTorch, nothing compiled; weights in float32 under bfloat16 autocast; every block computed again in
+backward; every picture decoded alone, written as a PNG and read back; the host waits for each loss. The noise, the
+solver's steps, the anchors, the advantages and Eqs. 8 to 10 are ours, so that the gradient is the one that
+`ngrpo_train.update` computes, up to rounding: a test holds both against each other. Encoded prompts are given, as the
+peers encode theirs beforehand. The optimizer is the caller's, and may be none.
+
+It is no trainer: one process, one prompt, one optimizer step for each rollout, the exact old policy.
+"""
+
+# G candidates, B anchors, K trained steps, T image tokens, C channels of a packed token.
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from torch import Tensor
+
+from ngrpo_kernels import quasi_norm_advantages
+from ngrpo_train.config import Algorithm, Sampling
+from ngrpo_train.iteration import Stage
+from ngrpo_train.rewards import Scorer
+from ngrpo_train.solvers import SOLVERS, flow_sigmas
+from ngrpo_train.text import Conditioning
+
+VAE_SCALE = 8  # pixels per latent, each way, of FLUX's VAE
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What is random in an iteration, as `ngrpo_train.perturb` draws it."""
+
+    noise_GTC: Tensor
+    step_K: Tensor  # int64 on the CPU
+    anchor_B: Tensor  # int64 on the CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """What an iteration works with. The pictures lie in `directory` until the next ones replace them."""
+
+    transformer: Any
+    vae: Any
+    sampling: Sampling
+    algorithm: Algorithm
+    conditioning: Conditioning
+    """Of one prompt."""
+    prompt: str
+    scorer: Scorer
+    directory: Path
+    stage: Stage
+    autocast: bool
+    """Compute in bfloat16, whatever the weights are stored in."""
+    optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.conditioning.pooled.device
+        return device
+
+    def iterate(self, draws: Draws, max_grad_norm: float) -> float:
+        """One iteration; returns the norm of the gradient, which stays where there is no optimizer."""
+        states_GSTC, pictures = [], []
+        for candidate, noise_TC in enumerate(draws.noise_GTC):
+            with self.stage("rollout"):
+                states_STC = self.trajectory(noise_TC)
+            with self.stage("decode"):
+                pictures.append(self.picture(states_STC[-1], self.directory / f"candidate_{candidate}.png"))
+            states_GSTC.append(states_STC)
+        with self.stage("reward"):
+            rewards_G = self.scorer(torch.stack(pictures).to(self.device), [self.prompt] * len(pictures))
+            advantages_G = quasi_norm_advantages(
+                rewards_G.cpu()[None, None], p=self.algorithm.p, backend="reference"
+            ).flatten()
+        with self.stage("update"):
+            for parameter in self.transformer.parameters():
+                parameter.grad = None
+            self.backward(torch.stack(states_GSTC), advantages_G.to(self.device), draws)
+            norm = torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), max_grad_norm).item()
+            if self.optimizer is not None:
+                self.optimizer.step()
+        return norm
+
+    @torch.no_grad()
+    def trajectory(self, noise_TC: Tensor) -> Tensor:
+        """All states of one candidate, [steps + 1, T, C] in float32, the noise first."""
+        solver = SOLVERS[self.sampling.solver]
+        sigmas = self._sigmas()
+        states, previous = [noise_TC[None]], None
+        for index in range(self.sampling.num_inference_steps):
+            velocity = self.velocity(states[-1], sigmas[index].item())
+            after, previous = solver(states[-1], velocity, sigmas, index, previous)
+            states.append(after)
+        return torch.cat(states)
+
+    def velocity(self, x_1TC: Tensor, sigma: float) -> Tensor:
+        config = self.transformer.config
+        one = torch.ones(1, device=self.device)
+        side = self.sampling.height // (2 * VAE_SCALE), self.sampling.width // (2 * VAE_SCALE)
+        weights: torch.dtype = self.transformer.x_embedder.weight.dtype
+        with self._arithmetic():
+            velocity: Tensor = self.transformer(
+                hidden_states=x_1TC.to(weights),
+                timestep=sigma * one,
+                guidance=self.sampling.guidance_scale * one if config.guidance_embeds else None,
+                encoder_hidden_states=self.conditioning.prompt_embeds.to(weights),
+                pooled_projections=self.conditioning.pooled.to(weights),
+                txt_ids=self.conditioning.txt_ids,
+                img_ids=FluxPipeline._prepare_latent_image_ids(1, *side, self.device, torch.float32),
+                return_dict=False,
+            )[0]
+        return velocity.float()
+
+    @torch.no_grad()
+    def picture(self, latents_TC: Tensor, file: Path) -> Tensor:
+        """uint8 [3, H, W] on the CPU, through a PNG."""
+        sampling, vae = self.sampling, self.vae
+        latents = FluxPipeline._unpack_latents(latents_TC[None], sampling.height, sampling.width, VAE_SCALE)
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0][0].float()
+        pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file)
+        with Image.open(file) as image:
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def backward(self, states_GSTC: Tensor, advantages_G: Tensor, draws: Draws) -> float:
+        """Adds the loss's gradient up, one anchor at one step after the other; returns the loss."""
+        sigmas, count, total = self._sigmas(), len(draws.step_K) * len(draws.anchor_B), 0.0
+        for step in draws.step_K.tolist():
+            dt = (sigmas[step] - sigmas[step + 1]).item()
+            for anchor in draws.anchor_B.tolist():
+                before_1TC = states_GSTC[anchor, step : step + 1]
+                velocity = self.velocity(before_1TC, sigmas[step].item())
+                loss = self.loss(before_1TC - dt * velocity, states_GSTC[:, step + 1], advantages_G) / count
+                loss.backward()
+                total += loss.item()
+        return total
+
+    def loss(self, point_1TC: Tensor, candidates_GTC: Tensor, advantages_G: Tensor) -> Tensor:
+        """Eqs. 8 to 10 as printed, at theta_old: the old policy's point is this one."""
+        algorithm = self.algorithm
+        assert isinstance(algorithm.temperature, float | int)
+        assert isinstance(algorithm.clip_range, float)
+        sqdist_G = (candidates_GTC - point_1TC).square().flatten(1).sum(1)
+        log_policy_G = (-sqdist_G / algorithm.temperature).log_softmax(0)
+        ratio_G = (log_policy_G - log_policy_G.detach()).exp()
+        clipped_G = ratio_G.clamp(1 - algorithm.clip_range, 1 + algorithm.clip_range)
+        return -torch.minimum(advantages_G * ratio_G, advantages_G * clipped_G).sum()
+
+    def _sigmas(self) -> Tensor:
+        return flow_sigmas(self.sampling.num_inference_steps, self.sampling.shift)
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()

@@ -1,0 +1,151 @@
+"""Forwards of the model alone, by batch, attention backend and arithmetic, and how far apart their velocities are."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from benchmarks.train_model import NO_COMPILER, ROUNDS, Inputs, build, peak_tflops, skipping, with_compiler
+from benchmarks.train_recipes import settings_of
+from benchmarks.train_rows import Case, Session, Skip, clock, peak_memory, seconds_of
+from ngrpo_train import attention
+from ngrpo_train.architecture import find_architecture
+from ngrpo_train.config import Recipe
+from ngrpo_train.flux import Flux
+from ngrpo_train.plan import iteration_flops
+
+
+def forward(session: Session, recipe: Recipe) -> None:
+    """Eager and compiled, by batch and attention backend; and how far apart their velocities are."""
+    G = recipe.algorithm.num_generations
+    batches = sorted({1, recipe.algorithm.num_anchors, G})
+    seen: dict[str, Tensor] = {}  # velocities of all G pictures, by what computed them
+    for how in ("eager", "compiled"):
+        if how == "compiled" and not session.compiles:
+            session.case("forward", how, skipping(NO_COMPILER))
+            return
+        of_how = with_compiler(recipe, how == "compiled")
+        built = build(session, "forward", how, of_how)
+        if built is None:
+            continue
+        flux, inputs = built
+        for batch in batches:
+            _forward_case(session, flux, inputs, of_how, batch, "native", how, seen)
+        _gradient_case(session, flux, inputs, of_how, how, seen)
+        for backend in attention.CANDIDATES[1:]:
+            _forward_case(session, flux, inputs, of_how, G, backend, how, seen)
+        del flux, inputs, built
+        B = recipe.algorithm.num_anchors
+        pairs = [(f"{how}, batch {batch}", f"{how}, batch {G}") for batch in batches[:-1]]
+        pairs += [(f"{how}, {backend}, batch {G}", f"{how}, batch {G}") for backend in attention.CANDIDATES[1:]]
+        pairs += [(f"{how}, with gradient, batch {B}", f"{how}, batch {B}")]
+        pairs += [(f"compiled, batch {batch}", f"eager, batch {batch}") for batch in batches if how == "compiled"]
+        _differences(session, how, seen, pairs)
+    _float8(session, recipe, seen, G)
+
+
+def _forward_case(
+    session: Session,
+    flux: Flux,
+    inputs: Inputs,
+    recipe: Recipe,
+    batch: int,
+    backend: str,
+    how: str,
+    seen: dict[str, Tensor],
+) -> None:
+    """No gradient, `batch` pictures at a time."""
+    name = f"{how}, batch {batch}" if backend == "native" else f"{how}, {backend}, batch {batch}"
+
+    def measure(case: Case) -> None:
+        _use_backend(flux, backend)
+        flux.settings = replace(flux.settings, rollout_batch=batch)
+        part = inputs.first(batch)
+        _speed(case, recipe, batch, lambda: flux.sampling_velocity(*part))
+        everything = inputs.first(len(inputs.x_NTC))
+        seen[name] = flux.sampling_velocity(*everything).float().cpu()
+
+    settings = replace(recipe.parallel, rollout_batch=batch, attention=backend)
+    session.case("forward", name, measure, settings_of(replace(recipe, parallel=settings)), keep_compiled=True)
+
+
+def _use_backend(flux: Flux, backend: str) -> None:
+    try:
+        attention.refuse(backend, flux.device)
+    except ValueError as error:
+        raise Skip(str(error)) from None
+    flux.transformer.set_attention_backend(backend)
+
+
+def _speed(case: Case, recipe: Recipe, batch: int, call: Callable[[], object]) -> None:
+    device = case.session.device
+    stop = clock(device)
+    call()
+    case.add("first_call", "s", stop())
+    call()
+    with peak_memory(case):
+        seconds = seconds_of(call, device, ROUNDS)
+    case.add("forward", "ms", *(1e3 * each for each in seconds))
+    tflop = batch * forward_flops(recipe) / 1e12
+    case.add("rate", "TFLOP/s", *(tflop / each for each in seconds))
+    if peak := peak_tflops(device):
+        case.add("of_peak", "share", *(tflop / each / peak for each in seconds))
+
+
+def forward_flops(recipe: Recipe) -> float:
+    """Of one picture: its share of an iteration's rollout."""
+    rollout = iteration_flops(recipe, find_architecture(recipe.model.name_or_path)).model_stages["rollout"]
+    prompts = recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps
+    return rollout / (prompts * recipe.algorithm.num_generations * recipe.sampling.num_inference_steps)
+
+
+def _gradient_case(
+    session: Session, flux: Flux, inputs: Inputs, recipe: Recipe, how: str, seen: dict[str, Tensor]
+) -> None:
+    """The forward that trains, on as many pictures as an update takes."""
+    B = recipe.algorithm.num_anchors
+    name = f"{how}, with gradient, batch {B}"
+
+    def measure(case: Case) -> None:
+        _use_backend(flux, "native")
+        part = inputs.first(B)
+        _speed(case, recipe, B, lambda: flux.velocity(*part))
+        seen[name] = flux.velocity(*part).detach().float().cpu()
+
+    session.case("forward", name, measure, settings_of(recipe), keep_compiled=True)
+
+
+def _float8(session: Session, recipe: Recipe, seen: dict[str, Tensor], G: int) -> None:
+    recipe = replace(recipe, parallel=replace(recipe.parallel, compile="on", rollout_dtype="float8"))
+    built = build(session, "forward", "float8", recipe)
+    if built is None:
+        return
+    (flux, inputs), name = built, f"float8, batch {G}"
+
+    def measure(case: Case) -> None:
+        def quantise() -> None:
+            with flux.exploring():
+                pass
+
+        _use_backend(flux, "native")
+        quantise()
+        case.add("quantise", "s", *seconds_of(quantise, session.device, 2))
+        part = inputs.first(G)
+        with flux.exploring():
+            _speed(case, recipe, G, lambda: flux.sampling_velocity(*part, explore=True))
+            seen[name] = flux.sampling_velocity(*part, explore=True).float().cpu()
+
+    session.case("forward", name, measure, settings_of(recipe))
+    _differences(session, "float8", seen, [(name, f"compiled, batch {G}")])
+
+
+def _differences(session: Session, how: str, seen: dict[str, Tensor], pairs: Sequence[tuple[str, str]]) -> None:
+    """|a - b| / |b| over all pictures that both have."""
+
+    def measure(case: Case) -> None:
+        for one, other in pairs:
+            if one in seen and other in seen:
+                a, b = seen[one].double(), seen[other].double()[: len(seen[one])]
+                case.add(f"{one} / {other}", "relative", ((a - b).norm() / b.norm()).item())
+
+    session.case("forward", f"velocities apart: {how}", measure, always=True)

@@ -1,0 +1,242 @@
+"""Parts of an iteration alone, at the model's full size: forward with backward, the optimizer's step, the VAE.
+
+Each function measures the cases of one part of `train_parts`. Cases that share a model go one after the other on it.
+"""
+
+# N pictures, T image tokens, C channels of a packed token.
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.train_recipes import settings_of, with_depth
+from benchmarks.train_rows import Case, Session, Skip, clock, peak_memory, seconds_of
+from ngrpo_train import blocks
+from ngrpo_train.architecture import find_architecture, transformer_on
+from ngrpo_train.config import Model, Optimizer, Recipe
+from ngrpo_train.flux import Flux
+from ngrpo_train.machines import machine_of
+from ngrpo_train.optimizer import guarded_step, make_optimizer
+from ngrpo_train.prompts import load_prompts
+from ngrpo_train.text import Conditioning
+
+ROUNDS = 8
+NO_COMPILER = "compiling takes minutes on a CPU"
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Of a forward: the states of N pictures, each of a prompt of its own."""
+
+    x_NTC: Tensor
+    sigma_N: Tensor
+    conditioning: Conditioning
+
+    @staticmethod
+    def make(flux: Flux, recipe: Recipe) -> "Inputs":
+        count = recipe.algorithm.num_generations
+        x = torch.randn(count, *flux.latent_shape, generator=torch.Generator().manual_seed(0)).to(flux.device)
+        prompts = load_prompts(recipe.prompts.source)[:count]
+        return Inputs(x, torch.full((count,), 0.9, device=flux.device), flux.encode(prompts))
+
+    def first(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
+        rows = torch.arange(count, device=self.x_NTC.device)
+        return self.x_NTC[:count], self.sigma_N[:count], self.conditioning.rows(rows)
+
+
+def build(session: Session, part: str, name: str, recipe: Recipe) -> tuple[Flux, Inputs] | None:
+    """The model of a recipe and inputs for it; None where they cannot be made, which is then a row."""
+    made: list[tuple[Flux, Inputs]] = []
+
+    def measure(case: Case) -> None:
+        # So that every build has the same text encoders and VAE; the transformer's weights have seeds of their own.
+        torch.manual_seed(recipe.train.seed)
+        stop = clock(session.device)
+        flux = Flux(recipe.model, recipe.sampling, recipe.parallel, session.device)
+        case.add("build", "s", stop())
+        stop = clock(session.device)
+        made.append((flux, Inputs.make(flux, recipe)))
+        case.add("encode", "s", stop(), note=f"{recipe.algorithm.num_generations} prompts, the first time")
+
+    session.case(part, f"building: {name}", measure, settings_of(recipe), always=True)
+    return made.pop() if made else None
+
+
+def with_compiler(recipe: Recipe, on: bool) -> Recipe:
+    return replace(recipe, parallel=replace(recipe.parallel, compile="on" if on else "off"))
+
+
+def peak_tflops(device: torch.device) -> float:
+    """The datasheet's for dense bfloat16; 0 for a device that is not in the table of machines."""
+    if device.type != "cuda":
+        return 0.0
+    properties = torch.cuda.get_device_properties(device)
+    machine = machine_of(properties.name, properties.total_memory)
+    return machine.tflops if machine else 0.0
+
+
+def skipping(reason: str) -> Callable[[Case], None]:
+    def measure(case: Case) -> None:
+        raise Skip(reason)
+
+    return measure
+
+
+# -- Activations -------------------------------------------------------------------------------------------------------
+
+
+def activations(session: Session, recipe: Recipe) -> None:
+    """Forward and backward of an update's pictures, by what is kept in between."""
+    built = build(session, "activations", "the model", with_compiler(recipe, False))
+    if built is None:
+        return
+    flux, part = built[0], built[1].first(recipe.algorithm.num_anchors)
+    keeps: list[tuple[Any, bool]] = [(keep, True) for keep in ("full", 0.9, "none", 0.7, 0.5, "selective")]
+    keeps += [(keep, False) for keep in ("full", "selective", "none")]
+
+    for keep, compiled in keeps:
+        model = replace(recipe.model, gradient_checkpointing=keep)
+        of_keep = replace(with_compiler(recipe, compiled), model=model)
+
+        def measure(case: Case, recipe: Recipe = of_keep, compiled: bool = compiled) -> None:
+            if compiled and not session.compiles:
+                raise Skip(NO_COMPILER)
+            _prepare_again(flux, recipe)
+            _forward_backward(case, flux, part)
+
+        session.case("activations", f"{keep}, {'compiled' if compiled else 'eager'}", measure, settings_of(of_keep))
+
+
+def _prepare_again(flux: Flux, recipe: Recipe) -> None:
+    """Blocks that recompute and compile by another recipe."""
+    import torch._functorch.config as functorch
+
+    functorch.activation_memory_budget = 1.0
+    repeated = [*flux.transformer.transformer_blocks, *flux.transformer.single_transformer_blocks]
+    for block in repeated:
+        block.__dict__.pop("forward", None)
+    blocks.prepare(repeated, recipe.model, recipe.parallel, flux.device)
+
+
+def _forward_backward(case: Case, flux: Flux, part: tuple[Tensor, Tensor, Conditioning]) -> None:
+    device, taken = case.session.device, []
+    direction = torch.randn(part[0].shape, generator=torch.Generator().manual_seed(1)).to(device, flux.compute_dtype)
+
+    def both() -> None:
+        stop = clock(device)
+        velocity = flux.velocity(*part)
+        taken.append(stop())
+        stop = clock(device)
+        velocity.backward(direction)
+        taken.append(stop())
+
+    for number in range(2):  # the second finds the gradients that it adds to
+        both()
+        if number == 0:
+            case.add("first_call", "s", sum(taken))
+    taken.clear()
+    with peak_memory(case):
+        for _ in range(ROUNDS // 2):
+            both()
+    forwards, backwards = taken[::2], taken[1::2]
+    case.add("forward", "ms", *(1e3 * each for each in forwards))
+    case.add("backward", "ms", *(1e3 * each for each in backwards))
+    case.add("both", "ms", *(1e3 * sum(each) for each in zip(forwards, backwards, strict=True)))
+
+
+# -- The optimizer's step ----------------------------------------------------------------------------------------------
+
+
+def optimizer(session: Session, recipe: Recipe) -> None:
+    """Clipping and one step: 8-bit states with bfloat16 weights, float32 in as much of the model as fits."""
+    name, (doubles, singles) = recipe.model.name_or_path, find_architecture(recipe.model.name_or_path).layers
+    third = with_depth(name, max(1, doubles // 3), max(1, singles // 3))
+    cases: tuple[tuple[str, str, Any, torch.dtype], ...] = (
+        ("adamw_8bit, bfloat16 weights", name, "adamw_8bit", torch.bfloat16),
+        ("adamw, float32 weights, a third of the blocks", third, "adamw", torch.float32),
+    )
+    for case_name, model, kind, dtype in cases:
+        settings = replace(recipe.optimizer, name=kind)
+
+        def measure(case: Case, model: str = model, settings: Optimizer = settings, dtype: torch.dtype = dtype) -> None:
+            if settings.name == "adamw_8bit" and not session.compiles:
+                raise Skip(f"torchao compiles its step, and {NO_COMPILER}")
+            _step(case, model, settings, dtype, whole=name)
+
+        of_case = Recipe(model=replace(recipe.model, name_or_path=model), optimizer=settings)
+        session.case("optimizer", case_name, measure, settings_of(of_case))
+
+
+def _step(case: Case, model: str, settings: Optimizer, dtype: torch.dtype, *, whole: str) -> None:
+    device = case.session.device
+    transformer = transformer_on(find_architecture(model), dtype=dtype).to_empty(device=device)
+    parameters = list(transformer.parameters())
+    for parameter in parameters:
+        parameter.data.normal_(std=0.02)
+    count = sum(parameter.numel() for parameter in parameters)
+    case.add("parameters", "count", count)
+    stop = clock(device)
+    stepping = make_optimizer(parameters, settings)
+    case.add("first_step", "s", stop(), note="allocates the states, and compiles")
+    seconds = []
+    for _ in range(4):
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter).normal_()
+        seconds += seconds_of(lambda: guarded_step(stepping, settings.max_grad_norm, device), device, 1)
+    case.add("step", "ms", *(1e3 * each for each in seconds[1:]))
+    if device.type == "cuda":
+        case.add("peak_memory", "GiB", torch.cuda.max_memory_allocated(device) / 2**30)
+    everything = sum(parameter.numel() for parameter in transformer_on(find_architecture(whole)).parameters())
+    if everything != count:
+        scaled = [1e3 * each * everything / count for each in seconds[1:]]
+        case.add("step_scaled", "ms", *scaled, note=f"not measured: times {everything / count:.3g}, for all parameters")
+
+
+# -- The VAE -----------------------------------------------------------------------------------------------------------
+
+
+def decode(session: Session, recipe: Recipe) -> None:
+    """All pictures of a group: so many at once, eager or compiled, with channels last or not."""
+    shallow = with_depth(recipe.model.name_or_path, 1, 1)  # the transformer is not used
+    recipe = replace(with_compiler(recipe, False), model=Model(name_or_path=shallow))
+    built = build(session, "decode", "the VAE", recipe)
+    if built is None:
+        return
+    flux, G = built[0], recipe.algorithm.num_generations
+    latents_NTC = torch.randn(G, *flux.latent_shape, generator=torch.Generator().manual_seed(0)).to(session.device)
+    batches = list(dict.fromkeys(n for n in (4, G, 1) if n <= G))
+    choices = [(batch, False, last) for last in (True, False) for batch in batches]
+    choices += [(batch, True, True) for batch in batches] + [(batches[0], True, False)]
+
+    for batch, compiled, channels_last in choices:
+
+        def measure(
+            case: Case, batch: int = batch, compiled: bool = compiled, channels_last: bool = channels_last
+        ) -> None:
+            if compiled and not session.compiles:
+                raise Skip(NO_COMPILER)
+            _set_decoder(flux, compiled, channels_last)
+            flux.settings = replace(flux.settings, decode_batch=batch)
+            stop = clock(session.device)
+            flux.decode(latents_NTC)
+            case.add("first_call", "s", stop())
+            with peak_memory(case):
+                case.add("decode", "s", *seconds_of(lambda: flux.decode(latents_NTC), session.device, 4))
+
+        layout = "channels last" if channels_last else "channels first"
+        name = f"{batch} at once, {'compiled' if compiled else 'eager'}, {layout}"
+        of_case = with_compiler(recipe, compiled)
+        of_case = replace(of_case, parallel=replace(of_case.parallel, decode_batch=batch))
+        session.case("decode", name, measure, settings_of(of_case))
+
+
+def _set_decoder(flux: Flux, compiled: bool, channels_last: bool) -> None:
+    vae = flux.pipeline.vae
+    vae.decoder.__dict__.pop("forward", None)
+    vae.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    flux.compiled = compiled
+    if compiled:
+        vae.decoder.forward = torch.compile(vae.decoder.forward, dynamic=False)

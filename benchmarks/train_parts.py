@@ -1,0 +1,235 @@
+"""What an iteration of FLUX.1-dev costs on one GPU, part by part:
+
+    python -m benchmarks.train_parts PART [--only NAME ...] [--out rows.csv]
+
+forward, activations, optimizer and decode are parts of an iteration alone; iteration, variants and sharded are whole
+iterations, built and made as by `train_step`; peer is an iteration built as other trainers are. `--tiny` rehearses a
+part on a CPU, or on a GPU in little time. `train_rows` explains the CSV, `benchmarks/gpu.sh` runs all of it.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from benchmarks import train_forward, train_model, train_step
+from benchmarks.peer_style import Draws, Peer
+from benchmarks.train_recipes import full_size, score, settings_of, tiny, with_depth
+from benchmarks.train_rows import Case, Session, clock
+from ngrpo_train.architecture import Architecture, find_architecture, transformer_on, vae_on
+from ngrpo_train.config import Recipe
+from ngrpo_train.loading import fill
+from ngrpo_train.optimizer import make_optimizer
+from ngrpo_train.perturb import draw_anchors, draw_train_steps, neighborhood
+from ngrpo_train.plan import iteration_flops
+from ngrpo_train.stopwatch import Stopwatch
+from ngrpo_train.text import Conditioning
+
+SHALLOW = (4, 8)  # double and single blocks, for what does not fit, or only shifts, at full depth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    part: tyro.conf.Positional[
+        Literal["forward", "activations", "optimizer", "decode", "iteration", "variants", "sharded", "peer"]
+    ]
+    out: Path | None = None
+    """CSV that rows are appended to, as they are measured; none by default."""
+    only: tuple[str, ...] = ()
+    """Cases to measure: those whose name has one of these in it."""
+    tiny: bool = False
+    """A model of two small blocks and pictures of 32 pixels: says nothing about time."""
+
+
+# -- Whole iterations --------------------------------------------------------------------------------------------------
+
+
+def iteration(session: Session, recipe: Recipe) -> None:
+    """Every weight trained: one optimizer step for each rollout, and one for each anchor."""
+    anchors = recipe.algorithm.num_anchors
+    _iterations(session, "iteration", "full, 1 update", recipe, iterations=3)
+    several = replace(recipe, algorithm=replace(recipe.algorithm, updates_per_iteration=anchors))
+    _iterations(session, "iteration", f"full, {anchors} updates", several)
+
+
+def variants(session: Session, recipe: Recipe) -> None:
+    """The same iteration with other means."""
+    parallel = recipe.parallel
+    budget = replace(recipe, model=replace(recipe.model, gradient_checkpointing=0.9))
+    float8 = replace(recipe, parallel=replace(parallel, rollout_dtype="float8"))
+    lora = replace(
+        recipe,
+        model=replace(recipe.model, tuning="lora"),
+        optimizer=replace(recipe.optimizer, name="adamw", learning_rate=3e-4),
+        parallel=replace(parallel, master_dtype="float32"),
+    )
+    _iterations(session, "variants", "full, 0.9 of activations kept", budget, compiled=True)
+    _iterations(session, "variants", "full, float8 rollout", float8, compiled=True)
+    _iterations(session, "variants", f"LoRA, rank {lora.model.lora_rank}", lora)
+
+
+def sharded(session: Session, recipe: Recipe) -> None:
+    """What going through FSDP2 costs where there is nobody to share with, in a few blocks."""
+    whole = recipe.model.name_or_path
+    depth = map(min, SHALLOW, find_architecture(whole).layers)
+    recipe = replace(recipe, model=replace(recipe.model, name_or_path=with_depth(whole, *depth)))
+    parallel = recipe.parallel
+    _iterations(session, "sharded", "plain", recipe)
+    for keep in ("iteration", "rollout", "never"):
+        settings = replace(parallel, sharding="full", keep_gathered=keep)
+        _iterations(session, "sharded", f"FSDP2, gathered: {keep}", replace(recipe, parallel=settings))
+    in_float32 = replace(
+        recipe,
+        optimizer=replace(recipe.optimizer, name="adamw"),
+        parallel=replace(parallel, sharding="full", master_dtype="float32"),
+    )
+    _iterations(session, "sharded", "FSDP2, float32 weights", in_float32)
+
+
+def _iterations(
+    session: Session, part: str, name: str, recipe: Recipe, *, iterations: int = 2, compiled: bool = False
+) -> None:
+    """Two runs, one after the other, of one trainer; `compiled` where a recipe takes a compiler."""
+    if compiled and not session.compiles:
+        session.case(part, name, train_model.skipping(train_model.NO_COMPILER))
+        return
+    session.case(part, name, lambda case: train_step.measure(case, recipe, iterations=iterations, warmup=1, runs=2))
+
+
+# -- As the peers do ---------------------------------------------------------------------------------------------------
+
+
+def peer(session: Session, recipe: Recipe) -> None:
+    """As the peers' scripts: float32 weights under autocast; and with bfloat16 weights, which is kinder to them."""
+    no_step = "without the optimizer's step: float32 weights, gradients and Adam's states take 16 bytes a parameter"
+    session.case(
+        "peer",
+        "float32 weights under autocast",
+        lambda case: _peer(case, recipe, torch.float32, with_optimizer=False, note=no_step),
+    )
+    with_optimizer = session.compiles or recipe.optimizer.name == "adamw"
+    session.case(
+        "peer",
+        "bfloat16 weights",
+        lambda case: _peer(case, recipe, torch.bfloat16, with_optimizer=with_optimizer),
+    )
+
+
+def _peer(case: Case, recipe: Recipe, dtype: torch.dtype, *, with_optimizer: bool, note: str = "") -> None:
+    device, architecture = case.session.device, find_architecture(recipe.model.name_or_path)
+    case.settings = f"{settings_of(recipe)} (as far as a peer has them: eager, one picture per forward)"
+    watch, building = Stopwatch(device), clock(device)
+    with TemporaryDirectory() as directory:
+        peer = make_peer(recipe, architecture, device, dtype, Path(directory), watch, with_optimizer=with_optimizer)
+        case.add("build", "s", building(), note=note)
+        flops = iteration_flops(recipe, architecture)
+        figures: list[dict[str, float]] = []
+        for step, draws in zip(range(3), _draws(recipe, architecture, device), strict=False):
+            watch.restart()
+            norm = peer.iterate(draws, recipe.optimizer.max_grad_norm)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times = watch.read() | {"grad_norm": norm}
+            case.session.say(f"   iteration {step}: " + "  ".join(f"{k} {v:.3g}" for k, v in times.items()))
+            figures.append(times)
+        for key, name, unit in train_step.FIGURES:
+            if key in figures[0]:
+                case.add(name, unit, *(each[key] for each in figures[1:]), note=note if name == "iteration" else "")
+        seconds = [each["time/iteration_s"] for each in figures[1:]]
+        case.add("prompt", "s", *seconds)
+        if peak := train_model.peak_tflops(device):
+            case.add("mfu", "share", *(flops.model / each / peak / 1e12 for each in seconds))
+            case.add("hfu", "share", *(flops.hardware / each / peak / 1e12 for each in seconds))
+        if device.type == "cuda":
+            case.add("peak_memory", "GiB", torch.cuda.max_memory_allocated(device) / 2**30)
+
+
+def make_peer(
+    recipe: Recipe,
+    architecture: Architecture,
+    device: torch.device,
+    dtype: torch.dtype,
+    directory: Path,
+    watch: Stopwatch,
+    *,
+    with_optimizer: bool,
+) -> Peer:
+    """With random weights of `dtype`, the same as ours but for their rounding, and made-up features of a prompt."""
+    transformer: Any = transformer_on(architecture, dtype=dtype).to_empty(device=device)
+    fill(transformer, recipe.model.name_or_path, None)
+    transformer.train()
+    transformer.enable_gradient_checkpointing()
+    generator = torch.Generator().manual_seed(0)
+
+    def made_up(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+
+    length, config = recipe.sampling.max_sequence_length, architecture.transformer
+    conditioning = Conditioning(
+        made_up(1, length, config["joint_attention_dim"]),
+        made_up(1, config["pooled_projection_dim"]),
+        torch.zeros(length, 3, device=device),
+    )
+    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Peer(
+        transformer=transformer,
+        vae=vae_on(architecture, str(device), frozen).requires_grad_(False),
+        sampling=recipe.sampling,
+        algorithm=recipe.algorithm,
+        conditioning=conditioning,
+        prompt="",
+        scorer=score,
+        directory=directory,
+        stage=watch,
+        autocast=dtype == torch.float32,
+        optimizer=make_optimizer(list(transformer.parameters()), recipe.optimizer) if with_optimizer else None,
+    )
+
+
+def _draws(recipe: Recipe, architecture: Architecture, device: torch.device) -> Iterator[Draws]:
+    algorithm = recipe.algorithm
+    shape = architecture.image_tokens(recipe.sampling), architecture.channels
+    for step in count():
+        draw = {"seed": recipe.train.seed, "step": step, "slot": 0}
+        yield Draws(
+            noise_GTC=neighborhood(shape, algorithm.num_generations, algorithm.sigma, **draw).to(device),
+            step_K=draw_train_steps(recipe.trainable_steps(), algorithm.num_train_steps, **draw),
+            anchor_B=draw_anchors(algorithm.num_generations, algorithm.num_anchors, **draw),
+        )
+
+
+# -- The command -------------------------------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[Session, Recipe], None]] = {
+    "forward": train_forward.forward,
+    "activations": train_model.activations,
+    "optimizer": train_model.optimizer,
+    "decode": train_model.decode,
+    "iteration": iteration,
+    "variants": variants,
+    "sharded": sharded,
+    "peer": peer,
+}
+
+
+def main(args: Parts) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not args.tiny:
+        print("train_parts: no CUDA device; --tiny rehearses on a CPU", file=sys.stderr)
+        return 2
+    session = Session(device, args.out, args.only, compiles=device.type == "cuda")
+    PARTS[args.part](session, tiny(on_gpu=device.type == "cuda") if args.tiny else full_size())
+    return int(session.failed)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sys.exit(main(tyro.cli(Parts, description=__doc__)))

@@ -1,0 +1,186 @@
+"""What the training benchmarks train: random weights at a model's size, a made-up reward, and recipes around them."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+
+from ngrpo_train.architecture import KNOWN, Architecture, find_architecture
+from ngrpo_train.config import Model, Optimizer, Parallel, Prompts, Recipe, Reward
+from ngrpo_train.parsing import as_flags
+from ngrpo_train.rewards import find_scorer
+from ngrpo_train.shapes.pipeline import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
+
+RANDOM = {
+    "black-forest-labs/FLUX.1-dev": "random:flux-dev",
+    "black-forest-labs/FLUX.1-schnell": "random:flux-schnell",
+}
+MADE_UP_REWARD = {"made_up": Reward(path="benchmarks.train_recipes:score")}
+_GOLDEN_RATIO = 0.6180339887498949
+
+
+def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Mean brightness, and a number for each place in the batch: random weights may draw all pictures alike, and an
+    update whose rewards are flat is left out. Stays on the device, and costs next to nothing there.
+    """
+    places = torch.arange(len(images), device=images.device, dtype=torch.float32)
+    return images.float().mean((1, 2, 3)) / 255 + (places * _GOLDEN_RATIO).frac()
+
+
+# -- Recipes -----------------------------------------------------------------------------------------------------------
+
+
+def full_size() -> Recipe:
+    """The iteration that the target is about: FLUX.1-dev, every weight trained, on one GPU of 141 GB.
+
+    720 squared, 8 steps, G = 12, B = 4, K = 4, one prompt. Weights lie in bfloat16 and are rounded stochastically: with
+    float32 weights, gradients and Adam's two states it would take 190 GB.
+    """
+    return Recipe(
+        model=Model(name_or_path="random:flux-dev"),
+        prompts=Prompts(source="shapes:train"),
+        optimizer=Optimizer(name="adamw_8bit"),
+        parallel=Parallel(master_dtype="bfloat16", update_batch=4),
+        rewards=MADE_UP_REWARD,
+    )
+
+
+def tiny(*, on_gpu: bool) -> Recipe:
+    """As `full_size` in its structure, for a rehearsal; on a CPU nothing is compiled and all is float32."""
+    register_tiny()
+    full = full_size()
+    recipe = replace(
+        full,
+        model=replace(full.model, name_or_path="random:flux-tiny", lora_rank=4, lora_alpha=4),
+        sampling=replace(full.sampling, height=32, width=32, max_sequence_length=16, num_inference_steps=4),
+        algorithm=replace(full.algorithm, num_generations=4, num_anchors=2, num_train_steps=2),
+        parallel=replace(full.parallel, update_batch=2),
+    )
+    if on_gpu:
+        return recipe
+    return replace(
+        recipe,
+        optimizer=replace(recipe.optimizer, name="adamw"),
+        parallel=Parallel(device="cpu", compute_dtype="float32", compile="off", update_batch=2),
+    )
+
+
+def as_measured(recipe: Recipe, depth: str = "") -> tuple[Recipe, list[str]]:
+    """A recipe as it can be measured without downloads, and what was put in place of what it asks for.
+
+    `depth` is "DOUBLE,SINGLE", numbers of blocks. Raises ValueError where the model's weights are not random ones.
+    """
+    notes = []
+    name = recipe.model.name_or_path
+    if name in RANDOM:
+        name = RANDOM[name]
+        notes.append("random weights")
+    if depth:
+        name = with_depth(name, *_two_numbers(depth))
+    prompts = recipe.prompts
+    if not prompts.source:
+        prompts = replace(prompts, source="shapes:train")
+        notes.append("prompts of the shapes world")
+    rewards = {name: reward for name, reward in recipe.rewards.items() if _is_installed(name, reward)}
+    notes += [f"without the reward {name}" for name in recipe.rewards.keys() - rewards]
+    if not any(reward.weight and not reward.log_only for reward in rewards.values()):
+        rewards |= MADE_UP_REWARD
+        notes.append("a made-up reward")
+    recipe = replace(
+        recipe,
+        model=replace(recipe.model, name_or_path=name),
+        prompts=prompts,
+        rewards=rewards,
+        log=replace(recipe.log, trackers=()),
+    )
+    return recipe, notes
+
+
+def _is_installed(name: str, reward: Reward) -> bool:
+    try:
+        find_scorer(name, reward.path)
+    except ValueError:
+        return False
+    return True
+
+
+def _two_numbers(depth: str) -> tuple[int, int]:
+    parts = depth.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"--depth = {depth!r} must be two numbers of blocks, DOUBLE,SINGLE")
+    return int(parts[0]), int(parts[1])
+
+
+def settings_of(recipe: Recipe) -> str:
+    """The recipe as flags, where it is not as by default and decides what is computed; how memory is allocated."""
+    default, ours = asdict(Recipe()), asdict(recipe)
+    changed = {
+        section: {name: value for name, value in ours[section].items() if value != default[section][name]}
+        for section in ("model", "prompts", "sampling", "algorithm", "optimizer", "train", "parallel")
+    }
+    flags = [_dashed(flag) for flag in as_flags(changed)]
+    allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    return " ".join(flags + [f"PYTORCH_CUDA_ALLOC_CONF={allocator}"] * bool(allocator))
+
+
+def _dashed(flag: str) -> str:
+    name, equals, value = flag.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else flag
+
+
+# -- Sizes -------------------------------------------------------------------------------------------------------------
+
+
+def with_depth(name_or_path: str, doubles: int, singles: int) -> str:
+    """The name of random weights like these in that many blocks. Raises ValueError for weights that are not random."""
+    if not name_or_path.startswith("random:"):
+        raise ValueError(f"model.name_or_path = {name_or_path!r} has its own number of blocks: only random:... has any")
+    name = f"{name_or_path}:{doubles}+{singles}"
+    find_architecture(name)
+    return name
+
+
+def register_tiny() -> None:
+    """Make "random:flux-tiny" known: FLUX.1-dev's parts at 1 block each and the least width."""
+    dev, dim = KNOWN["flux-dev"], 16
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
+    KNOWN.setdefault(  # only once: what is computed from an architecture is cached by its identity
+        "flux-tiny",
+        Architecture(
+            transformer={
+                **dev.transformer,
+                "num_layers": 1,
+                "num_single_layers": 1,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "joint_attention_dim": dim,
+                "pooled_projection_dim": dim,
+                "axes_dims_rope": (4, 6, 6),
+            },
+            vae={**dev.vae, "block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 4},
+            text_encoder={
+                **dev.text_encoder,
+                "vocab_size": len(clip),
+                "hidden_size": dim,
+                "intermediate_size": dim,
+                "projection_dim": dim,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "max_position_embeddings": CLIP_LENGTH,
+                "bos_token_id": clip.bos_token_id,
+                "eos_token_id": clip.eos_token_id,
+                "pad_token_id": clip.pad_token_id,
+            },
+            text_encoder_2={
+                **dev.text_encoder_2,
+                "vocab_size": len(t5),
+                "d_model": dim,
+                "d_kv": 8,
+                "d_ff": dim,
+                "num_layers": 1,
+                "num_heads": 2,
+            },
+        ),
+    )

@@ -1,0 +1,166 @@
+"""Seconds per iteration of a recipe, stage by stage, on this machine:
+
+    python -m benchmarks.train_step RECIPE [--section.field value ...] [--iterations 3] [--out rows.csv]
+    torchrun --nproc-per-node 8 -m benchmarks.train_step RECIPE ...
+
+A recipe is a packaged one's name or a TOML file. It is built and iterated as `ngrpo train` does it. FLUX.1 has random
+weights, made on the device; where none of the recipe's rewards is installed, a made-up one stands in for them, and rows
+say so. Prints what it finds, and appends it to a CSV whose columns `train_rows` explains.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import torch
+import tyro
+
+from benchmarks.train_recipes import as_measured, settings_of
+from benchmarks.train_rows import Case, Session, clock
+from ngrpo_train import parallel
+from ngrpo_train.config import Recipe, check
+from ngrpo_train.iteration import Trainer
+from ngrpo_train.parsing import RecipeFlags, find_recipe, parse, read_recipe
+from ngrpo_train.prompts import PromptCursor, load_prompts
+from ngrpo_train.rewards import Rewards
+from ngrpo_train.settle import cost_of, settle_attention, settle_memory
+from ngrpo_train.stopwatch import Stopwatch
+from ngrpo_train.update import refuse_backend
+
+# What is read of each iteration: its name there, its name in a row, its unit.
+FIGURES = (
+    ("time/iteration_s", "iteration", "s"),
+    ("time/rollout_s", "rollout", "s"),
+    ("time/decode_s", "decode", "s"),
+    ("time/reward_s", "reward", "s"),
+    ("time/update_s", "update", "s"),
+    ("compute/mfu", "mfu", "share"),
+    ("compute/hfu", "hfu", "share"),
+    ("memory/peak_gib", "peak_memory", "GiB"),
+    ("memory/reserved_gib", "reserved_memory", "GiB"),
+    ("memory/alloc_retries", "alloc_retries", "count"),
+    ("grad_norm", "grad_norm", "absolute"),
+    ("skipped_steps", "skipped_steps", "count"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Measure iterations of a recipe: a packaged name or a TOML file; without one, shapes_cpu.
+
+    Flags override the recipe's fields; the defaults shown are the recipe's.
+    """
+
+    recipe: RecipeFlags = field(default_factory=Recipe)
+    iterations: int = 3
+    """Iterations of one run."""
+    runs: int = 1
+    """Runs one after the other, to see how alike they are."""
+    warmup: int = 1
+    """Iterations before them, in which code is compiled."""
+    depth: Annotated[str, tyro.conf.arg(metavar="DOUBLE,SINGLE")] = ""
+    """Blocks of the transformer, for less than the whole of it; only where its weights are random."""
+    case: str = ""
+    """What the rows call it; empty is the recipe's name."""
+    out: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """CSV that the rows are appended to; empty writes none."""
+
+
+def measure(
+    case: Case, recipe: Recipe, *, iterations: int, warmup: int, runs: int = 1, notes: Sequence[str] = ()
+) -> None:
+    """Build what `ngrpo train` builds, iterate, and add what it took to the case.
+
+    Raises ValueError for a recipe that cannot train, RuntimeError where nothing was updated.
+    """
+    if min(iterations, runs) < 1 or warmup < 0:
+        raise ValueError(f"--iterations {iterations}, --runs {runs} and --warmup {warmup} must be positive")
+    with parallel.processes(recipe.parallel) as processes:
+        device, world_size = processes.device, processes.num_processes
+        check(recipe, world_size)
+        prompts_here = recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps
+        cursor = PromptCursor(
+            load_prompts(recipe.prompts.source),
+            seed=recipe.train.seed,
+            per_iteration=prompts_here * world_size,
+            rank=processes.process_index,
+            world_size=world_size,
+        )
+        rewards = Rewards(recipe.rewards)
+        refuse_backend(recipe.algorithm.backend, device)
+        building = clock(device)
+        recipe = settle_attention(recipe, device)
+        recipe = replace(recipe, parallel=settle_memory(recipe, device))
+        case.settings = settings_of(recipe)
+        torch.manual_seed(recipe.train.seed)
+        watch = Stopwatch(device)
+        trainer = Trainer.make(recipe, recipe.parallel, rewards, device, watch)
+        cost = cost_of(recipe, device)
+        case.add("build", "s", building())
+        trained = sum(parameter.numel() for parameter in trainer.flux.trainable.values())
+        case.add("trained_parameters", "count", trained)
+        cost.figures(1.0)  # what was compiled before is not this recipe's
+
+        def iterate(step: int) -> dict[str, float]:
+            watch.restart()
+            outcome = trainer.iterate(cursor.next(), step)
+            if outcome.stats is None:
+                raise RuntimeError("no group had any signal, so that nothing was updated")
+            # Reading them waits for the device, as training does once in an iteration.
+            figures = {"grad_norm": outcome.stats.grad_norm.item(), "skipped_steps": outcome.stats.skipped.item()}
+            figures |= watch.read()
+            figures |= cost.figures(figures["time/iteration_s"])
+            stages = "  ".join(f"{name} {figures[key]:.3g}" for key, name, unit in FIGURES if unit == "s")
+            case.session.say(f"   iteration {step}: {stages}")
+            return figures
+
+        before = [iterate(step) for step in range(warmup)]
+        if before:
+            case.add("first_iteration", "s", before[0]["time/iteration_s"])
+        case.add("graphs_first", "count", sum(each["compile/graphs"] for each in before), note="compiled before")
+        measured = [[iterate(warmup + run * iterations + i) for i in range(iterations)] for run in range(runs)]
+        _record(case, measured, prompts_here, "; ".join(notes))
+
+
+def _record(case: Case, runs: Sequence[Sequence[dict[str, float]]], prompts: int, note: str) -> None:
+    every = [figures for run in runs for figures in run]
+    for key, name, unit in FIGURES:
+        if key in every[0]:
+            case.add(name, unit, *(figures[key] for figures in every), note=note if name == "iteration" else "")
+    case.add("prompt", "s", *(figures["time/iteration_s"] / prompts for figures in every), note="of one device")
+    case.add("graphs_later", "count", sum(figures["compile/graphs"] for figures in every))
+    if len(runs) > 1:
+        first, *others = (median(figures["time/iteration_s"] for figures in run) for run in runs)
+        case.add("runs_ratio", "ratio", *(other / first for other in others), note="of a run's median to the first's")
+    if any(figures["skipped_steps"] or not math.isfinite(figures["grad_norm"]) for figures in every):
+        raise RuntimeError("a gradient was not finite, so that an optimizer step was left out")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO if parallel.rank_at_launch() == 0 else logging.ERROR, format="%(message)s")
+    name, rest = (arguments[0], arguments[1:]) if arguments and arguments[0][:1] != "-" else ("shapes_cpu", arguments)
+    try:
+        source = read_recipe(find_recipe(name))
+        step = parse(Step, source, rest, prog="train_step [RECIPE]", name=name, quiet=parallel.rank_at_launch() != 0)
+        recipe, notes = as_measured(step.recipe, step.depth)
+    except ValueError as error:
+        print(f"train_step: {error}", file=sys.stderr)
+        return 2
+    on_gpu = torch.cuda.is_available() and recipe.parallel.device != "cpu"
+    session = Session(torch.device("cuda" if on_gpu else "cpu"), Path(step.out) if step.out else None)
+    done = session.case(
+        "step",
+        step.case or Path(name).stem,
+        lambda case: measure(case, recipe, iterations=step.iterations, warmup=step.warmup, runs=step.runs, notes=notes),
+    )
+    return 0 if done else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""The training benchmarks: that they measure what training does, survive a failing case, and compare like with like."""
+
+import dataclasses
+import gc
+import os
+import subprocess
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import train_parts, train_recipes, train_rows, train_step, train_table
+from benchmarks.train_recipes import as_measured, full_size, score, settings_of, tiny, with_depth
+from benchmarks.train_rows import Case, Row, Session, Skip
+from ngrpo_train.architecture import find_architecture
+from ngrpo_train.config import Model, Recipe, Reward, check
+from ngrpo_train.iteration import Trainer
+from ngrpo_train.parsing import RecipeFlags, parse
+from ngrpo_train.prompts import Prompt
+from ngrpo_train.rewards import Rewards
+from ngrpo_train.settle import settle_memory
+from ngrpo_train.stopwatch import Stopwatch
+from ngrpo_train.update import update
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    return Session(CPU, tmp_path / "rows.csv")
+
+
+def statuses(rows: list[Row]) -> dict[str, str]:
+    """Of each case: its last row's."""
+    return {row.case: row.status for row in rows}
+
+
+def metrics(rows: list[Row], case: str) -> dict[str, float | None]:
+    return {row.metric: row.value for row in rows if row.case == case and row.status == "ok"}
+
+
+# -- Recipes -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_had_is_made_up_and_said() -> None:
+    recipe = Recipe(rewards={"hpsv2": Reward(), "shapes_judge": Reward(log_only=True)})
+    measured, notes = as_measured(recipe)
+    check(measured)
+    assert measured.model.name_or_path == "random:flux-dev"
+    assert list(measured.rewards) == ["shapes_judge", "made_up"]
+    assert notes == ["random weights", "prompts of the shapes world", "without the reward hpsv2", "a made-up reward"]
+    assert as_measured(measured) == (measured, [])
+
+
+def test_depth_is_of_random_weights_only() -> None:
+    recipe, _ = as_measured(full_size(), "2,3")
+    architecture = find_architecture(recipe.model.name_or_path)
+    assert architecture.layers == (2, 3)
+    assert architecture.width == find_architecture("random:flux-dev").width
+    assert find_architecture(with_depth("random:flux-dev", 2, 3)) is architecture
+    with pytest.raises(ValueError, match="has its own number of blocks"):
+        as_measured(replace(recipe, model=Model(name_or_path="shapes")), "2,3")
+    with pytest.raises(ValueError, match="DOUBLE,SINGLE"):
+        as_measured(full_size(), "2")
+
+
+def test_the_made_up_reward_is_never_flat() -> None:
+    alike = torch.full((12, 3, 8, 8), 128, dtype=torch.uint8)
+    rewards = score(alike, [""] * 12)
+    assert rewards.sort().values.diff().min() > 0.01
+    brighter = alike.clone()
+    brighter[3] = 255
+    assert (score(brighter, [""] * 12) - rewards).nonzero().tolist() == [[3]]
+
+
+@pytest.mark.parametrize("recipe", [full_size(), tiny(on_gpu=False)], ids=["full", "tiny"])
+def test_settings_repeat_a_recipe(recipe: Recipe) -> None:
+    @dataclasses.dataclass
+    class Command:
+        recipe: RecipeFlags = dataclasses.field(default_factory=Recipe)
+
+    again = parse(Command, {}, settings_of(recipe).split(), prog="").recipe
+    assert replace(again, rewards=recipe.rewards) == recipe
+
+
+# -- A session ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_case_takes_no_other_along(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    def out_of_memory(case: Case) -> None:
+        tensor = torch.ones(4)
+        held.append(weakref.ref(tensor))
+        case.add("before", "s", 1.0)
+        torch.empty(1 << 60)
+
+    def broken(case: Case) -> None:
+        raise KeyError("a bug")
+
+    def skipped(case: Case) -> None:
+        raise Skip("not here")
+
+    gc.disable()
+    try:  # the next case finds what this one held free, without any help
+        ended = [
+            session.case("part", name, measure)
+            for name, measure in [
+                ("large", out_of_memory),
+                ("after", lambda case: case.add("freed", "count", held[0]() is None)),
+                ("broken", broken),
+                ("skipped", skipped),
+                ("last", lambda case: case.add("time", "s", 3.0, 1.0, 2.0)),
+            ]
+        ]
+    finally:
+        gc.enable()
+    assert ended == [False, True, False, False, True]
+    assert session.failed
+    assert session.out is not None
+    rows = train_rows.read(session.out)
+    assert statuses(rows) == {
+        "large": "out of memory",
+        "after": "ok",
+        "broken": "failed",
+        "skipped": "skipped",
+        "last": "ok",
+    }
+    assert metrics(rows, "large") == {"before": 1}
+    assert metrics(rows, "after") == {"freed": 1}
+    assert [row.note for row in rows if row.case in ("broken", "skipped")] == ["KeyError: 'a bug'", "not here"]
+    (last,) = [row for row in rows if row.case == "last"]
+    assert (last.value, last.low, last.high, last.samples) == (2, 1, 3, 3)
+    assert last.torch == torch.__version__
+    assert "KeyError" in capsys.readouterr().err
+
+
+def test_of_a_case_measured_again_the_latest_rows_count(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert session.out is not None
+
+    def measured(begun: str, *names: str) -> None:
+        case = Case(session, "part", "case", begun=begun)
+        for name in names:
+            case.add(name, "s", 1.0)
+
+    measured("2026-11-21T10:00:00+00:00", "old", "both")
+    measured("2026-11-21T11:00:00+00:00", "both", "new")
+    assert [row.metric for row in train_rows.read(session.out)] == ["both", "new"]
+    assert train_rows.read(session.out.with_name("none.csv")) == []
+    session.out.write_text("op,provider\n")
+    with pytest.raises(ValueError, match="other columns"):
+        measured("2026-11-21T12:00:00+00:00", "new")
+
+
+def test_only_what_is_asked_for_is_measured(session: Session) -> None:
+    session.only = ("batch 4",)
+    for name, always in (("batch 1", False), ("batch 4", False), ("building", True)):
+        session.case("part", name, lambda case: case.add("time", "s", 1.0), always=always)
+    assert list(statuses(session.rows)) == ["batch 4", "building"]
+
+
+# -- An iteration ------------------------------------------------------------------------------------------------------
+
+
+def test_train_step_measures_what_training_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.csv"
+    flags = ["--prompts.per-rank", "1", "--sampling.num-inference-steps", "4", "--algorithm.num-train-steps", "2"]
+    assert train_step.main(["shapes_cpu", *flags, "--iterations", "2", "--runs", "2", "--out", str(path)]) == 0
+    rows = train_rows.read(path)
+    found = {row.metric: row for row in rows}
+    assert {row.part for row in rows} == {"step"}
+    assert [found[name].samples for name in ("iteration", "rollout", "decode", "reward", "update")] == [4] * 5
+    stages = sum(found[name].value or 0 for name in ("rollout", "decode", "reward", "update"))
+    assert 0 < stages <= (found["iteration"].high or 0)
+    assert (found["grad_norm"].value or 0) > 0
+    assert found["skipped_steps"].value == found["graphs_later"].value == 0
+    assert found["runs_ratio"].samples == 1
+    assert "--sampling.num-inference-steps=4" in found["iteration"].settings
+    assert "iteration 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nothing"], "no recipe 'nothing'"),
+        (["shapes_cpu", "--depth", "1,1"], "has its own number of blocks"),
+    ],
+)
+def test_train_step_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_step.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "replaced, by, reason",
+    [
+        ("benchmarks.train_recipes.score", lambda images, prompts: torch.zeros(len(images)), "nothing was updated"),
+        ("ngrpo_train.update.guarded_step", lambda *_: (torch.zeros(()), torch.ones(())), "gradient was not finite"),
+    ],
+)
+def test_an_iteration_that_updates_nothing_is_no_result(
+    session: Session, monkeypatch: pytest.MonkeyPatch, replaced: str, by: Any, reason: str
+) -> None:
+    monkeypatch.setattr(replaced, by)
+    recipe = tiny(on_gpu=False)
+    assert not session.case("part", "case", lambda case: train_step.measure(case, recipe, iterations=1, warmup=0))
+    assert session.rows[-1].status == "failed"
+    assert reason in session.rows[-1].note
+
+
+# -- The parts ---------------------------------------------------------------------------------------------------------
+
+MEASURED = {
+    "forward": {"eager, batch 1", "eager, batch 2", "eager, batch 4", "eager, with gradient, batch 2"},
+    "activations": {"full, eager", "selective, eager", "none, eager"},
+    "optimizer": {"adamw, float32 weights, a third of the blocks"},
+    "decode": {"4 at once, eager, channels last", "1 at once, eager, channels first"},
+    "iteration": {"full, 1 update", "full, 2 updates"},
+    "variants": {"LoRA, rank 4"},
+    "sharded": {"plain", "FSDP2, gathered: rollout", "FSDP2, float32 weights"},
+    "peer": {"float32 weights under autocast", "bfloat16 weights"},
+}
+
+
+@pytest.mark.parametrize("part", train_parts.PARTS)
+def test_every_part_is_rehearsed(part: str, session: Session) -> None:
+    train_parts.PARTS[part](session, tiny(on_gpu=False))
+    found = statuses(session.rows)
+    assert {case for case, status in found.items() if status == "ok"} >= MEASURED[part]
+    for row in session.rows:
+        assert row.status in ("ok", "skipped"), row
+        assert row.status == "ok" or "a CPU" in row.note or "on cpu" in row.note, row
+        assert row.value is None or row.value >= 0, row
+        assert row.unit != "relative" or (row.value or 0) < 1e-5, row  # velocities, however they are computed
+
+
+def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train_parts.main(train_parts.Parts(part="forward")) == 2
+
+
+# -- The peers' way ----------------------------------------------------------------------------------------------------
+
+
+class Keep(torch.optim.SGD):
+    """Keeps the gradients that it is given, and moves nothing."""
+
+    def __init__(self, parameters: dict[str, Any]) -> None:
+        super().__init__(parameters.values(), lr=0.0, fused=True)
+        self.names, self.seen = list(parameters), {}
+
+    def step(self, closure: Any = None) -> Any:
+        self.seen = {n: p.grad.clone() for n, p in zip(self.names, self.param_groups[0]["params"], strict=True)}
+        return super().step(closure)
+
+
+def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    one, other = (torch.cat([each[name].double().flatten() for name in expected]) for each in (found, expected))
+    return ((one - other).norm() / other.norm()).item()
+
+
+def test_the_peer_computes_the_same_gradient(tmp_path: Path) -> None:
+    """From the same weights, prompt, noise, steps and anchors, through its own rollout, pictures and loss."""
+    recipe = tiny(on_gpu=False)
+    prompt = "a large red circle on a blue background"
+    trainer = Trainer.make(recipe, settle_memory(recipe, CPU), Rewards(recipe.rewards), CPU, Stopwatch(CPU))
+    flux, keep = trainer.flux, Keep(trainer.flux.trainable)
+    groups = trainer.algorithm.explore(flux, [Prompt(prompt, 0)], 0)
+    scores = trainer.rewards(flux.decode(groups.final_PGTC.flatten(0, 1)), [Prompt(prompt, 0)])
+    advantages_PG = trainer.algorithm.advantages(scores, 0)
+    update(flux, keep, groups, advantages_PG, recipe.algorithm, max_grad_norm=float("inf"))
+
+    architecture = find_architecture(recipe.model.name_or_path)
+    peer = train_parts.make_peer(
+        recipe, architecture, CPU, torch.float32, tmp_path, Stopwatch(CPU), with_optimizer=False
+    )
+    peer = replace(peer, conditioning=flux.encode([prompt]), vae=flux.pipeline.vae, autocast=False)
+    draws = next(train_parts._draws(recipe, architecture, CPU))
+    assert (peer.iterate(draws, max_grad_norm=float("inf"))) > 0
+    theirs = {name: p.grad for name, p in peer.transformer.named_parameters()}
+    assert theirs.keys() == keep.seen.keys()
+    assert relative_error(theirs, keep.seen) < 1e-4
+
+    others = replace(draws, anchor_B=(draws.anchor_B + 1) % recipe.algorithm.num_generations)
+    peer.iterate(others, max_grad_norm=float("inf"))
+    assert relative_error({name: p.grad for name, p in peer.transformer.named_parameters()}, keep.seen) > 0.1
+
+
+# -- The page ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_committed_rows(tmp_path: Path) -> None:
+    page = tmp_path / "training-cost.md"
+    page.write_text(train_table.DOCS.read_text())
+    train_table.main(train_table.Table(markdown=page))
+    assert page.read_text() == train_table.DOCS.read_text(), "run python -m benchmarks.train_table"
+    assert ("45.08" in page.read_text()) == ("another run" in page.read_text())
+
+
+def test_tables_have_the_medians(session: Session, tmp_path: Path) -> None:
+    def measure(case: Case, seconds: float) -> None:
+        case.add("prompt", "s", seconds, seconds + 1, seconds + 2)
+        case.add("mfu", "share", 0.55)
+
+    session.case("iteration", "full, 1 update", lambda case: measure(case, 8.0))
+    session.case("peer", "float32 weights under autocast", lambda case: measure(case, 35.0))
+    session.case("iteration", "full, 4 updates", lambda case: torch.empty(1 << 60))
+    session.case("forward", "velocities apart: eager", lambda case: case.add("a / b", "relative", 0.00123))
+    assert session.out is not None
+    rows = train_rows.read(session.out)
+    lines = list(train_table.iterations(rows))
+    header = next(line for line in lines if line.startswith("|  |")).split(" | ")
+    cells = next(line for line in lines if line.startswith("| full, 1 update")).split(" | ")
+    assert (cells[header.index("s per prompt")], cells[header.index("MFU")]) == ("9.00", "55%")
+    assert cells[-1] == "4.0 |"
+    assert any(line.startswith("- full, 4 updates: out of memory") for line in lines)
+    assert "| a / b | 1.2e-03 |" in list(train_table.velocities(rows))
+    assert list(train_table.of_part(rows, "decode")) == [train_table.NOT_YET]
+
+
+# -- The script --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_gpu_script_runs_every_part(tmp_path: Path, fails: bool) -> None:
+    python = tmp_path / "python"
+    # Stands in for a Python that has a GPU, and for the commands it is given.
+    python.write_text(
+        '#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "ran $PYTORCH_CUDA_ALLOC_CONF $*"\n'
+        f'case "$*" in *updates*) exit {int(fails)};; esac\n'
+    )
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python)}
+    parts = [*train_parts.PARTS, "smoke", "profile"]
+    for part in parts:
+        out = tmp_path / part
+        command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), f"train-{part}", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == int(fails and part == "iteration"), done.stdout + done.stderr
+        log = "".join(path.read_text() for path in out.glob("train-*.log"))
+        assert "ran expandable_segments:True -m " in log
+        if part in train_parts.PARTS:
+            assert f"-m benchmarks.train_parts {part} " in log
+            assert f"--out {out}/train_gpu.csv" in log
+        assert len(list(out.iterdir())) <= 8
+    assert train_recipes.score.__module__ in (tmp_path / "profile" / "train-profile.log").read_text()
