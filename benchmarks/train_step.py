@@ -26,7 +26,7 @@ from ngrpo_train import parallel
 from ngrpo_train.config import Recipe, check
 from ngrpo_train.iteration import Trainer
 from ngrpo_train.parsing import RecipeFlags, find_recipe, parse, read_recipe
-from ngrpo_train.prompts import PromptCursor, load_prompts
+from ngrpo_train.prompts import PromptCursor, load_prompts, prompts_per_iteration
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.settle import cost_of, settle_attention, settle_memory
 from ngrpo_train.stopwatch import Stopwatch
@@ -83,14 +83,7 @@ def measure(
     with parallel.processes(recipe.parallel) as processes:
         device, world_size = processes.device, processes.num_processes
         check(recipe, world_size)
-        prompts_here = recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps
-        cursor = PromptCursor(
-            load_prompts(recipe.prompts.source),
-            seed=recipe.train.seed,
-            per_iteration=prompts_here * world_size,
-            rank=processes.process_index,
-            world_size=world_size,
-        )
+        cursor = PromptCursor.of(recipe, load_prompts(recipe.prompts.source), processes.process_index, world_size)
         rewards = Rewards(recipe.rewards)
         refuse_backend(recipe.algorithm.backend, device)
         building = clock(device)
@@ -124,7 +117,7 @@ def measure(
             case.add("first_iteration", "s", before[0]["time/iteration_s"])
         case.add("graphs_first", "count", sum(each["compile/graphs"] for each in before), note="compiled before")
         measured = [[iterate(warmup + run * iterations + i) for i in range(iterations)] for run in range(runs)]
-        _record(case, measured, prompts_here, "; ".join(notes))
+        _record(case, measured, prompts_per_iteration(recipe, 1), "; ".join(notes))
 
 
 def _record(case: Case, runs: Sequence[Sequence[dict[str, float]]], prompts: int, note: str) -> None:

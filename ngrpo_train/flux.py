@@ -130,6 +130,11 @@ class Flux:
         return copy
 
     @property
+    def transformers(self) -> list[Any]:
+        """Those that compute: the one that is trained and, where rollouts have one, its float8 copy."""
+        return [self.transformer, *([self._float8.model] if self._float8 else [])]
+
+    @property
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
 

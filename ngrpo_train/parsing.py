@@ -94,7 +94,27 @@ def parse(
     # Rewards are a table of any names; the parser only knows flags of names that it has seen in its defaults.
     mentioned = [match[1] for argument in arguments if (match := re.match(r"--rewards\.([^.=]+)\.", argument))]
     default = command(recipe=_with_rewards(resolved, mentioned))  # type: ignore[call-arg]
-    return parse_flags(default, arguments, prog=prog, quiet=quiet)
+    return parse_flags(default, list(_with_pythons_booleans(arguments)), prog=prog, quiet=quiet)
+
+
+def _with_pythons_booleans(arguments: Sequence[str]) -> Iterator[str]:
+    """The parser takes True and False only; here a recipe's fields take TOML's words too."""
+    sections = [Reward, *(type(getattr(Recipe(), section.name)) for section in dataclasses.fields(Recipe))]
+    fields = {
+        entry.name
+        for section in sections
+        if dataclasses.is_dataclass(section)
+        for entry in dataclasses.fields(section)
+        if entry.type == "bool"
+    }
+    before = ""
+    for argument in arguments:
+        flag, _, value = argument.rpartition("=") if argument.startswith("--") else (before, "", argument)
+        is_boolean = flag.startswith("--") and flag.rpartition(".")[2].replace("-", "_") in fields
+        yield (
+            f"{argument.removesuffix(value)}{value.title()}" if is_boolean and value in ("true", "false") else argument
+        )
+        before = argument
 
 
 def resolve(recipe: Mapping[str, Any], *, name: str, quiet: bool = False) -> Recipe:

@@ -38,6 +38,7 @@ from ngrpo_train.iteration import Trainer
 from ngrpo_train.parsing import as_toml
 from ngrpo_train.prompts import PromptCursor, load_prompts
 from ngrpo_train.rewards import Rewards
+from ngrpo_train.run_directory import claim
 from ngrpo_train.settle import cost_of, explained_out_of_memory, settle_attention, settle_memory
 from ngrpo_train.stopwatch import Stopwatch
 from ngrpo_train.trace import ELSEWHERE, ITERATION, OPTIMIZER, Sum, Trace, read
@@ -75,10 +76,11 @@ def profile(
         if memory and device.type != "cuda":
             raise ValueError("--memory records what is allocated on a GPU, and there is none")
         check(recipe, processes.num_processes)
-        cursor, rewards = _cursor(recipe, processes), Rewards(recipe.rewards)
+        texts, rewards = load_prompts(recipe.prompts.source), Rewards(recipe.rewards)
+        cursor = PromptCursor.of(recipe, texts, processes.process_index, processes.num_processes)
         refuse_backend(recipe.algorithm.backend, device)
         recipe = settle_attention(recipe, device)
-        _claim(out, processes)
+        claim(out, processes, setting="--out", otherwise="give another directory")
         with explained_out_of_memory(recipe, device):
             settings = settle_memory(recipe, device)
             ranges = Ranges(Stopwatch(device), mark)
@@ -166,7 +168,7 @@ class Ranges:
             optimizer.register_step_pre_hook(lambda *_: self._begin(OPTIMIZER)),
             optimizer.register_step_post_hook(lambda *_: self._end()),
         ]
-        for transformer in (flux.transformer, *([flux._float8.model] if flux._float8 else [])):
+        for transformer in flux.transformers:
             # After FSDP's hook, which queues what it does at the end of a backward pass: ours is to end after that.
             handles += self._hook(transformer, "forward", self._begin_backward, timed=True, first=False)
             for kind, repeated in (
@@ -262,32 +264,6 @@ def _nvtx_mark() -> Mark:
     except ImportError as error:
         raise ValueError('--no-trace is for Nsight, whose ranges need nvtx: pip install "ngrpo[profile]"') from error
     return nvtx.annotate
-
-
-def _cursor(recipe: Recipe, processes: PartialState) -> PromptCursor:
-    per_process = recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps
-    return PromptCursor(
-        load_prompts(recipe.prompts.source),
-        seed=recipe.train.seed,
-        per_iteration=per_process * processes.num_processes,
-        rank=processes.process_index,
-        world_size=processes.num_processes,
-    )
-
-
-def _claim(out: Path, processes: PartialState) -> None:
-    """Make the directory, or refuse one that holds something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out = {str(out)!r} exists and is not an empty directory")
-    parallel.barrier()  # every process has looked before one of them writes
-    refused = ""
-    if processes.is_main_process:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            refused = f": {error.strerror}"
-    if parallel.any_rank(bool(refused)):
-        raise ValueError(f"--out = {str(out)!r} cannot be made{refused}")
 
 
 # -- Telling -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Where prompts come from: a source read into a list, and a cursor that deals it out to ranks and can resume."""
 # n prompts in the list. A slot is a prompt's index in an iteration's global batch, all ranks together.
 
+from __future__ import annotations
+
 import csv
 import hashlib
 import json
@@ -10,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from ngrpo_train.config import Recipe
 
 SHAPES_SPLITS = ("train", "validation", "test")
 
@@ -136,6 +140,11 @@ class Prompt:
     slot: int
 
 
+def prompts_per_iteration(recipe: Recipe, world_size: int) -> int:
+    """Of all processes together."""
+    return recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps * world_size
+
+
 class PromptCursor:
     """Deals an endless shuffled sequence of prompts out to ranks, `per_iteration` at a time over all of them.
 
@@ -159,6 +168,12 @@ class PromptCursor:
         self._slots = range(rank * share, (rank + 1) * share)
         self._position = 0  # prompts consumed by all ranks
         self._fingerprint = hashlib.blake2b(json.dumps(self._prompts).encode(), digest_size=16).hexdigest()
+
+    @classmethod
+    def of(cls, recipe: Recipe, prompts: Sequence[str], rank: int, world_size: int) -> PromptCursor:
+        """Over a recipe's training prompts, for one process of `world_size`."""
+        per_iteration = prompts_per_iteration(recipe, world_size)
+        return cls(prompts, seed=recipe.train.seed, per_iteration=per_iteration, rank=rank, world_size=world_size)
 
     def next(self) -> list[Prompt]:
         """This rank's contiguous share of the next global batch, in order of slot."""

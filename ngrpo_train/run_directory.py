@@ -19,14 +19,19 @@ def find_resume(run: Path, resume: str) -> Path:
     return path if (path / "record.json").exists() else find_checkpoint(path, "latest")
 
 
-def claim(run: Path, processes: PartialState, *, may_exist: bool) -> None:
-    """Make the run's directory, or refuse: nothing of an earlier run is ever lost by accident."""
+def claim(
+    run: Path,
+    processes: PartialState,
+    *,
+    may_exist: bool = False,
+    setting: str = "log.output_dir",
+    otherwise: str = "pass --resume latest, --overwrite, or another directory",
+) -> None:
+    """Make a directory that `setting` names, or refuse: nothing of an earlier run is ever lost by accident."""
     if run.exists() and not run.is_dir():
-        raise ValueError(f"log.output_dir = {str(run)!r} is not a directory")
+        raise ValueError(f"{setting} = {str(run)!r} is not a directory")
     if run.exists() and any(run.iterdir()) and not may_exist:
-        raise ValueError(
-            f"log.output_dir = {str(run)!r} exists: pass --resume latest, --overwrite, or another directory"
-        )
+        raise ValueError(f"{setting} = {str(run)!r} exists: {otherwise}")
     parallel.barrier()  # every rank has looked before one of them writes
     refused = ""
     if processes.is_main_process:
@@ -38,7 +43,7 @@ def claim(run: Path, processes: PartialState, *, may_exist: bool) -> None:
         except OSError as error:
             refused = f": {error.strerror}"
     if parallel.any_rank(bool(refused)):
-        raise ValueError(f"log.output_dir = {str(run)!r} cannot be written to{refused}")
+        raise ValueError(f"{setting} = {str(run)!r} cannot be written to{refused}")
 
 
 def clear(run: Path, processes: PartialState) -> None:

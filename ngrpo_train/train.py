@@ -22,7 +22,7 @@ from ngrpo_train.flux import Flux
 from ngrpo_train.iteration import Trainer
 from ngrpo_train.metrics import Recorder, flat_recipe
 from ngrpo_train.parsing import as_toml
-from ngrpo_train.prompts import PromptCursor, load_prompts
+from ngrpo_train.prompts import PromptCursor, load_prompts, prompts_per_iteration
 from ngrpo_train.report import Report, conclude
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.run_directory import claim, clear, find_resume
@@ -93,13 +93,7 @@ class _Inputs:
         if resume and overwrite:
             raise ValueError(f"--resume {resume} and --overwrite exclude each other")
         texts = load_prompts(recipe.prompts.source)
-        cursor = PromptCursor(
-            texts,
-            seed=recipe.train.seed,
-            per_iteration=_prompts_per_iteration(recipe, processes),
-            rank=processes.process_index,
-            world_size=processes.num_processes,
-        )
+        cursor = PromptCursor.of(recipe, texts, processes.process_index, processes.num_processes)
         evaluation = recipe.evaluation
         validation = load_prompts(evaluation.validation, "evaluation.validation") if evaluation.validation else []
         test = load_prompts(evaluation.test, "evaluation.test") if evaluation.test else []
@@ -159,13 +153,9 @@ def _end(inputs: _Inputs, run: Path, processes: PartialState, state: TrainState)
             processes.print(f"exported to {exported}")
 
 
-def _prompts_per_iteration(recipe: Recipe, processes: PartialState) -> int:
-    per_process = recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps
-    return per_process * int(processes.num_processes)
-
-
 def _summary(flux: Flux, recipe: Recipe, run: Path, prompts: int, processes: PartialState) -> str:
-    ranks, per_iteration = processes.num_processes, _prompts_per_iteration(recipe, processes)
+    ranks: int = processes.num_processes
+    per_iteration = prompts_per_iteration(recipe, ranks)
     trainable = sum(parameter.numel() for parameter in flux.trainable.values())
     settings = recipe.algorithm
     return (

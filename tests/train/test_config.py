@@ -67,6 +67,15 @@ def test_every_value_of_a_recipe_arrives():
     assert list(recipe.rewards) == ["a", "shapes_judge", "b"]
 
 
+@pytest.mark.parametrize("flags", [["--parallel.offload", "true"], ["--parallel.offload=True"]], ids=" ".join)
+def test_flags_take_tomls_booleans(flags):
+    recipe = parsed({}, *flags, "--log.export=false", "--rewards.a.log-only", "true", "--model.name-or-path", "true")
+    assert recipe.parallel.offload is True
+    assert recipe.log.export is False
+    assert recipe.rewards["a"].log_only is True
+    assert recipe.model.name_or_path == "true"
+
+
 def test_an_empty_recipe_is_the_defaults():
     assert parsed({}) == Recipe()
 
