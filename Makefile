@@ -1,5 +1,6 @@
 # A fresh machine needs Python 3.11 or newer and make; everything else goes into .venv, made on first use.
 #   ARGS="..."         more arguments for the command a target runs: make test ARGS="-k solvers -x"
+#   WORKERS=N          tests at once, by default 2; each takes one core and up to 3 GiB of memory
 #   RUN=DIRECTORY      where make train puts its run
 #   PYTHON=...         the Python that .venv is made from
 #   TORCH_INDEX=URL    one more package index, such as that of PyTorch's builds for CPU or for one CUDA version
@@ -9,6 +10,7 @@ PYTHON      ?=
 TORCH_INDEX ?=
 PIP_ARGS    ?=
 ARGS        ?=
+WORKERS     ?= 2
 RUN         ?= runs/shapes_cpu-$(shell date +%Y%m%d-%H%M%S)
 
 # Relative paths throughout, so that the checkout may lie in a directory with spaces.
@@ -31,7 +33,7 @@ train: $(INSTALLED)  ## train the shipped small recipe on this machine's CPU and
 	@$(INSIDE) $(BIN)/ngrpo train shapes_cpu --log.output-dir "$(RUN)" $(ARGS)
 
 test: $(INSTALLED)   ## run the tests
-	@$(INSIDE) $(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(INSIDE) $(PY) -m pytest --numprocesses $(WORKERS) --dist loadscope $(ARGS)
 
 lint: $(INSTALLED)   ## ruff
 	@$(PY) -m ruff check $(ARGS) .

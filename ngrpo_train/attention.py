@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ngrpo_train import parallel
+from ngrpo_train.parsing import suggestion
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class Shapes:
     tokens: int
     heads: int
     head_dim: int
+    dtype: torch.dtype
     rollout_batch: int
     update_batch: int
     rollout_forwards: int
@@ -36,19 +38,20 @@ class Shapes:
     update_forwards: int
 
 
-def refuse(name: str, device: torch.device) -> None:
-    """Raise ValueError for a backend that is unknown, not installed, or has no gradient on this device."""
+def refuse(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Raise ValueError for a backend that is unknown, not installed, or has no gradient here in this arithmetic."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     known = [backend.value for backend in AttentionBackendName]
     if name not in known:
-        raise ValueError(f"parallel.attention = {name!r} is unknown; there are auto, {', '.join(known)}")
+        there = f"there are auto, {', '.join(known)}{suggestion(name, known)}"
+        raise ValueError(f"parallel.attention = {name!r} is unknown; {there}")
     try:
-        _run(name, _inputs(Shapes(128, 2, 64, 1, 1, 1, 1), 1, device, _dtype(device)), backward=True)
+        _run(name, _inputs(Shapes(128, 2, 64, dtype, 1, 1, 1, 1), 1, device), backward=True)
     except Exception as error:  # each backend refuses in its own way
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"parallel.attention = {name!r} cannot be trained through on {device.type}: {reason}"
+            f"parallel.attention = {name!r} cannot be trained through on {device.type} in {str(dtype)[6:]}: {reason}"
         ) from error
 
 
@@ -78,13 +81,12 @@ def _fastest(shapes: Shapes, device: torch.device) -> str:
 
 def measure(name: str, shapes: Shapes, device: torch.device, repeats: int = 10) -> float:
     """Median seconds of one layer's attention in one iteration: the rollout's forwards, the update's with backward."""
-    dtype = _dtype(device)
     total = 0.0
     for batch, forwards, backward in (
         (shapes.rollout_batch, shapes.rollout_forwards, False),
         (shapes.update_batch, shapes.update_forwards, True),
     ):
-        inputs = _inputs(shapes, batch, device, dtype)
+        inputs = _inputs(shapes, batch, device)
         _run(name, inputs, backward=backward)  # the first call may compile or tune
         total += forwards * statistics.median(_timed(name, inputs, backward, device) for _ in range(repeats))
     return total
@@ -99,10 +101,10 @@ def _timed(name: str, inputs: list[Tensor], backward: bool, device: torch.device
     return start.elapsed_time(stop) / 1e3
 
 
-def _inputs(shapes: Shapes, batch: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _inputs(shapes: Shapes, batch: int, device: torch.device) -> list[Tensor]:
     """Query, key and value as diffusers passes them: [batch, tokens, heads, head_dim]."""
     shape = (batch, shapes.tokens, shapes.heads, shapes.head_dim)
-    return [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    return [torch.randn(shape, device=device, dtype=shapes.dtype, requires_grad=True) for _ in range(3)]
 
 
 def _run(name: str, inputs: list[Tensor], *, backward: bool) -> None:
@@ -120,7 +122,3 @@ def _backend(name: str) -> Any:
     backend = AttentionBackendName(name)
     _check_attention_backend_requirements(backend)
     return backend
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -21,7 +21,7 @@ class Cost:
         self._device = device
         self._flops = {"mfu": model_flops, "hfu": hardware_flops}
         self._peak_flops = peak_flops
-        self._graphs = self._retries = 0
+        self._graphs, self._retries = blocks.graphs_compiled(), 0
 
     def figures(self, seconds: float) -> dict[str, float]:
         """Of an iteration that took `seconds`; `compile/graphs` and `memory/alloc_retries` since the last call."""

@@ -62,9 +62,10 @@ class Float8Copy:
         """A weight as the transformer computes with it, gathered, in a tensor of its own."""
         layer, _, own = name.rpartition(".")
         adapted = f"{layer}.base_layer.{own}"
+        weight = trained[adapted if adapted in trained else name].detach()
+        values = parallel.whole(weight.to(self.dtype)).to(self.device, copy=True)  # cast first: half as much is sent
         if adapted not in trained:
-            return parallel.whole(trained[name].detach()).to(self.device, self.dtype, copy=True)
-        values = parallel.whole(trained[adapted].detach()).to(self.device, self.dtype, copy=True)
+            return values
         for adapter, scale in self._source.get_submodule(layer).scaling.items() if own == "weight" else ():
             down, up = (
                 parallel.whole(trained[f"{layer}.{which}.{adapter}.weight"].detach()).to(self.device, torch.float32)

@@ -103,6 +103,8 @@ class Flux:
                     target_modules=LORA_TARGETS,
                 )
             )
+            for adapter in self.trainable.values():  # peft made them in the base's dtype
+                adapter.data = adapter.data.float()
         else:
             _store_as(transformer.requires_grad_(True), getattr(torch, settings.master_dtype))
         transformer.train()  # FLUX has no dropout, but diffusers loads models for evaluation

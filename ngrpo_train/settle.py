@@ -27,7 +27,7 @@ def settle_attention(recipe: Recipe, device: torch.device, kept: str = "") -> Re
     name = recipe.parallel.attention
     if name == "auto":
         name = kept or attention.choose(_attention_shapes(recipe), device)
-    attention.refuse(name, device)
+    attention.refuse(name, device, getattr(torch, recipe.parallel.compute_dtype))
     return replace(recipe, parallel=replace(recipe.parallel, attention=name))
 
 
@@ -105,6 +105,7 @@ def _attention_shapes(recipe: Recipe) -> attention.Shapes:
         tokens=sampling.height // 16 * (sampling.width // 16) + sampling.max_sequence_length,
         heads=config["num_attention_heads"],
         head_dim=config["attention_head_dim"],
+        dtype=getattr(torch, settings.compute_dtype),
         rollout_batch=rollout_batch,
         update_batch=update_batch,
         rollout_forwards=-(-pictures // rollout_batch) * sampling.num_inference_steps,

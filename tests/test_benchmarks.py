@@ -285,11 +285,14 @@ def test_pytest_benchmark_reports_what_was_measured(tmp_path: Path) -> None:
     results, saved = tmp_path / "rows.csv", tmp_path / "saved.json"
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_distances.py", "--benchmark-only", "-q"]
     options = ["--settings=smoke", "--providers=direct,exact", "--seconds=0.05", f"--results={results}"]
+    # Where tests run side by side, what they start must not think that it does too: it would measure nothing.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
-        [*command, *options, f"--benchmark-json={saved}", "-p", "no:cacheprovider"],
+        [*command, *options, f"--benchmark-json={saved}", "-p", "no:cacheprovider", "-p", "no:xdist"],
         cwd=ROOT,
         capture_output=True,
         text=True,
+        env=alone,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     times = {(row.provider, row.mode): row.p50 for row in rows.read([results]) if row.metric == "time"}

@@ -1,25 +1,24 @@
-"""AdamW against torch's; stochastic rounding against float32's step; what a bad gradient, a checkpoint and shards do."""
+"""AdamW against torch's, stochastic rounding against float32's step; bad gradients, checkpoints, shards."""
 
-import json
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ngrpo_train import checkpoint, parallel, sharding
-from ngrpo_train.checkpoint import TrainState
-from ngrpo_train.config import Optimizer
+from ngrpo_train.checkpoint import Checkpointer, TrainState
+from ngrpo_train.config import Model, Optimizer, Parallel, Recipe
 from ngrpo_train.flux import Flux
 from ngrpo_train.optimizer import guarded_step, make_optimizer
 from ngrpo_train.prompts import PromptCursor
 
-from .runs import Run, assert_same_run, saved
+from .runs import assert_same_run, saved
 
 CPU = torch.device("cpu")
 NO_CLIPPING = float("inf")
@@ -100,9 +99,9 @@ def test_the_first_8_bit_step_of_float32_weights_is_adamws() -> None:
     """Its states are quantised after they were used."""
     ours, theirs = weights(), weights()
     reference = torch.optim.AdamW(theirs, lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1)
-    give(ours, draw(1)), give(theirs, draw(1))
     optimizer = make_optimizer(ours, EIGHT_BIT)
-    give(ours, draw(1))
+    for parameters in (ours, theirs):
+        give(parameters, draw(1))
     guarded_step(optimizer, NO_CLIPPING, CPU)
     reference.step()
     for mine, other in zip(ours, theirs, strict=True):
@@ -164,15 +163,18 @@ def test_rounding_draws_by_the_step_alone() -> None:
     guarded_step(optimizer, NO_CLIPPING, CPU)
     assert torch.equal(torch.rand(4), expected), "and leave the draws of others alone"
 
-    fractions = []
-    for _ in range(2):  # the same step from the same weights, as steps 1 and 2: rounded by other draws
+    kept = []
+    for _ in range(2):  # from 1 and no moments, twice: two steps, so two draws
         parameters[0].data.fill_(1.0)
-        optimizer.state[parameters[0]]["exp_avg"].copy_(torch.zeros(SHAPES[0]))
-        optimizer.state[parameters[0]]["exp_avg_sq"].copy_(torch.zeros(SHAPES[0]))
+        for name in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[parameters[0]][name].copy_(torch.zeros(SHAPES[0]))
         give(parameters, [torch.ones(shape) for shape in SHAPES])
         guarded_step(optimizer, NO_CLIPPING, CPU)
-        fractions.append(parameters[0] == 1)
-    assert not torch.equal(*fractions)
+        kept.append(parameters[0] == 1)
+    share, other = (each.float().mean() for each in kept)
+    assert 0.5 < share < 0.95
+    alike = (kept[0] == kept[1]).float().mean()
+    assert alike.item() == pytest.approx((share * other + (1 - share) * (1 - other)).item(), abs=0.03)
 
 
 def test_states_are_kept_in_float32() -> None:
@@ -242,31 +244,21 @@ def test_a_gradient_that_is_not_finite_changes_nothing(settings: Optimizer, dtyp
     assert not same(everything(optimizer), before)
 
 
-@pytest.mark.parametrize("limit", [1e-2, 1.0, 1e6])
-@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "mesh of one"])
-def test_clipping_is_torchs(limit: float, sharded: bool) -> None:
-    modules = [nn.Linear(20, 30) for _ in range(2)]
-    with torch.no_grad():
-        for mine, other in zip(*(module.parameters() for module in modules), strict=True):
-            other.copy_(mine)
-    if sharded:
-        sharding.shard(modules[0], [], _full_in_bfloat16.model, _full_in_bfloat16.settings, CPU)
-        modules[1].bfloat16()
-    for module in modules:
-        dtype = torch.bfloat16 if sharded else torch.float32
-        module(torch.ones(4, 20, dtype=dtype)).float().square().sum().backward()
-    ours, theirs = (list(module.parameters()) for module in modules)
-    norm = sharding.clip_grad_norm(ours, limit, CPU)
-    for parameter in theirs:
-        parameter.grad = parameter.grad.float() if not sharded else None
-    if sharded:
-        assert norm.dtype == torch.float32
-        assert {p.grad.dtype for p in ours} == {torch.float32}
-        return
-    expected = nn.utils.clip_grad_norm_(theirs, limit)
-    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("limit", [1e-2, 1e6])
+@pytest.mark.parametrize("layout", ["none", "full"], ids=["plain", "mesh of one"])
+def test_clipping_is_torchs(limit: float, layout: str) -> None:
+    torch.manual_seed(0)
+    theirs = nn.Linear(20, 30)
+    ours = copy.deepcopy(theirs)
+    sharding.shard(ours, [], Model(), Parallel(sharding=layout, compute_dtype="float32"), CPU)
+    for module in (ours, theirs):
+        module(torch.ones(4, 20)).square().sum().backward()
+    norm = sharding.clip_grad_norm(list(ours.parameters()), limit, CPU)
+    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(theirs.parameters(), limit), rtol=1e-6, atol=0)
+    assert 1e-2 < norm < 1e6
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert isinstance(mine.grad, DTensor) is (layout == "full")
+        torch.testing.assert_close(parallel.local(mine.grad), other.grad, rtol=1e-6, atol=0)
 
 
 def test_bfloat16_gradients_are_summed_in_float32() -> None:
@@ -281,3 +273,84 @@ def test_bfloat16_gradients_are_summed_in_float32() -> None:
     for parameter, gradient in zip(parameters, before, strict=True):
         assert parameter.grad.dtype == torch.bfloat16
         torch.testing.assert_close(parameter.grad, (gradient.double() / exact).bfloat16(), rtol=2**-7, atol=0)
+
+
+# --- through a checkpoint
+
+
+def trained(flux: Flux, steps: int) -> torch.optim.Optimizer:
+    """8-bit AdamW after so many steps on gradients that depend on the step alone."""
+    optimizer = make_optimizer(list(flux.trainable.values()), EIGHT_BIT)
+    for step in range(steps):
+        go_on(flux, optimizer, step)
+    return optimizer
+
+
+def go_on(flux: Flux, optimizer: torch.optim.Optimizer, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in flux.trainable.values():
+        parameter.grad = torch.zeros_like(parameter)
+        values = torch.randn(parameter.shape, generator=generator)
+        parallel.local(parameter.grad).copy_(values)
+    guarded_step(optimizer, 1.0, CPU)
+
+
+@pytest.mark.parametrize("master, layout", [("bfloat16", "none"), ("bfloat16", "full"), ("float32", "full")])
+def test_8_bit_states_survive_a_checkpoint_to_the_bit(
+    tiny_dev: str, load_flux: Callable[..., Flux], tmp_path: Path, master: str, layout: str
+) -> None:
+    """On plain weights and on shards, where a step after it is the step without it too."""
+    recipe = Recipe()
+    options = {"master_dtype": master, "compute_dtype": "bfloat16", "sharding": layout}
+    flux = load_flux(tiny_dev, **options)
+    assert isinstance(next(iter(flux.trainable.values())), DTensor) is (layout == "full")
+    optimizer = trained(flux, steps=3)
+    states = [state["exp_avg"] for state in optimizer.state.values()]
+    assert sum(hasattr(parallel.local(each), "codes") for each in states) > 10
+    state = TrainState(flux, optimizer, PromptCursor(["a", "b"], seed=0, per_iteration=1), step=3)
+    path = Checkpointer(tmp_path, recipe).save(state)
+    before = everything(optimizer)
+    go_on(flux, optimizer, 3)
+    after = everything(optimizer)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+    torch.manual_seed(7)
+    flux = load_flux(tiny_dev, **options)
+    optimizer = trained(flux, steps=1)
+    assert not same(everything(optimizer), before)
+    TrainState(flux, optimizer, PromptCursor(["a", "b"], seed=0, per_iteration=1)).load(path)
+    assert same(everything(optimizer), before)
+    go_on(flux, optimizer, 3)
+    assert same(everything(optimizer), after)
+    assert not same(after, before)
+
+
+def test_the_room_that_8_bit_states_take(tiny_dev: str, load_flux: Callable[..., Flux], tmp_path: Path) -> None:
+    flux = load_flux(tiny_dev, master_dtype="bfloat16", compute_dtype="bfloat16")
+    optimizer = make_optimizer(list(flux.trainable.values()), EIGHT_BIT)
+    state = TrainState(flux, optimizer, PromptCursor(["a", "b"], seed=0, per_iteration=1))
+    counted = sum(checkpoint._bytes(tensor) for tensor in checkpoint._leaves(state.tensors()))
+    held = sum(each.numel() * each.element_size() for each in everything(optimizer))
+    assert counted == pytest.approx(held, abs=8)  # the learning rate
+
+
+def test_a_run_in_bfloat16_resumes_to_the_bit(
+    ngrpo: Callable[..., tuple[int, str, str]], tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, gradients and arithmetic in bfloat16; beside a scorer whose seeds no checkpoint knows of."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "careless.py").write_text(
+        "import torch\nfrom tiny_scorers import redness\n"
+        "def score(images, prompts):\n    torch.seed()\n    return redness(images, prompts)\n"
+    )
+    flags = ["--parallel.master-dtype=bfloat16", "--parallel.compute-dtype=bfloat16", "--optimizer.name=adamw_8bit"]
+    flags += ["--rewards.redness.path=careless:score", "--checkpoint.every=1", "--checkpoint.keep=9"]
+    for run, steps, resume in (("straight", 3, []), ("run", 2, []), ("run", 3, ["--resume=latest"])):
+        code, _, err = ngrpo("train", tiny_recipe, f"--log.output-dir={run}", f"--train.steps={steps}", *flags, *resume)
+        assert code == 0, err
+    assert_same_run(Path("run"), Path("straight"), steps=3)
+    first, last = saved(Path("run"), 1), saved(Path("run"), 3)
+    names = [name for name in last if name.startswith("model.") and name.endswith("weight")]
+    assert {last[name].dtype for name in names} == {torch.bfloat16}
+    assert torch.cat([(last[name] != first[name]).flatten() for name in names]).float().mean() > 0.05
