@@ -185,11 +185,8 @@ def refuse_unlike(path: Path, recipe: Recipe, cursor: PromptCursor) -> None:
 def load_weights(flux: Flux, path: Path) -> None:
     """Load a checkpoint's trained weights, the averaged ones where an EMA was kept, for sampling or export."""
     averaged = bool(read_record(path)["recipe"]["model"]["ema"])
-    # An EMA's state is the averages by name; a fresh one's are the weights, which are then overwritten in place.
-    ema = EMA(flux.trainable, 0.0)
-    tensors = {"ema" if averaged else "model": ema.state_dict()}
-    _load_tensors(tensors, path)
-    ema.apply()
+    weights = {name: parameter.detach() for name, parameter in flux.trainable.items()}
+    _load_tensors({"ema" if averaged else "model": weights}, path)  # in place, cast to the weights' dtype
 
 
 def _save_tensors(state: dict[str, Any], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,8 @@ from ngrpo_train.prompts import load_prompts
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.settle import settle_attention, settle_memory
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def trained_model(source: str, recipe: Recipe, checkpoint: str) -> Iterator[Flux]:
@@ -32,12 +35,22 @@ def trained_model(source: str, recipe: Recipe, checkpoint: str) -> Iterator[Flux
     weights = find_checkpoint(Path(source), checkpoint) if is_run else None
     model = recipe.model if is_run else replace(recipe.model, name_or_path=source)
     with parallel.processes(recipe.parallel) as processes:
-        recipe = settle_attention(replace(recipe, model=model), processes.device)
+        recipe = _settled(replace(recipe, model=model), processes.device)
         settings = settle_memory(recipe, processes.device)
         flux = Flux(model, recipe.sampling, settings, processes.device)  # with text encoders, for prompts of any kind
         if weights:
             load_weights(flux, weights)
         yield flux
+
+
+def _settled(recipe: Recipe, device: torch.device) -> Recipe:
+    """For pictures alone, maybe on another machine than trained it: no float8 copy, and attention that works here."""
+    recipe = replace(recipe, parallel=replace(recipe.parallel, rollout_dtype="same"))
+    try:
+        return settle_attention(recipe, device)
+    except ValueError as error:
+        logger.warning("%s; native attention takes its place", error)
+        return replace(recipe, parallel=replace(recipe.parallel, attention="native"))
 
 
 def sample(source: str, recipe: Recipe, prompts: Sequence[str], per_prompt: int, checkpoint: str, out: Path) -> int:

@@ -1,7 +1,7 @@
 """How the transformer's weights lie over processes: FSDP2 in full, in groups with a copy each (HSDP), or whole copies.
 
-Every form goes through `fully_shard`, on a mesh of [copies, processes that share one]. So one process too keeps float32
-master weights beside bfloat16 arithmetic, and can keep them in host memory.
+Every form goes through `fully_shard`, on a mesh of [copies, processes that share one], or of the latter alone. So one
+process too keeps float32 master weights beside bfloat16 arithmetic, and can keep them in host memory.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def shard(
         return
     mesh = _mesh(settings, device)
     # With nothing to share, LoRA's frozen base is left alone: gathering would only copy it.
-    frozen = {p for p in module.parameters() if not p.requires_grad} if mesh.size(1) == 1 else set()
+    shares = mesh["shard"].size()
+    frozen = {p for p in module.parameters() if not p.requires_grad} if shares == 1 else set()
     dtype = getattr(torch, settings.compute_dtype)
     # Inputs are cast by whoever makes them: FSDP would round the rotary embeddings too, which diffusers keeps float32.
     policy = MixedPrecisionPolicy(
@@ -86,7 +87,10 @@ def _mesh(settings: Parallel, device: torch.device) -> DeviceMesh:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     ranks = parallel.world_size()
     size = share_size(settings, ranks, node_size())
-    return init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("copies", "shard"))
+    mesh = init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("copies", "shard"))
+    # With one copy there is nobody to average with, which FSDP would do all the same. Offloaded, that is welcome: what
+    # it has reduced waits on the device for the last batch, and crosses to the host once.
+    return mesh["shard"] if ranks == size and not settings.offload else mesh
 
 
 def keep_gathered(module: nn.Module, kept: bool) -> None:
@@ -110,7 +114,8 @@ def assign(parameter: Tensor, values: Tensor) -> None:
     """Set a parameter to whole `values`, which every process has: each takes its shard."""
     if isinstance(parameter, DTensor):
         # Cut on the host, without a collective: the mesh only says who takes which rows.
-        size, rank = parameter.device_mesh.size(1), parameter.device_mesh.get_local_rank("shard")
+        mesh = parameter.device_mesh["shard"]
+        size, rank = mesh.size(), mesh.get_local_rank()
         parts = values.chunk(size)
         values = parts[rank] if rank < len(parts) else values[:0]
     parallel.local(parameter).copy_(values)

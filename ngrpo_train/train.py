@@ -100,7 +100,7 @@ class _Inputs:
         rewards = Rewards(recipe.rewards)
         refuse_backend(recipe.algorithm.backend, processes.device)
         resume_from = find_resume(run, resume) if resume else None
-        kept = read_record(resume_from)["recipe"]["parallel"]["attention"] if resume_from else ""
+        kept = read_record(resume_from)["recipe"]["parallel"].get("attention", "") if resume_from else ""
         recipe = settle_attention(recipe, processes.device, kept)
         if resume_from:
             refuse_unlike(resume_from, recipe, cursor)

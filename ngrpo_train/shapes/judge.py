@@ -49,9 +49,10 @@ def labels(wanted: Sequence[Caption]) -> dict[str, Tensor]:
 
 @cache
 def _trained() -> Judge:
-    judge = Judge()
+    with torch.device("meta"):  # nothing is drawn: a run's own random numbers must not depend on when this is called
+        judge = Judge()
     with as_file(files("ngrpo_train.shapes") / "weights" / "judge.safetensors") as path:
-        judge.load_state_dict(load_file(path))
+        judge.load_state_dict(load_file(path), assign=True)
     return judge.eval().requires_grad_(False)
 
 

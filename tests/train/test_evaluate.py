@@ -234,3 +234,18 @@ def test_eval_of_a_run_defaults_to_its_test_prompts(ngrpo, tiny_recipe):
     assert [row["prompt"] for row in table] == ["a star", "a blue star"]
     after = Report.load(Path("runs/tiny/after.json")).evaluations["test"]
     assert [float(row["brightness"]) for row in table] == pytest.approx(after.scores_RN[0].tolist(), abs=1e-6)
+
+
+def test_a_run_made_on_a_gpu_gives_its_pictures_elsewhere(ngrpo, tiny_recipe, caplog):
+    assert ngrpo("train", tiny_recipe, "--train.steps=1")[0] == 0
+    recipe = Path("runs/tiny/recipe.toml")
+    assert ngrpo("sample", "runs/tiny", "--prompt", "a star", "--out", "before")[0] == 0
+    text = recipe.read_text()
+    recipe.write_text(
+        text.replace('"native"', '"_flash_3"').replace('rollout_dtype = "same"', 'rollout_dtype = "float8"')
+    )
+    assert recipe.read_text() != text
+    code, _, err = ngrpo("sample", "runs/tiny", "--prompt", "a star", "--out", "after")
+    assert code == 0, err
+    assert any("native attention takes its place" in message for message in caplog.messages)
+    assert Path("after/000_00.png").read_bytes() == Path("before/000_00.png").read_bytes()
