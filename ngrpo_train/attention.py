@@ -62,6 +62,8 @@ def choose(shapes: Shapes, device: torch.device) -> str:
     chosen = [_fastest(shapes, device) if parallel.rank() == 0 else ""]
     if parallel.world_size() > 1:
         dist.broadcast_object_list(chosen, src=0, device=device)
+    if not chosen[0]:  # said on every rank: the others would wait for one that raised alone
+        raise ValueError(f"parallel.attention: none of {', '.join(CANDIDATES)} works on {device}; see ngrpo doctor")
     return chosen[0]
 
 
@@ -72,11 +74,9 @@ def _fastest(shapes: Shapes, device: torch.device) -> str:
             seconds[name] = measure(name, shapes, device)
         except Exception as error:  # not installed, or not for this device: the others remain
             logger.debug("attention backend %s: %s", name, error)
-    if not seconds:
-        raise ValueError(f"parallel.attention: none of {', '.join(CANDIDATES)} works on {device}; see ngrpo doctor")
     ranked = sorted(seconds, key=lambda name: seconds[name])
     logger.info("attention, ms per layer and iteration: %s", ", ".join(f"{n} {1e3 * seconds[n]:.2f}" for n in ranked))
-    return ranked[0]
+    return ranked[0] if ranked else ""
 
 
 def measure(name: str, shapes: Shapes, device: torch.device, repeats: int = 10) -> float:
