@@ -40,10 +40,15 @@ def compiles(settings: Parallel, device: torch.device) -> bool:
 
 
 def prepare(blocks: Sequence[nn.Module], model: Model, settings: Parallel, device: torch.device) -> None:
-    """Make blocks recompute and compile as the recipe says; logs nothing and computes nothing yet."""
+    """Make blocks recompute and compile as the recipe says; nothing is compiled before it is called."""
     compiled = compiles(settings, device)
     if compiled:
         _configure_compiler(model, settings)
+    elif not isinstance(model.gradient_checkpointing, str):
+        logger.warning(
+            "model.gradient_checkpointing = %g is a setting of the compiler and does nothing: nothing is compiled here",
+            model.gradient_checkpointing,
+        )
     for block in blocks:
         forward = recomputing(block.forward, model.gradient_checkpointing)
         block.forward = torch.compile(forward, fullgraph=True, dynamic=False) if compiled else forward

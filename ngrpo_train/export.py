@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from ngrpo_train import parallel
 from ngrpo_train.flux import Flux
 from ngrpo_train.loading import quiet_diffusers
+
+logger = logging.getLogger(__name__)
 
 _FROZEN_PARTS = ("scheduler", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -60,7 +63,9 @@ def _write_pipeline(flux: Flux, trained: dict[str, Tensor], directory: Path) -> 
         if flux.directory is None:  # random weights, which stand in no file
             flux.pipeline.vae.save_pretrained(directory / "vae")
             return
-    for part in _FROZEN_PARTS:
-        if (flux.directory / part).is_dir():
-            shutil.copytree(flux.directory / part, directory / part, dirs_exist_ok=True)
+    absent = [part for part in _FROZEN_PARTS if not (flux.directory / part).is_dir()]
+    for part in (part for part in _FROZEN_PARTS if part not in absent):
+        shutil.copytree(flux.directory / part, directory / part, dirs_exist_ok=True)
+    if absent:  # trained on embeddings, without a need for them
+        logger.warning("%s lacks %s, which %s has not: add them from the model", directory, absent, flux.directory)
     shutil.copy(flux.directory / "model_index.json", directory)

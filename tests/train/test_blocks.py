@@ -124,3 +124,8 @@ def test_the_compilers_budget_and_cache_are_set(monkeypatch, tmp_path):
         blocks.prepare([nn.Linear(2, 2)], Model(gradient_checkpointing=0.7), settings, torch.device("cpu"))
         assert functorch.activation_memory_budget == 0.7
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+
+
+def test_a_budget_without_a_compiler_is_said_to_do_nothing(caplog):
+    blocks.prepare([nn.Linear(2, 2)], Model(gradient_checkpointing=0.7), Parallel(), torch.device("cpu"))
+    assert "model.gradient_checkpointing = 0.7 is a setting of the compiler and does nothing" in caplog.text

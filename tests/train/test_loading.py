@@ -381,7 +381,11 @@ def test_an_export_is_the_trained_weights_and_the_frozen_parts(
 
 @pytest.mark.parametrize("at_hand", [True, False], ids=["text encoders at hand", "only their embeddings"])
 def test_an_export_of_a_run_on_embeddings(
-    tiny_dev: str, load_flux: Callable[..., Flux], tmp_path: Path, at_hand: bool
+    tiny_dev: str,
+    load_flux: Callable[..., Flux],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    at_hand: bool,
 ) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     model = tmp_path / "model"
@@ -399,6 +403,7 @@ def test_an_export_of_a_run_on_embeddings(
             shutil.rmtree(model / part)
     trainer = Trainer.make(recipe, recipe.parallel, rewards=None, device=torch.device("cpu"), stage=None)
     export(trainer.flux, tmp_path / "export")
+    assert ("lacks ['text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2']" in caplog.text) is not at_hand
     absent = {} if at_hand else dict.fromkeys(loading.TEXT_PARTS)  # which diffusers asks for by name
     pipeline = FluxPipeline.from_pretrained(tmp_path / "export", local_files_only=True, **absent)
     flux = load_flux(tiny_dev)
