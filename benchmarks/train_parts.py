@@ -164,7 +164,7 @@ def make_peer(
 ) -> Peer:
     """With random weights of `dtype`, the same as ours but for their rounding, and made-up features of a prompt."""
     transformer: Any = transformer_on(architecture, dtype=dtype).to_empty(device=device)
-    fill(transformer, recipe.model.name_or_path, None)
+    fill(transformer, recipe.model, None)
     transformer.train()
     transformer.enable_gradient_checkpointing()
     generator = torch.Generator().manual_seed(0)

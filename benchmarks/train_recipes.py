@@ -100,7 +100,7 @@ def as_measured(recipe: Recipe, depth: str = "") -> tuple[Recipe, list[str]]:
 
 def _is_installed(name: str, reward: Reward) -> bool:
     try:
-        find_scorer(name, reward.path)
+        find_scorer(name, reward, torch.device("cpu"))
     except ValueError:
         return False
     return True

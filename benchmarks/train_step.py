@@ -84,7 +84,7 @@ def measure(
         device, world_size = processes.device, processes.num_processes
         check(recipe, world_size)
         cursor = PromptCursor.of(recipe, load_prompts(recipe.prompts.source), processes.process_index, world_size)
-        rewards = Rewards(recipe.rewards)
+        rewards = Rewards(recipe.rewards, device)
         refuse_backend(recipe.algorithm.backend, device)
         building = clock(device)
         recipe = settle_attention(recipe, device)

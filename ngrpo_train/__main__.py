@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -18,7 +19,17 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ngrpo_train.config import Model, Parallel, Recipe, Reward, Sampling, check_sections
-from ngrpo_train.parsing import RecipeFlags, find_recipe, parse, parse_flags, read_recipe, resolve, suggestion
+from ngrpo_train.parsing import (
+    RecipeFlags,
+    find_recipe,
+    is_run,
+    parse,
+    parse_flags,
+    read_recipe,
+    resolve,
+    suggestion,
+    take_rewards,
+)
 
 T = TypeVar("T")
 
@@ -32,7 +43,7 @@ Neighbor GRPO: align FLUX-architecture flow models with human preference, withou
   profile [RECIPE] --iterations N              where an iteration's time goes; command lines for Nsight
   embed  [RECIPE] --out DIRECTORY               encode the prompts once, so that training needs no text encoders
   sample RUN_OR_MODEL --prompt TEXT ...         generate pictures
-  eval   RUN_OR_MODEL [--prompts SOURCE] ...    generate and score pictures
+  eval   RUN_OR_MODEL --rewards NAMES ...       score pictures of a model beside its base: the paper's Table 1
   export RUN --out DIRECTORY                    write a run's weights for diffusers
   doctor                                        what is installed, what works here, what is missing and how to get it
 
@@ -46,6 +57,8 @@ class TrainCommand:
     """Train by a recipe: a packaged name or a TOML file; without one, shapes_cpu.
 
     Flags override the recipe's fields; the defaults shown are the recipe's.
+
+    --rewards NAME,NAME,... trains on these, in place of the recipe's rewards.
 
     For any reward NAME: --rewards.NAME.weight, --rewards.NAME.path, ...
     """
@@ -109,6 +122,13 @@ class EmbedCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptChoice:
+    source: str = ""
+    """A file, "hub:ID", "hpdv2:benchmark", "shapes:test", ...; empty takes the run's evaluation.test, or its training
+    prompts. Their order fixes the noise, so that any two models can be compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleCommand:
     """Generate pictures with a run, a directory in FLUX.1's layout or a hub id.
 
@@ -116,9 +136,8 @@ class SampleCommand:
     """
 
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")] = ()
-    """Prompts to draw; without any, the first eight of --prompts."""
-    prompts: Annotated[str, tyro.conf.arg(metavar="SOURCE", help_behavior_hint="")] = ""
-    """Prompt source, a file or "shapes:test"; empty takes the run's evaluation.test, or its training prompts."""
+    """Prompts to draw; without any, the first eight of --prompts.source."""
+    prompts: PromptChoice = field(default_factory=PromptChoice)
     per_prompt: int = 4
     """Pictures of each prompt."""
     checkpoint: str = "latest"
@@ -131,23 +150,36 @@ class SampleCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand:
-    """Score pictures of a run, a directory in FLUX.1's layout or a hub id.
+    """Score pictures of a model beside its base's, as in the paper's Table 1.
 
-    The settings of a run are its recipe's.
+    RUN_OR_MODEL: a run, a pipeline in FLUX.1's layout, or a transformer alone.
 
-    The noise is fixed by the prompts' order, so any two models can be compared.
+    A command that was stopped goes on: it keeps its pictures and scores.
+
+    --rewards NAME,NAME,... scores with these; without it, with the run's.
+
+    For any reward NAME: --rewards.NAME.path, --rewards.NAME.remote, ...
     """
 
-    prompts: Annotated[str, tyro.conf.arg(metavar="SOURCE", help_behavior_hint="")] = ""
-    """Prompt source, a file or "shapes:test"; empty takes the run's evaluation.test, or its training prompts."""
-    rewards: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="")] = ()
-    """Rewards to score with: names, or package.module:callable; empty takes the run's."""
-    per_prompt: int = 0
-    """Pictures of each prompt; 0 takes the run's evaluation.num_images_per_prompt."""
+    prompts: PromptChoice = field(default_factory=PromptChoice)
+    rewards: dict[str, Reward] = field(default_factory=dict)
+    base: Annotated[str, tyro.conf.arg(metavar="MODEL|DIRECTORY|none", help_behavior_hint="")] = ""
+    """The model to compare with, or the directory of an earlier evaluation; empty is the one that a run began from, and
+    FLUX.1-dev for a transformer alone."""
+    base_tail: int = 0
+    """Solver steps, the last ones, that the base model makes: MixGRPO's hybrid inference."""
+    images: Annotated[str, tyro.conf.arg(metavar="DIRECTORY", help_behavior_hint="")] = ""
+    """Score these pictures instead; names begin with the prompt's number, from 0, as in 00012_00.png."""
+    per_prompt: int = 1
+    """Pictures of each prompt."""
+    batch: int = 8
+    """Pictures generated at once, on each process."""
+    as_trained: bool = False
+    """Generate as the run's rollouts do (solver, steps, size), not as the benchmark does."""
     checkpoint: str = "latest"
     """Of a run: "latest", "best" or a step's number."""
-    out: Annotated[str, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = ""
-    """CSV file to write, one row per picture."""
+    out: Annotated[str, tyro.conf.arg(metavar="DIRECTORY", help_behavior_hint="")] = ""
+    """Directory for pictures, scores and tables; empty is "evaluations/NAME"."""
     sampling: Sampling = field(default_factory=Sampling)
     parallel: Parallel = field(default_factory=Parallel)
 
@@ -281,25 +313,51 @@ def _sample(arguments: list[str]) -> int:
 
 
 def _eval(arguments: list[str]) -> int:
-    source, arguments = _positional(arguments)
+    images = any(re.match(r"--images(=|$)", argument) for argument in arguments)
+    source, arguments = _positional(arguments, default="images" if images else "")
     recipe = _recipe_of(source)
-    command = parse_flags(
-        EvalCommand(sampling=recipe.sampling, parallel=recipe.parallel), arguments, prog="ngrpo eval RUN_OR_MODEL"
+    rewards, arguments = take_rewards(arguments, recipe.rewards)
+    trained = recipe.trained_rewards() if is_run(source) else ()
+    defaults = EvalCommand(
+        rewards=rewards, sampling=_benchmark_sampling(recipe), parallel=replace(recipe.parallel, sharding="none")
     )
+    prog = "ngrpo eval RUN_OR_MODEL"
+    command = parse_flags(defaults, arguments, prog=prog, quiet=_rank() != 0)
+    if command.as_trained:
+        command = parse_flags(replace(defaults, sampling=recipe.sampling), arguments, prog=prog, quiet=_rank() != 0)
     recipe = _generating(recipe, command)
-    if command.per_prompt:
-        recipe = replace(recipe, evaluation=replace(recipe.evaluation, num_images_per_prompt=command.per_prompt))
-    if command.rewards:
-        recipe = replace(recipe, rewards=_chosen_rewards(recipe, command.rewards))
-    from ngrpo_train.inference import score
+    if command.batch < 1:
+        raise ValueError(f"--batch = {command.batch} must be positive")
+    evaluation = replace(recipe.evaluation, num_images_per_prompt=command.per_prompt, batch=command.batch)
+    recipe = replace(recipe, evaluation=evaluation, rewards=command.rewards)
+    from ngrpo_train.comparison.command import evaluate_images, evaluate_model
 
-    return score(source, recipe, command.checkpoint, Path(command.out) if command.out else None)
+    if command.images:
+        images_dir = Path(command.images).expanduser()
+        return evaluate_images(images_dir, recipe, Path(command.out or Path("evaluations") / images_dir.name))
+    return evaluate_model(
+        source,
+        recipe,
+        trained=trained,
+        base=command.base,
+        tail_steps=command.base_tail,
+        checkpoint=command.checkpoint,
+        out=Path(command.out or Path("evaluations") / Path(source).name).expanduser(),
+    )
+
+
+def _benchmark_sampling(recipe: Recipe) -> Sampling:
+    """How benchmarks generate: fifty steps of FLUX's own solver, at the size the model was made for."""
+    from ngrpo_train.architecture import native_size
+
+    size = native_size(recipe.model.name_or_path)
+    return replace(recipe.sampling, solver="euler", num_inference_steps=50, guidance_scale=3.5, height=size, width=size)
 
 
 def _export(arguments: list[str]) -> int:
     source, arguments = _positional(arguments)
     command = tyro.cli(ExportCommand, prog="ngrpo export RUN", args=arguments)
-    if not (Path(source) / "recipe.toml").exists():
+    if not is_run(source):
         raise ValueError(f"{source!r} is not a run directory: it has no recipe.toml")
     from ngrpo_train.inference import export_run
 
@@ -328,8 +386,8 @@ def _positional(arguments: list[str], default: str = "") -> tuple[str, list[str]
 
 def _recipe_of(source: str) -> Recipe:
     """The recipe of a run directory; for the shapes pipeline the shapes recipe; for any other model the defaults."""
-    path = Path(source) / "recipe.toml"
-    if source and path.exists():
+    if is_run(source):
+        path = Path(source) / "recipe.toml"
         return resolve(read_recipe(path), name=str(path))
     if source == "shapes":
         return resolve(read_recipe(find_recipe("shapes_cpu")), name="shapes_cpu")
@@ -338,7 +396,7 @@ def _recipe_of(source: str) -> Recipe:
 
 def _generating(recipe: Recipe, command: SampleCommand | EvalCommand) -> Recipe:
     """The recipe with a command's own settings; prompts are by default those that the run was tested on."""
-    source = command.prompts or recipe.evaluation.test or recipe.prompts.source
+    source = command.prompts.source or recipe.evaluation.test or recipe.prompts.source
     recipe = replace(
         recipe,
         sampling=command.sampling,
@@ -346,21 +404,11 @@ def _generating(recipe: Recipe, command: SampleCommand | EvalCommand) -> Recipe:
         prompts=replace(recipe.prompts, source=source),
     )
     if not source and not getattr(command, "prompt", ()):
-        raise ValueError("--prompts must name a prompt source: a file, or shapes:test")
-    if command.per_prompt < (1 if isinstance(command, SampleCommand) else 0):
+        raise ValueError("--prompts.source must name a prompt source: a file, hpdv2:benchmark, smoke, shapes:test, ...")
+    if command.per_prompt < 1:
         raise ValueError(f"--per-prompt = {command.per_prompt} must be positive")
     check_sections(recipe, ["sampling", "parallel"])
     return recipe
-
-
-def _chosen_rewards(recipe: Recipe, names: Sequence[str]) -> dict[str, Reward]:
-    chosen = {}
-    for name in names:
-        if ":" in name:  # the path of a scorer, which goes by the callable's name
-            chosen[name.rpartition(":")[2]] = Reward(path=name)
-        else:
-            chosen[name] = recipe.rewards.get(name, Reward())
-    return chosen
 
 
 def _version() -> str:

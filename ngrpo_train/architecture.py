@@ -133,18 +133,34 @@ KNOWN = {"flux-dev": _flux(guidance_embeds=True), "flux-schnell": _flux(guidance
 _HUB_IDS = {"black-forest-labs/FLUX.1-dev": "flux-dev", "black-forest-labs/FLUX.1-schnell": "flux-schnell"}
 
 
-def find_architecture(name_or_path: str) -> Architecture:
+def find_architecture(name_or_path: str, transformer: Path | None = None) -> Architecture:
     """The sizes of what `model.name_or_path` names, without its weights and without a network.
 
-    Raises ValueError, naming `model.name_or_path`, where no configs are at hand.
+    `transformer` is the directory of another transformer's config in place of its own. Raises ValueError, naming
+    `model.name_or_path`, where no configs are at hand.
     """
-    if name_or_path.startswith("random:"):
-        return _random(name_or_path)
-    if name_or_path in _HUB_IDS:
-        return KNOWN[_HUB_IDS[name_or_path]]
+    elsewhere = {"transformer": transformer / "config.json"} if transformer else {}
+    known = _HUB_IDS.get(name_or_path)
+    if name_or_path.startswith("random:") or known:
+        architecture = KNOWN[known] if known else _random(name_or_path)
+        return _with_transformer(architecture, elsewhere["transformer"]) if elsewhere else architecture
     directory = _directory(name_or_path)
-    files = {part: _config_file(name_or_path, directory, part) for part in PARTS}
-    return _read(tuple(files.items()))
+    own = {part: _config_file(name_or_path, directory, part) for part in PARTS if part not in elsewhere}
+    return _read(tuple((own | elsewhere).items()))
+
+
+def native_size(name_or_path: str) -> int:
+    """The pixels a side that a model is made for, as its VAE's config has it; FLUX.1's where that is not at hand."""
+    directory = _directory(name_or_path)
+    file = directory / "vae" / "config.json" if directory else None
+    if file is None or not file.is_file():
+        return 1024
+    return int(json.loads(file.read_text("utf-8")).get("sample_size", 1024))
+
+
+@lru_cache
+def _with_transformer(architecture: Architecture, config: Path) -> Architecture:
+    return replace(architecture, transformer=json.loads(config.read_text("utf-8")))
 
 
 @lru_cache

@@ -19,6 +19,9 @@ class Model:
     """Directory, hub id, "shapes" for the pipeline that ships with ngrpo, or "random:flux-dev", "random:flux-schnell":
     random weights at that model's size, made on the device, for measuring without a download; "random:flux-dev:2+4" has
     2 double and 4 single blocks of it."""
+    transformer: str = ""
+    """Directory or hub id of a transformer alone, in diffusers' layout, in place of name_or_path's own: one that others
+    trained, to evaluate or to train on."""
     tuning: Literal["full", "lora"] = "full"
     """Train every weight of the transformer, or low-rank adapters (peft) on its attention and feed-forward layers."""
     lora_rank: int = 128
@@ -36,7 +39,7 @@ class Prompts:
     """What the model is asked to draw."""
 
     source: str = ""
-    """A file (txt, json, jsonl, csv, parquet) or "shapes:train"."""
+    """A file (txt, json, jsonl, csv, parquet) or "hub:ID", "hpdv2:train", "shapes:train"."""
     per_rank: int = 1
     """P: prompts explored together on each process."""
     embeddings: str = ""
@@ -82,6 +85,9 @@ class Algorithm:
     The last is Algorithm 1 as printed, and with a multistep solver a biased ratio."""
     updates_per_iteration: int = 1
     """Optimizer steps per iteration; divides num_anchors. Clip and KL act from the second step on."""
+    combine: Literal["standardized", "raw_sum"] = "standardized"
+    """How several rewards become one: each standardised in its group, then weighted; or their scores weighted as they
+    are, where one of wide spread outweighs the others."""
     p: float = 0.8
     """Order of the quasi-norm that advantages are divided by (Eq. 11), in (0, 2]; 2 is plain GRPO up to a constant."""
     min_reward_std: float = 0.0
@@ -106,11 +112,28 @@ class Reward:
     """One scorer of pictures."""
 
     weight: float = 1.0
-    """Weight of its group-standardised advantage."""
+    """Weight of its group-standardised advantage, or of the score itself where algorithm.combine = "raw_sum"."""
     path: str = ""
-    """"package.module:callable" for a scorer of your own; empty for one that ships with ngrpo."""
+    """Weights of a scorer that ships with ngrpo: hub id, directory or file; empty for the official ones. Of a judge,
+    its model's name. "package.module:callable" for a scorer of your own."""
     log_only: bool = False
     """Report it, do not train on it: an out-of-domain watch."""
+    watch_only: bool = False
+    """Score only the pictures of evaluations, not those of every iteration, and do not train on it: a slow watch."""
+    remote: str = ""
+    """Where it is computed, if not here: "http://host:port" of `ngrpo reward-server`, or of a judge's server."""
+    backend: Literal["native", "hpsv2", "image-reward"] = "native"
+    """Our implementation, or the official package of that name as a reference."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the scorer's weights and arithmetic; the score itself is always formed in float32."""
+    batch: int = 32
+    """Pictures scored at once, or asked about at once where a judge answers."""
+    offload: bool = False
+    """Keep the scorer's weights in host memory between uses."""
+    processor: str = ""
+    """Hub id or directory of the scorer's tokenizer; empty for the one it was trained with."""
+    template: str = ""
+    """What a judge is asked: a packaged template's name or a TOML file; empty for its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,12 +212,13 @@ class Evaluation:
     """Fixed prompts and noise, drawn alike at every evaluation."""
 
     validation: str = ""
-    """Prompt source of the in-loop evaluation; empty turns it off."""
+    """Prompt source of the in-loop evaluation and of the watch for reward hacking; empty turns both off."""
     every: int = 50
     """Iterations between evaluations."""
     test: str = ""
     """Prompt source of the before/after table; empty leaves the table out."""
     num_images_per_prompt: int = 1
+    """Two or more let the watch measure diversity, and how many groups are flat."""
     batch: int = 0
     """Pictures generated at once; 0 takes 64."""
 
@@ -229,6 +253,13 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
     log: Log = field(default_factory=Log)
 
+    def trained_rewards(self) -> tuple[str, ...]:
+        return tuple(
+            name
+            for name, reward in self.rewards.items()
+            if reward.weight and not (reward.log_only or reward.watch_only)
+        )
+
     def trainable_steps(self) -> tuple[int, int]:
         """`algorithm.step_range` in solver steps: (first, last + 1)."""
         first, last = self.algorithm.step_range
@@ -240,6 +271,7 @@ class Recipe:
 _FREE_ON_RESUME = re.compile(
     r"train\.(steps|gradient_accumulation_steps)|prompts\.per_rank"
     r"|log\..*|checkpoint\..*|evaluation\..*"
+    r"|rewards\.\w+\.(remote|offload)"
     r"|parallel\.(timeout_minutes|sharding|shard_size|offload|keep_gathered|reduce_gradients|compile_cache|text_encoders)"
 )
 
@@ -343,8 +375,10 @@ def check(recipe: Recipe, world_size: int = 1) -> None:
     _require(all(0 <= beta < 1 for beta in betas), "optimizer.betas", betas, "must be in [0, 1)")
     for name, reward in recipe.rewards.items():
         _require(math.isfinite(reward.weight), f"rewards.{name}.weight", reward.weight, "must be finite")
-    trained = [name for name, reward in recipe.rewards.items() if not reward.log_only and reward.weight != 0]
-    _require(bool(trained), "rewards", list(recipe.rewards), "must have at least one reward to train on")
+        _require(reward.batch > 0, f"rewards.{name}.batch", reward.batch, "must be positive")
+    _require(
+        bool(recipe.trained_rewards()), "rewards", list(recipe.rewards), "must have at least one reward to train on"
+    )
     _check_parallel(recipe, world_size)
     for tracker in recipe.log.trackers:
         _require(

@@ -13,15 +13,12 @@ import logging
 import os
 import shlex
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +26,7 @@ from torch import Tensor
 from ngrpo_train import parallel
 from ngrpo_train.config import Recipe, check_sections
 from ngrpo_train.loading import load_text_encoders
+from ngrpo_train.progress import progress
 from ngrpo_train.prompts import load_prompts
 from ngrpo_train.text import Manifest, PromptEncoder, TextEncoders, encoder_hash, frozen_dtype, hashes_in, prompt_hash
 
@@ -113,7 +111,7 @@ def embed(encoder: PromptEncoder, prompts: Sequence[str], out: Path, manifest: M
     first = 1 + max((int(Path(name).stem.removeprefix("embeddings_")) for name in index), default=-1)
     shards = [(first + i, missing[start : start + size]) for i, start in enumerate(range(0, len(missing), size))]
     mine = shards[rank::ranks]
-    with _progress(sum(len(keys) for _, keys in mine)) as advance:
+    with progress("prompts", sum(len(keys) for _, keys in mine)) as advance:
         for number, keys in mine:
             rows = _encode(encoder, [wanted[key] for key in keys], manifest, batch, advance)
             _write_shard(out / f"embeddings_{number:05d}.safetensors", rows, keys)
@@ -222,29 +220,3 @@ def _write(path: Path, text: str) -> None:
     """All of it or nothing, whenever the process is killed."""
     _aside(path).write_text(text, encoding="utf-8")
     os.replace(_aside(path), path)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Shows how far the first process is with its own prompts: a bar, or where nobody watches, up to 20 lines."""
-    main, ranks = parallel.rank() == 0, parallel.world_size()
-    each = f" on each of {ranks} processes" if ranks > 1 else ""
-    done = 0
-
-    def advance(prompts: int) -> None:
-        nonlocal done
-        done += prompts
-        bar.update(task, completed=done)
-        if main and bar.disable and done * 20 // total > (done - prompts) * 20 // total:
-            print(f"{done:,}/{total:,} prompts{each}", flush=True)
-
-    with Progress(
-        TextColumn("[bold]prompts"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=20),
-        TextColumn(each),
-        TimeRemainingColumn(),
-        disable=not (main and sys.stdout.isatty()),
-    ) as bar:
-        task = bar.add_task("", total=total)
-        yield advance

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ngrpo_train.config import Recipe
 from ngrpo_train.flux import Flux
 from ngrpo_train.perturb import stream
 from ngrpo_train.rewards import Rewards, refuse_non_finite
-from ngrpo_train.rollout import generate
+from ngrpo_train.rollout import Tail, generate
 from ngrpo_train.solvers import flow_sigmas
 
 _NOISE_SEED = 2511_16955  # never the run's: every run is judged on the same noise
@@ -31,17 +31,22 @@ class Evaluation:
     names: tuple[str, ...]
     prompts: tuple[str, ...]
     scores_RN: Tensor
+    observed_NE: Tensor | None = None  # what `observe` saw in each picture
 
     def mean(self) -> dict[str, float]:
         return dict(zip(self.names, self.scores_RN.mean(1).tolist(), strict=True))
 
     def standard_error(self) -> dict[str, float]:
         """Of the mean over prompts, whose pictures are not independent; NaN for a single prompt."""
-        if len(self.prompts) == 1:
-            return dict.fromkeys(self.names, math.nan)
         per_prompt = self.scores_RN.view(len(self.names), len(self.prompts), -1).mean(2)
-        error = per_prompt.std(1) / len(self.prompts) ** 0.5
-        return dict(zip(self.names, error.tolist(), strict=True))
+        return dict(zip(self.names, standard_error(per_prompt).tolist(), strict=True))
+
+
+def standard_error(per_prompt: Tensor) -> Tensor:
+    """Of the mean over the last dimension, prompts; NaN for a single one."""
+    if per_prompt.shape[-1] == 1:
+        return torch.full(per_prompt.shape[:-1], math.nan)
+    return per_prompt.std(-1) / per_prompt.shape[-1] ** 0.5
 
 
 def plus_minus(error: float) -> str:
@@ -49,7 +54,9 @@ def plus_minus(error: float) -> str:
 
 
 @torch.no_grad()
-def pictures(flux: Flux, recipe: Recipe, prompts: Sequence[str], slots: Sequence[int]) -> Tensor:
+def pictures(
+    flux: Flux, recipe: Recipe, prompts: Sequence[str], slots: Sequence[int], tail: Tail | None = None
+) -> Tensor:
     """One picture per prompt, uint8 [N, 3, H, W]; `slots` [N] choose the noise."""
     shape = flux.latent_shape
     noise = [torch.randn(shape, generator=stream(_NOISE_SEED, 0, slot, "evaluation")) for slot in slots]
@@ -57,13 +64,22 @@ def pictures(flux: Flux, recipe: Recipe, prompts: Sequence[str], slots: Sequence
     distinct = list(dict.fromkeys(prompts))
     rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=flux.device)
     latents = torch.stack(noise).to(flux.device)
-    for step in generate(flux, latents, flux.encode(distinct).rows(rows), sigmas):
+    for step in generate(flux, latents, flux.encode(distinct).rows(rows), sigmas, tail=tail):
         latents = step.after_NTC
     return flux.decode(latents)
 
 
-def evaluate(flux: Flux, recipe: Recipe, rewards: Rewards, prompts: Sequence[str]) -> Evaluation:
-    """Score `evaluation.num_images_per_prompt` pictures of each prompt, shared out over the ranks."""
+def evaluate(
+    flux: Flux,
+    recipe: Recipe,
+    rewards: Rewards,
+    prompts: Sequence[str],
+    observe: Callable[[Tensor], Tensor] | None = None,
+) -> Evaluation:
+    """Score `evaluation.num_images_per_prompt` pictures of each prompt, shared out over the ranks.
+
+    `observe` takes uint8 pictures [N, 3, H, W] too and gives what else is to be known of each: float32 [N, E].
+    """
     per_prompt = recipe.evaluation.num_images_per_prompt
     batch = recipe.evaluation.batch or 64
     total = len(prompts) * per_prompt
@@ -74,11 +90,13 @@ def evaluate(flux: Flux, recipe: Recipe, rewards: Rewards, prompts: Sequence[str
     for start in range(0, share, batch):
         slots = mine[start : start + batch]
         wanted = [prompts[slot // per_prompt] for slot in slots]
-        scores = rewards.score(pictures(flux, recipe, wanted, slots), wanted)
+        images = pictures(flux, recipe, wanted, slots)
+        scores = rewards.score(images, wanted)
         refuse_non_finite(rewards.names, scores.cpu(), wanted)
-        parts.append(scores)
-    gathered = torch.cat(list(parallel.all_gather(torch.cat(parts, 1))), 1)[:, :total]
-    return Evaluation(rewards.names, tuple(prompts), gathered.cpu())
+        parts.append(torch.cat([scores, observe(images).T]) if observe else scores)
+    gathered = torch.cat(list(parallel.all_gather(torch.cat(parts, 1))), 1)[:, :total].cpu()
+    scores_RN, observed_EN = gathered[: len(rewards.names)], gathered[len(rewards.names) :]
+    return Evaluation(rewards.names, tuple(prompts), scores_RN, observed_EN.T if observe else None)
 
 
 def tile(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Image.Image:

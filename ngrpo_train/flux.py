@@ -7,6 +7,7 @@ Latents are FLUX's packed tokens, [*, T, C] with C = 4 * latent channels; `sigma
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,16 @@ from ngrpo_train import blocks, sharding
 from ngrpo_train.architecture import LORA_TARGETS
 from ngrpo_train.config import Model, Parallel, Sampling
 from ngrpo_train.float8 import Float8Copy
-from ngrpo_train.loading import TEXT_PARTS, fill, find_directory, load_parts, quiet_diffusers
+from ngrpo_train.loading import (
+    TEXT_PARTS,
+    absent_of,
+    empty_transformer,
+    fill,
+    find_directory,
+    find_transformer,
+    load_parts,
+    quiet_diffusers,
+)
 from ngrpo_train.perturb import stream
 from ngrpo_train.text import Conditioning, EmbeddingCache, PromptEncoder, TextEncoders, encoder_hash, frozen_dtype
 
@@ -44,11 +54,17 @@ class Flux:
         `settings.attention` is a backend's name, or "auto" for diffusers' choice. `seed` draws LoRA's first weights.
         """
         self.model, self.sampling, self.settings, self.device = model, sampling, settings, device
-        self.directory = find_directory(model.name_or_path, TEXT_PARTS if embeddings else ())
+        self.directory = find_directory(model.name_or_path, absent_of(model, TEXT_PARTS if embeddings else ()))
+        self.transformer_directory = find_transformer(model, self.directory)
         self.compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
         self.compiled = blocks.compiles(settings, device)
         self.pipeline = load_parts(
-            model.name_or_path, self.directory, device, frozen_dtype(device), text=not embeddings
+            model.name_or_path,
+            self.directory,
+            device,
+            frozen_dtype(device),
+            text=not embeddings,
+            transformer=self.transformer_directory,
         )
         self.pipeline.set_progress_bar_config(disable=True)
         self.text = self._text_encoder(embeddings)
@@ -113,10 +129,21 @@ class Flux:
         blocks.prepare(repeated, self.model, settings, self.device)
         sharding.shard(transformer, repeated, self.model, settings, self.device)
         transformer.to_empty(device="cpu" if settings.offload else self.device)
-        fill(transformer, self.model.name_or_path, self.directory)
+        fill(transformer, self.model, self.transformer_directory)
         for name, adapter in self.trainable.items():
             if ".lora_" in name:
                 _draw_adapter(name, adapter, seed)
+
+    def beside(self, model: Model) -> Flux:
+        """Another model's transformer, whole, with this one's encoders and VAE: two models in one memory."""
+        other = copy.copy(self)
+        other.model = replace(model, tuning="full")
+        other.directory = find_directory(model.name_or_path, absent_of(model, (*TEXT_PARTS, "vae")))
+        other.transformer_directory = find_transformer(model, other.directory)
+        other.transformer = empty_transformer(model.name_or_path, other.transformer_directory)
+        other._float8 = None
+        other._prepare_transformer(seed=0)
+        return other
 
     def _set_attention(self, transformer: Any) -> None:
         if self.settings.attention != "auto":

@@ -1,45 +1,68 @@
-"""`ngrpo sample`, `ngrpo eval` and `ngrpo export`: a trained model put to use."""
+"""A trained model put to use: found, loaded, and for `ngrpo sample` and `ngrpo export` drawn from and written out."""
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from ngrpo_train import parallel
 from ngrpo_train.checkpoint import find_checkpoint, load_weights
-from ngrpo_train.config import Recipe
-from ngrpo_train.evaluate import Evaluation, evaluate, pictures, plus_minus, save_picture, tile
+from ngrpo_train.config import Model, Recipe
+from ngrpo_train.evaluate import pictures, save_picture, tile
 from ngrpo_train.export import export
 from ngrpo_train.flux import Flux
+from ngrpo_train.loading import is_transformer
+from ngrpo_train.parsing import is_run
 from ngrpo_train.prompts import load_prompts
-from ngrpo_train.rewards import Rewards
 from ngrpo_train.settle import settle_attention, settle_memory
 
 logger = logging.getLogger(__name__)
 
+FLUX_DEV = "black-forest-labs/FLUX.1-dev"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a command's RUN_OR_MODEL means: a model, and the checkpoint of a run of it."""
+
+    name: str
+    model: Model
+    checkpoint: Path | None = None
+
+    @staticmethod
+    def find(name: str, recipe: Recipe, checkpoint: str = "latest", base: str = FLUX_DEV) -> Source:
+        """A run, a pipeline, or a transformer alone, which takes the rest of `base`.
+
+        `recipe` is the run's, or that of `--model` settings. Raises ValueError where there is no such thing.
+        """
+        if is_run(name):
+            return Source(name, recipe.model, find_checkpoint(Path(name), checkpoint))
+        if checkpoint != "latest":
+            raise ValueError(f"--checkpoint = {checkpoint!r} is for a run, and {name!r} is none: it has no recipe.toml")
+        if is_transformer(name):
+            return Source(name, Model(name_or_path=base, transformer=name))
+        return Source(name, replace(recipe.model, name_or_path=name))
+
+    @contextmanager
+    def loaded(self, recipe: Recipe, device: torch.device) -> Iterator[Flux]:
+        """The model with text encoders, for prompts of any kind, and the checkpoint's weights."""
+        recipe = _settled(replace(recipe, model=self.model), device)
+        flux = Flux(self.model, recipe.sampling, settle_memory(recipe, device), device)
+        if self.checkpoint:
+            load_weights(flux, self.checkpoint)
+        yield flux
+
 
 @contextmanager
-def trained_model(source: str, recipe: Recipe, checkpoint: str) -> Iterator[Flux]:
+def trained_model(name: str, recipe: Recipe, checkpoint: str) -> Iterator[Flux]:
     """A run's model at a checkpoint, or a model as it stands. Raises ValueError where there is no such thing."""
-    is_run = (Path(source) / "recipe.toml").exists()
-    if not is_run and checkpoint != "latest":
-        raise ValueError(f"--checkpoint = {checkpoint!r} is for a run, and {source!r} is none: it has no recipe.toml")
-    weights = find_checkpoint(Path(source), checkpoint) if is_run else None
-    model = recipe.model if is_run else replace(recipe.model, name_or_path=source)
-    with parallel.processes(recipe.parallel) as processes:
-        recipe = _settled(replace(recipe, model=model), processes.device)
-        settings = settle_memory(recipe, processes.device)
-        flux = Flux(model, recipe.sampling, settings, processes.device)  # with text encoders, for prompts of any kind
-        if weights:
-            load_weights(flux, weights)
+    source = Source.find(name, recipe, checkpoint)
+    with parallel.processes(recipe.parallel) as processes, source.loaded(recipe, processes.device) as flux:
         yield flux
 
 
@@ -73,43 +96,6 @@ def sample(source: str, recipe: Recipe, prompts: Sequence[str], per_prompt: int,
             (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
             print(f"{len(images)} pictures in {out}; all of them in {out / 'grid.png'}, a row for each prompt")
     return 0
-
-
-def score(source: str, recipe: Recipe, checkpoint: str, out: Path | None) -> int:
-    """Print the mean of each of the recipe's rewards over `prompts.source`, with its standard error over prompts."""
-    if not recipe.rewards:
-        raise ValueError("--rewards must name at least one reward, or package.module:callable")
-    rewards = Rewards(recipe.rewards)
-    prompts = load_prompts(recipe.prompts.source)
-    with trained_model(source, recipe, checkpoint) as flux:
-        evaluation = evaluate(flux, recipe, rewards, prompts)
-        if parallel.rank() == 0:
-            count, pictures_made = len(prompts), evaluation.scores_RN.shape[1]
-            print(f"{source}: {count} prompts of {recipe.prompts.source}, {pictures_made} pictures")
-            Console().print(_table(evaluation))
-            if out:
-                _write_csv(evaluation, out)
-    return 0
-
-
-def _table(evaluation: Evaluation) -> Table:
-    table = Table()
-    table.add_column("score")
-    table.add_column("mean ± standard error", justify="right")
-    error = evaluation.standard_error()
-    for name, mean in evaluation.mean().items():
-        table.add_row(name, f"{mean:.3f}{plus_minus(error[name])}")
-    return table
-
-
-def _write_csv(evaluation: Evaluation, out: Path) -> None:
-    per_prompt = evaluation.scores_RN.shape[1] // len(evaluation.prompts)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["prompt", "picture", *evaluation.names])
-        for i, scores in enumerate(evaluation.scores_RN.T.tolist()):
-            writer.writerow([evaluation.prompts[i // per_prompt], i % per_prompt, *scores])
 
 
 def export_run(run: Path, recipe: Recipe, checkpoint: str, out: Path) -> int:

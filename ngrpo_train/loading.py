@@ -18,18 +18,26 @@ import torch
 import torch.distributed.checkpoint as dcp
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ngrpo_train import parallel
 from ngrpo_train.architecture import Architecture, find_architecture, text_encoders_on, transformer_on, vae_on
+from ngrpo_train.config import Model
 from ngrpo_train.shapes.world import shapes_pipeline_dir
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _PARTS = ("model_index.json", "transformer", "vae", *TEXT_PARTS)
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
@@ -54,38 +62,105 @@ def find_directory(name_or_path: str, absent: tuple[str, ...] = ()) -> Path | No
     return directory
 
 
+def find_transformer(model: Model, directory: Path | None) -> Path | None:
+    """Where the transformer's config and weights lie: in the pipeline's `directory` or elsewhere; None for random ones.
+
+    Raises ValueError, naming `model.transformer`, where that is no transformer in diffusers' layout.
+    """
+    if not model.transformer:
+        return directory / "transformer" if directory else None
+    place = Path(model.transformer).expanduser()
+    if not place.is_dir():
+        place = _downloaded_transformer(model.transformer)
+    for found in (place, place / "transformer"):
+        if (found / "config.json").is_file() and any(found.glob("*.safetensors")):
+            return found
+    raise ValueError(
+        f"model.transformer = {model.transformer!r} has no config.json beside *.safetensors; it must be in diffusers' "
+        "layout"
+    )
+
+
+def is_transformer(name: str) -> bool:
+    """Whether this directory or hub id holds a transformer alone, and no pipeline around it."""
+    if name == "shapes" or name.startswith("random:"):
+        return False
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return not (directory / "model_index.json").exists() and any(directory.glob("**/diffusion_pytorch_model*"))
+    if not _HUB_ID.fullmatch(name):
+        return False
+    try:
+        hf_hub_download(name, "model_index.json")
+    except EntryNotFoundError as error:
+        # Offline the same is raised for what is merely not in the cache.
+        return not isinstance(error, LocalEntryNotFoundError) or bool(try_to_load_from_cache(name, "config.json"))
+    except (HfHubHTTPError, OSError):  # said where the model is loaded
+        return False
+    return False
+
+
+@functools.cache
+def _downloaded_transformer(name: str) -> Path:
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    with _explained(name, "model.transformer"), parallel.node_leader_first():
+        return Path(snapshot_download(name, allow_patterns=[*wanted, *(f"transformer/{each}" for each in wanted)]))
+
+
 @functools.cache
 def _downloaded(name_or_path: str, absent: tuple[str, ...]) -> Path:
     with _explained(name_or_path), parallel.node_leader_first():
         return Path(FluxPipeline.download(name_or_path, **dict.fromkeys(absent)))
 
 
-def load_architecture(name_or_path: str, absent: tuple[str, ...] = ()) -> Architecture:
+def load_architecture(model: Model, absent: tuple[str, ...] = ()) -> Architecture:
     """The sizes of a model that may have to be downloaded for them. Raises ValueError as `find_directory` does."""
-    directory = find_directory(name_or_path, absent)
-    return find_architecture(str(directory) if directory else name_or_path)
+    directory = find_directory(model.name_or_path, absent_of(model, absent))
+    transformer = find_transformer(model, directory) if model.transformer else None
+    return find_architecture(str(directory) if directory else model.name_or_path, transformer)
+
+
+def absent_of(model: Model, absent: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The parts that the pipeline itself need not have."""
+    return (*absent, "transformer") if model.transformer else absent
 
 
 def load_parts(
-    name_or_path: str, directory: Path | None, device: torch.device, dtype: torch.dtype, *, text: bool = True
+    name_or_path: str,
+    directory: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    text: bool = True,
+    transformer: Path | None = None,
 ) -> FluxPipeline:
     """The pipeline in `dtype`, its transformer still empty, on the meta device; random parts are made on `device`.
 
-    Without `text` it has neither text encoders nor tokenizers. Raises ValueError as `find_directory` does.
+    `transformer` is the directory of its config, by default the pipeline's. Without `text` the pipeline has neither
+    text encoders nor tokenizers. Raises ValueError as `find_directory` does.
     """
     if directory is None:
-        return _random_parts(find_architecture(name_or_path), device, dtype, text=text)
+        return _random_parts(find_architecture(name_or_path, transformer), device, dtype, text=text)
+    empty = empty_transformer(name_or_path, transformer or directory / "transformer")
     with _explained(name_or_path):
-        config: dict[str, Any] = FluxTransformer2DModel.load_config(directory / "transformer")
-        if (kind := config.get("_class_name", FluxTransformer2DModel.__name__)) != FluxTransformer2DModel.__name__:
-            raise ValueError(f"has a {kind} where FLUX has its transformer")
         absent = dict.fromkeys(() if text else TEXT_PARTS)
         pipeline: Any = FluxPipeline.from_pretrained(
             directory, dtype=dtype, local_files_only=True, transformer=None, **absent
         )
-    with torch.device("meta"):
-        pipeline.register_modules(transformer=FluxTransformer2DModel.from_config(config))
+    pipeline.register_modules(transformer=empty)
     return pipeline
+
+
+def empty_transformer(name_or_path: str, directory: Path | None) -> FluxTransformer2DModel:
+    """On the meta device, by the config in `directory`; by the name's known sizes where that is None."""
+    if directory is None:
+        return transformer_on(find_architecture(name_or_path))
+    with _explained(name_or_path):
+        config: dict[str, Any] = FluxTransformer2DModel.load_config(directory)
+        if (kind := config.get("_class_name", FluxTransformer2DModel.__name__)) != FluxTransformer2DModel.__name__:
+            raise ValueError(f"has a {kind} where FLUX has its transformer")
+    with torch.device("meta"):
+        return FluxTransformer2DModel.from_config(config)
 
 
 def load_text_encoders(name_or_path: str, dtype: torch.dtype) -> tuple[FluxPipeline, Path]:
@@ -102,15 +177,19 @@ def load_text_encoders(name_or_path: str, dtype: torch.dtype) -> tuple[FluxPipel
     return pipeline, directory
 
 
-def fill(transformer: nn.Module, name_or_path: str, directory: Path | None) -> None:
-    """Read the transformer's weights, each process its shards; adapters are left as they are. A collective."""
+def fill(transformer: nn.Module, model: Model, directory: Path | None) -> None:
+    """Read the transformer's weights from its directory, each process its shards, or draw them where that is None.
+
+    Adapters are left as they are. A collective.
+    """
     state = {name.replace(".base_layer.", "."): p for name, p in transformer.named_parameters() if ".lora_" not in name}
     if directory is None:
         _randomize(state)
         return
-    with _explained(name_or_path), warnings.catch_warnings():
+    own = ("model.transformer", model.transformer) if model.transformer else ("model.name_or_path", model.name_or_path)
+    with _explained(own[1], own[0]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        reader = dcp.HuggingFaceStorageReader(str(directory / "transformer"))
+        reader = dcp.HuggingFaceStorageReader(str(directory))
         stored = reader.read_metadata().state_dict_metadata
         if not stored:
             raise ValueError("has no *.safetensors in its transformer directory")
@@ -155,14 +234,14 @@ def _random_parts(architecture: Architecture, device: torch.device, dtype: torch
 
 
 @contextmanager
-def _explained(name_or_path: str) -> Iterator[None]:
+def _explained(name_or_path: str, setting: str = "model.name_or_path") -> Iterator[None]:
     """Turn what diffusers, the hub and safetensors raise into a ValueError that names the setting and the remedy."""
     try:
         with quiet_diffusers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except (HfHubHTTPError, OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"model.name_or_path = {name_or_path!r} {_remedy(error, name_or_path)}") from error
+        raise ValueError(f"{setting} = {name_or_path!r} {_remedy(error, name_or_path)}") from error
 
 
 def _remedy(error: BaseException, name_or_path: str) -> str:
@@ -175,7 +254,7 @@ def _remedy(error: BaseException, name_or_path: str) -> str:
     if Path(name_or_path).expanduser().is_dir() or name_or_path == "shapes":
         reason = f"{str(error).strip().splitlines()[0]:.300}"
         return reason if reason.startswith(("has ", "has, ", "lacks ")) else f"cannot be loaded: {reason}"
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path):
+    if not _HUB_ID.fullmatch(name_or_path):
         return "is neither a directory nor a hub id such as black-forest-labs/FLUX.1-dev"
     if any(isinstance(each, RepositoryNotFoundError) for each in chain):
         return "is not on the hub, or is private: check the spelling, or run `hf auth login`"

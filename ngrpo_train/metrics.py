@@ -10,7 +10,7 @@ import math
 import statistics
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +25,7 @@ from ngrpo_kernels import pairwise_sqdist
 from ngrpo_train import parallel
 from ngrpo_train.config import Recipe
 from ngrpo_train.cost import Cost
+from ngrpo_train.curves import draw
 from ngrpo_train.evaluate import save_picture, tile
 from ngrpo_train.iteration import Outcome
 from ngrpo_train.rewards import Scores
@@ -88,22 +89,27 @@ class Recorder:
             logger.warning("iteration %d: %s", step, warning)
         return figures
 
-    def write_evaluation(self, step: int, means: Mapping[str, float]) -> None:
-        """Record the means of an in-loop evaluation made before iteration `step`."""
-        if self.main:
-            figures = {f"validation/{name}": mean for name, mean in means.items()}
-            self._metrics.write(json.dumps({"step": step, **figures}) + "\n")
-            self._metrics.flush()
-            self.accelerator.log(figures, step=step)
-            self._print(f"iteration {step}: " + ", ".join(f"{name} {mean:.4f}" for name, mean in figures.items()))
+    def write_evaluation(self, step: int, figures: Mapping[str, float], warnings: Sequence[str] = ()) -> None:
+        """Record an in-loop evaluation made before iteration `step`, and draw all of them so far."""
+        if not self.main:
+            return
+        self._metrics.write(json.dumps({"step": step, **figures}) + "\n")
+        self._metrics.flush()
+        self.accelerator.log(figures, step=step)
+        self._print(f"iteration {step}: " + ", ".join(f"{name} {mean:.4f}" for name, mean in figures.items()))
+        for warning in warnings:
+            logger.warning("iteration %d: %s", step, warning)
+        history = evaluations(self.run / "metrics.jsonl")
+        self._off_the_path(lambda: draw(history, self.recipe.trained_rewards(), self.run / "watch.png"))
 
     def write_pictures(self, name: str, images: Tensor, columns: int) -> None:
         """Save a grid below the run directory, off the critical path. `images` is uint8 [N, 3, H, W] on the CPU."""
         if self.main:
             scale = max(1, 128 // images.shape[-1])
-            self._pictures.submit(
-                lambda: save_picture(tile(images, columns, scale=scale), self.run / f"{name}.png")
-            ).add_done_callback(_report_failure)
+            self._off_the_path(lambda: save_picture(tile(images, columns, scale=scale), self.run / f"{name}.png"))
+
+    def _off_the_path(self, work: Callable[[], None]) -> None:
+        self._pictures.submit(work).add_done_callback(_report_failure)
 
     def _show(self, step: int, figures: Mapping[str, float]) -> None:
         self._seconds.append(figures["time/iteration_s"])
@@ -189,6 +195,12 @@ def _reduced(figures: Mapping[str, tuple[str, Tensor, Tensor | None]]) -> dict[s
 _COMBINE: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "min": torch.min, "max": torch.max}
 
 
+def evaluations(path: Path) -> list[dict[str, float]]:
+    """The in-loop evaluations that a run's metrics.jsonl holds."""
+    rows = (json.loads(line) for line in path.read_text().splitlines())
+    return [row for row in rows if _is_of_evaluation(row)]
+
+
 def _reopen(path: Path, start: int) -> Any:
     """Open for appending, without the lines of iterations that a resumed run makes again."""
     if path.exists():
@@ -204,11 +216,11 @@ def _stays(line: str, start: int) -> bool:
         row = json.loads(line)
     except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
         return False
-    return row["step"] < start or _is_evaluation(row, start)
+    return row["step"] < start or (row["step"] == start and _is_of_evaluation(row))
 
 
-def _is_evaluation(row: Mapping[str, Any], start: int) -> bool:
-    return row["step"] == start and any(name.startswith("validation/") for name in row)
+def _is_of_evaluation(row: Mapping[str, Any]) -> bool:
+    return any(name.startswith("validation/") for name in row)
 
 
 def _report_failure(future: Any) -> None:

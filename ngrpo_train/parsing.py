@@ -37,6 +37,11 @@ def find_recipe(name: str, beside: Path = Path()) -> Path:
     raise ValueError(f"no recipe {name!r}: not a TOML file, nor one of {', '.join(sorted(packaged))}{close}")
 
 
+def is_run(name: str) -> bool:
+    """Whether it is the directory of a run: one with a recipe in it."""
+    return bool(name) and (Path(name) / "recipe.toml").exists()
+
+
 def suggestion(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
     """'; did you mean X?' where one of `known` is near `name`, else ''."""
     near = difflib.get_close_matches(name, list(known), n=1)
@@ -91,6 +96,8 @@ def parse(
     Exits with code 2 on a wrong key, flag or value; a recipe's is said to be of `name`.
     """
     resolved = resolve(recipe, name=name, quiet=quiet)
+    rewards, arguments = take_rewards(arguments, resolved.rewards)
+    resolved = replace(resolved, rewards=rewards)
     # Rewards are a table of any names; the parser only knows flags of names that it has seen in its defaults.
     mentioned = [match[1] for argument in arguments if (match := re.match(r"--rewards\.([^.=]+)\.", argument))]
     default = command(recipe=_with_rewards(resolved, mentioned))  # type: ignore[call-arg]
@@ -166,6 +173,44 @@ def _cli(kind: Any, arguments: Iterable[str], default: T, prog: str, quiet: bool
         console_outputs=not quiet,
     )
     return result
+
+
+def take_rewards(arguments: Sequence[str], known: Mapping[str, Reward]) -> tuple[dict[str, Reward], list[str]]:
+    """The rewards that `--rewards NAME,NAME ...` chooses, with the settings `known` has for them, and the other flags.
+
+    Without that flag, all that are known. "package.module:callable" goes by the callable's name. Raises ValueError for
+    a flag without names.
+    """
+    chosen: list[str] = []
+    rest: list[str] = []
+    taking = False
+    for argument in arguments:
+        if argument == "--rewards" or argument.startswith("--rewards="):
+            chosen += filter(None, argument.removeprefix("--rewards").removeprefix("=").split(","))
+            taking = argument == "--rewards"
+        elif taking and not argument.startswith("-"):
+            chosen += filter(None, argument.split(","))
+        elif "." not in argument and _nearly_rewards(argument):
+            raise ValueError(f"no flag {argument!r}; did you mean --rewards?")
+        else:
+            taking = False
+            rest.append(argument)
+    if not chosen:
+        if len(rest) < len(arguments):
+            raise ValueError("--rewards must name at least one reward, or package.module:callable")
+        return dict(known), rest
+    rewards: dict[str, Reward] = {}
+    for path in dict.fromkeys(chosen):
+        name = path.rpartition(":")[2] if ":" in path else path.replace("-", "_")
+        if name in rewards:
+            raise ValueError(f"--rewards: {path} would be called {name}, as another one is: rename one of them")
+        own = Reward(path=path) if ":" in path else None
+        rewards[name] = own or known.get(name) or Reward()
+    return rewards, rest
+
+
+def _nearly_rewards(argument: str) -> bool:
+    return bool(difflib.get_close_matches(argument.partition("=")[0], ["--rewards"], cutoff=0.75))
 
 
 def _with_rewards(recipe: Recipe, names: Iterable[str]) -> Recipe:

@@ -76,7 +76,7 @@ def profile(
         if memory and device.type != "cuda":
             raise ValueError("--memory records what is allocated on a GPU, and there is none")
         check(recipe, processes.num_processes)
-        texts, rewards = load_prompts(recipe.prompts.source), Rewards(recipe.rewards)
+        texts, rewards = load_prompts(recipe.prompts.source), Rewards(recipe.rewards, processes.device)
         cursor = PromptCursor.of(recipe, texts, processes.process_index, processes.num_processes)
         refuse_backend(recipe.algorithm.backend, device)
         recipe = settle_attention(recipe, device)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,9 +48,31 @@ class Groups:
         )
 
 
+class Sampler(Protocol):
+    """What gives the velocity of a solver's step."""
+
+    def sampling_velocity(
+        self, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning, *, explore: bool = False
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The last solver steps made by another model: MixGRPO's hybrid inference (arXiv 2507.21802)."""
+
+    sampler: Sampler
+    steps: int
+
+
 @torch.no_grad()
 def generate(
-    flux: Flux, noise_NTC: Tensor, conditioning: Conditioning, sigmas: Tensor, *, explore: bool = False
+    flux: Flux,
+    noise_NTC: Tensor,
+    conditioning: Conditioning,
+    sigmas: Tensor,
+    *,
+    explore: bool = False,
+    tail: Tail | None = None,
 ) -> Iterator[Step]:
     """Solve from `noise_NTC` down `sigmas` [steps + 1] (CPU), yielding every step. `conditioning` has N rows.
 
@@ -57,9 +80,10 @@ def generate(
     """
     solver = SOLVERS[flux.sampling.solver]
     x_NTC, previous = noise_NTC, None
-    for index in range(len(sigmas) - 1):
+    for index in range(steps := len(sigmas) - 1):
+        sampler: Sampler = tail.sampler if tail and index >= steps - tail.steps else flux
         sigma_N = torch.full((len(x_NTC),), float(sigmas[index]), device=x_NTC.device)
-        velocity_NTC = flux.sampling_velocity(x_NTC, sigma_N, conditioning, explore=explore)
+        velocity_NTC = sampler.sampling_velocity(x_NTC, sigma_N, conditioning, explore=explore)
         step = Step(index, x_NTC, velocity_NTC, *solver(x_NTC, velocity_NTC, sigmas, index, previous))
         x_NTC, previous = step.after_NTC, step.previous
         yield step

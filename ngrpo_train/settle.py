@@ -84,7 +84,7 @@ def explained_out_of_memory(recipe: Recipe, device: torch.device) -> Iterator[No
 
 
 def _architecture(recipe: Recipe) -> Architecture:
-    return load_architecture(recipe.model.name_or_path, TEXT_PARTS if recipe.prompts.embeddings else ())
+    return load_architecture(recipe.model, TEXT_PARTS if recipe.prompts.embeddings else ())
 
 
 def _machine(device: torch.device) -> Machine | None:

@@ -16,7 +16,7 @@ from accelerate import Accelerator, PartialState
 from ngrpo_train import parallel
 from ngrpo_train.checkpoint import Checkpointer, TrainState, read_record, refuse_unlike
 from ngrpo_train.config import Recipe, check
-from ngrpo_train.evaluate import evaluate, pictures
+from ngrpo_train.evaluate import pictures
 from ngrpo_train.export import export
 from ngrpo_train.flux import Flux
 from ngrpo_train.iteration import Trainer
@@ -30,6 +30,7 @@ from ngrpo_train.settle import cost_of, explained_out_of_memory, settle_attentio
 from ngrpo_train.stopwatch import Stopwatch
 from ngrpo_train.text import EmbeddingCache
 from ngrpo_train.update import refuse_backend
+from ngrpo_train.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +53,12 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
             trainer = Trainer.make(recipe, settle_memory(recipe, device), rewards, device, watch)
             state = TrainState(trainer.flux, trainer.optimizer, inputs.cursor, trainer.ema)
             checkpointer = Checkpointer(run / "checkpoints", recipe)
-            _begin(inputs, run, processes, state, checkpointer, overwrite)
+            hacking = _begin(inputs, run, processes, state, checkpointer, overwrite)
             accelerator, cost = _accelerator(run, recipe, processes), cost_of(recipe, device)
 
             with Recorder(run, recipe, accelerator, state.step, cost) as recorder:
+                if hacking and state.step == 0:
+                    recorder.write_evaluation(0, hacking.figures(hacking.base))
                 for step in range(state.step, recipe.train.steps):
                     watch.restart()
                     outcome = trainer.iterate(inputs.cursor.next(), step)
@@ -64,8 +67,8 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
 
                     if step % recipe.log.images_every == 0:
                         _draw(recorder, state, recipe, validation or inputs.texts, outcome.images, step)
-                    validate = bool(validation) and state.step % recipe.evaluation.every == 0
-                    best = validate and _validate(recorder, state, recipe, rewards, validation)
+                    due = state.step % recipe.evaluation.every == 0
+                    best = hacking is not None and due and _validate(recorder, state, hacking)
                     checkpointer.save_if_due(state, best=best)
                     if parallel.any_rank(bool(terminated)):
                         logger.warning("SIGTERM: saved %s; continue with --resume latest", checkpointer.save(state))
@@ -97,7 +100,7 @@ class _Inputs:
         evaluation = recipe.evaluation
         validation = load_prompts(evaluation.validation, "evaluation.validation") if evaluation.validation else []
         test = load_prompts(evaluation.test, "evaluation.test") if evaluation.test else []
-        rewards = Rewards(recipe.rewards)
+        rewards = Rewards(recipe.rewards, processes.device)
         refuse_backend(recipe.algorithm.backend, processes.device)
         resume_from = find_resume(run, resume) if resume else None
         kept = read_record(resume_from)["recipe"]["parallel"].get("attention", "") if resume_from else ""
@@ -120,8 +123,8 @@ def _begin(
     state: TrainState,
     checkpointer: Checkpointer,
     overwrite: bool,
-) -> None:
-    """The table of before, the checkpoint to go on from, the resolved recipe."""
+) -> Watch | None:
+    """The table of before and the watch's first look, the checkpoint to go on from, the resolved recipe."""
     flux, recipe = state.flux, inputs.recipe
     if isinstance(flux.text, EmbeddingCache):
         flux.text.refuse_missing([*inputs.texts, *inputs.validation, *inputs.test])
@@ -132,12 +135,16 @@ def _begin(
         before = Report.make(flux, recipe, inputs.rewards, inputs.report_prompts, run / "before.png")
         if processes.is_main_process:
             before.save(run / "before.json")
+    watch = None
+    if inputs.validation:
+        watch = Watch.begin(run / "watch.json", flux, recipe, inputs.rewards, inputs.validation)
     if inputs.resume_from:
         state.load(inputs.resume_from)
         checkpointer.go_on_after(state.step)
     if processes.is_main_process:
         (run / "recipe.toml").write_text(as_toml(recipe))
     processes.print(_summary(flux, recipe, run, len(inputs.texts), processes))
+    return watch
 
 
 def _end(inputs: _Inputs, run: Path, processes: PartialState, state: TrainState) -> None:
@@ -174,14 +181,13 @@ def _accelerator(run: Path, recipe: Recipe, processes: PartialState) -> Accelera
     return accelerator
 
 
-def _validate(recorder: Recorder, state: TrainState, recipe: Recipe, rewards: Rewards, prompts: list[str]) -> bool:
-    """Record the validation scores; whether the rewards trained on are the best so far."""
+def _validate(recorder: Recorder, state: TrainState, watch: Watch) -> bool:
+    """Record what an evaluation shows; whether the rewards trained on are the best so far."""
     with state.averaged():
-        means = evaluate(state.flux, recipe, rewards, prompts).mean()
-    recorder.write_evaluation(state.step, means)
-    score = sum(means[rewards.names[i]] for i in rewards.trained)
-    best = score > state.best_score
-    state.best_score = max(score, state.best_score)
+        look = watch.look(state.flux)
+    recorder.write_evaluation(state.step, look.figures, look.warnings)
+    best = look.score > state.best_score
+    state.best_score = max(look.score, state.best_score)
     return best
 
 

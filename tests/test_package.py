@@ -41,16 +41,17 @@ ORDER = {
         solvers perturb prompts machines architecture
         plan
         parallel
-        text blocks sharding stopwatch attention loading
-        float8 ema optimizer cost
+        text blocks sharding stopwatch attention loading progress
+        float8 ema optimizer cost artifacts
         flux
         rollout
         rewards
         update
         algorithms
         iteration settle
-        evaluate export checkpoint embed
+        evaluate export checkpoint embed curves
         metrics report run_directory inference doctor trace
+        comparison watch
         profiling train
         __main__
     """,

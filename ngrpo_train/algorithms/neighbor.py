@@ -12,7 +12,7 @@ from ngrpo_train.config import Recipe
 from ngrpo_train.flux import Flux
 from ngrpo_train.perturb import draw_anchors, draw_train_steps, neighborhood, stream
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.rewards import Rewards, Scores
+from ngrpo_train.rewards import Rewards, Scores, combined
 from ngrpo_train.rollout import Groups, rollout
 from ngrpo_train.solvers import flow_sigmas
 from ngrpo_train.update import UpdateStats, update
@@ -42,10 +42,12 @@ class NeighborGRPO:
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Of all ranks' prompts, on the CPU: standardised, weighted, summed, divided by the quasi-norm [P, G]."""
+        trained_RPG = scores.all_RPG[list(self.rewards.trained)]
+        trained_RPG, weights = combined(trained_RPG, self.rewards.weights, self.settings.combine)
         advantages_PG = quasi_norm_advantages(
-            scores.all_RPG[list(self.rewards.trained)],
+            trained_RPG,
             p=self.settings.p,
-            weights=self.rewards.weights,
+            weights=weights,
             min_reward_std=self.settings.min_reward_std,
             backend="reference",  # a few numbers on the CPU, for which a GPU's machine need not compile C++
         )

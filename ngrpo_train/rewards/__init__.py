@@ -9,8 +9,11 @@ input makes a picture's score the same in training, behind a server and from a f
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,17 +22,33 @@ from ngrpo_train import parallel
 from ngrpo_train.config import Reward
 from ngrpo_train.parsing import suggestion
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.rewards.scorer import RewardError, Scorer
 
-Scorer = Callable[[Tensor, Sequence[str]], Tensor]
+__all__ = [
+    "SHIPPED",
+    "RewardError",
+    "Rewards",
+    "Scorer",
+    "Scores",
+    "combined",
+    "find_scorer",
+    "refuse_non_finite",
+]
 
+# name -> "module:load"; load(name, settings: Reward, device) gives the scorer, or raises ValueError.
 SHIPPED = {
-    "shapes_verifier": "ngrpo_train.shapes.verifier:score",
-    "shapes_judge": "ngrpo_train.shapes.judge:judge",
+    "aesthetic": "ngrpo_train.rewards.aesthetic:load",
+    "clip": "ngrpo_train.rewards.clip_score:load",
+    "hpsv2_1": "ngrpo_train.rewards.hpsv2_1:load",
+    "image_reward": "ngrpo_train.rewards.image_reward:load",
+    "pickscore": "ngrpo_train.rewards.pickscore:load",
+    "shapes_judge": "ngrpo_train.rewards.shapes:judge",
+    "shapes_verifier": "ngrpo_train.rewards.shapes:verifier",
+    "unified": "ngrpo_train.rewards.judge:load",
 }
 
-
-class RewardError(RuntimeError):
-    """A scorer failed or returned something that is not a finite number per picture."""
+_REMOTE = "ngrpo_train.rewards.remote:load"
+_CALLABLE = re.compile(r"[\w.]*:\w*")  # "package.module:callable", which is neither a hub id nor a likely file
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +66,38 @@ class Scores:
 class Rewards:
     """The scorers of a recipe, in its order."""
 
-    def __init__(self, settings: Mapping[str, Reward]) -> None:
-        """Raises ValueError for a name or path that leads to no scorer."""
+    def __init__(self, settings: Mapping[str, Reward], device: torch.device | None = None) -> None:
+        """Load them onto `device`. Raises ValueError, naming the reward, where there is no such scorer or weights."""
+        device = device or torch.device("cpu")
         self.names = tuple(settings)
-        self.trained = tuple(i for i, reward in enumerate(settings.values()) if not reward.log_only and reward.weight)
-        self.weights = tuple(reward.weight for i, reward in enumerate(settings.values()) if i in self.trained)
-        self._scorers = {name: find_scorer(name, reward.path) for name, reward in settings.items()}
+        self.in_training = tuple(name for name, reward in settings.items() if not reward.watch_only)
+        trained = [name for name in self.in_training if settings[name].weight and not settings[name].log_only]
+        self.trained = tuple(self.in_training.index(name) for name in trained)  # in an iteration's scores
+        self.weights = tuple(settings[name].weight for name in trained)
+        self.scorers = {name: find_scorer(name, reward, device) for name, reward in settings.items()}
+        # Answers from elsewhere are awaited together, while this machine computes its own.
+        self._elsewhere = [name for name, reward in settings.items() if reward.remote]
+        self._pool = ThreadPoolExecutor(len(self._elsewhere)) if self._elsewhere else None
 
     @torch.no_grad()
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Float32 [R, N] on the images' device. Raises RewardError, naming the reward, where a scorer fails."""
-        return torch.stack([self._score_with(name, images, prompts) for name in self.names])
+    def score(self, images: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None) -> Tensor:
+        """Float32 [R, N] on the images' device, by all rewards, or by those of `names`.
 
-    def _score_with(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        Raises RewardError, naming the reward, where a scorer fails.
+        """
+        names = self.names if names is None else names
+        pending: dict[str, Future[Tensor]] = {}
+        if self._pool and (elsewhere := [name for name in names if name in self._elsewhere]):
+            on_host = images.cpu()
+            pending = {name: self._pool.submit(self.score_with, name, on_host, prompts) for name in elsewhere}
+        computed = {name: self.score_with(name, images, prompts) for name in names if name not in pending}
+        answered = {name: future.result().to(images.device) for name, future in pending.items()}
+        return torch.stack([(computed | answered)[name] for name in names])
+
+    def score_with(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
         pictures = f"{len(prompts)} pictures, the first for {prompts[0]!r}"
         try:
-            scores = torch.as_tensor(self._scorers[name](images, prompts), device=images.device, dtype=torch.float32)
+            scores = torch.as_tensor(self.scorers[name](images, prompts), device=images.device, dtype=torch.float32)
         except Exception as error:
             raise RewardError(f"rewards.{name} failed on {pictures}: {type(error).__name__}: {error}") from error
         if scores.shape != (len(prompts),):
@@ -71,13 +106,27 @@ class Rewards:
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Score P groups, prompt-major [P * G, 3, H, W], and share the scores with all ranks: one copy to the host."""
+        names = self.in_training
         each = [prompt.text for prompt in prompts for _ in range(len(images) // len(prompts))]
-        scores_RPG = self.score(images, each).view(len(self.names), len(prompts), -1)
-        scores = Scores(self.names, torch.cat(list(parallel.all_gather(scores_RPG)), dim=1).cpu())
-        refuse_non_finite(self.names, scores.local_RPG.flatten(1), each)
+        scores_RPG = self.score(images, each, names).view(len(names), len(prompts), -1)
+        scores = Scores(names, torch.cat(list(parallel.all_gather(scores_RPG)), dim=1).cpu())
+        refuse_non_finite(names, scores.local_RPG.flatten(1), each)
         if not scores.all_RPG.isfinite().all():
             raise RewardError("a reward was not finite on another rank, which names it")
         return scores
+
+
+def combined(
+    trained_RPG: Tensor, weights: Sequence[float], how: Literal["standardized", "raw_sum"]
+) -> tuple[Tensor, tuple[float, ...]]:
+    """What advantages are made of: rewards [R, P, G] to standardise one by one, and their weights.
+
+    Standardised, each reward counts by its weight, whatever its spread. As a "raw_sum" they become one, [1, P, G], in
+    which a reward of wide spread outweighs the others.
+    """
+    if how == "standardized":
+        return trained_RPG, tuple(weights)
+    return torch.einsum("rpg,r->pg", trained_RPG, torch.tensor(weights))[None], (1.0,)
 
 
 def refuse_non_finite(names: Sequence[str], scores_RN: Tensor, prompts: Sequence[str]) -> None:
@@ -87,17 +136,38 @@ def refuse_non_finite(names: Sequence[str], scores_RN: Tensor, prompts: Sequence
         raise RewardError(f"rewards.{names[reward]} = {value} for the prompt {prompts[picture]!r}")
 
 
-def find_scorer(name: str, path: str) -> Scorer:
-    if not path and name not in SHIPPED:
+def find_scorer(name: str, reward: Reward, device: torch.device) -> Scorer:
+    """The scorer that a recipe's [rewards.NAME] means. Raises ValueError, naming it, where there is none."""
+    if _CALLABLE.fullmatch(reward.path):
+        return _own_scorer(name, reward.path)
+    if name not in SHIPPED and not (reward.remote or reward.template):
         raise ValueError(
             f"rewards.{name}: no reward of that name{suggestion(name, SHIPPED)}; there are "
             f"{', '.join(sorted(SHIPPED))}, or set rewards.{name}.path = 'package.module:callable'"
         )
-    module_name, _, attribute = (path or SHIPPED[name]).partition(":")
     try:
-        scorer = getattr(importlib.import_module(module_name), attribute)
+        scorer: Scorer = _attribute(_loader(name, reward))(name, reward, device)
+        return scorer
+    except ValueError as error:
+        raise ValueError(f"rewards.{name}: {error}") from error
+
+
+def _loader(name: str, reward: Reward) -> str:
+    if reward.template or name == "unified":  # a judge has a server of its own kind
+        return SHIPPED["unified"]
+    return _REMOTE if reward.remote else SHIPPED[name]
+
+
+def _own_scorer(name: str, path: str) -> Scorer:
+    try:
+        scorer: Scorer = _attribute(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"rewards.{name}.path = {path!r}: {error}; expected 'package.module:callable'") from error
     if not callable(scorer):
         raise ValueError(f"rewards.{name}.path = {path!r} is not callable")
     return scorer
+
+
+def _attribute(path: str) -> Any:
+    module_name, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module_name), attribute)

@@ -110,8 +110,8 @@ def test_an_unknown_reward_is_answered_with_the_list(ngrpo, no_model, tiny_recip
     code, _, err = ngrpo("train", tiny_recipe, "--rewards.nosuch.weight", "1")
     assert code == 2
     assert err.splitlines() == [
-        "ngrpo train: rewards.nosuch: no reward of that name; there are shapes_judge, shapes_verifier, or set "
-        "rewards.nosuch.path = 'package.module:callable'"
+        "ngrpo train: rewards.nosuch: no reward of that name; there are aesthetic, clip, hpsv2_1, image_reward, "
+        "pickscore, shapes_judge, shapes_verifier, unified, or set rewards.nosuch.path = 'package.module:callable'"
     ]
 
 
@@ -201,9 +201,9 @@ def test_commands_want_a_first_argument(ngrpo, name):
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (["eval", "{model}"], "--prompts must name a prompt source: a file, or shapes:test"),
-        (["eval", "{model}", "--prompts", "shapes:test"], "--rewards must name at least one reward"),
-        (["sample", "{model}"], "--prompts must name a prompt source: a file, or shapes:test"),
+        (["eval", "{model}"], "--prompts.source must name a prompt source: a file, "),
+        (["eval", "{model}", "--prompts.source", "shapes:test"], "--rewards must name at least one reward"),
+        (["sample", "{model}"], "--prompts.source must name a prompt source: a file, "),
         (["sample", "shapes", "--per-prompt", "0"], "--per-prompt = 0 must be positive"),
         (["sample", "shapes", "--sampling.height", "50"], "sampling.height = 50 must be a positive multiple of 16"),
         (["sample", "shapes", "--checkpoint", "best"], "--checkpoint = 'best' is for a run, and 'shapes' is none"),

@@ -165,8 +165,19 @@ def test_a_run_leaves_every_figure_and_picture(ngrpo, tiny_recipe):
 
     run = Path("runs/tiny")
     rows = lines(run / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [0, 1, 2, 2]
-    assert set(rows[2]) == {"step", "validation/brightness", "validation/redness"}
+    assert [row["step"] for row in rows] == [0, 0, 1, 2, 2]
+    base, rows = rows[0], rows[1:]
+    watched = {
+        "step",
+        "validation/brightness",
+        "validation/redness",
+        "watch/colour_shift",
+        "watch/colour_cast",
+        "watch/chroma",
+    }
+    assert set(base) == set(rows[2]) == watched
+    assert base["watch/colour_shift"] == 0 < rows[2]["watch/colour_shift"]
+    assert Image.open(run / "watch.png").width > 1000
     steps = {name for row in rows for name in row if name.startswith("velocity_grad_norm/")}
     assert steps <= {f"velocity_grad_norm/step_{i}" for i in range(3)}
     for row in (rows[0], rows[1], rows[3]):
@@ -213,7 +224,7 @@ def test_a_run_leaves_every_figure_and_picture(ngrpo, tiny_recipe):
     assert [event.value for event in recorded.Scalars("update/grad_norm")] == pytest.approx(
         [row["update/grad_norm"] for row in rows if "update/grad_norm" in row]
     )
-    assert [event.step for event in recorded.Scalars("validation/brightness")] == [2]
+    assert [event.step for event in recorded.Scalars("validation/brightness")] == [0, 2]
 
     names = sorted(str(path.relative_to(run)) for path in run.glob("*/step_*.png"))
     assert names == [f"{kind}/step_00000{step}.png" for kind in ("neighborhoods", "samples") for step in (0, 2)]

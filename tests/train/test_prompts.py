@@ -1,4 +1,4 @@
-"""Prompt sources of every format, good and bad; and the cursor: coverage of epochs, ranks, resuming."""
+"""Prompt files of every format, good and bad; and the cursor: coverage of epochs, ranks, resuming."""
 
 import json
 import re
@@ -91,12 +91,14 @@ def test_shapes(monkeypatch):
 @pytest.mark.parametrize(
     "source, reason",
     [
-        ("hub:someone/prompts", r"unknown scheme 'hub'; known are \.txt, \.json, .* and shapes:SPLIT"),
+        ("hud:someone/prompts", r"unknown scheme 'hud'; known are \.txt, \.json, .* and smoke; did you mean hub\?"),
         ("shapes:holdout", "unknown split 'holdout'; known are train, validation, test"),
+        ("shapes:tests", r"unknown split 'tests'; .*; did you mean test\?"),
         ("no/such/prompts.txt", "No such file"),
         ("no/such/prompts.parquet", "No such file"),
         ("prompts.docx", r"not a prompt file; known are \.txt"),
-        ("prompts", r"not a prompt file; known are \.txt"),
+        ("prompts", r"no such source; known are \.txt"),
+        ("smokes", r"no such source; .*; did you mean smoke\?"),
     ],
 )
 def test_bad_source(source, reason):
@@ -132,11 +134,6 @@ def test_bad_file(tmp_path, name):
         pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content)
     assert_refused(str(tmp_path / name), reason)
-
-
-def test_a_directory_is_no_prompt_file(tmp_path):
-    (tmp_path / "prompts.txt").mkdir()
-    assert_refused(str(tmp_path / "prompts.txt"), "Is a directory")
 
 
 def assert_refused(source: str, reason: str) -> None:

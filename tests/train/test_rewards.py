@@ -8,10 +8,11 @@ import torch
 from ngrpo_train import parallel
 from ngrpo_train.config import Reward
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.rewards import SHIPPED, RewardError, Rewards, Scores, find_scorer, refuse_non_finite
+from ngrpo_train.rewards import RewardError, Rewards, Scores, combined, find_scorer, refuse_non_finite
 from ngrpo_train.shapes.judge import judge
 from ngrpo_train.shapes.verifier import score
 
+CPU = torch.device("cpu")
 PROMPTS = [Prompt("a dog", 4), Prompt("a cat", 5)]
 IMAGES = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 3, 8, 8)  # three candidates of each prompt
 
@@ -33,17 +34,17 @@ def level(images, prompts):
 
 
 def test_shipped_rewards_are_found_by_name():
-    assert find_scorer("shapes_verifier", "") is score
-    assert find_scorer("shapes_judge", "") is judge
-    for name in SHIPPED:
-        assert callable(find_scorer(name, ""))
+    assert find_scorer("shapes_verifier", Reward(), CPU) is score
+    assert find_scorer("shapes_judge", Reward(), CPU) is judge
 
 
 def test_an_unknown_name_is_answered_with_the_near_one_and_the_list():
     with pytest.raises(ValueError, match=r"^rewards\.shapes_juge: no reward of that name; did you mean shapes_judge\?"):
-        find_scorer("shapes_juge", "")
-    with pytest.raises(ValueError, match=r"; there are shapes_judge, shapes_verifier, or set rewards\.nil\.path = "):
-        find_scorer("nil", "")
+        find_scorer("shapes_juge", Reward(), CPU)
+    with pytest.raises(
+        ValueError, match=r"; there are aesthetic, clip, .*shapes_judge, .*, or set rewards\.nil\.path = "
+    ):
+        find_scorer("nil", Reward(), CPU)
 
 
 @pytest.mark.parametrize(
@@ -51,14 +52,13 @@ def test_an_unknown_name_is_answered_with_the_near_one_and_the_list():
     [
         ("nowhere:score", "No module named 'nowhere'"),
         ("math:nil", "module 'math' has no attribute 'nil'"),
-        ("math", "module 'math' has no attribute ''"),
         (":score", "Empty module name"),
         ("math:pi", "is not callable"),
     ],
 )
 def test_a_path_that_leads_nowhere(path, reason):
     with pytest.raises(ValueError, match=rf"^rewards\.mine\.path = '{path}'.*{reason}"):
-        find_scorer("mine", path)
+        find_scorer("mine", Reward(path=path), CPU)
 
 
 # --- what they get and what comes of it
@@ -152,3 +152,40 @@ def test_a_failure_elsewhere_stops_this_rank_too(monkeypatch):
 def test_finite_scores_pass():
     refuse_non_finite(("a",), torch.tensor([[0.0, -3e38]]), ["x", "y"])
     assert Scores(("a",), torch.zeros(1, 2, 3)).local_RPG.shape == (1, 2, 3)
+
+
+# --- combining several
+
+
+def test_standardised_rewards_keep_their_own_rows_and_weights():
+    rewards = torch.tensor([[[0.0, 1.0]], [[5.0, 7.0]]])
+    together, weights = combined(rewards, (1.0, 0.5), "standardized")
+    assert torch.equal(together, rewards)
+    assert weights == (1.0, 0.5)
+
+
+def test_a_raw_sum_is_one_reward():
+    """0 + 0.5 * 5 = 2.5 and 1 + 0.5 * 7 = 4.5."""
+    together, weights = combined(torch.tensor([[[0.0, 1.0]], [[5.0, 7.0]]]), (1.0, 0.5), "raw_sum")
+    assert together.tolist() == [[[2.5, 4.5]]]
+    assert weights == (1.0,)
+
+
+def test_what_is_only_watched_is_not_scored_in_training(monkeypatch):
+    def fails(images, prompts):
+        raise AssertionError("scored")
+
+    module = type(sys)("scorers_under_test")
+    module.fails, module.level = fails, level
+    monkeypatch.setitem(sys.modules, "scorers_under_test", module)
+    rewards = Rewards(
+        {
+            "slow": Reward(path="scorers_under_test:fails", watch_only=True),
+            "fast": Reward(path="scorers_under_test:level", weight=3.0),
+        }
+    )
+    scores = rewards(IMAGES, PROMPTS)
+    assert scores.names == ("fast",)
+    assert (rewards.trained, rewards.weights) == ((0,), (3.0,))
+    with pytest.raises(RewardError, match=r"^rewards\.slow failed"):
+        rewards.score(IMAGES, ["x"] * 6)

@@ -1,0 +1,201 @@
+"""A directory of generated pictures that knows what they are pictures of, so that work on it can stop and go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from ngrpo_train import parallel
+from ngrpo_train.prompts import TaggedPrompt
+
+_RECORD = "gallery.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    file: Path
+    prompt: TaggedPrompt
+    version: str = ""  # of a file that others wrote, and may write again
+
+    @property
+    def key(self) -> str:
+        """What its scores are kept under."""
+        return f"{self.file.name} {self.version}" if self.version else self.file.name
+
+
+class Gallery:
+    """`per_prompt` pictures in a row for each prompt; a picture's place among all of them draws its noise."""
+
+    def __init__(
+        self, directory: Path, made: Mapping[str, Any], prompts: Sequence[TaggedPrompt], per_prompt: int
+    ) -> None:
+        self.directory, self.made, self.prompts, self.per_prompt = directory, dict(made), list(prompts), per_prompt
+
+    @staticmethod
+    def claim(directory: Path, made: Mapping[str, Any], prompts: Sequence[TaggedPrompt], per_prompt: int) -> Gallery:
+        """Make the directory, or go on in it where it holds pictures that are `made` alike; a collective.
+
+        Raises ValueError, naming the difference, where they are made otherwise or the directory is something else.
+        """
+        gallery = Gallery(directory, made, prompts, per_prompt)
+        record = gallery.record()
+        found = _read(directory)
+        if found is None and directory.exists() and not (directory.is_dir() and _is_empty(directory)):
+            raise ValueError(f"{directory} exists and holds no pictures of `ngrpo eval`: give another --out")
+        if found is not None and (difference := differing(found, record)):
+            raise ValueError(f"the pictures in {directory} were made with {difference}: give another --out")
+        parallel.barrier()  # all have looked before one of them writes
+        if parallel.rank() == 0 and found is None:
+            directory.mkdir(parents=True, exist_ok=True)
+            aside = directory / f".{_RECORD}"
+            aside.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+            aside.replace(directory / _RECORD)
+        parallel.barrier()
+        return gallery
+
+    @staticmethod
+    def read(directory: Path) -> Gallery | None:
+        """The gallery that an earlier command left; None where there is none."""
+        found = _read(directory)
+        if found is None:
+            return None
+        prompts = [TaggedPrompt(*each) for each in found.pop("prompts")]
+        return Gallery(directory, found, prompts, found.pop("per_prompt"))
+
+    def record(self) -> dict[str, Any]:
+        """What the directory's pictures are, as it is written and read back."""
+        prompts = [[prompt.text, prompt.style] for prompt in self.prompts]
+        record: dict[str, Any] = json.loads(
+            json.dumps({**self.made, "per_prompt": self.per_prompt, "prompts": prompts})
+        )
+        return record
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.per_prompt
+
+    def file(self, slot: int) -> Path:
+        prompt, copy = divmod(slot, self.per_prompt)
+        return self.directory / f"{prompt:05d}_{copy:02d}.png"
+
+    def prompt(self, slot: int) -> TaggedPrompt:
+        return self.prompts[slot // self.per_prompt]
+
+    def missing(self) -> list[int]:
+        """The places of pictures that are still to be made."""
+        there = set(os.listdir(self.directory))
+        return [slot for slot in range(len(self)) if self.file(slot).name not in there]
+
+    def pictures(self) -> list[Picture]:
+        return [Picture(self.file(slot), self.prompt(slot)) for slot in range(len(self))]
+
+    def save(self, slot: int, image: Tensor) -> None:
+        """uint8 [3, H, W] on the CPU; a file is whole or not there, whenever the process is killed."""
+        aside = self.directory / f".{self.file(slot).name}.{os.getpid()}"
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(aside, format="PNG")
+        aside.replace(self.file(slot))
+
+
+def _read(directory: Path) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory / _RECORD} cannot be read: {error}") from error
+    return record
+
+
+def _is_empty(directory: Path) -> bool:
+    """But for the record of a process that was killed as it wrote it."""
+    return all(path.name == f".{_RECORD}" for path in directory.iterdir())
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """The first value in which two records differ, as "sampling.shift = 3.0, not 1.0"; "" where none does."""
+    mine, theirs = dict(_values(one)), dict(_values(other))
+    for key in {**mine, **theirs}:
+        if mine.get(key) != theirs.get(key):
+            return f"{key} = {_short(mine.get(key))}, not {_short(theirs.get(key))}"
+    return ""
+
+
+def _values(record: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(record, Mapping):
+        for key, value in record.items():
+            yield from _values(value, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(record, list):
+        for index, value in enumerate(record):
+            yield from _values(value, f"{prefix}[{index}]")
+    else:
+        yield prefix, record
+
+
+def _short(value: object) -> str:
+    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def existing_pictures(directory: Path, prompts: Sequence[TaggedPrompt]) -> list[Picture]:
+    """The pictures of a directory with their prompts.
+
+    A name that begins with a number says which prompt, from 0: 00012.png, 12_03.png, as this command and `ngrpo sample`
+    write them. Where no name does, there must be as many pictures for each prompt, and they are taken in order of name,
+    2 before 10.
+
+    Raises ValueError where a picture's prompt cannot be told.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"--images = {str(directory)!r} is no directory")
+    files = sorted((path for path in directory.iterdir() if _is_picture(path)), key=_in_order)
+    if not files:
+        raise ValueError(f"--images = {str(directory)!r} has no pictures ({', '.join(sorted(_SUFFIXES))})")
+    numbers = [path.stem.partition("_")[0] for path in files]
+    numbered = [number.isdecimal() for number in numbers]
+    if all(numbered):
+        rows = [int(number) for number in numbers]
+        if (last := max(rows)) >= len(prompts):
+            raise ValueError(
+                f"{files[rows.index(last)]}: there is no prompt {last}: there are {len(prompts)}, counted from 0"
+            )
+    elif any(numbered):
+        odd, other = files[numbered.index(False)], files[numbered.index(True)]
+        raise ValueError(
+            f"{odd}: which prompt is it of? {other.name} begins with its prompt's number, this one does not"
+        )
+    elif len(files) % len(prompts) == 0:
+        rows = [i // (len(files) // len(prompts)) for i in range(len(files))]
+    else:
+        raise ValueError(
+            f"--images = {str(directory)!r} has {len(files)} pictures for {len(prompts)} prompts: begin each name with "
+            "its prompt's number, as in 00012_00.png"
+        )
+    return [Picture(file, prompts[row], _version(file, prompts[row])) for file, row in zip(files, rows, strict=True)]
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in _SUFFIXES and path.stem != "grid" and not path.name.startswith(".")
+
+
+def _in_order(path: Path) -> list[tuple[str, int]]:
+    """Sorts image_2.png before image_10.png."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(text, int(number or 0)) for text, number in zip(parts[::2], [*parts[1::2], ""], strict=True)]
+
+
+def _version(file: Path, prompt: TaggedPrompt) -> str:
+    """Changes with the file and with the prompt that it is taken to show."""
+    stat = file.stat()
+    content = f"{stat.st_size} {stat.st_mtime_ns} {prompt.text}"
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()

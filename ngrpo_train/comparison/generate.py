@@ -1,0 +1,61 @@
+"""The pictures of a gallery that are still missing, shared out over processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ngrpo_train import parallel
+from ngrpo_train.comparison.gallery import Gallery
+from ngrpo_train.config import Model, Recipe
+from ngrpo_train.evaluate import pictures
+from ngrpo_train.flux import Flux
+from ngrpo_train.progress import progress
+from ngrpo_train.rollout import Tail
+from ngrpo_train.text import Conditioning
+
+
+def generate_missing(flux: Flux, recipe: Recipe, gallery: Gallery, what: str, tail: Tail | None = None) -> None:
+    """A collective: every process makes as many batches as every other, for a sharded forward needs them all."""
+    missing = set(gallery.missing())
+    parallel.barrier()  # all have looked before one of them writes
+    if not missing:
+        return
+    # A picture's last bits depend on those computed with it: batches are cut alike, whatever is there already and
+    # however many processes share them.
+    batch = recipe.evaluation.batch or 8
+    every = [range(start, min(start + batch, len(gallery))) for start in range(0, len(gallery), batch)]
+    batches = [slots for slots in every if not missing.isdisjoint(slots)]
+    ranks, rank = parallel.world_size(), parallel.rank()
+    places = range(rank, -(-len(batches) // ranks) * ranks, ranks)
+    mine = [batches[place % len(batches)] for place in places]
+    with progress(f"{what}: pictures", sum(map(len, mine))) as advance:
+        for place, slots in zip(places, mine, strict=True):
+            images = pictures(flux, recipe, [gallery.prompt(slot).text for slot in slots], slots, tail).cpu()
+            if place < len(batches):  # the rest is another process's, made only because all must make as many
+                for slot, image in zip(slots, images, strict=True):
+                    if slot in missing:
+                        gallery.save(slot, image)
+            advance(len(slots))
+    parallel.barrier()
+
+
+def base_tail(flux: Flux, base: Model, steps: int) -> Tail | None:
+    """The base model for the last `steps` solver steps: LoRA's adapters off, else its own transformer beside."""
+    if steps == 0:
+        return None
+    is_own_base = flux.model.tuning == "lora" and replace(flux.model, tuning="full") == replace(base, tuning="full")
+    return Tail(_WithoutAdapters(flux) if is_own_base else flux.beside(base), steps)
+
+
+@dataclass(frozen=True, slots=True)
+class _WithoutAdapters:
+    flux: Flux
+
+    def sampling_velocity(
+        self, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning, *, explore: bool = False
+    ) -> Any:
+        with self.flux.base_model():
+            return self.flux.sampling_velocity(x_NTC, sigma_N, conditioning, explore=explore)

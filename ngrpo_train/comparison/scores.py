@@ -1,0 +1,173 @@
+"""Scores of pictures that lie on disk: one reward at a time, shared out over processes, kept as they come."""
+
+# R rewards, N pictures.
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ngrpo_train import parallel
+from ngrpo_train.comparison.gallery import Picture
+from ngrpo_train.config import Reward
+from ngrpo_train.progress import progress
+from ngrpo_train.rewards import Rewards, refuse_non_finite
+
+_IDENTITY = ("path", "backend", "dtype", "processor", "template")  # of a reward: what its scores depend on
+_DECODERS = 8
+
+
+class ScoreFiles:
+    """A directory's scores by reward and picture, a JSON line for every batch; each process appends to its own file.
+
+    Lines of a reward with other settings do not count, nor does the last line of a process that was killed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def read(self, name: str, reward: Reward) -> dict[str, float]:
+        """Picture's key -> score."""
+        scores: dict[str, float] = {}
+        for file in sorted(self.directory.glob("scores_*.jsonl")):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if row["reward"] == name and row["settings"] == _identity(reward):
+                    scores |= row["scores"]
+        return scores
+
+    def append(self, name: str, reward: Reward, scores: Mapping[str, float]) -> None:
+        row = {"reward": name, "settings": _identity(reward), "scores": scores}
+        with (self.directory / f"scores_{parallel.rank()}.jsonl").open("a+b") as file:
+            file.seek(0, 2)
+            if file.tell():
+                file.seek(-1, 2)
+                torn = file.read(1) != b"\n"  # a killed process left half a line
+                file.write(b"\n" if torn else b"")
+            file.write(json.dumps(row).encode() + b"\n")
+
+
+def _identity(reward: Reward) -> dict[str, str]:
+    return {name: value for name, value in asdict(reward).items() if name in _IDENTITY}
+
+
+def score_missing(
+    pictures: Sequence[Picture], rewards: Mapping[str, Reward], files: ScoreFiles, device: torch.device, what: str
+) -> None:
+    """Score what `files` lacks; a collective. Pictures that cannot be read are left out.
+
+    Raises RewardError, naming reward and prompt, where a scorer fails or a score is not finite.
+    """
+    todo = {name: _batches_without(pictures, files.read(name, reward), reward) for name, reward in rewards.items()}
+    parallel.barrier()  # all have looked before one of them writes
+    ranks, rank = parallel.world_size(), parallel.rank()
+    for name, reward in rewards.items():
+        mine = todo[name][rank::ranks]
+        if mine:
+            _score(mine, name, reward, files, device, what)
+    parallel.barrier()
+
+
+def _without(pictures: Sequence[Picture], scores: Mapping[str, float]) -> list[Picture]:
+    return [picture for picture in pictures if picture.key not in scores]
+
+
+def _batches_without(pictures: Sequence[Picture], scores: Mapping[str, float], reward: Reward) -> list[list[Picture]]:
+    """What lacks a score, in batches that are alike whatever has one and however many processes share them."""
+    size = 4 * reward.batch  # several, for scorers elsewhere that are asked for several at once
+    batches = [_without(pictures[start : start + size], scores) for start in range(0, len(pictures), size)]
+    return [batch for batch in batches if batch]
+
+
+def _score(
+    batches: Sequence[Sequence[Picture]],
+    name: str,
+    reward: Reward,
+    files: ScoreFiles,
+    device: torch.device,
+    what: str,
+) -> None:
+    rewards = Rewards({name: reward}, device)  # this reward's weights alone, and only now
+    with progress(f"{what}: {name}", sum(map(len, batches))) as advance:
+        for batch, images in _decoded(batches):
+            of_batch: dict[str, float] = {}
+            for _, same_size in groupby(zip(batch, images, strict=True), key=lambda pair: _shape(pair[1])):
+                pairs = [(picture, image) for picture, image in same_size if image is not None]
+                if not pairs:
+                    continue
+                prompts = [picture.prompt.text for picture, _ in pairs]
+                scores = rewards.score(torch.stack([image for _, image in pairs]).to(device), prompts).cpu()
+                refuse_non_finite(rewards.names, scores, prompts)
+                of_batch |= zip((picture.key for picture, _ in pairs), scores[0].tolist(), strict=True)
+            if of_batch:
+                files.append(name, reward, of_batch)
+            advance(len(batch))
+
+
+def _shape(image: Tensor | None) -> tuple[int, ...]:
+    return () if image is None else tuple(image.shape)
+
+
+def _decoded(batches: Sequence[Sequence[Picture]]) -> Iterator[tuple[Sequence[Picture], list[Tensor | None]]]:
+    """Batches with their pictures' pixels, the next one decoded while this one is scored."""
+    with ThreadPoolExecutor(_DECODERS) as pool:
+        ahead = [pool.submit(_read_or_none, picture.file) for picture in batches[0]]
+        for i, each in enumerate(batches):
+            now = ahead
+            following = batches[i + 1] if i + 1 < len(batches) else []
+            ahead = [pool.submit(_read_or_none, picture.file) for picture in following]
+            yield each, [future.result() for future in now]
+
+
+def _read_or_none(file: Path) -> Tensor | None:
+    try:
+        return read_picture(file)
+    except ValueError:
+        return None
+
+
+def read_picture(file: Path) -> Tensor:
+    """uint8 [3, H, W]. Raises ValueError for a file that is not a whole picture."""
+    try:
+        with Image.open(file) as image:
+            if image.mode[0] in "IF":  # which PIL would not scale, but clip
+                raise ValueError(f"pixels of PIL's mode {image.mode}: save it with 8 bits a channel")
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def unreadable(pictures: Sequence[Picture], rewards: Mapping[str, Reward], files: ScoreFiles) -> dict[str, str]:
+    """The pictures that have no score after all were scored, and why: file -> reason."""
+    lacking = {
+        picture.file for name, reward in rewards.items() for picture in _without(pictures, files.read(name, reward))
+    }
+    reasons = {}
+    for file in sorted(lacking):
+        try:
+            read_picture(file)
+            reasons[str(file)] = f"{file}: was being written when it was its turn: run the command again"
+        except ValueError as error:
+            reasons[str(file)] = str(error)
+    return reasons
+
+
+def gather(pictures: Sequence[Picture], rewards: Mapping[str, Reward], files: ScoreFiles) -> Tensor:
+    """Float64 [R, N], NaN for pictures without a score."""
+    rows = []
+    for name, reward in rewards.items():
+        scores = files.read(name, reward)
+        rows.append([scores.get(picture.key, float("nan")) for picture in pictures])
+    return torch.tensor(rows, dtype=torch.float64)

@@ -1,0 +1,55 @@
+"""Means over prompts, and how far they can be trusted: bootstrap confidence intervals (Efron's percentiles)."""
+
+# R rewards, P prompts, N pictures.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SEED = 2511_16955
+_AT_ONCE = 2**24  # resampled values held at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Float64 [R] each: the mean over prompts, and where 95 % of resampled means lie."""
+
+    mean: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def prompt_means(scores_RN: Tensor, prompt_N: Tensor, prompts: int) -> Tensor:
+    """Float64 [R, P]: the mean of each prompt's pictures that have a score; NaN where none has.
+
+    Pictures of one prompt are not independent, so a prompt counts once, however many pictures it has.
+    """
+    known = scores_RN.isfinite()
+    index = prompt_N.expand_as(scores_RN)
+    zeros = torch.zeros(len(scores_RN), prompts, dtype=torch.float64)
+    total = zeros.scatter_add(1, index, scores_RN.nan_to_num().double())
+    return total / zeros.scatter_add(1, index, known.double())
+
+
+def bootstrap(values_RP: Tensor, *, resamples: int = 10_000, level: float = 0.95) -> Interval:
+    """The mean over prompts of every reward and its interval, over `resamples` draws of P prompts with replacement.
+
+    Draws are fixed, so a table is the same whenever it is made. Prompts without a value (NaN in any reward) are left
+    out; with fewer than two of them the bounds are NaN.
+    """
+    values_PR = values_RP[:, values_RP.isfinite().all(0)].T.double()
+    count, rewards = values_PR.shape
+    if count < 2:
+        nothing = torch.full((rewards,), torch.nan, dtype=torch.float64)
+        return Interval(values_PR.mean(0) if count else nothing, nothing, nothing)
+    generator = torch.Generator().manual_seed(_SEED)
+    means, at_once = [], max(1, _AT_ONCE // (count * rewards))
+    for start in range(0, resamples, at_once):
+        drawn = torch.randint(count, (min(at_once, resamples - start), count), generator=generator)
+        means.append(values_PR[drawn].mean(1))
+    tail = (1 - level) / 2
+    low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    return Interval(values_PR.mean(0), low, high)

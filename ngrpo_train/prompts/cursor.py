@@ -1,0 +1,95 @@
+"""Which prompts an iteration explores: a cursor that deals a list out to ranks and can resume."""
+# A slot is a prompt's index in an iteration's global batch, all ranks together.
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from ngrpo_train.config import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of an iteration and its index in the iteration's global batch, which seeds its noise."""
+
+    text: str
+    slot: int
+
+
+def prompts_per_iteration(recipe: Recipe, world_size: int) -> int:
+    """Of all processes together."""
+    return recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps * world_size
+
+
+class PromptCursor:
+    """Deals an endless shuffled sequence of prompts out to ranks, `per_iteration` at a time over all of them.
+
+    The sequence is a function of (prompts, seed) alone: each epoch is a permutation of the list drawn from
+    (seed, epoch), and an iteration may straddle epochs. So any number of ranks sees the same global batches, and a run
+    may resume on another number of them.
+    """
+
+    def __init__(
+        self, prompts: Sequence[str], *, seed: int, per_iteration: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """Raises ValueError for an empty list or a `per_iteration` that is not a positive multiple of world_size."""
+        if not prompts:
+            raise ValueError("a PromptCursor needs at least one prompt")
+        if per_iteration < 1 or per_iteration % world_size:
+            raise ValueError(f"per_iteration={per_iteration} prompts do not divide evenly over {world_size} ranks")
+        self._prompts = tuple(prompts)
+        self._seed = seed
+        self._per_iteration = per_iteration
+        share = per_iteration // world_size
+        self._slots = range(rank * share, (rank + 1) * share)
+        self._position = 0  # prompts consumed by all ranks
+        self._fingerprint = hashlib.blake2b(json.dumps(self._prompts).encode(), digest_size=16).hexdigest()
+
+    @classmethod
+    def of(cls, recipe: Recipe, prompts: Sequence[str], rank: int, world_size: int) -> PromptCursor:
+        """Over a recipe's training prompts, for one process of `world_size`."""
+        per_iteration = prompts_per_iteration(recipe, world_size)
+        return cls(prompts, seed=recipe.train.seed, per_iteration=per_iteration, rank=rank, world_size=world_size)
+
+    def next(self) -> list[Prompt]:
+        """This rank's contiguous share of the next global batch, in order of slot."""
+        batch = [Prompt(self._at(self._position + slot), slot) for slot in self._slots]
+        self._position += self._per_iteration
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """`position`, the prompts consumed by all ranks, `per_iteration`, and `fingerprint`, a hash of the prompts."""
+        return {
+            "position": self._position,
+            "per_iteration": self._per_iteration,
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the prompts that `state` has consumed.
+
+        Raises ValueError if it counts another prompt list, or dealt out another number of prompts per iteration.
+        """
+        if state["fingerprint"] != self._fingerprint:
+            raise ValueError("prompts.source: these are not the prompts that the checkpoint was trained on")
+        if state["per_iteration"] != self._per_iteration:
+            raise ValueError(
+                f"prompts.per_rank * train.gradient_accumulation_steps * processes = {self._per_iteration} differs "
+                f"from the checkpoint's {state['per_iteration']}; a resumed run must keep it"
+            )
+        self._position = state["position"]
+
+    def _at(self, position: int) -> str:
+        epoch, index = divmod(position, len(self._prompts))
+        return self._prompts[_permutation(len(self._prompts), self._seed, epoch)[index]]
+
+
+@lru_cache(maxsize=4)  # two epochs at a straddle, for a cursor to train on and one to validate on
+def _permutation(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """A shuffle of range(count) that no change of Python or torch can alter, as a resumed run needs: a sort by hash."""
+    return tuple(sorted(range(count), key=lambda i: hashlib.blake2b(f"{seed}/{epoch}/{i}".encode()).digest()))

@@ -1,0 +1,36 @@
+"""CLIP score: the cosine between picture and prompt of any CLIP, DFN5B's ViT-H/14 unless told otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ngrpo_train.config import Reward
+from ngrpo_train.rewards.clip import (
+    TOKENIZER,
+    ClipScorer,
+    clean_prompt,
+    load_tokenizer,
+    native_only,
+    read_clip,
+    warn_without_ftfy,
+)
+from ngrpo_train.rewards.scorer import Scorer
+
+_OFFICIAL = "apple/DFN5B-CLIP-ViT-H-14-384"  # 378 x 378 pixels, whatever its name says
+_FILES = ("open_clip_config.json", "open_clip_pytorch_model.bin", "tokenizer.json")
+
+
+def load(name: str, settings: Reward, device: torch.device) -> Scorer:
+    """`settings.path` is a hub id or directory in transformers' or open_clip's layout, or a file beside its config.
+
+    Pictures are prepared as the model's own files say. Raises ValueError for what cannot be used.
+    """
+    native_only(settings)
+    path = settings.path or _OFFICIAL
+    released = read_clip(path, _FILES if path == _OFFICIAL else ())
+    # A repository has its own; weights on this machine may have been downloaded without it.
+    tokenizer = load_tokenizer(settings, path, TOKENIZER if Path(path).expanduser().exists() else path)
+    warn_without_ftfy(name)
+    return ClipScorer(settings, device, released, tokenizer, clean=clean_prompt).ready()

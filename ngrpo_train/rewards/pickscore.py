@@ -1,0 +1,29 @@
+"""PickScore: the scaled cosine of a ViT-H/14 fine-tuned on choices between two pictures; about 20 to 26.
+
+Tables often give a hundredth of it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ngrpo_train.config import Reward
+from ngrpo_train.rewards.clip import ClipScorer, Preprocessing, load_tokenizer, native_only, read_hf_clip
+from ngrpo_train.rewards.scorer import Scorer
+
+_OFFICIAL = "yuvalkirstain/PickScore_v1"
+_FILES = ("config.json", "model.safetensors")
+
+
+def load(name: str, settings: Reward, device: torch.device) -> Scorer:
+    """`settings.path` is a hub id or directory in transformers' layout, or a file of weights beside its config.json.
+
+    Raises ValueError for weights or a tokenizer that cannot be used.
+    """
+    native_only(settings)
+    path = settings.path or _OFFICIAL
+    released = read_hf_clip(path, _FILES if path == _OFFICIAL else ())
+    tokenizer = load_tokenizer(settings, path)
+    # Its processor is that of the CLIP it was tuned from, which takes prompts as they are.
+    preprocessing = Preprocessing(released.config.vision_config.image_size, half_pixel="down")
+    return ClipScorer(settings, device, released, tokenizer, preprocessing=preprocessing, scaled=True).ready()

@@ -1,0 +1,101 @@
+"""Scorers that `ngrpo reward-server` computes elsewhere."""
+
+# N pictures.
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from torch import Tensor
+
+from ngrpo_train.config import Reward
+from ngrpo_train.parsing import suggestion
+from ngrpo_train.rewards import wire
+from ngrpo_train.rewards.http import Endpoint, HttpError, check_url, token_from
+from ngrpo_train.rewards.scorer import Scorer
+
+TOKEN_VARIABLE = "NGRPO_REWARD_TOKEN"
+
+_AT_ONCE = 4  # requests: one that is scored and some that travel or wait
+_ATTEMPTS = 9  # with their pauses a minute at the least, in which a server can come back
+
+
+def load(name: str, settings: Reward, device: torch.device) -> Scorer:
+    """The reward that the server at `settings.remote` knows as `settings.path`, or where that is empty, as `name`.
+
+    Raises ValueError where no server answers there, or it does not have the reward.
+    """
+    try:
+        url = check_url(settings.remote)
+    except ValueError as error:
+        raise ValueError(f"remote: {error}") from error
+    endpoint = Endpoint(url=url, token=token_from(TOKEN_VARIABLE), timeout_s=300.0, deadline_s=900.0)
+    wanted = settings.path or name
+    health = _health(replace(endpoint, attempts=3, timeout_s=10.0), wanted)
+    try:
+        offered = [str(reward["name"]) for reward in health["rewards"]]
+        body_limit = int(health["max_body_bytes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"remote = {url!r} answers, but is no ngrpo reward server") from error
+    if wanted not in offered:
+        raise ValueError(
+            f"remote = {url!r} has no reward {wanted!r}{suggestion(wanted, offered)}; it has {', '.join(offered)}"
+        )
+    return _Remote(replace(endpoint, attempts=_ATTEMPTS), wanted, settings.batch, body_limit)
+
+
+def _health(endpoint: Endpoint, wanted: str) -> Any:
+    try:
+        return json.loads(endpoint.get("/health"))
+    except HttpError as error:
+        remedy = f"is it the address where `ngrpo reward-server --rewards {wanted}` runs?"
+        if error.status == 401:
+            remedy = f"set the environment variable {TOKEN_VARIABLE} to the server's token"
+        raise ValueError(f"remote = {endpoint.url!r}: {error}; {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"remote = {endpoint.url!r} answers, but is no ngrpo reward server") from error
+
+
+class _Remote:
+    """Sends pictures in parts, several at once; a part that gets no answer is sent again, whole."""
+
+    def __init__(self, endpoint: Endpoint, reward: str, batch: int, body_limit: int) -> None:
+        self._endpoint, self._reward, self._batch, self._body_limit = endpoint, reward, batch, body_limit
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Float32 [N] on the CPU for uint8 images [N, 3, H, W] and N prompts. Raises HttpError."""
+        images = images.cpu()
+        size = min(self._batch, wire.most_pictures(images, prompts, self._body_limit))
+        if size == 0:
+            raise ValueError(
+                f"a picture of {images.shape[-1]}x{images.shape[-2]} exceeds what {self._endpoint.url} takes in a "
+                f"request, {self._body_limit} bytes: start the server with a larger --max-body-mb"
+            )
+        starts = range(0, len(images), size)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            parts = [pool.submit(self._score, images[i : i + size], prompts[i : i + size]) for i in starts]
+            try:
+                ended, _ = wait(parts, return_when=FIRST_EXCEPTION)
+            finally:
+                for part in parts:  # after a failure, those not yet begun would each wait for the server in turn
+                    part.cancel()
+            for part in ended:
+                part.result()  # raises what made it end
+            return torch.cat([part.result() for part in parts])
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        path = f"/score?rewards={quote(self._reward, safe='')}"
+        identity = {"X-Request-ID": uuid.uuid4().hex}
+        body = wire.encode_pictures(images, prompts)
+        answer = self._endpoint.post(path, body, wire.SAFETENSORS, identity)
+        try:
+            return wire.decode_scores(answer, self._reward, len(prompts))
+        except ValueError as error:
+            raise HttpError(f"POST {self._endpoint.url}{path}: {error}") from error

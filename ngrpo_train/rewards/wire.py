@@ -1,0 +1,181 @@
+"""What a reward server is sent and what it answers: pictures with prompts, and scores. Nothing of it can carry code.
+
+Pictures come as a safetensors file, which is exact and cheap, or as JSON with PNG files, which any program can write.
+"""
+
+# N pictures.
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+SAFETENSORS = "application/x-safetensors"
+JSON = "application/json"
+
+MAX_PICTURES = 1024
+MAX_PIXELS_OF_PICTURE = 2**24  # 4096 x 4096
+MAX_PIXELS = 2**27  # of all pictures: 384 MiB, that a small body of well compressed PNG files could exceed
+
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # others, such as 16 bits of grey, would be clipped to RGB
+
+
+def encode_pictures(images: Tensor, prompts: Sequence[str]) -> bytes:
+    """A safetensors file: uint8 `images` [N, 3, H, W], and in its metadata `prompts`, a JSON list of N strings."""
+    return save({"images": images.cpu().contiguous()}, metadata={"prompts": json.dumps(list(prompts))})
+
+
+def decode_pictures(content_type: str, body: bytes) -> tuple[Tensor, list[str]]:
+    """Uint8 [N, 3, H, W] on the CPU and N prompts. Raises ValueError, naming the picture where it is one's fault."""
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == SAFETENSORS:
+        return _from_safetensors(body)
+    if kind == JSON:
+        return _from_json(body)
+    raise ValueError(f"the content type {kind!r} is neither {JSON} nor {SAFETENSORS}")
+
+
+def most_pictures(images: Tensor, prompts: Sequence[str], body_limit: int) -> int:
+    """How many such pictures one request of at most `body_limit` bytes may have; 0 where one is too many."""
+    pixels = images.shape[-2] * images.shape[-1]
+    header, escaped = 1024, 14  # bytes: what else it has, and the most that a character becomes in JSON within JSON
+    longest = max(map(len, prompts), default=0) + 8
+    return min(MAX_PICTURES, MAX_PIXELS // pixels, max(0, body_limit - header) // (3 * pixels + escaped * longest))
+
+
+def encode_scores(scores: Mapping[str, Sequence[float]]) -> bytes:
+    """{"scores": {NAME: [N numbers]}} with all digits, so that float32 survives. Raises ValueError for NaN."""
+    return json.dumps({"scores": {name: list(each) for name, each in scores.items()}}, allow_nan=False).encode()
+
+
+def decode_scores(body: bytes, name: str, count: int) -> Tensor:
+    """Float32 [count] of the reward `name`. Raises ValueError for an answer that is anything else."""
+    answer = _parsed(body, f"the answer {_excerpt(body)}")
+    scores = answer.get("scores") if isinstance(answer, dict) else None
+    if not isinstance(scores, dict) or not isinstance(scores.get(name), list):
+        raise ValueError(f"the answer has no scores of {name!r}: {_excerpt(body)}")
+    found = scores[name]
+    if len(found) != count or not all(type(score) in (int, float) for score in found):
+        raise ValueError(f"the answer must have {count} numbers for {name!r}: {_excerpt(body)}")
+    try:
+        return torch.tensor([float(score) for score in found], dtype=torch.float32)
+    except OverflowError as error:
+        raise ValueError(f"the answer has a number that no float holds: {_excerpt(body)}") from error
+
+
+def _from_safetensors(body: bytes) -> tuple[Tensor, list[str]]:
+    # The library gives no metadata of a file in memory. Whether the rest of the header holds it checks below.
+    header = _parsed(body[8 : 8 + int.from_bytes(body[:8], "little")], "the header of a safetensors body")
+    header = header if isinstance(header, dict) else {}
+    tensors = {key: value for key, value in header.items() if key != "__metadata__"}
+    entry = tensors.get("images")
+    if len(tensors) != 1 or not isinstance(entry, dict) or entry.get("dtype") != "U8":
+        raise ValueError('a safetensors body must hold one tensor, "images", of type uint8')
+    shape = entry.get("shape")
+    if not isinstance(shape, list) or len(shape) != 4 or shape[1] != 3 or not all(type(n) is int for n in shape):
+        raise ValueError(f"images must have the shape [N, 3, height, width], not {shape}")
+    metadata = header.get("__metadata__")
+    prompts = metadata.get("prompts") if isinstance(metadata, dict) else None
+    if not isinstance(prompts, str):
+        raise ValueError('the metadata of a safetensors body must hold "prompts", a JSON list of strings')
+    checked = _checked_prompts(_parsed(prompts, "prompts in the metadata"), shape[0])
+    _check_size("images", shape[3], shape[2])
+    _check_total(shape[0], shape[3], shape[2])
+    try:
+        return load(body)["images"], checked
+    except SafetensorError as error:
+        raise ValueError(f"the body is no safetensors file: {error}") from error
+
+
+def _from_json(body: bytes) -> tuple[Tensor, list[str]]:
+    request = _parsed(body, "the body")
+    if not isinstance(request, dict) or request.keys() != {"prompts", "images"}:
+        raise ValueError('a JSON body must be an object of "prompts" and "images"')
+    files = request["images"]
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise ValueError("images must be a list of PNG files in base64")
+    prompts = _checked_prompts(request["prompts"], len(files))
+    pictures: list[np.ndarray] = []
+    for index, file in enumerate(files):
+        name = f"images[{index}]"
+        picture = _picture(name, file)
+        if pictures and picture.shape != pictures[0].shape:
+            (height, width), (first_height, first_width) = picture.shape[:2], pictures[0].shape[:2]
+            raise ValueError(
+                f"{name} is {width}x{height} and images[0] is {first_width}x{first_height}: "
+                "a request's pictures must have one size"
+            )
+        if not pictures:
+            _check_total(len(files), picture.shape[1], picture.shape[0])
+        pictures.append(picture)
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), prompts
+
+
+def _picture(name: str, file: str) -> np.ndarray:
+    """Uint8 [H, W, 3]."""
+    try:
+        content = base64.b64decode(file, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{name} is not valid base64: {error}") from error
+    try:
+        # Reads every chunk to the last and its checksum, which decoding does not.
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            _check_size(name, *image.size)
+            image.verify()
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            if image.mode not in _MODES:
+                raise ValueError(f"{name} has more than 8 bits per channel (Pillow's mode {image.mode})")
+            return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} is not a complete PNG file: {error}") from error
+
+
+def _checked_prompts(prompts: object, count: int) -> list[str]:
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("prompts must be a list of strings")
+    if len(prompts) != count:
+        raise ValueError(f"there are {count} pictures and {len(prompts)} prompts")
+    if not 1 <= count <= MAX_PICTURES:
+        raise ValueError(f"a request must have 1 to {MAX_PICTURES} pictures, not {count}")
+    for index, prompt in enumerate(prompts):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompts[{index}] is not Unicode text: {error.reason}") from error
+    return prompts
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if width < 1 or height < 1 or width * height > MAX_PIXELS_OF_PICTURE:
+        raise ValueError(f"{name}: {width}x{height} is not between 1 and {MAX_PIXELS_OF_PICTURE} pixels")
+
+
+def _check_total(count: int, width: int, height: int) -> None:
+    if count * width * height > MAX_PIXELS:
+        raise ValueError(f"{count} pictures of {width}x{height} are more than {MAX_PIXELS} pixels: send fewer at once")
+
+
+def _parsed(text: bytes | str, name: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not valid JSON: {error}") from error
+
+
+def _refuse_constant(constant: str) -> float:
+    raise ValueError(f"{constant} is no number")
+
+
+def _excerpt(text: bytes) -> str:
+    return repr(text[:200].decode(errors="replace"))

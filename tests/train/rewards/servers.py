@@ -1,0 +1,167 @@
+"""Servers on free ports of this machine: one that misbehaves by script, the reward server in a thread and in a process."""
+
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import uvicorn
+
+from ngrpo_train.config import Reward
+from ngrpo_train.reward_server import make_application, server_settings
+from ngrpo_train.rewards import Rewards
+
+ROOT = Path(__file__).parents[3]
+
+Answer = bytes | Callable[[socket.socket], None]
+
+
+def answer(status: int, body: bytes = b"", **headers: object) -> bytes:
+    """A whole HTTP answer; `_` in a header's name stands for a dash."""
+    lines = [f"HTTP/1.1 {status} Because", f"Content-Length: {len(body)}", "Connection: close"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def hang(connection: socket.socket) -> None:
+    """Say nothing until the other side goes away."""
+    connection.settimeout(30)
+    while connection.recv(65536):
+        pass
+
+
+def drip(content: bytes, every_s: float = 0.02) -> Callable[[socket.socket], None]:
+    """Byte by byte, until all is said or the other side has gone away."""
+
+    def send(connection: socket.socket) -> None:
+        for i in range(len(content)):
+            connection.sendall(content[i : i + 1])
+            if select.select([connection], [], [], every_s)[0]:
+                return
+
+    return send
+
+
+@dataclass
+class Received:
+    method: str
+    target: str
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass
+class Scripted:
+    """What a scripted server was asked, and where it is."""
+
+    url: str
+    port: int
+    received: list[Received] = field(default_factory=list)
+
+
+@contextmanager
+def scripted(*answers: Answer) -> Iterator[Scripted]:
+    """Gives each connection the next of the answers, the last for ever, and closes it."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    server = Scripted(f"http://127.0.0.1:{port}", port)
+    turn = threading.Lock()
+
+    def serve(connection: socket.socket) -> None:
+        with connection:
+            try:
+                request = _read(connection)
+                with turn:
+                    server.received.append(request)
+                    mine = answers[min(len(server.received), len(answers)) - 1]
+                if callable(mine):
+                    mine(connection)
+                else:
+                    connection.sendall(mine)
+            except OSError:
+                pass
+
+    def accept() -> None:
+        while True:
+            try:
+                connection = listener.accept()[0]
+            except OSError:
+                return
+            threading.Thread(target=serve, args=[connection], daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield server
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def _read(connection: socket.socket) -> Received:
+    connection.settimeout(30)
+    with connection.makefile("rb") as file:
+        method, target, _ = file.readline().decode().split()
+        headers = {}
+        while line := file.readline().strip().decode():
+            name, _, value = line.partition(":")
+            headers[name.lower()] = value.strip()
+        return Received(method, target, headers, file.read(int(headers.get("content-length", 0))))
+
+
+@contextmanager
+def serving(settings: Mapping[str, Reward], **options: object) -> Iterator[str]:
+    """The address of a reward server in a thread of this process; options are those of `make_application`."""
+    cpu = torch.device("cpu")
+    server = uvicorn.Server(server_settings(make_application(Rewards(settings, cpu), cpu, **options)))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+    assert not thread.is_alive()
+
+
+@contextmanager
+def process(scorers: str, *flags: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """`ngrpo reward-server` with these flags, which finds scorers in the directory `scorers`."""
+    code = "import sys; from ngrpo_train.reward_server import *; sys.exit(serve_command(command_of(sys.argv[1:])))"
+    environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([scorers, str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
+        [sys.executable, "-c", code, *flags],
+        env=environment | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield server
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+
+def ready(server: subprocess.Popen[str]) -> str:
+    """The address, once the server says that it is ready."""
+    line = server.stdout.readline()
+    assert line.startswith("reward server ready: "), line + server.stdout.read()
+    return line.split()[-1]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
