@@ -1,4 +1,4 @@
-"""The `ngrpo` command: train, plan, profile, embed, sample, eval, export, doctor."""
+"""The `ngrpo` command: train, plan, profile, embed, sample, eval, reward-server, export, doctor."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ Neighbor GRPO: align FLUX-architecture flow models with human preference, withou
   embed  [RECIPE] --out DIRECTORY               encode the prompts once, so that training needs no text encoders
   sample RUN_OR_MODEL --prompt TEXT ...         generate pictures
   eval   RUN_OR_MODEL --rewards NAMES ...       score pictures of a model beside its base: the paper's Table 1
+  reward-server [RECIPE] --rewards NAMES        compute rewards for trainers elsewhere, over HTTP
   export RUN --out DIRECTORY                    write a run's weights for diffusers
   doctor                                        what is installed, what works here, what is missing and how to get it
 
@@ -218,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "embed": _embed,
         "sample": _sample,
         "eval": _eval,
+        "reward-server": _reward_server,
         "export": _export,
         "doctor": _doctor,
     }
@@ -352,6 +354,12 @@ def _benchmark_sampling(recipe: Recipe) -> Sampling:
 
     size = native_size(recipe.model.name_or_path)
     return replace(recipe.sampling, solver="euler", num_inference_steps=50, guidance_scale=3.5, height=size, width=size)
+
+
+def _reward_server(arguments: list[str]) -> int:
+    from ngrpo_train.reward_server import command_of, serve_command
+
+    return serve_command(command_of(arguments))
 
 
 def _export(arguments: list[str]) -> int:

@@ -42,6 +42,8 @@ class Row:
 
 # Distributions that nothing needs until their feature is asked for: name, purpose, how to get it.
 OPTIONAL = (
+    ("ftfy", "mends prompts as CLIP's own tokenizer does", 'pip install "ngrpo[rewards]"'),
+    ("starlette", "ngrpo reward-server", 'pip install "ngrpo[server]"'),
     ("xformers", "attention backend xformers", 'pip install "ngrpo[xformers]"'),
     ("flash-attn", "attention backend flash, built with nvcc", "pip install flash-attn --no-build-isolation"),
     ("torchao", "8-bit AdamW, float8 rollouts", 'pip install "ngrpo[torchao]"'),
@@ -55,7 +57,14 @@ def report() -> list[Row]:
     """Everything that `main` prints, collected without printing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a driver or a backend complains about becomes a row
-        return [*_packages(), *_optional_packages(), *_devices(), *_loss_backends(), *_attention_backends()]
+        return [
+            *_packages(),
+            *_optional_packages(),
+            *_devices(),
+            *_loss_backends(),
+            *_attention_backends(),
+            *_reward_weights(),
+        ]
 
 
 def main() -> int:
@@ -202,6 +211,22 @@ def _attention_backends() -> Iterator[Row]:
             unusable.setdefault(note, []).append(backend.value)
     for note, names in unusable.items():
         yield Row(section, "\n".join(names), "", "absent", note)
+
+
+def _reward_weights() -> Iterator[Row]:
+    """What each shipped scorer reads from the hub, and whether its cache has it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from ngrpo_train.rewards.files import HUB_FILES, download_command
+
+    section = "Weights of rewards, in the hub's cache"
+    for reward, repositories in HUB_FILES.items():
+        for repository, names in repositories:
+            cached = all(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
+            if cached:
+                yield Row(section, reward, repository)
+            else:
+                yield Row(section, reward, "", "absent", download_command(repository, names))
 
 
 def _try_attention(backend: "AttentionBackendName", device: str) -> tuple[bool, str]:

@@ -103,10 +103,9 @@ def _score(
     with progress(f"{what}: {name}", sum(map(len, batches))) as advance:
         for batch, images in _decoded(batches):
             of_batch: dict[str, float] = {}
-            for _, same_size in groupby(zip(batch, images, strict=True), key=lambda pair: _shape(pair[1])):
-                pairs = [(picture, image) for picture, image in same_size if image is not None]
-                if not pairs:
-                    continue
+            readable = [(p, image) for p, image in zip(batch, images, strict=True) if image is not None]
+            for _, same_size in groupby(sorted(readable, key=_shape), key=_shape):
+                pairs = list(same_size)
                 prompts = [picture.prompt.text for picture, _ in pairs]
                 scores = rewards.score(torch.stack([image for _, image in pairs]).to(device), prompts).cpu()
                 refuse_non_finite(rewards.names, scores, prompts)
@@ -116,8 +115,8 @@ def _score(
             advance(len(batch))
 
 
-def _shape(image: Tensor | None) -> tuple[int, ...]:
-    return () if image is None else tuple(image.shape)
+def _shape(pair: tuple[Picture, Tensor]) -> tuple[int, ...]:
+    return tuple(pair[1].shape)
 
 
 def _decoded(batches: Sequence[Sequence[Picture]]) -> Iterator[tuple[Sequence[Picture], list[Tensor | None]]]:

@@ -98,6 +98,8 @@ class Rewards:
         pictures = f"{len(prompts)} pictures, the first for {prompts[0]!r}"
         try:
             scores = torch.as_tensor(self.scorers[name](images, prompts), device=images.device, dtype=torch.float32)
+        except RewardError:  # a judge's, which names prompt and answer
+            raise
         except Exception as error:
             raise RewardError(f"rewards.{name} failed on {pictures}: {type(error).__name__}: {error}") from error
         if scores.shape != (len(prompts),):

@@ -57,10 +57,10 @@ class ModelScorer(nn.Module, ABC):
         """Float32 [N] for uint8 images [N, 3, H, W] and N prompts."""
         with self.on_device():
             encoded, rows = self._encode_distinct(prompts)
-            scores = []
-            for part in torch.arange(len(images)).split(self.settings.batch):
-                pixels = images[part.to(images.device)].to(self.device).float() / 255
-                scores.append(self.score(pixels, *(each[rows[part]] for each in encoded)))
+            scores = [
+                self.score(part.to(self.device).float() / 255, *(each[chosen] for each in encoded))
+                for part, chosen in zip(images.split(self.settings.batch), rows.split(self.settings.batch), strict=True)
+            ]
         return torch.cat(scores)
 
     @contextmanager
@@ -75,9 +75,9 @@ class ModelScorer(nn.Module, ABC):
                 self.to("cpu")
 
     def _encode_distinct(self, prompts: Sequence[str]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The distinct prompts encoded, and each prompt's row among them (on the CPU)."""
+        """The distinct prompts encoded, and each prompt's row among them, on the device."""
         distinct = list(dict.fromkeys(prompts))
         place = {prompt: row for row, prompt in enumerate(distinct)}
         with torch.no_grad():
             encoded = self.encode(distinct)
-        return encoded, torch.tensor([place[prompt] for prompt in prompts])
+        return encoded, torch.tensor([place[prompt] for prompt in prompts], device=self.device)

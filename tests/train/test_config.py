@@ -217,10 +217,7 @@ def test_what_cannot_be_extended_is_refused(tmp_path, text, complaint):
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_packaged_recipes_can_train(name):
-    recipe = parsed(read_recipe(find_recipe(name)))
-    sources = {} if recipe.prompts.source else {"source": "prompts.txt"}
-    rewards = recipe.rewards or {"shapes_verifier": Reward()}
-    check(replace(recipe, prompts=replace(recipe.prompts, **sources), rewards=rewards))
+    check(parsed(read_recipe(find_recipe(name))))
 
 
 def test_an_unknown_recipe_is_answered_with_the_near_one_and_the_list():

@@ -39,10 +39,14 @@ MODEL = scored("tuned", [0, 0, 1, 2], [[0.2, 0.4, 0.5, 0.4], [23, 25, 22, 26], [
 BASE = scored("dev", [0, 1, 2], [[0.2, 0.4, 0.3], [20, 20, 20], [4, 2, 0]])
 
 
+def words(line):
+    return line.split()
+
+
 def lines_of(table, *below):
     console = Console(file=io.StringIO(), width=160, markup=False, emoji=False)
     console.print(table, *below)
-    return [line.split() for line in console.file.getvalue().splitlines() if line.strip() and "──" not in line]
+    return [words(line) for line in console.file.getvalue().splitlines() if line.strip() and "──" not in line]
 
 
 def test_a_model_beside_its_base():
@@ -64,7 +68,7 @@ def test_a_model_beside_its_base():
         ["tuned", "0.450", "0.240", "4.000"],
         ["difference", "+0.100", "+0.040", "+3.000"],
         ["95", "%", "+0.100", "+0.100", "+0.020", "+0.060", "+0.000", "+6.000"],
-        [*"95 %: bootstrap interval of the difference over prompts; *: trained on".split()],
+        ["95", "%:", *words("bootstrap interval of the difference over prompts; *: trained on")],
     ]
 
 
@@ -85,7 +89,7 @@ def test_a_model_alone_beside_the_papers_row():
         ["FLUX.1-dev,", "paper", "0.310", "0.227"],
         ["all", "(1)", "dev", "0.300", "0.200", "4.000"],
         ["95", "%"],
-        [*"95 %: bootstrap interval of the mean over prompts".split()],
+        ["95", "%:", *words("bootstrap interval of the mean over prompts")],
     ]
 
 

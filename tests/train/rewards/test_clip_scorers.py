@@ -251,7 +251,7 @@ def test_a_preprocessor_that_squashes(tmp_path, hf_directory):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pickscore_is_scaled_by_the_model(hf_directory, dtype):
-    images = pictures()
+    images = pictures(SIZE, SIZE + 3)  # of which transformers cuts 1 on the left
     scorer = pickscore.load("pickscore", Reward(path=str(hf_directory), dtype=dtype), CPU)
     assert scorer.scale == pytest.approx(math.exp(4.6052), rel=1e-6)  # of bfloat16's digits, 98.9
     if dtype == "float32":
@@ -281,12 +281,13 @@ def mlp_state(features):
 @pytest.mark.parametrize("layout", ["transformers", "open_clip"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_aesthetic_is_an_mlp_of_the_unit_embedding(tmp_path, hf_directory, layout, dtype):
-    images, state = pictures(), mlp_state(EMBED)
+    images, state = pictures(SIZE, SIZE + 3), mlp_state(EMBED)
+    centre = images[..., 2:-1]  # as torchvision cuts it out
     torch.save(state, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
     if layout == "transformers":
         tower = hf_directory
         pixels = CLIPImageProcessorPil.from_pretrained(tower)(
-            [image.permute(1, 2, 0).numpy() for image in images], return_tensors="pt"
+            [image.permute(1, 2, 0).numpy() for image in centre], return_tensors="pt"
         )["pixel_values"]
         with torch.no_grad():
             embedding = CLIPModel.from_pretrained(tower).double().get_image_features(pixels.double()).pooler_output
@@ -296,7 +297,7 @@ def test_aesthetic_is_an_mlp_of_the_unit_embedding(tmp_path, hf_directory, layou
         tower.mkdir()
         save_file(open_clip_state(), tower / "open_clip_model.safetensors")
         write_json(tower / "open_clip_config.json", open_clip_config())
-        x = OpenClip(open_clip_state(), quick_gelu=True).images(pixels_of(images))
+        x = OpenClip(open_clip_state(), quick_gelu=True).images(pixels_of(centre))
     for name in (0, 2, 4, 6, 7):
         x = functional.linear(x, *(state[f"layers.{name}.{kind}"].double() for kind in ("weight", "bias")))
     assert x.std() > 0.02
@@ -448,7 +449,7 @@ def test_typography_is_mended_with_ftfy_and_its_absence_told(hps_file, processor
     with caplog.at_level(logging.WARNING, "ngrpo_train.rewards.clip"):
         hpsv2_1.load("hpsv2_1", settings, CPU)
     assert "rewards.hpsv2_1: without ftfy" in caplog.text
-    assert words(scorer, "&quot;")[1:-1] == ['"</w>']
+    assert words(scorer, "&amp;quot;")[1:-1] == ['"</w>']
     assert words(scorer, "“")[1:-1] == ["â", "Ģ", "ľ</w>"]  # bytes E2 80 9C
     monkeypatch.undo()
     pytest.importorskip("ftfy")
@@ -456,6 +457,7 @@ def test_typography_is_mended_with_ftfy_and_its_absence_told(hps_file, processor
 
 
 def test_pickscore_takes_prompts_as_they_are(hf_directory):
+    assert words(clip_score.load("clip", Reward(path=str(hf_directory)), CPU), "&lt;")[1:-1] == ["<</w>"]
     scorer = pickscore.load("pickscore", Reward(path=str(hf_directory)), CPU)
     assert words(scorer, "&lt;")[1:-1] == ["&</w>", "l", "t</w>", ";</w>"]
     assert words(scorer, "“")[1:-1] == ["â", "Ģ", "ľ</w>"]

@@ -204,6 +204,16 @@ def test_scores_are_the_formula(load, state):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
+def test_norms_add_blips_small_constants(state, processor, tmp_path):
+    """Inputs as small as the constants under the roots, 1e-6 and 1e-12, tell them from others."""
+    inputs = re.compile(r".*(cls_token|pos_embed|patch_embed|word_embeddings|position_embeddings)")
+    small = {name: value * (1e-3 if inputs.match(name) else 1) for name, value in state.items()}
+    torch.save(small, tmp_path / "ImageReward.pt")
+    images, prompts = pictures(2), list(PROMPTS)[:2]
+    scorer = image_reward.load("image_reward", Reward(path=str(tmp_path), processor=processor), CPU)
+    torch.testing.assert_close(scorer(images, prompts), expected_scores(small, images, prompts), rtol=0, atol=1e-5)
+
+
 def test_batches_and_single_pictures_score_alike(load):
     images, prompts = pictures(7), [*PROMPTS, *list(PROMPTS)[:2]]
     together = load()(images, prompts)

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 REWARD = {"hpsv2": "hpsv2_1", "image-reward": "image_reward"}
 BACKENDS = pytest.mark.parametrize("backend", REWARD)
 
-# A score is weight * (red of the first pixel + 2 * green of the last) + the prompt's length.
+# A score is weight * (red of the upper left corner + 2 * green of the upper right) + the prompt's length.
 HPSV2 = """
     from turtle import forward
     import torch
@@ -38,8 +38,7 @@ HPSV2 = """
         assert name == "ViT-H-14" and light_augmentation and output_dict
         def transform(picture):
             assert picture.mode == "RGB"
-            width, height = picture.size
-            return torch.tensor([picture.getpixel((0, 0))[0], picture.getpixel((width - 1, height - 1))[1]])
+            return torch.tensor([picture.getpixel((0, 0))[0], picture.getpixel((5, 0))[1]])
         return Model(), None, transform
 
     def tokenize(prompts):
@@ -66,8 +65,7 @@ IMAGE_REWARD = """
 
         def score(self, prompt, picture):
             assert picture.mode == "RGB" and not self.training
-            width, height = picture.size
-            corners = picture.getpixel((0, 0))[0] + 2 * picture.getpixel((width - 1, height - 1))[1]
+            corners = picture.getpixel((0, 0))[0] + 2 * picture.getpixel((5, 0))[1]
             ids = self.tokenizer(prompt).input_ids
             return self.weights["mlp.layers.0.weight"].item() * corners + len(prompt) + 1000 * (ids[1] == 5)
 """
@@ -150,7 +148,7 @@ def test_pictures_and_prompts_reach_the_package(package, settings, tmp_path, bac
     path = str(tmp_path if place == "directory" else tmp_path / file)
     scorer = find_scorer(REWARD[backend], settings(backend, path=path), CPU)
     images = torch.zeros(2, 3, 4, 6, dtype=torch.uint8)
-    images[:, 0, 0, 0], images[:, 1, 3, 5] = torch.tensor([10, 255], dtype=torch.uint8), torch.tensor([7, 0]).byte()
+    images[:, 0, 0, 0], images[:, 1, 0, 5] = torch.tensor([10, 255]).byte(), torch.tensor([7, 0]).byte()
     got = scorer(images, ["dog", "cats"])
     known = 1000 if backend == "image-reward" else 0  # "dog" is a word of the tokenizer beside the weights
     assert got.dtype == torch.float32
