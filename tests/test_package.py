@@ -50,7 +50,7 @@ ORDER = {
         algorithms
         iteration settle
         evaluate export checkpoint embed curves
-        metrics report run_directory inference doctor trace
+        metrics report run_directory inference doctor trace reward_server
         comparison watch
         profiling train
         __main__

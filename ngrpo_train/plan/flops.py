@@ -11,6 +11,7 @@ from ngrpo_train.architecture import Architecture, lora_parameters
 from ngrpo_train.config import Recipe
 from ngrpo_train.plan.activations import Shape, block_bytes, decode_pass, encode_pass
 from ngrpo_train.plan.layout import Batches, compiles, shape_of
+from ngrpo_train.plan.scorers import Scoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,8 @@ class Flops:
     """What is computed for it, with what is computed again and with pictures that only fill up a batch."""
     float8: int
     """Of the rollout's, what products in float8 take over."""
+    float32: int
+    """Of the scorers', what is computed in float32."""
 
     @property
     def model(self) -> int:
@@ -97,7 +100,7 @@ class Flops:
 
 
 def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
-    """Every group counts as one with signal; the scorers are not counted, for nobody can know them here."""
+    """Every group counts as one with signal. Of the scorers those count whose cost is known."""
     algorithm, sampling, batches = recipe.algorithm, recipe.sampling, Batches.of(recipe)
     shape = shape_of(recipe, architecture)
     trained = transformer_flops(architecture, shape.image_tokens, shape.text_tokens, shape.lora_rank)
@@ -108,7 +111,7 @@ def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
     before = updates - 1 if algorithm.old_policy == "exact" else 0  # the first block's is the training forward itself
     tethers = updates if algorithm.reference_coef else 0
     text = 0 if recipe.prompts.embeddings else batches.prompts * encode_pass(architecture, shape.text_tokens).flops
-    decode = decode_pass(architecture, sampling.height, sampling.width).flops
+    decode, scoring = decode_pass(architecture, sampling.height, sampling.width).flops, Scoring.of(recipe)
 
     def stages(explored: int, decoded: int, anchors: int) -> dict[str, int]:
         """Of so many pictures, and of so many anchors per optimizer step."""
@@ -116,6 +119,7 @@ def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
             "text": text,
             "rollout": explored * sampling.num_inference_steps * exploring.forward,
             "decode": decoded * decode,
+            "reward": scoring.flops,
             "old policy": before * anchors * trained.forward,
             "reference": tethers * anchors * base.forward,
             "forward": updates * anchors * trained.forward,
@@ -131,7 +135,8 @@ def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
     if again := _recomputed(recipe, architecture, shape, trained):
         hardware["recomputation"] = updates * filled * again
     products = explored * sampling.num_inference_steps * base.products
-    return Flops(stages(pictures, pictures, anchors), hardware, products if float8 else 0)
+    model = stages(pictures, pictures, anchors)
+    return Flops(model, hardware, float8=products if float8 else 0, float32=scoring.float32_flops)
 
 
 def _filled(count: int, batch: int, recipe: Recipe) -> int:

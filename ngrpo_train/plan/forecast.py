@@ -21,6 +21,7 @@ SAFE_SHARE = 0.92
 # Assumptions that no measurement backs yet.
 COMPUTE_EFFICIENCY = 0.7  # of `matmul_tflops`, over a whole iteration
 FLOAT8_SPEEDUP = 1.5  # of the rollout's products, at most: activations must be quantised first
+FLOAT32_SLOWDOWN = 15.0  # of scorers' products: by the datasheets 312 / 19.5 on an A100, 989 / 67 on an H100
 LINK_EFFICIENCY = 0.8  # of a link's speed, in large collectives
 HOST_ADAMW_GBPS = 200.0  # memory traffic of a node's processors together, in an optimizer step in host memory
 
@@ -99,7 +100,7 @@ class Seconds:
     """Of one iteration. Arithmetic and transfers go on at once, so the longer of them counts."""
 
     compute: float
-    """All arithmetic at `matmul_tflops`."""
+    """All arithmetic at `matmul_tflops`, or at the rates of float8 and of float32."""
     links: float
     """What processes send each other, at full speed."""
     host: float
@@ -202,6 +203,7 @@ def _seconds(
 ) -> Seconds:
     def arithmetic(float8_speedup: float) -> float:
         flops_in_bfloat16 = flops.hardware - flops.float8 * (1 - 1 / float8_speedup)
+        flops_in_bfloat16 += flops.float32 * (FLOAT32_SLOWDOWN - 1)
         return flops_in_bfloat16 / (machine.matmul_tflops * 1e12)
 
     compute = arithmetic(machine.float8_speedup)

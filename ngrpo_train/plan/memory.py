@@ -15,6 +15,7 @@ from ngrpo_train.config import Recipe
 from ngrpo_train.machines import GIB
 from ngrpo_train.plan.activations import BlockBytes, Shape, block_bytes, decode_pass, encode_pass, ends_bytes
 from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Layout, Weights, bytes_of, compiles, shape_of
+from ngrpo_train.plan.scorers import Scoring
 
 # Assumptions: nothing here has been compared with a GPU yet.
 RUNTIME_BYTES = 1.5 * GIB  # CUDA's context, its libraries' workspaces, and compiled code
@@ -64,6 +65,9 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
     else:
         everywhere["text encoders"] = encoders
     everywhere["VAE"] = TEXT_BYTES * counts.vae
+    scoring = Scoring.of(recipe)
+    everywhere["scorers"] = scoring.resident
+    host += scoring.offloaded
     everywhere["explored groups"] = batches.prompts * _group_bytes(recipe, architecture, shape)
     everywhere["runtime"] = RUNTIME_BYTES + (NCCL_BYTES if layout.world_size > 1 else 0)
     rollout_gathered = _gathered(recipe, weights, layout, "rollout")
@@ -84,7 +88,8 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
         "decode": {
             **everywhere,
             "gathered weights": kept_before,
-            "activations": _decode_bytes(recipe, architecture, batches),
+            "scorers": scoring.resident + scoring.visiting,
+            "activations": _decode_bytes(recipe, architecture, batches, scoring),
         },
         "update": {
             **everywhere,
@@ -235,7 +240,9 @@ def _encode_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> i
     return 0 if recipe.prompts.embeddings else encode_pass(architecture, shape.text_tokens).peak
 
 
-def _decode_bytes(recipe: Recipe, architecture: Architecture, batches: Batches) -> float:
+def _decode_bytes(recipe: Recipe, architecture: Architecture, batches: Batches, scoring: Scoring) -> float:
+    """Pictures are decoded, then scored."""
     height, width = recipe.sampling.height, recipe.sampling.width
     pictures = batches.prompts * recipe.algorithm.num_generations * 3 * height * width  # bytes of colour
-    return batches.decode * decode_pass(architecture, height, width).peak + 2 * pictures  # parts, then all in one
+    decoding = batches.decode * decode_pass(architecture, height, width).peak + 2 * pictures  # parts, then all in one
+    return max(decoding, pictures + scoring.activations)

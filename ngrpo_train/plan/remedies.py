@@ -11,6 +11,7 @@ from ngrpo_train.architecture import Architecture, lora_total
 from ngrpo_train.config import Recipe
 from ngrpo_train.machines import GIB, Machine
 from ngrpo_train.plan.forecast import Plan, make_plan
+from ngrpo_train.plan.scorers import of_unknown_cost, scorer_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,18 @@ class Remedy:
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    """The recipe with fields replaced, by names such as "parallel.update_batch"."""
+    """The recipe with fields replaced, by names such as "parallel.update_batch" and "rewards.clip.offload"."""
     for name, value in settings.items():
         section, _, entry = name.partition(".")
-        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{entry: value})})
+        recipe = replace(recipe, **{section: _with_entry(getattr(recipe, section), entry, value)})
     return recipe
+
+
+def _with_entry(section: Any, entry: str, value: Any) -> Any:
+    if isinstance(section, Mapping):  # of rewards, each with settings of its own
+        name, _, entry = entry.rpartition(".")
+        return {**section, name: replace(section[name], **{entry: value})}
+    return replace(section, **{entry: value})
 
 
 def remedies(plan: Plan) -> list[Remedy]:
@@ -55,7 +63,7 @@ def speedups(plan: Plan) -> list[Remedy]:
     """Changes that memory has room for and that shorten an iteration by more than a percent, the fastest ahead."""
     if plan.seconds is None or plan.machine is None:
         return []
-    model, algorithm, changes = plan.recipe.model, plan.recipe.algorithm, []
+    model, algorithm, changes = plan.recipe.model, plan.recipe.algorithm, list(_shorter_scorers(plan.recipe))
     if model.gradient_checkpointing == "full":
         effect = "keeps what products and attention give, and computes only the rest again"
         changes.append(({"model.gradient_checkpointing": "selective"}, effect))
@@ -126,6 +134,9 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
             yield {"parallel.text_encoders": "shard"}, "T5 and CLIP spread over GPUs"
         if settings.text_encoders != "offload":
             yield {"parallel.text_encoders": "offload"}, "T5 and CLIP wait in host memory"
+    if offloaded := {f"rewards.{name}.offload": True for name in _scorers(recipe) if not recipe.rewards[name].offload}:
+        yield offloaded, "scorers wait in host memory"
+    yield from _shorter_scorers(recipe)
     if recipe.prompts.per_rank > 1:
         steps = recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps
         together = {"prompts.per_rank": 1, "train.gradient_accumulation_steps": steps}
@@ -159,6 +170,17 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"model.ema": 0.0}, "no moving average of the weights"
 
 
+def _scorers(recipe: Recipe) -> list[str]:
+    """Names of those whose weights are here and whose settings may be changed."""
+    return [name for name in scorer_sizes(recipe.rewards) if recipe.rewards[name].backend == "native"]
+
+
+def _shorter_scorers(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
+    long = [name for name in _scorers(recipe) if recipe.rewards[name].dtype == "float32"]
+    if long:
+        yield {f"rewards.{name}.dtype": "bfloat16" for name in long}, "scorers compute in 16 bits, coarser scores"
+
+
 def explain_out_of_memory(
     recipe: Recipe, architecture: Architecture, machine: Machine | int, world_size: int = 1, gpus_per_node: int = 8
 ) -> str:
@@ -170,7 +192,7 @@ def explain_out_of_memory(
         f"GPU memory ran out. By the plan the fullest phase is the {phase}, with {plan.memory.peak / GIB:.1f} of "
         f"{plan.gpu_bytes / GIB:.1f} GiB:",
         *(f"  {size / GIB:6.1f} GiB  {part}" for part, size in held if size >= 0.05 * GIB),
-        "Scorers are not in it, nor other programs on the GPU.",
+        f"Not in it: {', '.join([*map('rewards.{}'.format, of_unknown_cost(recipe.rewards)), 'other programs'])}.",
     ]
     found = remedies(plan)
     if plan.fits:  # and yet it did not: then only what saves a good part of it will do

@@ -13,8 +13,17 @@ from rich.text import Text
 
 from ngrpo_train.config import Recipe, Reward, check
 from ngrpo_train.machines import GIB, find_machine
-from ngrpo_train.plan.forecast import COMPUTE_EFFICIENCY, FLOAT8_SPEEDUP, LINK_EFFICIENCY, SAFE_SHARE, Plan, make_plan
+from ngrpo_train.plan.forecast import (
+    COMPUTE_EFFICIENCY,
+    FLOAT8_SPEEDUP,
+    FLOAT32_SLOWDOWN,
+    LINK_EFFICIENCY,
+    SAFE_SHARE,
+    Plan,
+    make_plan,
+)
 from ngrpo_train.plan.remedies import Remedy, remedies, speedups
+from ngrpo_train.plan.scorers import of_unknown_cost, scorer_sizes
 
 REMEDIES_SHOWN = 5
 
@@ -91,6 +100,10 @@ def _facts(plan: Plan) -> Iterator[str]:
         f"parameters: transformer {_scaled(counts.transformer)}, trained {_scaled(plan.trained)}; "
         f"T5 {_scaled(counts.t5)}, CLIP {_scaled(counts.clip)}, VAE {_scaled(counts.vae)}"
     )
+    rewards = plan.recipe.rewards
+    if sizes := scorer_sizes(rewards):
+        each = (f"{name} {_scaled(size.parameters)} in {rewards[name].dtype}" for name, size in sizes.items())
+        yield f"scorers: {', '.join(each)}"
     updates = f" in each of {batches.updates} optimizer steps" if batches.updates > 1 else ""
     yield (
         f"iteration: {plan.prompts} prompts{updates}, {batches.prompts} on each GPU; "
@@ -180,9 +193,13 @@ def _times(plan: Plan) -> Iterator[str]:
 
 def _notes(plan: Plan) -> Iterator[str]:
     float8 = plan.recipe.parallel.rollout_dtype == "float8"
-    yield "Scorers are not counted, neither their memory nor their time."
+    if not plan.recipe.rewards:
+        yield "The recipe names no rewards yet; their scorers cost memory and time."
+    if unknown := of_unknown_cost(plan.recipe.rewards):
+        yield f"Not counted, for what they cost is not known here: {', '.join(f'rewards.{name}' for name in unknown)}."
     if plan.seconds is not None:
-        coarse = f", and float8 products to be {FLOAT8_SPEEDUP} times as fast" if float8 else ""
+        coarse = f", float8 products to be {FLOAT8_SPEEDUP} times as fast" if float8 else ""
+        coarse += f", float32 ones to take {FLOAT32_SLOWDOWN:.0f} times as long" if plan.flops.float32 else ""
         yield (
             f"The estimate assumes {COMPUTE_EFFICIENCY:.0%} of what large products reach and {LINK_EFFICIENCY:.0%} "
             f"of the links{coarse}; no measurement backs it yet."

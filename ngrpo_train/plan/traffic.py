@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ngrpo_train.architecture import Architecture, parameters
 from ngrpo_train.config import Recipe
 from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Layout, Weights, bytes_of, stored_bytes
+from ngrpo_train.plan.scorers import Scoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Traffic:
     all_reduced_bytes: float
     """Sent to sum gradients over copies."""
     host_bytes: float
-    """To and from host memory, where weights or text encoders are kept there."""
+    """To and from host memory, where weights, text encoders or scorers are kept there."""
     copied_bytes: float
     """Read and written in the GPU's own memory to make weights whole."""
 
@@ -49,7 +50,7 @@ def iteration_traffic(recipe: Recipe, architecture: Architecture, layout: Layout
         gathered_bytes=whole * others + from_others,
         reduced_bytes=reduces * reduced * weights.trained * others,
         all_reduced_bytes=given * 2 * (copies - 1) / copies,
-        host_bytes=from_host + (taken + given if settings.offload else 0),
+        host_bytes=from_host + Scoring.of(recipe).moved + (taken + given if settings.offload else 0),
         copied_bytes=whole + taken,
     )
 

@@ -16,8 +16,14 @@ from unittest import mock
 
 from PIL import Image
 
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
 from ngrpo_train.__main__ import main
+from ngrpo_train.comparison.command import evaluate_model
 from ngrpo_train.comparison.scores import ScoreFiles
+from ngrpo_train.shapes import verifier
+
+IMPORTED = (CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast, evaluate_model, verifier)
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent  # where `runs` is, whose scorers commands use
@@ -114,7 +120,9 @@ def _files(out):
 def _run(jobs):
     context = multiprocessing.get_context("fork")
     ended = []
+    import time
     for number, job in enumerate(json.loads(jobs.read_text())):
+        print('TIME', number, time.time(), file=open('/tmp/times','a'))
         logs = [jobs.with_name(f"{number}_{rank}.txt") for rank in range(job["ranks"])]
         ranks = [context.Process(target=_rank, args=(job, rank, log)) for rank, log in enumerate(logs)]
         for process in ranks:

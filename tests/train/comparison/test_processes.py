@@ -3,7 +3,7 @@
 import json
 import shutil
 import signal
-from pathlib import Path
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ngrpo_train.prompts import load_prompts
-from ngrpo_train.shapes.verifier import verify
+from ngrpo_train.shapes import verifier
 from ngrpo_train.shapes.world import shapes_pipeline_dir
 
 from ..runs import environment, finish, free_ports, start
@@ -47,7 +47,7 @@ def ended(tmp_path_factory):
         arguments = ["eval", str(peer), "--base", "shapes", "--prompts.source", str(directory / "prompts.json")]
         arguments += ["--rewards", "shapes_verifier,runs:redness", "--rewards.redness.batch", "2"]
         arguments += ["--rewards.shapes-verifier.batch", "2", "--per-prompt", "2", "--batch", "4"]
-        arguments += ["--sampling.num-inference-steps", "2", "--sampling.height", "32", "--sampling.width", "32"]
+        arguments += ["--sampling.num-inference-steps", "2", "--sampling.height", "64", "--sampling.width", "64"]
         arguments += ["--sampling.max-sequence-length", "16", "--parallel.device", "cpu"]
         arguments += ["--parallel.compute-dtype", "float32", "--parallel.timeout-minutes", "1"]
         arguments += ["--parallel.sharding", sharding, "--out", str(directory / out)]
@@ -112,7 +112,7 @@ def test_the_table_is_of_the_pictures(ended):
         assert len({image.tobytes() for image in images}) == 10
         redness = np.array([image[..., 0].mean() / 255 for image in images])
         shown = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        verified = verify(shown, [prompt for prompt in prompts for _ in range(2)]).numpy()
+        verified = verifier.score(shown, [prompt for prompt in prompts for _ in range(2)]).numpy()
         means[half] = {"redness": redness.reshape(5, 2).mean(1), "shapes_verifier": verified.reshape(5, 2).mean(1)}
     summary = json.loads((directory / "alone" / "summary.json").read_text())
     for name in ("redness", "shapes_verifier"):
@@ -123,14 +123,14 @@ def test_the_table_is_of_the_pictures(ended):
         assert summary["styles"]["b"]["difference"][name]["mean"] == pytest.approx(
             (peer - shapes)[1::2].mean(), abs=1e-6
         )
-    assert abs((means["model"]["redness"] - means["base"]["redness"]).mean()) > 1e-3
+    assert abs((means["model"]["redness"] - means["base"]["redness"]).mean()) > 5e-4
 
 
 def test_no_finished_picture_is_made_again(ended):
     ends, _ = ended
     after = [pictures_in(ends[name].files) for name in ends if "killed" in name or name == "finished"]
     assert [len(pictures) for pictures in after] == [6, 10 + 1, 20, 20]
-    for earlier, later in zip(after, after[1:], strict=False):
+    for earlier, later in pairwise(after):
         assert earlier.items() <= later.items()
     half = [pictures_in(ends[name].files) for name in ends if name.startswith("sharded")]
     assert 0 < len(half[0]) < 10
@@ -159,7 +159,7 @@ def test_every_process_has_its_share(ended):
         "scores_1.jsonl",
     ]
     first, second = ends["two"].outputs
-    assert "peer: pictures 8/8 on each of 2 processes" in first
+    assert "peer: pictures 6/6 on each of 2 processes" in first
     assert "pictures;" in first
     assert "redness" not in second, "one table"
     assert "peer: pictures" not in ends["finished"].outputs[0]

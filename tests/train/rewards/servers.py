@@ -155,9 +155,12 @@ def process(scorers: str, *flags: str, **variables: str) -> Iterator[subprocess.
 
 def ready(server: subprocess.Popen[str]) -> str:
     """The address, once the server says that it is ready."""
-    line = server.stdout.readline()
-    assert line.startswith("reward server ready: "), line + server.stdout.read()
-    return line.split()[-1]
+    before = []
+    for line in server.stdout:  # libraries may warn before it
+        if line.startswith("reward server ready: "):
+            return line.split()[-1]
+        before.append(line)
+    raise AssertionError("".join(before))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
