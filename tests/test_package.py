@@ -36,7 +36,7 @@ ORDER = {
     "ngrpo_train": """
         __init__
         config
-        parsing symptoms
+        parsing symptoms hub
         shapes
         solvers perturb prompts machines architecture
         plan

@@ -5,22 +5,16 @@ from __future__ import annotations
 import glob
 import logging
 import re
-import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    DryRunError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import DryRunError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import tqdm
 
+from ngrpo_train.hub import why_missing
 from ngrpo_train.parsing import suggestion
 from ngrpo_train.prompts.files import READERS, is_prompt_file
 
@@ -159,10 +153,4 @@ def _in_cache(repository: str) -> list[str]:
 
 def _refusal(repository: str, error: Exception | None, wanted: Sequence[str]) -> ValueError:
     cause = error.__cause__ if isinstance(error, DryRunError) else error
-    if isinstance(cause, GatedRepoError):
-        return ValueError(f"{repository} is gated: accept its licence on its hub page, then run `hf auth login`")
-    if isinstance(cause, RepositoryNotFoundError):
-        return ValueError(f"there is no dataset {repository} on the hub, or it is private: check the spelling")
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-    command = shlex.join(["hf", "download", "--repo-type", "dataset", repository, *wanted])
-    return ValueError(f"it is not in the cache, and {reason}: fetch it with `{command}`")
+    return ValueError(why_missing(repository, cause, wanted, dataset=True))

@@ -11,19 +11,14 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ngrpo_train import parallel
+from ngrpo_train.hub import why_missing
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _INDEX = ".index.json"  # of weights in several files
@@ -56,21 +51,11 @@ def _downloaded(repository: str, names: Sequence[str], fetch: Sequence[str]) -> 
         except LocalEntryNotFoundError as error:
             if cached := _cached(repository, names):
                 return cached
-            offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-            raise ValueError(
-                f"{repository} is not in the cache, and {offline}: fetch it with "
-                f"`{' '.join(['hf download', repository, *fetch])}`, or give a directory or file"
-            ) from error
+            raise ValueError(f"{why_missing(repository, error, fetch)}, or give a directory or file") from error
         except EntryNotFoundError:
             continue
-        except GatedRepoError as error:
-            raise ValueError(
-                f"{repository} is gated: accept its licence on its hub page, then `hf auth login`"
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise ValueError(f"{repository} is not on the hub, or is private: check the spelling") from error
         except HfHubHTTPError as error:
-            raise ValueError(f"{repository} cannot be fetched from the hub: {_first_line(error)}") from error
+            raise ValueError(why_missing(repository, error, fetch)) from error
     raise ValueError(f"{repository} on the hub has none of {', '.join(names)}")
 
 

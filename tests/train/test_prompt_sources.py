@@ -289,7 +289,7 @@ def test_without_the_hub_the_cache_will_do(hub, unplug, caplog):
 )
 def test_with_neither_the_command_is_said(cache, source, arguments):
     command = f"`hf download --repo-type dataset some/prompts {arguments}".rstrip() + "`"
-    refused(source, re.escape(f"it is not in the cache, and HF_HUB_OFFLINE is set: fetch it with {command}"))
+    refused(source, re.escape(f"is not in the cache, and HF_HUB_OFFLINE is set: fetch it with {command}"))
 
 
 def test_a_hub_that_does_not_answer(cache, monkeypatch):

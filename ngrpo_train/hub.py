@@ -1,0 +1,25 @@
+"""What went wrong with the hub, and the command that puts it right."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+
+def why_missing(repository: str, error: BaseException | None, fetch: Sequence[str], *, dataset: bool = False) -> str:
+    """One line for what the hub raised about a repository of which `fetch` (arguments of `hf download`) is wanted."""
+    if isinstance(error, GatedRepoError):
+        return f"{repository} is gated: accept its licence on its hub page, then run `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        kind = "dataset" if dataset else "model"
+        return f"there is no {kind} {repository} on the hub, or it is private: check the spelling"
+    if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"{repository} cannot be fetched from the hub: {reason:.200}"
+    cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+    kinds = ["--repo-type", "dataset"] if dataset else []
+    command = shlex.join(["hf", "download", *kinds, repository, *fetch])
+    return f"{repository} is not in the cache, and {cause}: fetch it with `{command}`"
