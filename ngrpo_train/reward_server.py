@@ -3,7 +3,7 @@
 Requests are scored one after the other by one thread, in the order of their arrival; the event loop only moves bytes.
 """
 
-# N pictures.
+# R rewards, N pictures.
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class RewardServerCommand:
 
 
 def command_of(arguments: Sequence[str]) -> RewardServerCommand:
-    """`[RECIPE] --rewards NAMES ...` as a command. Exits with code 2 on a wrong flag; raises ValueError as recipes do."""
+    """`[RECIPE] --rewards NAMES ...` as a command. Exits with code 2 on a wrong flag; ValueError for a recipe."""
     recipe = Recipe()
     if arguments and not arguments[0].startswith("-"):
         recipe = resolve(read_recipe(find_recipe(arguments[0])), name=arguments[0])
@@ -206,12 +206,10 @@ class _Service:
         )
         return Response(wire.encode_scores(scores), media_type=wire.JSON)
 
-    @torch.no_grad()
     def _scores(self, names: Sequence[str], images: Tensor, prompts: Sequence[str]) -> dict[str, list[float]]:
-        images = images.to(self._device)
-        scores = {name: self._rewards.score_with(name, images, prompts).cpu() for name in names}
-        refuse_non_finite(names, torch.stack(list(scores.values())), prompts)
-        return {name: each.tolist() for name, each in scores.items()}
+        scores_RN = self._rewards.score(images.to(self._device), prompts, names).cpu()
+        refuse_non_finite(names, scores_RN, prompts)
+        return dict(zip(names, scores_RN.tolist(), strict=True))
 
     def _refuse_stranger(self, request: Request) -> None:
         given = request.headers.get("authorization", "").encode()

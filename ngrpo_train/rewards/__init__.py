@@ -86,6 +86,7 @@ class Rewards:
         Raises RewardError, naming the reward, where a scorer fails.
         """
         names = self.names if names is None else names
+        images = images.contiguous()  # else sums over a channels_last picture round otherwise than over the same bytes
         pending: dict[str, Future[Tensor]] = {}
         if self._pool and (elsewhere := [name for name in names if name in self._elsewhere]):
             on_host = images.cpu()
@@ -140,7 +141,7 @@ def refuse_non_finite(names: Sequence[str], scores_RN: Tensor, prompts: Sequence
 
 def find_scorer(name: str, reward: Reward, device: torch.device) -> Scorer:
     """The scorer that a recipe's [rewards.NAME] means. Raises ValueError, naming it, where there is none."""
-    if _CALLABLE.fullmatch(reward.path):
+    if _CALLABLE.fullmatch(reward.path) and not reward.remote:
         return _own_scorer(name, reward.path)
     if name not in SHIPPED and not (reward.remote or reward.template):
         raise ValueError(

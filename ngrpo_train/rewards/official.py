@@ -37,8 +37,7 @@ def hpsv2(settings: Reward, device: torch.device) -> Scorer:
     Raises ValueError where the package or the weights cannot be loaded, or for a setting that it has no place for.
     """
     _refuse_settings(settings, processor=settings.processor)
-    with _importing("hpsv2"):
-        open_clip = importlib.import_module("hpsv2.src.open_clip")
+    open_clip = import_hpsv2()
     file = find_file(settings.path or "xswu/HPSv2", "HPS_v2.1_compressed.pt")
     model, _, transform = open_clip.create_model_and_transforms("ViT-H-14", light_augmentation=True, output_dict=True)
     fill(model, read_state(file), file)
@@ -75,8 +74,14 @@ def image_reward(settings: Reward, device: torch.device) -> Scorer:
     return _one_by_one(lambda picture, prompt: model.score(prompt, picture))
 
 
+def import_hpsv2() -> Any:
+    """Its version of open_clip. Raises ValueError where it is missing."""
+    with _importing("hpsv2"):
+        return importlib.import_module("hpsv2.src.open_clip")
+
+
 def import_image_reward() -> tuple[Any, Any]:
-    """Its modules with the model and with BLIP, fit for transformers 5. Raises ValueError where they are missing."""
+    """Its modules with the model and with BLIP, fit for transformers 5. Raises ValueError where it is missing."""
     with _importing("image-reward"), _transformers_4():
         package = importlib.import_module("ImageReward.ImageReward")
         blip = importlib.import_module("ImageReward.models.BLIP.blip_pretrain")
@@ -117,7 +122,7 @@ def _importing(package: str) -> Iterator[None]:
     except (ImportError, OSError, RuntimeError) as error:
         raise ValueError(
             f"backend = {package!r}: the package cannot be imported ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}): see docs/rewards-official.md, which begins with `{_INSTALL[package]}`"
+            f"{' '.join(str(error).split())}): `{_INSTALL[package]}`, and what docs/rewards-official.md adds to it"
         ) from error
     finally:
         for name in lent:

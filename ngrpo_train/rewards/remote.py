@@ -24,7 +24,7 @@ from ngrpo_train.rewards.scorer import Scorer
 TOKEN_VARIABLE = "NGRPO_REWARD_TOKEN"
 
 _AT_ONCE = 4  # requests: one that is scored and some that travel or wait
-_ATTEMPTS = 9  # with their pauses a minute at the least, in which a server can come back
+_ATTEMPTS = 10  # with their pauses a minute at the least, in which a server can come back
 
 
 def load(name: str, settings: Reward, device: torch.device) -> Scorer:
@@ -37,7 +37,7 @@ def load(name: str, settings: Reward, device: torch.device) -> Scorer:
     except ValueError as error:
         raise ValueError(f"remote: {error}") from error
     endpoint = Endpoint(url=url, token=token_from(TOKEN_VARIABLE), timeout_s=300.0, deadline_s=900.0)
-    wanted = settings.path or name
+    wanted = settings.path.rpartition(":")[2] or name  # a server knows package.module:callable by its last part
     health = _health(replace(endpoint, attempts=3, timeout_s=10.0), wanted)
     try:
         offered = [str(reward["name"]) for reward in health["rewards"]]

@@ -189,3 +189,17 @@ def test_what_is_only_watched_is_not_scored_in_training(monkeypatch):
     assert (rewards.trained, rewards.weights) == ((0,), (3.0,))
     with pytest.raises(RewardError, match=r"^rewards\.slow failed"):
         rewards.score(IMAGES, ["x"] * 6)
+
+
+def test_pictures_are_laid_out_alike_wherever_they_come_from(monkeypatch):
+    strides = []
+
+    def spy(images, prompts):
+        strides.append(images.stride())
+        return level(images, prompts)
+
+    rewards = rewards_of(monkeypatch, spy)
+    pictures = torch.zeros(2, 3, 4, 5, dtype=torch.uint8)
+    for images in (pictures, pictures.to(memory_format=torch.channels_last), pictures.expand(2, 3, 4, 5)):
+        rewards.score(images, ["x", "y"])
+    assert set(strides) == {(60, 20, 5, 1)}

@@ -1,4 +1,4 @@
-"""Servers on free ports of this machine: one that misbehaves by script, the reward server in a thread and in a process."""
+"""Servers on free ports: one that misbehaves by script, and the reward server in a thread or a process."""
 
 import os
 import select
@@ -136,10 +136,9 @@ def serving(settings: Mapping[str, Reward], **options: object) -> Iterator[str]:
 @contextmanager
 def process(scorers: str, *flags: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """`ngrpo reward-server` with these flags, which finds scorers in the directory `scorers`."""
-    code = "import sys; from ngrpo_train.reward_server import *; sys.exit(serve_command(command_of(sys.argv[1:])))"
     environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([scorers, str(ROOT)]), "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(
-        [sys.executable, "-c", code, *flags],
+        [sys.executable, "-m", "ngrpo_train", "reward-server", *flags],
         env=environment | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -76,7 +76,9 @@ def test_scores_are_the_local_ones_in_order(offer, batch):
         scores = load(url, batch=batch)(images, prompts)
     assert torch.equal(scores, mine(images, prompts))
     assert scores.dtype == torch.float32
-    assert sorted(len(asked) for _, asked in seen.calls) == sorted([batch] * (5 // batch) + [5 % batch] * (5 % batch > 0))
+    assert sorted(len(asked) for _, asked in seen.calls) == sorted(
+        [batch] * (5 // batch) + [5 % batch] * (5 % batch > 0)
+    )
     for part, asked in seen.calls:
         assert part.dtype == torch.uint8
         begin = prompts.index(asked[0])
@@ -91,7 +93,7 @@ def test_requests_stay_within_what_the_server_takes(offer):
         assert 1 < max(len(asked) for _, asked in seen.calls) < 7
     with serving({"mine": offer(mine)}, body_limit=1100) as url:
         scorer = load(url)
-        with pytest.raises(ValueError, match="a picture of 5x6 exceeds .* 1100 bytes: .* larger --max-body-mb"):
+        with pytest.raises(ValueError, match=r"a picture of 5x6 exceeds .* 1100 bytes: .* larger --max-body-mb"):
             scorer(images, prompts)
 
 
@@ -136,10 +138,12 @@ def test_a_recipe_mixes_rewards_from_here_and_elsewhere(offer):
 # --- at the start
 
 
-def test_a_reward_that_the_server_has_by_another_name(offer):
+@pytest.mark.parametrize("path", ["theirs", "package.module:theirs"])
+def test_a_reward_that_the_server_has_by_another_name(offer, path):
     images, prompts = pictures(0, 3)
     with serving({"theirs": offer(mine)}) as url:
-        assert torch.equal(load(url, path="theirs")(images, prompts), mine(images, prompts))
+        scorer = remote.load("mine", Reward(remote=url, path=path), CPU)
+        assert torch.equal(scorer(images, prompts), mine(images, prompts))
 
 
 def test_a_reward_that_the_server_does_not_have(offer):
@@ -203,7 +207,9 @@ def test_what_fails_there_is_said_here_and_not_tried_again(offer, scorer, compla
     seen = Seen(scorer)
     with serving({"mine": offer(seen)}) as url:
         rewards = Rewards({"mine": Reward(remote=url)})
-        with pytest.raises(RewardError, match=rf"^rewards\.mine failed on 3 .*: HttpError: .* 422 .*{complaint}") as raised:
+        with pytest.raises(
+            RewardError, match=rf"^rewards\.mine failed on 3 .*: HttpError: .* 422 .*{complaint}"
+        ) as raised:
             rewards.score(*pictures(0, 3))
     assert "\n" not in str(raised.value)
     assert "Traceback" not in str(raised.value)

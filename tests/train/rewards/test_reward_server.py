@@ -211,6 +211,14 @@ def test_a_request_that_does_not_fit_does_not_wait(url):
     assert reason == f"a request may have {MIB} bytes (--max-body-mb): send fewer pictures"
 
 
+def test_what_announces_too_much_is_not_even_awaited(url):
+    host, port = url.removeprefix("http://").split(":")
+    headers = "Content-Type: application/json\r\nContent-Length: 200000000\r\nExpect: 100-continue"
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(f"POST /score HTTP/1.1\r\nHost: x\r\n{headers}\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+
 # --- several at once
 
 
@@ -247,7 +255,9 @@ def test_a_request_that_never_arrives_gives_its_place_back(monkeypatch):
         for complete in (True, False):  # waits for an answer, or hangs up
             with socket.create_connection((host, int(port)), timeout=10) as connection:
                 kind = f"Content-Type: {wire.SAFETENSORS}"
-                connection.sendall(f"POST /score HTTP/1.1\r\nHost: x\r\n{kind}\r\nContent-Length: 99\r\n\r\nab".encode())
+                connection.sendall(
+                    f"POST /score HTTP/1.1\r\nHost: x\r\n{kind}\r\nContent-Length: 99\r\n\r\nab".encode()
+                )
                 if complete:
                     assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
             wait_for(lambda: good(url).ok, 10)
@@ -387,7 +397,7 @@ def peak_memory_mib(pid):
 # --- the command
 
 
-def test_the_commands_rewards(tmp_path):
+def test_the_commands_rewards():
     assert command_of([]).rewards == {}
     assert list(command_of(["shapes_cpu"]).rewards) == ["shapes_verifier", "shapes_judge"]
     command = command_of(["--rewards", "clip,hpsv2_1", "mine:score", "--rewards.clip.dtype=bfloat16", "--port", "0"])
@@ -395,6 +405,13 @@ def test_the_commands_rewards(tmp_path):
     assert command.rewards["clip"].dtype == "bfloat16"
     assert command.rewards["score"].path == "mine:score"
     assert (command.host, command.port, command.max_body_mb, command.allow_anyone) == ("127.0.0.1", 0, 64, False)
+
+
+def test_the_command_without_rewards(ngrpo):
+    code, out, error = ngrpo("reward-server")
+    assert (code, out) == (2, "")
+    assert error.startswith("ngrpo reward-server: --rewards must name rewards to serve")
+    assert "\n" not in error.strip()
 
 
 @pytest.mark.parametrize(
@@ -406,7 +423,10 @@ def test_the_commands_rewards(tmp_path):
         ({"host": "256.1.1.1", "allow_anyone": True}, "--host 256.1.1.1 --port 0 cannot be listened at: "),
         ({"port": 65536}, "--port = 65536 must be 0 to 65535"),
         ({"max_body_mb": 0}, "--max-body-mb = 0 must be positive"),
-        ({"rewards": {"shapes_juge": Reward()}}, r"rewards\.shapes_juge: no reward of that name; did you mean shapes_judge"),
+        (
+            {"rewards": {"shapes_juge": Reward()}},
+            r"rewards\.shapes_juge: no reward of that name; did you mean shapes_judge",
+        ),
     ],
 )
 def test_a_command_that_cannot_serve(changes, reason):
@@ -421,11 +441,13 @@ def settings_of_shapes():
 def test_a_port_that_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=rf"^--host 127\.0\.0\.1 --port {port} cannot be listened at: Address already"):
+        with pytest.raises(
+            ValueError, match=rf"^--host 127\.0\.0\.1 --port {port} cannot be listened at: Address already"
+        ):
             serve_command(RewardServerCommand(rewards=settings_of_shapes(), port=port, device="cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_a_device_that_is_not_there():
-    with pytest.raises(ValueError, match="^--device = 'cuda' but torch sees no CUDA device"):
+    with pytest.raises(ValueError, match=r"^--device = 'cuda' but torch sees no CUDA device"):
         serve_command(RewardServerCommand(rewards=settings_of_shapes(), port=0, device="cuda"))
