@@ -18,6 +18,7 @@
 #   train-variants      the iteration with activations kept, a float8 rollout, LoRA
 #   train-sharded       the iteration through FSDP2 in one process
 #   train-decode        the VAE
+#   train-rewards       the scorers of the paper's three rewards, and as the official packages score
 #   train-optimizer     one step of all parameters
 #   train-profile       `ngrpo profile` of the target's iteration: OUT/train_profile
 #
@@ -113,13 +114,13 @@ train_profile() {
     run "$1" train-profile.log "$PYTHON" -m ngrpo_train profile flux_dpmpp8 --iterations 2 --warmup 1 \
         --model.name-or-path random:flux-dev --parallel.master-dtype bfloat16 --optimizer.name adamw_8bit \
         --train.gradient-accumulation-steps 1 --prompts.source shapes:train \
-        --rewards.made-up.path benchmarks.train_recipes:score --out "$out/train_profile"
+        --rewards benchmarks.train_recipes:score --out "$out/train_profile"
 }
 
 case $part in
     tests | kernels | profile | all) ;;
     train-smoke | train-iteration | train-peer | train-forward | train-activations) ;;
-    train-variants | train-sharded | train-decode | train-optimizer | train-profile) ;;
+    train-variants | train-sharded | train-decode | train-rewards | train-optimizer | train-profile) ;;
     *) usage ;;
 esac
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -133,7 +134,7 @@ case $part in
     kernels) kernels 560 2 ;;
     profile) profile 120 ;;
     all) tests 200; kernels 280 1; profile 45 ;;
-    train-smoke) for each in optimizer peer iteration variants sharded; do train 110 "$each" --tiny; done ;;
+    train-smoke) for each in optimizer peer rewards iteration variants sharded; do train 110 "$each" --tiny; done ;;
     train-iteration) train 320 iteration --only "1 update"; train 250 iteration --only "4 updates" ;;
     train-peer) train 290 peer --only float32; train 280 peer --only bfloat16 ;;
     train-forward) train 570 forward ;;
@@ -141,6 +142,7 @@ case $part in
     train-variants) train 190 variants --only "0.9"; train 160 variants --only float8; train 235 variants --only LoRA ;;
     train-sharded) train 570 sharded ;;
     train-decode) train 400 decode ;;
+    train-rewards) train 300 rewards ;;
     train-optimizer) train 240 optimizer ;;
     train-profile) train_profile 570 ;;
 esac

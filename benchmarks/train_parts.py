@@ -2,9 +2,9 @@
 
     python -m benchmarks.train_parts PART [--only NAME ...] [--out rows.csv]
 
-forward, activations, optimizer and decode are parts of an iteration alone; iteration, variants and sharded are whole
-iterations, built and made as by `train_step`; peer is an iteration built as other trainers are. `--tiny` rehearses a
-part on a CPU, or on a GPU in little time. `train_rows` explains the CSV, `benchmarks/gpu.sh` runs all of it.
+forward, activations, optimizer, decode and rewards are parts of an iteration alone. iteration, variants and sharded are
+whole iterations, built and made as by `train_step`; peer is an iteration built as other trainers are. `--tiny` is to
+rehearse a part on a CPU, or on a GPU in little time. `train_rows` explains the CSV, `benchmarks/gpu.sh` runs all of it.
 """
 
 import logging
@@ -20,7 +20,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks import train_forward, train_model, train_step
+from benchmarks import train_forward, train_model, train_scorers, train_step
 from benchmarks.peer_style import Draws, Peer
 from benchmarks.train_recipes import full_size, score, settings_of, tiny, with_depth
 from benchmarks.train_rows import Case, Session, clock
@@ -39,7 +39,7 @@ SHALLOW = (4, 8)  # double and single blocks, for what does not fit, or only shi
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     part: tyro.conf.Positional[
-        Literal["forward", "activations", "optimizer", "decode", "iteration", "variants", "sharded", "peer"]
+        Literal["forward", "activations", "optimizer", "decode", "rewards", "iteration", "variants", "sharded", "peer"]
     ]
     out: Path | None = None
     """CSV that rows are appended to, as they are measured; none by default."""
@@ -213,6 +213,7 @@ PARTS: dict[str, Callable[[Session, Recipe], None]] = {
     "activations": train_model.activations,
     "optimizer": train_model.optimizer,
     "decode": train_model.decode,
+    "rewards": train_scorers.rewards,
     "iteration": iteration,
     "variants": variants,
     "sharded": sharded,

@@ -10,13 +10,15 @@ from torch import Tensor
 from ngrpo_train.architecture import KNOWN, Architecture, find_architecture
 from ngrpo_train.config import Model, Optimizer, Parallel, Prompts, Recipe, Reward
 from ngrpo_train.parsing import as_flags
-from ngrpo_train.rewards import find_scorer
+from ngrpo_train.plan.scorers import WITH_WEIGHTS, scorer_sizes
+from ngrpo_train.rewards import SHIPPED, find_scorer
 from ngrpo_train.shapes.pipeline import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 
 RANDOM = {
     "black-forest-labs/FLUX.1-dev": "random:flux-dev",
     "black-forest-labs/FLUX.1-schnell": "random:flux-schnell",
 }
+TINY_MODEL = "random:flux-tiny"
 MADE_UP_REWARD = {"made_up": Reward(path="benchmarks.train_recipes:score")}
 _GOLDEN_RATIO = 0.6180339887498949
 
@@ -53,7 +55,7 @@ def tiny(*, on_gpu: bool) -> Recipe:
     full = full_size()
     recipe = replace(
         full,
-        model=replace(full.model, name_or_path="random:flux-tiny", lora_rank=4, lora_alpha=4),
+        model=replace(full.model, name_or_path=TINY_MODEL, lora_rank=4, lora_alpha=4),
         sampling=replace(full.sampling, height=32, width=32, max_sequence_length=16, num_inference_steps=4),
         algorithm=replace(full.algorithm, num_generations=4, num_anchors=2, num_train_steps=2),
         parallel=replace(full.parallel, update_batch=2),
@@ -70,7 +72,8 @@ def tiny(*, on_gpu: bool) -> Recipe:
 def as_measured(recipe: Recipe, depth: str = "") -> tuple[Recipe, list[str]]:
     """A recipe as it can be measured without downloads, and what was put in place of what it asks for.
 
-    `depth` is "DOUBLE,SINGLE", numbers of blocks. Raises ValueError where the model's weights are not random ones.
+    Scorers that ship get loaders that make them with random weights, for as long as the process lives. `depth` is
+    "DOUBLE,SINGLE", numbers of blocks. Raises ValueError where the model's weights are not random ones.
     """
     notes = []
     name = recipe.model.name_or_path
@@ -83,9 +86,15 @@ def as_measured(recipe: Recipe, depth: str = "") -> tuple[Recipe, list[str]]:
     if not prompts.source:
         prompts = replace(prompts, source="shapes:train")
         notes.append("prompts of the shapes world")
-    rewards = {name: reward for name, reward in recipe.rewards.items() if _is_installed(name, reward)}
-    notes += [f"without the reward {name}" for name in recipe.rewards.keys() - rewards]
-    if not any(reward.weight and not reward.log_only for reward in rewards.values()):
+    made_up = [name for name in scorer_sizes(recipe.rewards) if recipe.rewards[name].backend == "native"]
+    if made_up:
+        SHIPPED.update(dict.fromkeys(made_up, "benchmarks.train_scorers:load"))
+        notes.append(f"random weights of the scorers {', '.join(made_up)}")
+    rewards = {
+        name: reward for name, reward in recipe.rewards.items() if name in made_up or _is_installed(name, reward)
+    }
+    notes += [f"without the reward {name}" for name in recipe.rewards if name not in rewards]
+    if not replace(recipe, rewards=rewards).trained_rewards():
         rewards |= MADE_UP_REWARD
         notes.append("a made-up reward")
     recipe = replace(
@@ -99,6 +108,9 @@ def as_measured(recipe: Recipe, depth: str = "") -> tuple[Recipe, list[str]]:
 
 
 def _is_installed(name: str, reward: Reward) -> bool:
+    """Weights are not looked for: that would download them."""
+    if name in WITH_WEIGHTS and not (reward.remote or ":" in reward.path):
+        return False
     try:
         find_scorer(name, reward, torch.device("cpu"))
     except ValueError:

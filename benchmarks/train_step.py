@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 -m benchmarks.train_step RECIPE ...
 
 A recipe is a packaged one's name or a TOML file. It is built and iterated as `ngrpo train` does it. FLUX.1 has random
-weights, made on the device; where none of the recipe's rewards is installed, a made-up one stands in for them, and rows
-say so. Prints what it finds, and appends it to a CSV whose columns `train_rows` explains.
+weights, made on the device, and so have the scorers that ship. Other rewards that cannot be had are left out; where
+none is left to train on, a made-up one stands in. Rows say so. Prints what it finds, and appends it to a CSV whose
+columns `train_rows` explains.
 """
 
 import logging

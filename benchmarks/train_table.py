@@ -66,6 +66,13 @@ PARTS: Mapping[str, tuple[Column, ...]] = {
         Column("extra memory, GiB", "extra_memory", "{:.1f}"),
         Column("first call, s", "first_call", "{:.0f}"),
     ),
+    "rewards": (
+        Column("ms", "score", "{:.0f}"),
+        Column("TFLOP/s", "rate", "{:.0f}"),
+        Column("extra memory, GiB", "extra_memory", "{:.1f}"),
+        Column("peak, GiB", "peak_memory", "{:.1f}"),
+        Column("first call, s", "first_call", "{:.1f}"),
+    ),
     "sharded": ITERATION,
 }
 

@@ -135,6 +135,11 @@ class Reward:
     template: str = ""
     """What a judge is asked: a packaged template's name or a TOML file; empty for its own."""
 
+    @property
+    def is_callable(self) -> bool:
+        """Whether `path` is "package.module:callable", which is neither a hub id nor a likely file."""
+        return bool(re.fullmatch(r"[\w.]*:\w*", self.path))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import train_parts, train_recipes, train_rows, train_step, train_table
+from benchmarks import train_parts, train_recipes, train_rows, train_scorers, train_step, train_table
 from benchmarks.train_recipes import as_measured, full_size, score, settings_of, tiny, with_depth
 from benchmarks.train_rows import Case, Row, Session, Skip
 from ngrpo_train.architecture import find_architecture
@@ -21,13 +21,20 @@ from ngrpo_train.config import Model, Recipe, Reward, check
 from ngrpo_train.iteration import Trainer
 from ngrpo_train.parsing import RecipeFlags, parse
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.rewards import Rewards
+from ngrpo_train.rewards import SHIPPED, Rewards, find_scorer
 from ngrpo_train.settle import settle_memory
 from ngrpo_train.stopwatch import Stopwatch
 from ngrpo_train.update import update
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _own_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scorers have their own loaders again after a test that has replaced them."""
+    for name, loader in SHIPPED.items():
+        monkeypatch.setitem(SHIPPED, name, loader)
 
 
 @pytest.fixture
@@ -55,6 +62,48 @@ def test_what_cannot_be_had_is_made_up_and_said() -> None:
     assert list(measured.rewards) == ["shapes_judge", "made_up"]
     assert notes == ["random weights", "prompts of the shapes world", "without the reward hpsv2", "a made-up reward"]
     assert as_measured(measured) == (measured, [])
+
+
+def test_scorers_get_random_weights_and_no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ngrpo_train.rewards.weights.hf_hub_download", lambda *_, **__: pytest.fail("a download"))
+    rewards = {
+        "hpsv2_1": Reward(path=train_scorers.TINY, dtype="bfloat16"),
+        "image_reward": Reward(path=train_scorers.TINY),
+        "pickscore": Reward(remote="http://127.0.0.1:9"),  # nobody answers
+        "aesthetic": Reward(processor="somebody/another-clip"),
+        "clip": Reward(path="benchmarks.train_recipes:score"),
+    }
+    recipe, notes = as_measured(replace(full_size(), rewards=rewards))
+    assert notes == [
+        "random weights of the scorers hpsv2_1, image_reward",
+        "without the reward pickscore",
+        "without the reward aesthetic",
+    ]
+    kept = ("hpsv2_1", "image_reward", "clip")
+    assert recipe.rewards == {name: rewards[name] for name in kept}
+    images, prompts = torch.full((4, 3, 32, 32), 128, dtype=torch.uint8), ["a red circle"] * 4
+    for name in kept:
+        scores = find_scorer(name, recipe.rewards[name], CPU)(images, prompts)
+        assert scores.sort().values.diff().min() > 0.01, "no group may be flat"
+
+
+def test_one_by_one_is_the_same_score() -> None:
+    """On pictures that need no resizing, which PIL does differently."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    prompts = ["a red circle", "a large circle", "a red circle"]
+    for name, side in (("hpsv2_1", 28), ("pickscore", 28), ("image_reward", 32)):
+        scorer = train_scorers.random_scorer(name, Reward(path=train_scorers.TINY), CPU)
+        for weight in scorer.parameters():
+            if weight.ndim > 1:  # small ones make all scores alike
+                weight.mul_(5)
+        images = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=generator)
+        together = scorer(images, prompts)
+        tolerance = 1e-3 * together.std().item()
+        for others in (scorer(images.flip(0), prompts), scorer(images, [prompts[1], prompts[0], prompts[1]])):
+            assert (others - together).abs().max() > 100 * tolerance
+        alone = train_scorers.one_by_one(scorer, images, prompts)
+        torch.testing.assert_close(alone, together, rtol=0, atol=tolerance)
 
 
 def test_depth_is_of_random_weights_only() -> None:
@@ -184,6 +233,16 @@ def test_train_step_measures_what_training_does(tmp_path: Path, capsys: pytest.C
     assert "iteration 4" in capsys.readouterr().out
 
 
+def test_train_step_takes_scorers_without_weights(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    flags = ["--prompts.per-rank", "1", "--sampling.num-inference-steps", "4", "--algorithm.num-train-steps", "2"]
+    rewards = ["--rewards", "pickscore", "--rewards.pickscore.path", train_scorers.TINY]
+    assert train_step.main(["shapes_cpu", *flags, *rewards, "--iterations", "1", "--out", str(path)]) == 0
+    found = {row.metric: row for row in train_rows.read(path)}
+    assert found["iteration"].note == "random weights of the scorers pickscore"
+    assert 0 < (found["reward"].value or 0) < (found["iteration"].value or 0)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -219,6 +278,12 @@ MEASURED = {
     "forward": {"eager, batch 1", "eager, batch 2", "eager, batch 4", "eager, with gradient, batch 2"},
     "activations": {"full, eager", "selective, eager", "none, eager"},
     "optimizer": {"adamw, float32 weights, a third of the blocks"},
+    "rewards": {
+        f"{name}, {way}, {count} pictures"
+        for name in train_scorers.PAPER
+        for way in ("float32, all at once", "bfloat16, all at once", "one by one, as its package does")
+        for count in (4, 16)
+    },
     "decode": {"4 at once, eager, channels last", "1 at once, eager, channels first"},
     "iteration": {"full, 1 update", "full, 2 updates"},
     "variants": {"LoRA, rank 4"},

@@ -19,18 +19,16 @@ make_environment() {
     packages=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 }
 install() { "$environment/bin/python" -m pip install --quiet --disable-pip-version-check ${PIP_ARGS:-} "$@"; }
+image_reward_imports=(datasets tqdm wheel "setuptools<81")
 install_image_reward() {
-    install datasets tqdm wheel "setuptools<81"
     install --no-deps torchvision==0.28.0
     install --no-deps --no-build-isolation image-reward==1.5 fairscale==0.4.13 timm==0.6.13
     rm -r "$packages/benchmarks"    # fairscale's, which would hide ours
 }
 
 make_environment ngrpo
-install torch==2.13.0
-install --editable .
+install torch==2.13.0 --editable . "${image_reward_imports[@]}" clint ftfy regex requests
 install_image_reward
-install clint ftfy regex requests tqdm
 install --no-deps hpsv2==1.2.0 open_clip_torch==3.3.0
 # hpsv2's wheel lacks the vocabulary that its tokenizer reads; open_clip's has it.
 vocabulary=bpe_simple_vocab_16e6.txt.gz
@@ -39,5 +37,5 @@ echo "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a  $package
     sha256sum --check --quiet
 
 make_environment transformers-4
-install torch==2.13.0 transformers==4.55.4 diffusers==0.35.2 accelerate
+install torch==2.13.0 transformers==4.55.4 diffusers==0.35.2 accelerate "${image_reward_imports[@]}"
 install_image_reward

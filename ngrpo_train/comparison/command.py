@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -113,9 +114,12 @@ def _score_and_report(
         found = sections(prompts, scored[0], scored[1] if len(scored) > 1 else None)
         table = render(found, rewards, trained, paper)
         below = legend(found, rewards, trained)
-        Console(markup=False, emoji=False, highlight=False).print(table, below)
         with (out / "table.txt").open("w", encoding="utf-8") as file:
             Console(file=file, markup=False, emoji=False, width=60 + 20 * len(rewards)).print(table, below)
+        if sys.stdout.isatty():
+            Console(markup=False, emoji=False, highlight=False).print(table, below)
+        else:  # whose width nobody knows
+            print((out / "table.txt").read_text(encoding="utf-8"), end="")
         write_csv(out / "scores.csv", rewards, scored, raw)
         write_json(
             out / "summary.json",

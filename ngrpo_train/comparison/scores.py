@@ -20,7 +20,7 @@ from ngrpo_train import parallel
 from ngrpo_train.comparison.gallery import Picture
 from ngrpo_train.config import Reward
 from ngrpo_train.progress import progress
-from ngrpo_train.rewards import Rewards, refuse_non_finite
+from ngrpo_train.rewards import RewardError, Rewards, refuse_non_finite
 
 _IDENTITY = ("path", "backend", "dtype", "processor", "template")  # of a reward: what its scores depend on
 _DECODERS = 8
@@ -75,9 +75,15 @@ def score_missing(
     ranks, rank = parallel.world_size(), parallel.rank()
     for name, reward in rewards.items():
         mine = todo[name][rank::ranks]
-        if mine:
-            _score(mine, name, reward, files, device, what)
-    parallel.barrier()
+        failure = None
+        try:
+            if mine:
+                _score(mine, name, reward, files, device, what)
+        except RewardError as error:
+            failure = error
+        # Together, for whoever went on alone would wait for the others until its collective timed out.
+        if parallel.any_rank(failure is not None):
+            raise failure or RewardError(f"rewards.{name} failed on another process, which says why")
 
 
 def _without(pictures: Sequence[Picture], scores: Mapping[str, float]) -> list[Picture]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _SEED = 2511_16955
-_AT_ONCE = 2**24  # resampled values held at a time
+_AT_ONCE = 2**22  # draws held at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,13 @@ def bootstrap(values_RP: Tensor, *, resamples: int = 10_000, level: float = 0.95
         nothing = torch.full((rewards,), torch.nan, dtype=torch.float64)
         return Interval(values_PR.mean(0) if count else nothing, nothing, nothing)
     generator = torch.Generator().manual_seed(_SEED)
-    means, at_once = [], max(1, _AT_ONCE // (count * rewards))
+    means, at_once = [], max(1, _AT_ONCE // count)
     for start in range(0, resamples, at_once):
         drawn = torch.randint(count, (min(at_once, resamples - start), count), generator=generator)
-        means.append(values_PR[drawn].mean(1))
+        # How often each prompt was drawn: several times faster than to look up values that are then summed.
+        one = torch.ones((), dtype=torch.float64).expand(drawn.shape)
+        often = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, one)
+        means.append(often @ values_PR / count)
     tail = (1 - level) / 2
     low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
     return Interval(values_PR.mean(0), low, high)

@@ -106,10 +106,11 @@ def render(
     `paper` is a row to hold the base model's against, or empty.
     """
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("prompts")
-    table.add_column("model")
+    table.add_column("prompts", overflow="fold")
+    table.add_column("model", overflow="fold")
     for name in rewards:
-        table.add_column(column(name).heading + ("*" if name in in_domain else ""), justify="right")
+        heading = column(name).heading + ("*" if name in in_domain else "")
+        table.add_column(heading, justify="right", overflow="fold")
     if paper:
         table.add_row("", "FLUX.1-dev, paper", *(f"{paper[name]:.3f}" if name in paper else "" for name in rewards))
     for section in found:

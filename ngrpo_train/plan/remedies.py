@@ -187,12 +187,13 @@ def explain_out_of_memory(
     """For somebody whose GPU, given as such or by its bytes, has just run out: what is where, and what helps most."""
     plan = make_plan(recipe, machine, world_size, gpus_per_node, architecture)
     phase = plan.memory.fullest
+    unknown = [f"rewards.{name}" for name in of_unknown_cost(recipe.rewards)]
     held = sorted(plan.memory.phases[phase].items(), key=lambda item: -item[1])
     lines = [
         f"GPU memory ran out. By the plan the fullest phase is the {phase}, with {plan.memory.peak / GIB:.1f} of "
         f"{plan.gpu_bytes / GIB:.1f} GiB:",
         *(f"  {size / GIB:6.1f} GiB  {part}" for part, size in held if size >= 0.05 * GIB),
-        f"Not in it: {', '.join([*map('rewards.{}'.format, of_unknown_cost(recipe.rewards)), 'other programs'])}.",
+        f"Not in it: {', '.join([*unknown, 'other programs on the GPU'])}.",
     ]
     found = remedies(plan)
     if plan.fits:  # and yet it did not: then only what saves a good part of it will do

@@ -102,7 +102,10 @@ def _facts(plan: Plan) -> Iterator[str]:
     )
     rewards = plan.recipe.rewards
     if sizes := scorer_sizes(rewards):
-        each = (f"{name} {_scaled(size.parameters)} in {rewards[name].dtype}" for name, size in sizes.items())
+        each = (
+            f"{name} {_scaled(size.parameters)} in {rewards[name].dtype}{' and host memory' * rewards[name].offload}"
+            for name, size in sizes.items()
+        )
         yield f"scorers: {', '.join(each)}"
     updates = f" in each of {batches.updates} optimizer steps" if batches.updates > 1 else ""
     yield (
@@ -199,7 +202,7 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield f"Not counted, for what they cost is not known here: {', '.join(f'rewards.{name}' for name in unknown)}."
     if plan.seconds is not None:
         coarse = f", float8 products to be {FLOAT8_SPEEDUP} times as fast" if float8 else ""
-        coarse += f", float32 ones to take {FLOAT32_SLOWDOWN:.0f} times as long" if plan.flops.float32 else ""
+        coarse += f", float32 products to take {FLOAT32_SLOWDOWN:.0f} times as long" if plan.flops.float32 else ""
         yield (
             f"The estimate assumes {COMPUTE_EFFICIENCY:.0%} of what large products reach and {LINK_EFFICIENCY:.0%} "
             f"of the links{coarse}; no measurement backs it yet."

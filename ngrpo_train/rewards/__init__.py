@@ -9,7 +9,6 @@ input makes a picture's score the same in training, behind a server and from a f
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,7 +47,6 @@ SHIPPED = {
 }
 
 _REMOTE = "ngrpo_train.rewards.remote:load"
-_CALLABLE = re.compile(r"[\w.]*:\w*")  # "package.module:callable", which is neither a hub id nor a likely file
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +139,7 @@ def refuse_non_finite(names: Sequence[str], scores_RN: Tensor, prompts: Sequence
 
 def find_scorer(name: str, reward: Reward, device: torch.device) -> Scorer:
     """The scorer that a recipe's [rewards.NAME] means. Raises ValueError, naming it, where there is none."""
-    if _CALLABLE.fullmatch(reward.path) and not reward.remote:
+    if reward.is_callable and not reward.remote:
         return _own_scorer(name, reward.path)
     if name not in SHIPPED and not (reward.remote or reward.template):
         raise ValueError(

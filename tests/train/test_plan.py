@@ -54,9 +54,13 @@ def _packaged(name: str) -> Recipe:
 
 
 def recipe(name: str = "flux_dpmpp8", **settings: Any) -> Recipe:
-    """A packaged recipe with one prompt per process, as in the paper, and settings by name, with __ for the dot."""
+    """A packaged recipe with one prompt per process, as in the paper, and settings by name, with __ for the dot.
+
+    Without its rewards: test_plan_scorers has those.
+    """
     named = {field.replace("__", "."): value for field, value in settings.items()}
-    return with_settings(_packaged(name), {"train.gradient_accumulation_steps": 1, **named})
+    without = replace(_packaged(name), rewards={})
+    return with_settings(without, {"train.gradient_accumulation_steps": 1, **named})
 
 
 def settled(name: str = "flux_dpmpp8", **settings: Any) -> Recipe:

@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 from PIL import Image
-
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from ngrpo_train.__main__ import main
@@ -23,6 +22,7 @@ from ngrpo_train.comparison.command import evaluate_model
 from ngrpo_train.comparison.scores import ScoreFiles
 from ngrpo_train.shapes import verifier
 
+# Before any fork.
 IMPORTED = (CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast, evaluate_model, verifier)
 
 HERE = Path(__file__).parent
@@ -120,9 +120,7 @@ def _files(out):
 def _run(jobs):
     context = multiprocessing.get_context("fork")
     ended = []
-    import time
     for number, job in enumerate(json.loads(jobs.read_text())):
-        print('TIME', number, time.time(), file=open('/tmp/times','a'))
         logs = [jobs.with_name(f"{number}_{rank}.txt") for rank in range(job["ranks"])]
         ranks = [context.Process(target=_rank, args=(job, rank, log)) for rank, log in enumerate(logs)]
         for process in ranks:

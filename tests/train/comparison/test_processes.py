@@ -64,6 +64,18 @@ def ended(tmp_path_factory):
         "sharded, on one": command("sharded", kill_at_scores=2),
         "sharded, on two": command("sharded", ranks=2, sharding="full"),
     }
+    # The second process gets the last two of ten pictures, and with them a prompt that this reward does not know.
+    (directory / "odd.json").write_text(json.dumps([*prompts[:4], {"prompt": "a dog"}]))
+    arguments = [
+        "eval",
+        "--images",
+        str(directory / "alone" / "model"),
+        "--prompts.source",
+        str(directory / "odd.json"),
+    ]
+    arguments += ["--rewards", "shapes_verifier,runs:redness", "--rewards.shapes-verifier.batch", "2"]
+    arguments += ["--parallel.device", "cpu", "--out", str(directory / "failed")]
+    commands["failed"] = Command(arguments, directory / "failed", ranks=2)
     return dict(
         zip(commands, run_all(commands.values(), start, finish, environment, free_ports), strict=True)
     ), directory
@@ -87,6 +99,7 @@ def test_commands_end_as_they_should(ended):
         "two": [0, 0],
         "sharded, on one": [KILLED],
         "sharded, on two": [0, 0],
+        "failed": [1, 1],
     }, {name: end.outputs for name, end in ends.items()}
 
 
@@ -150,6 +163,19 @@ def test_no_picture_is_scored_twice(ended):
                         row = json.loads(line)
                         seen += [(row["reward"], name) for name in row["scores"]]
             assert len(seen) == len(set(seen)) == 20, (out, half)
+
+
+def test_processes_end_together_when_a_reward_fails(ended):
+    ends, directory = ended
+    first, second = ends["failed"].outputs
+    assert (
+        "ngrpo eval: rewards.shapes_verifier failed on 2 pictures, the first for 'a dog': ValueError: not a" in second
+    )
+    assert "ngrpo eval: rewards.shapes_verifier failed on another process, which says why\n" in first
+    assert "Traceback" not in first + second
+    assert "redness" not in first + second
+    [line] = (directory / "failed" / "scores_0.jsonl").read_text().splitlines()
+    assert len(json.loads(line)["scores"]) == 8, "what was scored is kept"
 
 
 def test_every_process_has_its_share(ended):

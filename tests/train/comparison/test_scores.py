@@ -132,6 +132,7 @@ def test_processes_share_the_batches(tmp_path, asked, monkeypatch, ranks):
     asked.clear()
     monkeypatch.setattr(parallel, "world_size", lambda: ranks)
     monkeypatch.setattr(parallel, "barrier", lambda: None)
+    monkeypatch.setattr(parallel, "any_rank", lambda flag: flag)
     monkeypatch.setattr(ScoreFiles, "read", lambda self, name, reward: {})
     (tmp_path / "out").mkdir()
     for rank in range(ranks):
