@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -317,11 +318,15 @@ def _sample(arguments: list[str]) -> int:
 def _eval(arguments: list[str]) -> int:
     images = any(re.match(r"--images(=|$)", argument) for argument in arguments)
     source, arguments = _positional(arguments, default="images" if images else "")
+    if images and source != "images":
+        raise ValueError(f"--images scores pictures that exist: leave {source!r} out")
     recipe = _recipe_of(source)
     rewards, arguments = take_rewards(arguments, recipe.rewards)
     trained = recipe.trained_rewards() if is_run(source) else ()
     defaults = EvalCommand(
-        rewards=rewards, sampling=_benchmark_sampling(recipe), parallel=replace(recipe.parallel, sharding="none")
+        rewards=rewards,
+        sampling=_benchmark_sampling(recipe, _value_of("--base", arguments)),
+        parallel=replace(recipe.parallel, sharding="none"),
     )
     prog = "ngrpo eval RUN_OR_MODEL"
     command = parse_flags(defaults, arguments, prog=prog, quiet=_rank() != 0)
@@ -335,8 +340,11 @@ def _eval(arguments: list[str]) -> int:
     from ngrpo_train.comparison.command import evaluate_images, evaluate_model
 
     if command.images:
-        images_dir = Path(command.images).expanduser()
-        return evaluate_images(images_dir, recipe, Path(command.out or Path("evaluations") / images_dir.name))
+        for flag in ("base", "base_tail", "checkpoint", "as_trained"):
+            if getattr(command, flag) != getattr(defaults, flag):
+                raise ValueError(f"--{flag.replace('_', '-')} is for a model, and --images scores pictures that exist")
+        pictures = Path(command.images).expanduser()
+        return evaluate_images(pictures, recipe, _evaluation_directory(command, pictures))
     return evaluate_model(
         source,
         recipe,
@@ -344,15 +352,29 @@ def _eval(arguments: list[str]) -> int:
         base=command.base,
         tail_steps=command.base_tail,
         checkpoint=command.checkpoint,
-        out=Path(command.out or Path("evaluations") / Path(source).name).expanduser(),
+        out=_evaluation_directory(command, Path(source)),
     )
 
 
-def _benchmark_sampling(recipe: Recipe) -> Sampling:
-    """How benchmarks generate: fifty steps of FLUX's own solver, at the size the model was made for."""
+def _evaluation_directory(command: EvalCommand, subject: Path) -> Path:
+    return Path(command.out or Path("evaluations") / subject.resolve().name).expanduser()
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str:
+    """Of a flag that the defaults of others depend on; empty where it is not given."""
+    for argument, following in pairwise([*arguments, ""]):
+        if argument == flag:
+            return following
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return ""
+
+
+def _benchmark_sampling(recipe: Recipe, base: str) -> Sampling:
+    """How benchmarks generate: fifty steps of FLUX's own solver, at the size the model or its base was made for."""
     from ngrpo_train.architecture import native_size
 
-    size = native_size(recipe.model.name_or_path)
+    size = native_size(recipe.model.name_or_path) or native_size(base) or 1024
     return replace(recipe.sampling, solver="euler", num_inference_steps=50, guidance_scale=3.5, height=size, width=size)
 
 

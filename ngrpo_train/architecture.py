@@ -150,12 +150,12 @@ def find_architecture(name_or_path: str, transformer: Path | None = None) -> Arc
 
 
 def native_size(name_or_path: str) -> int:
-    """The pixels a side that a model is made for, as its VAE's config has it; FLUX.1's where that is not at hand."""
+    """The pixels a side that a model is made for, as its VAE's config has it; 0 where that is not at hand."""
     directory = _directory(name_or_path)
     file = directory / "vae" / "config.json" if directory else None
     if file is None or not file.is_file():
-        return 1024
-    return int(json.loads(file.read_text("utf-8")).get("sample_size", 1024))
+        return 0
+    return int(json.loads(file.read_text("utf-8")).get("sample_size", 0))
 
 
 @lru_cache

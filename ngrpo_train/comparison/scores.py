@@ -77,7 +77,7 @@ def score_missing(
         mine = todo[name][rank::ranks]
         failure = None
         try:
-            if mine:
+            if todo[name]:  # on every process, for loading a scorer may be a collective
                 _score(mine, name, reward, files, device, what)
         except RewardError as error:
             failure = error
@@ -128,7 +128,7 @@ def _shape(pair: tuple[Picture, Tensor]) -> tuple[int, ...]:
 def _decoded(batches: Sequence[Sequence[Picture]]) -> Iterator[tuple[Sequence[Picture], list[Tensor | None]]]:
     """Batches with their pictures' pixels, the next one decoded while this one is scored."""
     with ThreadPoolExecutor(_DECODERS) as pool:
-        ahead = [pool.submit(_read_or_none, picture.file) for picture in batches[0]]
+        ahead = [pool.submit(_read_or_none, picture.file) for batch in batches[:1] for picture in batch]
         for i, each in enumerate(batches):
             now = ahead
             following = batches[i + 1] if i + 1 < len(batches) else []

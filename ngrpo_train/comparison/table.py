@@ -139,7 +139,7 @@ def _bounds(section: Section) -> list[str]:
     if interval is None:
         [interval], sign = section.models.values(), ""
     bounds = zip(interval.low.tolist(), interval.high.tolist(), strict=True)
-    return [f"{low:{sign}.3f} {high:{sign}.3f}" if math.isfinite(low) else "" for low, high in bounds]
+    return [f"{low:{sign}.4f} {high:{sign}.4f}" if math.isfinite(low) else "" for low, high in bounds]
 
 
 def summary(found: Sequence[Section], rewards: Sequence[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ngrpo_train import checkpoint
 from ngrpo_train.checkpoint import find_checkpoint
 from ngrpo_train.config import Recipe
 from ngrpo_train.prompts import PromptCursor
+from ngrpo_train.watch import Look, Watch
 
 from .runs import (
     TWO_PROMPTS,
@@ -151,14 +152,13 @@ def test_sigterm_saves_and_exits_143(every: str, straight: Path, tmp_path: Path)
 def test_keep_prunes_and_the_best_survives(tmp_path: Path) -> None:
     scores = iter([1.0, 3.0, 2.0, 0.0, 2.5, 2.6])
 
-    def evaluate(*_: Any) -> Any:
-        means = dict.fromkeys(["shapes_verifier", "shapes_judge", "redness"], next(scores))
-        return namedtuple("Evaluation", "mean")(lambda: means)
+    def look(*_: Any) -> Look:
+        return Look({"validation/redness": 0.0}, [], next(scores))
 
     run = tmp_path / "run"
     recipe = {"checkpoint.keep": "1", "evaluation.every": "1", "evaluation.validation": "shapes:validation"}
     recipe |= LORA | {"prompts.per-rank": "1"}
-    with mock.patch("ngrpo_train.train.evaluate", evaluate):
+    with mock.patch.object(Watch, "look", look):
         assert Run(run, recipe | WHOLE).make() == 0
         assert steps_kept(run) == ["step_000002", "step_000004"]
         assert Run(run, recipe | {"train.steps": "6"}, resume="latest").make() == 0

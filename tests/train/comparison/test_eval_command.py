@@ -333,7 +333,7 @@ def test_other_files_beside_a_models_weights_may_change(ngrpo, here, tmp_path, m
     for _ in range(2):
         code, _, err = ngrpo("eval", ".", *SMALL, *FEW, *BRIGHTNESS)
         assert code == 0, err
-    assert summary("evaluations")["all"]["models"].keys() == {"model"}
+    assert summary("evaluations/model")["all"]["models"].keys() == {"model"}
 
 
 def test_a_reward_that_fails_stops_and_nothing_is_lost(ngrpo, here, chance, tmp_path):
@@ -576,3 +576,32 @@ def test_settings_of_a_reward_follow_its_name(ngrpo, here, tiny_dev, tmp_path):
     assert code == 0, err
     reds = [(image[..., 0] - image[..., 1:].mean(-1)).mean() / 255 for image in images_in(tmp_path / "model")]
     assert [float(row["mine"]) for row in rows(tmp_path)] == pytest.approx(reds, abs=1e-6)
+
+
+@pytest.mark.parametrize("flags", [["--base", "x"], ["--base-tail", "2"], ["--checkpoint", "best"], ["--as-trained"]])
+def test_flags_of_models_are_refused_beside_pictures(ngrpo, here, flags):
+    code, _, err = ngrpo("eval", "--images", "pictures", "--prompts.source", "styled.json", *BRIGHTNESS, *flags)
+    assert code == 2
+    assert f"{flags[0]} is for a model, and --images scores pictures that exist" in err
+
+
+def test_a_model_beside_pictures_is_refused(ngrpo, here):
+    code, _, err = ngrpo("eval", "shapes", "--images", "pictures", "--prompts.source", "styled.json", *BRIGHTNESS)
+    assert code == 2
+    assert err.startswith("ngrpo eval: --images scores pictures that exist: leave 'shapes' out")
+
+
+def test_a_transformer_alone_is_drawn_at_its_bases_size(ngrpo, here, monkeypatch):
+    """The shapes VAE says 64; nothing is known of a transformer by itself."""
+    seen = {}
+
+    def evaluate_model(name, recipe, **_):
+        seen[name] = (recipe.sampling.height, recipe.sampling.width)
+        return 0
+
+    monkeypatch.setattr("ngrpo_train.comparison.command.evaluate_model", evaluate_model)
+    flags = ["--prompts.source", "styled.json", *BRIGHTNESS]
+    assert ngrpo("eval", "exported/transformer", "--base", "shapes", *flags)[0] == 0
+    assert ngrpo("eval", "some/transformer", *flags)[0] == 0
+    assert ngrpo("eval", "shapes", *flags)[0] == 0
+    assert seen == {"exported/transformer": (64, 64), "some/transformer": (1024, 1024), "shapes": (64, 64)}

@@ -16,7 +16,7 @@ from ngrpo_train.comparison.gallery import Picture, existing_pictures
 from ngrpo_train.comparison.scores import ScoreFiles, gather, read_picture, score_missing, unreadable
 from ngrpo_train.config import Reward
 from ngrpo_train.prompts import TaggedPrompt
-from ngrpo_train.rewards import RewardError
+from ngrpo_train.rewards import RewardError, Rewards
 
 CPU = torch.device("cpu")
 MEAN = {"mean": Reward(path="counting_scorer:mean", batch=1)}  # four pictures at a time
@@ -224,3 +224,23 @@ def test_lines_are_plain_json(tmp_path, asked):
     score([picture], tmp_path / "out")
     [line] = (tmp_path / "out" / "scores_0.jsonl").read_bytes().splitlines()
     assert json.loads(line.decode("ascii"))["scores"] == pytest.approx({"Käuze 🦉.png": mean_of(renamed)}, rel=1e-6)
+
+
+def test_every_process_loads_what_any_of_them_scores_with(tmp_path, asked, monkeypatch):
+    """Else the one that downloads would wait for one that has nothing to score."""
+    pictures, loaded = drawn(tmp_path / "pictures", 4), []
+
+    def counted(rewards, device):
+        loaded.append((parallel.rank(), *rewards))
+        return Rewards(rewards, device)
+
+    monkeypatch.setattr("ngrpo_train.comparison.scores.Rewards", counted)
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "barrier", lambda: None)
+    monkeypatch.setattr(parallel, "any_rank", lambda flag: flag)
+    monkeypatch.setattr(ScoreFiles, "read", lambda self, name, reward: {})
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        score(pictures, tmp_path / "scores")
+    assert loaded == [(0, "mean"), (1, "mean")]
+    assert sorted(prompt for call in asked for prompt in call) == ["0", "1", "2", "3"], "one batch, scored once"

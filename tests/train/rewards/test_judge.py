@@ -442,7 +442,7 @@ def test_a_failing_judge_is_named_and_its_key_is_not(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-3")
     server.respond = lambda question, before: completion(f"I was told {question.headers['Authorization']}")
     rewards = Rewards({"unified": Reward(remote=server.url)}, CPU)
-    with pytest.raises(RewardError, match=r"^rewards\.unified failed on 1 pictures.*for the prompt 'a'") as error:
+    with pytest.raises(RewardError, match=r"^rewards\.unified: no score for the prompt 'a'") as error:
         rewards.score(ONE, ["a"])
     assert "I was told Bearer ***" in str(error.value)
     assert "sk-secret-3" not in str(error.value)
