@@ -325,7 +325,7 @@ def any_scorer(request, tmp_path, hps_file, hf_directory, processor):
     elif request.param == "aesthetic":
         torch.save(mlp_state(EMBED), tmp_path / "mlp.pth")
         settings = {"path": str(tmp_path / "mlp.pth"), "processor": str(hf_directory)}
-    return lambda **more: find_scorer(request.param, Reward(**settings | more), CPU)
+    return lambda device=CPU, **more: find_scorer(request.param, Reward(**settings | more), device)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 32])
@@ -370,6 +370,21 @@ def test_offloaded_weights_wait_on_the_cpu_and_score_alike(any_scorer, monkeypat
     assert {tensor.device.type for tensor in (*scorer.parameters(), *scorer.buffers())} == {"cpu"}
     assert not any(parameter.requires_grad for parameter in scorer.parameters())
     assert not scorer.training
+
+
+@pytest.mark.gpu
+def test_a_gpu_scores_as_the_cpu_does(any_scorer):
+    images, device = pictures(), torch.device("cuda")
+    expected = any_scorer()(images, PROMPTS)
+    close = {"rtol": 0, "atol": 0.02 * expected.std().item()}  # cuDNN's convolutions may round their inputs to tf32
+    for settings in ({}, {"offload": True}, {"batch": 2}):
+        scorer = any_scorer(device, **settings)
+        scores = scorer(images.to(device), PROMPTS)
+        assert scores.device.type == "cuda"
+        torch.testing.assert_close(scores.cpu(), expected, **close)
+        torch.testing.assert_close(scorer(images, PROMPTS).cpu(), expected, **close)
+        kept = {parameter.device.type for parameter in scorer.parameters()}
+        assert kept == {"cpu" if settings.get("offload") else "cuda"}
 
 
 def test_pixels_get_the_gradient_of_the_formula(hps_file, processor):

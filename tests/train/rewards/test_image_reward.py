@@ -177,9 +177,9 @@ def file(state, tmp_path_factory):
 
 @pytest.fixture
 def load(file, processor):
-    def load(**settings):
+    def load(device=CPU, **settings):
         settings = {"path": str(file), "processor": processor} | settings
-        return image_reward.load("image_reward", Reward(**settings), CPU)
+        return image_reward.load("image_reward", Reward(**settings), device)
 
     return load
 
@@ -273,6 +273,17 @@ def test_offloaded_weights_visit_the_device(load, monkeypatch):
 
 
 # --- prompts
+
+
+@pytest.mark.gpu
+def test_a_gpu_scores_as_the_cpu_does(load):
+    images, prompts, device = pictures(len(PROMPTS)), list(PROMPTS), torch.device("cuda")
+    expected = load()(images, prompts)
+    close = {"rtol": 0, "atol": 0.02 * expected.std().item()}  # cuDNN's convolutions may round their inputs to tf32
+    for settings in ({}, {"offload": True}):
+        scores = load(device, **settings)(images.to(device), prompts)
+        assert scores.device.type == "cuda"
+        torch.testing.assert_close(scores.cpu(), expected, **close)
 
 
 def test_prompts_become_berts_tokens(load):
