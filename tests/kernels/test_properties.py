@@ -24,7 +24,7 @@ from .cases import (
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # The fixture `backend` is a name, the same for every example.
-checked = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+checked = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 
 
 @st.composite

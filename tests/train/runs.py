@@ -1,6 +1,6 @@
 """Small training runs on the shapes pipeline: in this process, on several ranks, under a launcher; and what they leave.
 
-As a script it makes runs one after the other, as one rank of several or alone, and may kill itself in the middle.
+As a script it makes runs one after the other, alone or as ranks that it forks, and may kill itself in the middle.
 """
 
 import json
@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -168,14 +169,63 @@ def on_ranks(count: int, runs: Sequence[Run], codes: Sequence[int] = ()) -> list
     `codes` are the exit codes to expect, by default 0.
     """
     with _as_jobs(runs) as jobs:
-        ranks = []
-        for rank in range(count):
-            group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-            ranks.append(start([sys.executable, __file__, jobs], environment() | group))
-        outputs = [finish(rank) for rank in ranks]
-    for rank, output, code in zip(ranks, outputs, codes or [0] * count, strict=True):
-        assert rank.returncode == code, output
+        parent = start([sys.executable, __file__, jobs, str(count)], environment())
+        output = finish(parent)
+        assert parent.returncode == 0, output
+        logs = [_log(jobs, rank) for rank in range(count)]
+        outputs = [log.read_text() for log in logs]
+        ended = json.loads(Path(jobs).with_name("codes.json").read_text())
+    for got, output, code in zip(ended, outputs, codes or [0] * count, strict=True):
+        assert got == code, output
     return outputs
+
+
+def _log(jobs: str, rank: int) -> Path:
+    return Path(jobs).with_name(f"rank_{rank}.txt")
+
+
+def _fork_ranks(jobs: str, count: int) -> None:
+    """Ranks that share one import of everything; their exit codes go beside the jobs."""
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if not child:
+            log = os.open(_log(jobs, rank), os.O_WRONLY | os.O_CREAT)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update(group)
+            try:
+                code = _make(jobs)
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            os._exit(code)
+        children.append(child)
+
+    def give_up(*_: object) -> None:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(390)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    Path(jobs).with_name("codes.json").write_text(json.dumps(codes))
+
+
+def _make(jobs: str) -> int:
+    """The exit code of the first run that fails, or 0."""
+    for job in json.loads(Path(jobs).read_text()):
+        port = job.pop("port")
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            os.environ["MASTER_PORT"] = str(port)
+        code = Run(**(job | {"directory": Path(job["directory"])})).make()
+        if code:
+            return code
+    return 0
 
 
 @contextmanager
@@ -316,10 +366,9 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
 
 
 if __name__ == "__main__":
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        port = job.pop("port")
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            os.environ["MASTER_PORT"] = str(port)
-        code = Run(**(job | {"directory": Path(job["directory"])})).make()
-        if code:
-            sys.exit(code)
+    if len(sys.argv) == 3:
+        import ngrpo_train.train  # noqa: F401  # before the fork, for all of them
+
+        _fork_ranks(sys.argv[1], int(sys.argv[2]))
+    else:
+        sys.exit(_make(sys.argv[1]))
