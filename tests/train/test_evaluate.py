@@ -167,9 +167,19 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_eval_and_sample_of_a_run(ngrpo, tiny_recipe):
-    """In the run, by `eval` and by `sample`: the same pictures, so the same scores."""
-    flags = ["--evaluation.validation=prompts.txt", "--evaluation.every=1", "--checkpoint.every=1", "--model.ema=0.5"]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eval_and_sample_of_a_run(ngrpo, tiny_recipe, dtype):
+    """In the run, by `eval` and by `sample`: the same pictures, so the same scores.
+
+    Training keeps float32 weights beside bfloat16 arithmetic; for pictures they are bfloat16 to begin with.
+    """
+    flags = [
+        f"--parallel.compute-dtype={dtype}",
+        "--evaluation.validation=prompts.txt",
+        "--evaluation.every=1",
+        "--checkpoint.every=1",
+        "--model.ema=0.5",
+    ]
     code, _, err = ngrpo("train", tiny_recipe, *flags, "--evaluation.num-images-per-prompt=2", "--checkpoint.keep=9")
     assert code == 0, err
     rows = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
