@@ -54,14 +54,14 @@ class Watch:
     @staticmethod
     def begin(path: Path, flux: Flux, recipe: Recipe, rewards: Rewards, prompts: list[str]) -> Watch:
         """Look at the untrained model, or read at `path` what an earlier part of the run saw; a collective."""
-        base = Sight.read(path)
-        known = base is not None and base.is_of(rewards.names, prompts, recipe.evaluation.num_images_per_prompt)
-        if base is None or parallel.any_rank(not known):
-            base = Sight.of(evaluate(flux, recipe, rewards, prompts, _observer(rewards)))
-            parallel.barrier()  # all have looked before one of them writes
+        seen = Sight.read(path)
+        known = seen is not None and seen.is_of(rewards.names, prompts, recipe.evaluation.num_images_per_prompt)
+        if parallel.any_rank(not known):  # all have looked before one of them writes
+            seen = Sight.of(evaluate(flux, recipe, rewards, prompts, _observer(rewards)))
             if parallel.rank() == 0:
-                base.write(path)
-        return Watch(recipe, rewards, base)
+                seen.write(path)
+        assert seen is not None
+        return Watch(recipe, rewards, seen)
 
     def look(self, flux: Flux) -> Look:
         """Evaluate the model as it is; a collective."""
