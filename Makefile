@@ -33,7 +33,8 @@ train: $(INSTALLED)  ## train the shipped small recipe on this machine's CPU and
 	@$(INSIDE) $(BIN)/ngrpo train shapes_cpu --log.output-dir "$(RUN)" $(ARGS)
 
 test: $(INSTALLED)   ## run the tests
-	@OMP_NUM_THREADS=1 $(INSIDE) $(PY) -m pytest --numprocesses $(WORKERS) --dist loadscope $(ARGS)
+	@OMP_NUM_THREADS=1 $(INSIDE) $(PY) -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder \
+	    $(ARGS)
 
 lint: $(INSTALLED)   ## ruff
 	@$(PY) -m ruff check $(ARGS) .

@@ -25,7 +25,12 @@ def _poison_uninitialised_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+# Modules whose fixtures take longest. Several workers end together if these come first, and each on another worker.
+_LONGEST = ("test_sharding.py", "test_planted_bugs.py", "test_distributed.py", "test_compile.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
