@@ -186,8 +186,8 @@ def fill(transformer: nn.Module, model: Model, directory: Path | None) -> None:
     if directory is None:
         _randomize(state)
         return
-    own = ("model.transformer", model.transformer) if model.transformer else ("model.name_or_path", model.name_or_path)
-    with _explained(own[1], own[0]), warnings.catch_warnings():
+    setting = "transformer" if model.transformer else "name_or_path"
+    with _explained(getattr(model, setting), f"model.{setting}"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         reader = dcp.HuggingFaceStorageReader(str(directory))
         stored = reader.read_metadata().state_dict_metadata

@@ -49,26 +49,26 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
         recipe, rewards, validation = inputs.recipe, inputs.rewards, inputs.validation
         with parallel.ending_with_its_group(), explained_out_of_memory(recipe, device):
             torch.manual_seed(recipe.train.seed)  # for scorers that draw; every draw of ours has a stream of its own
-            watch = Stopwatch(device)
-            trainer = Trainer.make(recipe, settle_memory(recipe, device), rewards, device, watch)
+            stopwatch = Stopwatch(device)
+            trainer = Trainer.make(recipe, settle_memory(recipe, device), rewards, device, stopwatch)
             state = TrainState(trainer.flux, trainer.optimizer, inputs.cursor, trainer.ema)
             checkpointer = Checkpointer(run / "checkpoints", recipe)
-            hacking = _begin(inputs, run, processes, state, checkpointer, overwrite)
+            watch = _begin(inputs, run, processes, state, checkpointer, overwrite)
             accelerator, cost = _accelerator(run, recipe, processes), cost_of(recipe, device)
 
             with Recorder(run, recipe, accelerator, state.step, cost) as recorder:
-                if hacking and state.step == 0:
-                    recorder.write_evaluation(0, hacking.figures(hacking.base))
+                if watch and state.step == 0:
+                    recorder.write_evaluation(0, watch.figures(watch.base))
                 for step in range(state.step, recipe.train.steps):
-                    watch.restart()
+                    stopwatch.restart()
                     outcome = trainer.iterate(inputs.cursor.next(), step)
                     state.step = step + 1
-                    recorder.write(step, outcome, rewards.trained, watch)
+                    recorder.write(step, outcome, rewards.trained, stopwatch)
 
                     if step % recipe.log.images_every == 0:
                         _draw(recorder, state, recipe, validation or inputs.texts, outcome.images, step)
                     due = state.step % recipe.evaluation.every == 0
-                    best = hacking is not None and due and _validate(recorder, state, hacking)
+                    best = watch is not None and due and _validate(recorder, state, watch)
                     checkpointer.save_if_due(state, best=best)
                     if parallel.any_rank(bool(terminated)):
                         logger.warning("SIGTERM: saved %s; continue with --resume latest", checkpointer.save(state))
