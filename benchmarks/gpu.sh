@@ -12,6 +12,8 @@
 #
 #   train-smoke         every kind of iteration with a tiny model: whether anything breaks, in 5 minutes
 #   train-iteration     the iteration of the target: 1 optimizer step for each rollout, and 4
+#   train-algorithms    iterations of Neighbor GRPO in the paper's three settings, and of BranchGRPO (Table 3)
+#   train-baselines     iterations of DanceGRPO, MixGRPO and MixGRPO-Flash (Table 3)
 #   train-peer          an iteration built as other trainers are
 #   train-forward       forwards by batch, attention backend and dtype; how far apart their velocities are
 #   train-activations   forward and backward by what is kept in between
@@ -121,7 +123,8 @@ train_profile() {
 
 case $part in
     tests | kernels | profile | all) ;;
-    train-smoke | train-iteration | train-peer | train-forward | train-activations) ;;
+    train-smoke | train-iteration | train-algorithms | train-baselines) ;;
+    train-peer | train-forward | train-activations) ;;
     train-variants | train-sharded | train-decode | train-rewards | train-optimizer | train-profile) ;;
     *) usage ;;
 esac
@@ -136,8 +139,12 @@ case $part in
     kernels) kernels 560 2 ;;
     profile) profile 120 ;;
     all) tests 200; kernels 280 1; profile 45 ;;
-    train-smoke) for each in optimizer peer rewards iteration variants sharded; do train 110 "$each" --tiny; done ;;
+    train-smoke)
+        for each in optimizer peer rewards iteration variants sharded; do train 110 "$each" --tiny; done
+        train 110 algorithms --tiny --only BranchGRPO MixGRPO-Flash ;;
     train-iteration) train 320 iteration --only "1 update"; train 250 iteration --only "4 updates" ;;
+    train-algorithms) train 300 algorithms --only Neighbor; train 270 algorithms --only BranchGRPO ;;
+    train-baselines) train 220 algorithms --only DanceGRPO; train 350 algorithms --only MixGRPO ;;
     train-peer) train 290 peer --only float32; train 280 peer --only bfloat16 ;;
     train-forward) train 570 forward ;;
     train-activations) train 570 activations ;;

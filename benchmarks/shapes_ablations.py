@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 EVERY_ANCHOR = ("--algorithm.updates-per-iteration", "4")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
-    "control: advantages shuffled": ("--algorithm.shuffle-advantages", "True"),
+    "control: advantages shuffled": ("--algorithm.shuffle-rewards", "True"),
     "Euler rollout": ("--sampling.solver", "euler"),
     "p = 0.8": ("--algorithm.p", "0.8"),
     "steps: all but the last": ("--algorithm.step-range", "0", "0.875"),

@@ -2,9 +2,10 @@
 
     python -m benchmarks.train_parts PART [--only NAME ...] [--out rows.csv]
 
-forward, activations, optimizer, decode and rewards are parts of an iteration alone. iteration, variants and sharded are
-whole iterations, built and made as by `train_step`; peer is an iteration built as other trainers are. `--tiny` is to
-rehearse a part on a CPU, or on a GPU in little time. `train_rows` explains the CSV, `benchmarks/gpu.sh` runs all of it.
+forward, activations, optimizer, decode and rewards are parts of an iteration alone. iteration, variants, sharded and
+algorithms (the rows of the paper's Table 3) are whole iterations, built and made as by `train_step`; peer is an
+iteration built as other trainers are. `--tiny` is to rehearse a part on a CPU, or on a GPU in little time. `train_rows`
+explains the CSV, `benchmarks/gpu.sh` runs all of it.
 """
 
 import logging
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import train_forward, train_model, train_scorers, train_step
 from benchmarks.peer_style import Draws, Peer
-from benchmarks.train_recipes import full_size, score, settings_of, tiny, with_depth
+from benchmarks.train_recipes import full_size, score, settings_of, table_3, tiny, with_depth
 from benchmarks.train_rows import Case, Session, clock
 from ngrpo_train.architecture import Architecture, find_architecture, transformer_on, vae_on
 from ngrpo_train.config import Recipe
@@ -32,6 +33,7 @@ from ngrpo_train.perturb import draw_anchors, draw_train_steps, neighborhood
 from ngrpo_train.plan import iteration_flops
 from ngrpo_train.stopwatch import Stopwatch
 from ngrpo_train.text import Conditioning
+from ngrpo_train.workload import num_train_steps, trainable_steps
 
 SHALLOW = (4, 8)  # double and single blocks, for what does not fit, or only shifts, at full depth
 
@@ -39,7 +41,18 @@ SHALLOW = (4, 8)  # double and single blocks, for what does not fit, or only shi
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     part: tyro.conf.Positional[
-        Literal["forward", "activations", "optimizer", "decode", "rewards", "iteration", "variants", "sharded", "peer"]
+        Literal[
+            "forward",
+            "activations",
+            "optimizer",
+            "decode",
+            "rewards",
+            "iteration",
+            "algorithms",
+            "variants",
+            "sharded",
+            "peer",
+        ]
     ]
     out: Path | None = None
     """CSV that rows are appended to, as they are measured; none by default."""
@@ -58,6 +71,12 @@ def iteration(session: Session, recipe: Recipe) -> None:
     _iterations(session, "iteration", "full, 1 update", recipe, iterations=3)
     several = replace(recipe, algorithm=replace(recipe.algorithm, updates_per_iteration=anchors))
     _iterations(session, "iteration", f"full, {anchors} updates", several)
+
+
+def algorithms(session: Session, recipe: Recipe) -> None:
+    """Each row of the paper's Table 3, one iteration after the one that compiles: some take over a minute."""
+    for name, (_, of_row) in table_3(recipe).items():
+        _iterations(session, "algorithms", name, of_row, iterations=1, runs=1)
 
 
 def variants(session: Session, recipe: Recipe) -> None:
@@ -95,13 +114,20 @@ def sharded(session: Session, recipe: Recipe) -> None:
 
 
 def _iterations(
-    session: Session, part: str, name: str, recipe: Recipe, *, iterations: int = 2, compiled: bool = False
+    session: Session,
+    part: str,
+    name: str,
+    recipe: Recipe,
+    *,
+    iterations: int = 2,
+    runs: int = 2,
+    compiled: bool = False,
 ) -> None:
-    """Two runs, one after the other, of one trainer; `compiled` where a recipe takes a compiler."""
+    """Runs, one after the other, of one trainer; `compiled` where a recipe takes a compiler."""
     if compiled and not session.compiles:
         session.case(part, name, train_model.skipping(train_model.NO_COMPILER))
         return
-    session.case(part, name, lambda case: train_step.measure(case, recipe, iterations=iterations, warmup=1, runs=2))
+    session.case(part, name, lambda case: train_step.measure(case, recipe, iterations=iterations, warmup=1, runs=runs))
 
 
 # -- As the peers do ---------------------------------------------------------------------------------------------------
@@ -195,13 +221,13 @@ def make_peer(
 
 
 def _draws(recipe: Recipe, architecture: Architecture, device: torch.device) -> Iterator[Draws]:
-    algorithm = recipe.algorithm
+    algorithm, trainable = recipe.algorithm, trainable_steps(recipe)
     shape = architecture.image_tokens(recipe.sampling), architecture.channels
     for step in count():
         draw = {"seed": recipe.train.seed, "step": step, "slot": 0}
         yield Draws(
             noise_GTC=neighborhood(shape, algorithm.num_generations, algorithm.sigma, **draw).to(device),
-            step_K=draw_train_steps(recipe.trainable_steps(), algorithm.num_train_steps, **draw),
+            step_K=draw_train_steps((trainable.start, trainable.stop), num_train_steps(recipe), **draw),
             anchor_B=draw_anchors(algorithm.num_generations, algorithm.num_anchors, **draw),
         )
 
@@ -215,6 +241,7 @@ PARTS: dict[str, Callable[[Session, Recipe], None]] = {
     "decode": train_model.decode,
     "rewards": train_scorers.rewards,
     "iteration": iteration,
+    "algorithms": algorithms,
     "variants": variants,
     "sharded": sharded,
     "peer": peer,

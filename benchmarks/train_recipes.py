@@ -1,6 +1,7 @@
 """What the training benchmarks train: random weights at a model's size, a made-up reward, and recipes around them."""
 
 import os
+import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ngrpo_train.architecture import KNOWN, Architecture, find_architecture
-from ngrpo_train.config import Model, Optimizer, Parallel, Prompts, Recipe, Reward
-from ngrpo_train.parsing import as_flags
+from ngrpo_train.config import Algorithm, Model, Optimizer, Parallel, Prompts, Recipe, Reward
+from ngrpo_train.experiments.grid import Variant, find_grid
+from ngrpo_train.parsing import as_flags, as_toml, overlay, resolve
 from ngrpo_train.plan.scorers import WITH_WEIGHTS, scorer_sizes
 from ngrpo_train.rewards import SHIPPED, find_scorer
 from ngrpo_train.shapes.pipeline import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
@@ -67,6 +69,34 @@ def tiny(*, on_gpu: bool) -> Recipe:
         optimizer=replace(recipe.optimizer, name="adamw"),
         parallel=Parallel(device="cpu", compute_dtype="float32", compile="off", update_batch=2),
     )
+
+
+def table_3(base: Recipe) -> dict[str, tuple[Variant, Recipe]]:
+    """The rows of the paper's Table 3, which are those of the experiment `cost`, with the model and means of `base`.
+
+    Of the tiny model, with no more steps and candidates than `base` has.
+    """
+    grid = find_grid("cost")
+    common = {section: grid.recipe[section] for section in ("sampling", "algorithm") if section in grid.recipe}
+    below = overlay(tomllib.loads(as_toml(base)), common)
+    rows = {}
+    for variant in grid.variants:
+        recipe = resolve(overlay(below, variant.sections), name=grid.name)
+        rows[variant.name] = variant, _at_most(recipe, base) if base.model.name_or_path == TINY_MODEL else recipe
+    return rows
+
+
+def _at_most(recipe: Recipe, base: Recipe) -> Recipe:
+    algorithm, most = recipe.algorithm, base.algorithm
+    fewer = replace(
+        algorithm,
+        num_generations=most.num_generations,
+        num_anchors=min(algorithm.num_anchors, most.num_anchors),
+        num_train_steps=min(algorithm.num_train_steps, most.num_train_steps),
+        window_size=min(algorithm.window_size, most.num_train_steps),
+    )
+    steps = base.sampling.num_inference_steps
+    return replace(recipe, algorithm=fewer, sampling=replace(recipe.sampling, num_inference_steps=steps))
 
 
 def as_measured(recipe: Recipe, depth: str = "") -> tuple[Recipe, list[str]]:
@@ -127,7 +157,10 @@ def _two_numbers(depth: str) -> tuple[int, int]:
 
 def settings_of(recipe: Recipe) -> str:
     """The recipe as flags, where it is not as by default and decides what is computed; how memory is allocated."""
-    default, ours = asdict(Recipe()), asdict(recipe)
+    name = recipe.algorithm.name
+    default, ours = asdict(Recipe(algorithm=Algorithm.of(name))), asdict(recipe)
+    if name != Recipe().algorithm.name:
+        default["algorithm"] |= {"name": ""}  # it is to be among the flags: other defaults follow from it
     changed = {
         section: {name: value for name, value in ours[section].items() if value != default[section][name]}
         for section in ("model", "prompts", "sampling", "algorithm", "optimizer", "train", "parallel")

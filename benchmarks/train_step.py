@@ -24,14 +24,15 @@ import tyro
 from benchmarks.train_recipes import as_measured, settings_of
 from benchmarks.train_rows import Case, Session, clock
 from ngrpo_train import parallel
-from ngrpo_train.config import Recipe, check
+from ngrpo_train.algorithms import refuse_backend
+from ngrpo_train.checks import check
+from ngrpo_train.config import Recipe
 from ngrpo_train.iteration import Trainer
 from ngrpo_train.parsing import RecipeFlags, find_recipe, parse, read_recipe
 from ngrpo_train.prompts import PromptCursor, load_prompts, prompts_per_iteration
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.settle import cost_of, settle_attention, settle_memory
 from ngrpo_train.stopwatch import Stopwatch
-from ngrpo_train.update import refuse_backend
 
 # What is read of each iteration: its name there, its name in a row, its unit.
 FIGURES = (

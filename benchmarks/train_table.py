@@ -8,11 +8,11 @@ from typing import NamedTuple
 import tyro
 
 from benchmarks.rows import RESULTS
-from benchmarks.train_recipes import full_size
+from benchmarks.train_recipes import full_size, table_3
 from benchmarks.train_rows import Row, read
 from ngrpo_train.architecture import find_architecture
 from ngrpo_train.machines import MEASURED_H200_TFLOPS, find_machine
-from ngrpo_train.plan import iteration_flops
+from ngrpo_train.plan import iteration_flops, make_plan
 
 DOCS = Path(__file__).parents[1] / "docs" / "training-cost.md"
 NOT_YET = "Not measured yet: no GPU has run this."
@@ -37,6 +37,13 @@ ITERATION = (
     Column("second run / first", "runs_ratio", "{:.3f}"),
     Column("graphs, later", "graphs_later", "{:.0f}"),
     Column("first iteration, s", "first_iteration", "{:.0f}"),
+)
+OF_ALGORITHMS = (
+    Column("s per prompt", "prompt", SECONDS),
+    Column("rollout, s", "rollout", SECONDS),
+    Column("update, s", "update", SECONDS),
+    Column("MFU", "mfu", "{:.0%}"),
+    Column("peak, GiB", "peak_memory", "{:.1f}"),
 )
 PARTS: Mapping[str, tuple[Column, ...]] = {
     "forward": (
@@ -86,6 +93,7 @@ class Table:
 def main(args: Table) -> None:
     rows = read(args.results)
     tables = {"operations": operations(), "iterations": iterations(rows), "velocities": velocities(rows)}
+    tables |= {"algorithms": algorithms(rows)}
     tables |= {part: of_part(rows, part) for part in PARTS}
     page = args.markdown.read_text()
     for name, lines in tables.items():
@@ -137,6 +145,24 @@ def iterations(rows: Sequence[Row]) -> Iterator[str]:
     for (part, case), found in _cases(mine).items():
         name = f"as a peer: {case}" if part == "peer" else case
         yield _line([name, *_cells(ITERATION, found), against_peer(found)])
+    yield from _notes(mine)
+
+
+def algorithms(rows: Sequence[Row]) -> Iterator[str]:
+    """The rows of the paper's Table 3: what is counted, which needs no GPU, and beside it what one has measured."""
+    mine = [row for row in rows if row.part == "algorithms"]
+    yield from _provenance(mine) if mine else (f"Seconds: {NOT_YET[0].lower()}{NOT_YET[1:]}", "")
+    counted = ("G", "B", "K", "NFE_old", "NFE_theta", "TFLOP", "without doing anything twice")
+    yield _line(["", *counted, *(column.title for column in OF_ALGORITHMS), "the paper's s / iteration, on H800"])
+    yield "|" + "---|" * (len(counted) + len(OF_ALGORITHMS) + 2)
+    measured, machine = _cases(mine), find_machine("h200-141")
+    for name, (variant, recipe) in table_3(full_size()).items():
+        plan = make_plan(recipe, machine)
+        work, found = plan.workload, measured.get(("algorithms", name), {})
+        cells = [f"{work.generations}", f"{work.num_anchors:.3g}", f"{work.num_train_steps}"]
+        cells += [f"{work.nfe_old:.2f}", f"{work.nfe_theta:.2f}"]
+        cells += [f"{flops / 1e12:,.0f}" for flops in (plan.flops.hardware, plan.flops.model)]
+        yield _line([name, *cells, *_cells(OF_ALGORITHMS, found), f"{variant.paper['s / Iter.']}"])
     yield from _notes(mine)
 
 

@@ -1,4 +1,4 @@
-"""The `ngrpo` command: train, plan, profile, embed, sample, eval, reward-server, export, doctor."""
+"""The `ngrpo` command: train, plan, profile, embed, sample, eval, experiment, reward-server, export, doctor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ngrpo_train.config import Model, Parallel, Recipe, Reward, Sampling, check_sections
+from ngrpo_train.checks import check_sections
+from ngrpo_train.config import Model, Parallel, Recipe, Reward, Sampling
 from ngrpo_train.parsing import (
     RecipeFlags,
     find_recipe,
@@ -37,7 +38,7 @@ T = TypeVar("T")
 USAGE = """\
 usage: ngrpo COMMAND ...
 
-Neighbor GRPO: align FLUX-architecture flow models with human preference, without SDE sampling.
+Neighbor GRPO, and the baselines it is compared with: align FLUX-architecture flow models with human preference.
 
   train  [RECIPE] [--section.field value ...]   train by a recipe (a packaged name or a TOML file; default shapes_cpu)
   plan   [RECIPE] --gpu NAME --gpus N           whether a recipe fits a GPU, and what an iteration costs there
@@ -45,6 +46,7 @@ Neighbor GRPO: align FLUX-architecture flow models with human preference, withou
   embed  [RECIPE] --out DIRECTORY               encode the prompts once, so that training needs no text encoders
   sample RUN_OR_MODEL --prompt TEXT ...         generate pictures
   eval   RUN_OR_MODEL --rewards NAMES ...       score pictures of a model beside its base: the paper's Table 1
+  experiment NAME [--base RECIPE]               a grid of runs side by side: algorithms, sigma, anchors, cost, ...
   reward-server [RECIPE] --rewards NAMES        compute rewards for trainers elsewhere, over HTTP
   export RUN --out DIRECTORY                    write a run's weights for diffusers
   doctor                                        what is installed, what works here, what is missing and how to get it
@@ -220,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "embed": _embed,
         "sample": _sample,
         "eval": _eval,
+        "experiment": _experiment,
         "reward-server": _reward_server,
         "export": _export,
         "doctor": _doctor,
@@ -354,6 +357,12 @@ def _eval(arguments: list[str]) -> int:
         checkpoint=command.checkpoint,
         out=_evaluation_directory(command, Path(source)),
     )
+
+
+def _experiment(arguments: list[str]) -> int:
+    from ngrpo_train.experiments.command import experiment_command
+
+    return experiment_command(arguments)
 
 
 def _evaluation_directory(command: EvalCommand, subject: Path) -> Path:

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from ngrpo_train import parallel
-from ngrpo_train.config import Recipe, as_dict, refuse_changed
+from ngrpo_train.checks import refuse_changed
+from ngrpo_train.config import Recipe, as_dict
 from ngrpo_train.ema import EMA
 from ngrpo_train.flux import Flux
 from ngrpo_train.prompts import PromptCursor

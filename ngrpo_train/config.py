@@ -1,14 +1,12 @@
-"""Everything a user can set, as one frozen `Recipe`, and which values can run. `parsing` reads it from TOML, flags."""
+"""Everything a user can set, as one frozen `Recipe`. `checks` says what can run; `parsing` reads TOML and flags."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +49,8 @@ class Sampling:
     """How pictures are generated, in rollouts and in evaluation."""
 
     solver: Literal["euler", "ddim", "dpmpp_2m"] = "dpmpp_2m"
-    """ODE solver of the rollout; "ddim" is another name for Euler. The update always takes one Euler step."""
+    """ODE solver of evaluations and of neighbor's rollouts; "ddim" is another name for Euler. The update, and rollouts
+    of an SDE, always take Euler's steps."""
     num_inference_steps: int = 8
     """Solver steps per picture."""
     shift: float = 3.0
@@ -65,26 +64,57 @@ class Sampling:
     """T5 tokens per prompt."""
 
 
+AlgorithmName = Literal["neighbor", "flow_grpo", "dance_grpo", "mix_grpo", "mix_grpo_flash", "branch_grpo"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
-    """Neighbor GRPO. Letters and equations are the paper's (arXiv 2511.16955)."""
+    """How groups are explored and the policy is updated. Letters and equations are of arXiv 2511.16955.
 
-    name: Literal["neighbor"] = "neighbor"
+    A field whose text begins with names of algorithms in brackets is theirs alone. Defaults are Neighbor GRPO's; those
+    of another algorithm are as it was published, see `Algorithm.of`.
+    """
+
+    name: AlgorithmName = "neighbor"
     num_generations: int = 12
     """G: candidates per prompt."""
     num_anchors: int = 4
-    """B: candidates per prompt that are trained."""
+    """[neighbor] B: candidates per prompt that are trained; the other algorithms train all."""
     num_train_steps: int = 4
-    """K: solver steps per prompt that are trained."""
+    """[neighbor, flow_grpo, dance_grpo] K: solver steps per prompt that are trained. 0 for the last two: all that are
+    random, or int(0.6 (N - 1)) of N steps."""
     step_range: tuple[float, float] = (0.0, 0.875)
-    """The part of the solver's steps that the K are drawn from, as fractions: (0, 0.5) is the noisy half."""
+    """The part of the solver's steps that the trained ones are from, as fractions: (0, 0.5) is the noisy half."""
     sigma: float = 0.3
-    """Strength of the perturbation of the initial noise (Eq. 7), in (0, 1]."""
+    """[neighbor] Strength of the perturbation of the initial noise (Eq. 7), in (0, 1]."""
+    eta: float = 0.7
+    """[all but neighbor] Strength of the SDE's noise: its level is eta for dance_grpo and branch_grpo, and
+    eta sqrt(sigma / (1 - sigma)) for the others."""
+    window_size: int = 4
+    """[mix_grpo, mix_grpo_flash] Solver steps in the window: these are random and trained, all others are the ODE's."""
+    window_every: int = 25
+    """[mix_grpo, mix_grpo_flash] Iterations after which the window moves one step on, within step_range."""
+    window_frozen: bool = False
+    """[mix_grpo_flash] Leave the window where it begins: MixGRPO-Flash*."""
+    compression: float = 0.4
+    """[mix_grpo_flash] Steps after the window, as a share of those it would take without DPM-Solver++."""
+    branch_steps: tuple[int, ...] = ()
+    """[branch_grpo] Solver steps at which every branch splits in two, log2(G) of them; empty spaces them by 0.15 N."""
+    branch_spread: float = 4.0
+    """[branch_grpo] How far siblings stand apart: their noises correlate by 1 / (1 + branch_spread^2)."""
+    width_pruning: Literal["none", "parent_top1", "extremes"] = "none"
+    """[branch_grpo] Which leaves are trained after the last split: all, the better of each pair, or the best and the
+    worst quarter of them."""
+    depth_pruning: int = 0
+    """[branch_grpo] Solver steps left out of training, at first the last ones; every `depth_pruning_every` iterations
+    they move one step up, as far as the last split."""
+    depth_pruning_every: int = 30
+    """[branch_grpo] Iterations between two such moves."""
     old_policy: Literal["exact", "cached", "literal"] = "exact"
-    """Where the old policy stands: its own Euler step, that step by the rollout's velocity, or the rollout's state.
-    The last is Algorithm 1 as printed, and with a multistep solver a biased ratio."""
+    """Where the old policy stands: by the forward that trains, by the rollout's velocity, or, for neighbor alone, at
+    the rollout's state: Algorithm 1 as printed, and with a multistep solver a biased ratio."""
     updates_per_iteration: int = 1
-    """Optimizer steps per iteration; divides num_anchors. Clip and KL act from the second step on."""
+    """Optimizer steps per iteration, each on a share of the trained candidates. Clip and KL act from the second on."""
     combine: Literal["standardized", "raw_sum"] = "standardized"
     """How several rewards become one: each standardised in its group, then weighted; or their scores weighted as they
     are, where one of wide spread outweighs the others."""
@@ -92,19 +122,79 @@ class Algorithm:
     """Order of the quasi-norm that advantages are divided by (Eq. 11), in (0, 2]; 2 is plain GRPO up to a constant."""
     min_reward_std: float = 0.0
     """A group whose rewards spread less than this is skipped (absolute, per reward)."""
+    advantage_clip: float = 5.0
+    """[all but neighbor] Advantages are clipped to +- this, in units of the group's standard deviation."""
     clip_range: float | tuple[float, float] = 1e-4
     """Clip of the ratio at 1 - eps, 1 + eps, or (low, high)."""
     temperature: float | Literal["dim", "neighborhood"] = 1.0
-    """Divides the squared distances of the leaping policy (Eq. 8).
+    """[neighbor] Divides the squared distances of the leaping policy (Eq. 8).
     A number, "dim" for the latent's dimension, or "neighborhood" for the group's mean squared distance."""
     kl_coef: float = 0.0
     """Weight of KL(pi_old || pi_theta) in the loss."""
     backend: Literal["auto", "triton", "cpp", "reference"] = "auto"
-    """What computes the loss: Triton on a GPU, C++ on a CPU, or plain PyTorch anywhere."""
-    shuffle_advantages: bool = False
-    """A control experiment: deal each group's advantages to its candidates at random. The reward must not rise."""
+    """[neighbor] What computes the loss: Triton on a GPU, C++ on a CPU, or plain PyTorch anywhere."""
+    shuffle_rewards: bool = False
+    """A control experiment: deal each group's rewards to its candidates at random. The reward must not rise."""
     reference_coef: float = 0.0
-    """Weight of |v_theta - v_base|^2 against the untrained model; needs tuning = "lora", where it costs no memory."""
+    """Weight of a tether to the untrained model: |v_theta - v_base|^2 for neighbor, KL(pi_theta || pi_base) for the
+    others, as Flow-GRPO has it. Needs tuning = "lora", where it costs no memory."""
+
+    @staticmethod
+    def of(name: str) -> Algorithm:
+        """An algorithm as it was published, for FLUX where its authors have settings for it."""
+        return Algorithm(**{"name": name, **_PUBLISHED.get(name, {})})
+
+    @property
+    def is_neighbor(self) -> bool:
+        return self.name == "neighbor"
+
+
+# Where a published algorithm differs from the defaults. eta, clip and updates per iteration are of the authors' scripts
+# for FLUX: updates = candidates per process / gradient accumulation. Flow-GRPO has eta in its paper, for SD3.5.
+_SDE: dict[str, Any] = {"p": 2.0, "step_range": (0.0, 1.0)}
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "flow_grpo": _SDE | {"eta": 0.7, "num_train_steps": 0},
+    "dance_grpo": _SDE | {"eta": 0.3, "num_train_steps": 0, "updates_per_iteration": 3},
+    "mix_grpo": _SDE | {"eta": 0.7, "updates_per_iteration": 4},
+    "mix_grpo_flash": _SDE | {"eta": 0.7, "updates_per_iteration": 4},
+    "branch_grpo": _SDE | {"eta": 0.3, "num_generations": 16, "clip_range": 1e-3, "updates_per_iteration": 3},
+}
+
+_MIX = ("mix_grpo", "mix_grpo_flash")
+# The fields that not every algorithm has.
+_OWNERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("num_anchors", "sigma", "temperature", "backend"), ("neighbor",)),
+    "num_train_steps": ("neighbor", "flow_grpo", "dance_grpo"),
+    **dict.fromkeys(("eta", "advantage_clip"), tuple(_PUBLISHED)),
+    **dict.fromkeys(("window_size", "window_every"), _MIX),
+    **dict.fromkeys(("window_frozen", "compression"), ("mix_grpo_flash",)),
+    **dict.fromkeys(
+        ("branch_steps", "branch_spread", "width_pruning", "depth_pruning", "depth_pruning_every"), ("branch_grpo",)
+    ),
+}
+
+
+def has_field(name: str, field_name: str) -> bool:
+    """Whether the algorithm `name` reads this field of [algorithm]."""
+    return name in _OWNERS.get(field_name, (name,))
+
+
+def refuse_foreign(name: str, field_names: Iterable[str]) -> None:
+    """Raise ValueError for a field that belongs to other algorithms than `name`."""
+    for field_name in field_names:
+        if name in get_args(AlgorithmName) and not has_field(name, field_name):
+            owners = " and ".join(_OWNERS[field_name])
+            raise ValueError(f"algorithm.{field_name} is a setting of {owners}, not of algorithm.name = {name!r}")
+
+
+def carried_over(algorithm: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Of an [algorithm] section what still holds where another algorithm takes its place.
+
+    Neither what the other does not have, nor what each has its own published value of. Which steps can be trained is
+    the model's affair.
+    """
+    own = {field_name for values in _PUBLISHED.values() for field_name in values} - {"step_range"}
+    return {key: value for key, value in algorithm.items() if has_field(name, key) and key not in own}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +287,7 @@ class Parallel:
     rollout_batch: int = 0
     """Pictures per forward in the rollout; 0 takes as many as memory allows."""
     update_batch: int = 0
-    """Anchors per forward in the update; 0 takes all at once."""
+    """States per forward in the update, anchors or transitions of an SDE; 0 takes all at once."""
     decode_batch: int = 0
     """Pictures per VAE decode; 0 takes as many as memory allows."""
     timeout_minutes: float = 30.0
@@ -265,230 +355,7 @@ class Recipe:
             if reward.weight and not (reward.log_only or reward.watch_only)
         )
 
-    def trainable_steps(self) -> tuple[int, int]:
-        """`algorithm.step_range` in solver steps: (first, last + 1)."""
-        first, last = self.algorithm.step_range
-        return round(first * self.sampling.num_inference_steps), round(last * self.sampling.num_inference_steps)
-
-
-# Fields that may differ between a checkpoint and the run that resumes from it: none of them changes the numbers.
-# Two of them may make up for another number of processes: the prompt cursor sees to it that they do.
-_FREE_ON_RESUME = re.compile(
-    r"train\.(steps|gradient_accumulation_steps)|prompts\.per_rank"
-    r"|log\..*|checkpoint\..*|evaluation\..*"
-    r"|rewards\.\w+\.(remote|offload)"
-    r"|parallel\.(timeout_minutes|sharding|shard_size|offload|keep_gathered|reduce_gradients|compile_cache|text_encoders)"
-)
-
-
-_POSITIVE = [
-    "model.lora_rank",
-    "model.lora_alpha",
-    "prompts.per_rank",
-    "sampling.num_inference_steps",
-    "sampling.shift",
-    "sampling.max_sequence_length",
-    "algorithm.num_anchors",
-    "algorithm.num_train_steps",
-    "algorithm.updates_per_iteration",
-    "optimizer.learning_rate",
-    "optimizer.max_grad_norm",
-    "train.steps",
-    "train.gradient_accumulation_steps",
-    "parallel.timeout_minutes",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "evaluation.every",
-    "evaluation.num_images_per_prompt",
-    "log.images_every",
-    "log.num_images",
-]
-_NOT_NEGATIVE = [
-    "sampling.guidance_scale",
-    "algorithm.min_reward_std",
-    "algorithm.kl_coef",
-    "algorithm.reference_coef",
-    "optimizer.weight_decay",
-    "train.seed",
-    "parallel.shard_size",
-    "parallel.rollout_batch",
-    "parallel.update_batch",
-    "parallel.decode_batch",
-    "evaluation.batch",
-]
-
-
-def check(recipe: Recipe, world_size: int = 1) -> None:
-    """Raise ValueError, naming the field and its value, for a recipe that cannot train."""
-    check_sections(recipe, [section.name for section in dataclasses.fields(Recipe)])
-    algorithm = recipe.algorithm
-    _require(bool(recipe.prompts.source), "prompts.source", recipe.prompts.source, "must name the training prompts")
-    _require(recipe.train.seed < 2**63, "train.seed", recipe.train.seed, "must be less than 2**63")
-    _require(0 <= recipe.model.ema < 1, "model.ema", recipe.model.ema, "must be in [0, 1)")
-    _require(0 < algorithm.sigma <= 1, "algorithm.sigma", algorithm.sigma, "must be in (0, 1]")
-    _require(0 < algorithm.p <= 2, "algorithm.p", algorithm.p, "must be in (0, 2]")
-    _require(
-        algorithm.num_generations >= 2, "algorithm.num_generations", algorithm.num_generations, "must be 2 or more"
-    )
-    _require(
-        algorithm.num_anchors <= algorithm.num_generations,
-        "algorithm.num_anchors",
-        algorithm.num_anchors,
-        f"must not exceed algorithm.num_generations = {algorithm.num_generations}",
-    )
-    _require(
-        algorithm.num_anchors % algorithm.updates_per_iteration == 0,
-        "algorithm.updates_per_iteration",
-        algorithm.updates_per_iteration,
-        f"must divide algorithm.num_anchors = {algorithm.num_anchors}",
-    )
-    _require(
-        0 <= algorithm.step_range[0] < algorithm.step_range[1] <= 1,
-        "algorithm.step_range",
-        algorithm.step_range,
-        "must be two rising fractions within 0 and 1",
-    )
-    first, last = recipe.trainable_steps()
-    _require(
-        algorithm.num_train_steps <= last - first,
-        "algorithm.num_train_steps",
-        algorithm.num_train_steps,
-        f"must not exceed the {last - first} steps inside algorithm.step_range = {algorithm.step_range} "
-        f"of sampling.num_inference_steps = {recipe.sampling.num_inference_steps}",
-    )
-    clip = algorithm.clip_range if isinstance(algorithm.clip_range, tuple) else (algorithm.clip_range,) * 2
-    _require(
-        0 < clip[0] < 1 and 0 < clip[1] < math.inf,
-        "algorithm.clip_range",
-        algorithm.clip_range,
-        "must be positive, and below 1 on the lower side",
-    )
-    temperature = algorithm.temperature
-    _require(
-        isinstance(temperature, str) or 0 < temperature < math.inf,
-        "algorithm.temperature",
-        temperature,
-        "must be positive",
-    )
-    _require(
-        algorithm.reference_coef == 0 or recipe.model.tuning == "lora",
-        "algorithm.reference_coef",
-        algorithm.reference_coef,
-        'needs model.tuning = "lora", whose adapters can be switched off to give the base model',
-    )
-    betas = recipe.optimizer.betas
-    _require(all(0 <= beta < 1 for beta in betas), "optimizer.betas", betas, "must be in [0, 1)")
-    for name, reward in recipe.rewards.items():
-        _require(math.isfinite(reward.weight), f"rewards.{name}.weight", reward.weight, "must be finite")
-        _require(reward.batch > 0, f"rewards.{name}.batch", reward.batch, "must be positive")
-    _require(
-        bool(recipe.trained_rewards()), "rewards", list(recipe.rewards), "must have at least one reward to train on"
-    )
-    _check_parallel(recipe, world_size)
-    for tracker in recipe.log.trackers:
-        _require(
-            find_spec(tracker) is not None,
-            "log.trackers",
-            recipe.log.trackers,
-            f'needs a package that is not installed: pip install "ngrpo[{tracker}]"',
-        )
-
-
-def _check_parallel(recipe: Recipe, world_size: int) -> None:
-    parallel, optimizer = recipe.parallel, recipe.optimizer.name
-    size = parallel.shard_size
-    _require(
-        size == 0 or (parallel.sharding == "hybrid" and world_size % size == 0),
-        "parallel.shard_size",
-        size,
-        f'needs parallel.sharding = "hybrid" and must divide the {world_size} processes',
-    )
-    _require(
-        parallel.master_dtype == "float32" or (optimizer == "adamw_8bit" and parallel.compute_dtype == "bfloat16"),
-        "parallel.master_dtype",
-        parallel.master_dtype,
-        'needs optimizer.name = "adamw_8bit", which rounds stochastically, and parallel.compute_dtype = "bfloat16"',
-    )
-    _require(
-        parallel.master_dtype == "float32" or recipe.model.tuning == "full",
-        "parallel.master_dtype",
-        parallel.master_dtype,
-        'needs model.tuning = "full": LoRA keeps the base in parallel.compute_dtype and its small adapters in float32',
-    )
-    _require(
-        not parallel.offload or recipe.model.tuning == "full",
-        "parallel.offload",
-        parallel.offload,
-        'needs model.tuning = "full": the adapters of LoRA are small, and its base is never updated',
-    )
-    _require(
-        not parallel.offload or optimizer == "adamw",
-        "parallel.offload",
-        parallel.offload,
-        'needs optimizer.name = "adamw": in host memory float32 states cost nothing, and 8-bit ones have no kernels',
-    )
-    _require(
-        not parallel.offload or parallel.sharding != "none",
-        "parallel.offload",
-        parallel.offload,
-        "works on shards: parallel.sharding must be full or hybrid, or auto",
-    )
-    _require(
-        parallel.rollout_dtype == "same" or recipe.algorithm.old_policy != "cached",
-        "parallel.rollout_dtype",
-        parallel.rollout_dtype,
-        'needs another algorithm.old_policy than "cached", which takes the rollout\'s velocity into the ratio',
-    )
-    keep = recipe.model.gradient_checkpointing
-    _require(
-        isinstance(keep, str) or (0 < keep < 1 and parallel.compile != "off"),
-        "model.gradient_checkpointing",
-        keep,
-        'as a number must be between 0 and 1, and is a setting of the compiler: parallel.compile must not be "off"',
-    )
-    _require(
-        "sage" not in parallel.attention,
-        "parallel.attention",
-        parallel.attention,
-        "quantises attention: its gradient is not that of what it computes, so nothing can be trained through it",
-    )
-
-
-def check_sections(recipe: Recipe, sections: Sequence[str]) -> None:
-    """Raise ValueError for a number out of range in one of these sections, which may be all that a command reads."""
-    for name in [*_POSITIVE, *_NOT_NEGATIVE]:
-        section, _, field_name = name.partition(".")
-        if section in sections:
-            value = getattr(getattr(recipe, section), field_name)
-            if name in _POSITIVE:
-                _require(0 < value < math.inf, name, value, "must be positive")
-            else:
-                _require(0 <= value < math.inf, name, value, "must be 0 or more")
-    if "sampling" in sections:
-        for name in ("height", "width"):
-            pixels = getattr(recipe.sampling, name)
-            _require(pixels > 0 and pixels % 16 == 0, f"sampling.{name}", pixels, "must be a positive multiple of 16")
-
-
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} = {value!r} {rule}")
-
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain nested dicts of TOML types."""
     return dataclasses.asdict(recipe)
-
-
-def refuse_changed(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise ValueError where a resumed run's recipe (from `as_dict`) differs in a field that changes the numbers."""
-    for key in sorted({*saved, *current}):
-        name, old, new = f"{prefix}{key}", saved.get(key), current.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            refuse_changed(old, new, f"{name}.")
-        elif _plain(old) != _plain(new) and not _FREE_ON_RESUME.fullmatch(name):
-            raise ValueError(f"{name} = {new!r} differs from the checkpoint's {old!r}; a resumed run must keep it")
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ngrpo_train import parallel
-from ngrpo_train.config import Recipe, check_sections
+from ngrpo_train.checks import check_sections
+from ngrpo_train.config import Recipe
 from ngrpo_train.loading import load_text_encoders
 from ngrpo_train.progress import progress
 from ngrpo_train.prompts import load_prompts

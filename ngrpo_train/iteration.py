@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngrpo_train.algorithms import ALGORITHMS, NeighborGRPO
+from ngrpo_train.algorithms import GRPO, make_algorithm
 from ngrpo_train.config import Parallel, Recipe
 from ngrpo_train.ema import EMA
 from ngrpo_train.flux import Flux
 from ngrpo_train.optimizer import make_optimizer
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.rewards import Rewards, Scores
-from ngrpo_train.rollout import Groups
+from ngrpo_train.rows import Explored
 from ngrpo_train.update import UpdateStats
 
 Stage = Callable[[str], AbstractContextManager[None]]
@@ -28,10 +28,10 @@ Stage = Callable[[str], AbstractContextManager[None]]
 class Outcome:
     """What an iteration made of its prompts."""
 
-    groups: Groups
+    groups: Explored
     images: Tensor  # uint8 [P * G, 3, H, W], on the device
     scores: Scores
-    advantages_PG: Tensor  # of all ranks, on the CPU
+    advantages: Tensor  # [P, X] of all ranks, on the CPU; X = G but for a tree
     stats: UpdateStats | None
 
 
@@ -41,7 +41,7 @@ class Trainer:
 
     flux: Flux
     rewards: Rewards
-    algorithm: NeighborGRPO
+    algorithm: GRPO
     optimizer: torch.optim.Optimizer
     ema: EMA | None
     stage: Stage
@@ -63,7 +63,7 @@ class Trainer:
         return Trainer(
             flux=flux,
             rewards=rewards,
-            algorithm=ALGORITHMS[recipe.algorithm.name](recipe, rewards),
+            algorithm=make_algorithm(recipe, rewards),
             optimizer=make_optimizer(list(flux.trainable.values()), recipe.optimizer),
             ema=EMA(flux.trainable, recipe.model.ema) if recipe.model.ema else None,
             stage=stage,
@@ -78,9 +78,9 @@ class Trainer:
                 images = flux.decode(groups.final_PGTC.flatten(0, 1))
             with stage("reward"):
                 scores = self.rewards(images, prompts)
-            advantages_PG = algorithm.advantages(scores, step)
+            advantages = algorithm.advantages(scores, step)
             with stage("update"):
-                stats = algorithm.update(flux, self.optimizer, groups, advantages_PG)
+                stats = algorithm.update(flux, self.optimizer, groups, advantages)
         if self.ema:
             self.ema.update()
-        return Outcome(groups, images, scores, advantages_PG, stats)
+        return Outcome(groups, images, scores, advantages, stats)

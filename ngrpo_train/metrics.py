@@ -29,7 +29,7 @@ from ngrpo_train.curves import draw
 from ngrpo_train.evaluate import save_picture, tile
 from ngrpo_train.iteration import Outcome
 from ngrpo_train.rewards import Scores
-from ngrpo_train.rollout import Groups
+from ngrpo_train.rows import Explored
 from ngrpo_train.stopwatch import Stopwatch
 from ngrpo_train.symptoms import Symptoms
 from ngrpo_train.update import UpdateStats
@@ -75,7 +75,7 @@ class Recorder:
 
         `trained` says which rewards count into the mean.
         """
-        figures = reward_figures(outcome.scores, trained) | advantage_figures(outcome.advantages_PG)
+        figures = reward_figures(outcome.scores, trained) | advantage_figures(outcome.advantages)
         figures |= _reduced(device_figures(outcome.groups, outcome.stats))
         figures |= watch.read()
         figures |= self._cost.figures(figures["time/iteration_s"])
@@ -154,7 +154,7 @@ def advantage_figures(advantages_PG: Tensor) -> dict[str, float]:
     return figures
 
 
-def device_figures(groups: Groups, stats: UpdateStats | None) -> dict[str, tuple[str, Tensor, Tensor | None]]:
+def device_figures(groups: Explored, stats: UpdateStats | None) -> dict[str, tuple[str, Tensor, Tensor | None]]:
     """Figures still on the device: name -> (how ranks combine, value, count for means of unequal shares)."""
     final_PGD = groups.final_PGTC.flatten(2)
     _, G, D = final_PGD.shape

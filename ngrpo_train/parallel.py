@@ -57,16 +57,17 @@ def rank_at_launch() -> int:
 
 @contextmanager
 def processes(settings: Parallel) -> Iterator[PartialState]:
-    """The process state of a run; the process group is closed on the way out."""
+    """The process state of a run; a process group that it opens is closed on the way out, one that stood stays."""
     refuse_foreign_launch()
     cpu = settings.device == "cpu" or not torch.cuda.is_available()
     if settings.device == "cuda" and cpu:
         raise ValueError("parallel.device = 'cuda' but torch sees no CUDA device")
+    stood = dist.is_initialized()
     state = PartialState(cpu=cpu, timeout=timedelta(minutes=settings.timeout_minutes))
     try:
         yield state
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not stood:
             dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -15,12 +15,13 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from ngrpo_train.config import Recipe, Reward, as_dict
+from ngrpo_train.config import Algorithm, Recipe, Reward, as_dict, carried_over, has_field, refuse_foreign
 
 T = TypeVar("T")
 
@@ -66,11 +67,27 @@ def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"recipe {path}: extends: {error}") from error
     if base.resolve() in (path.resolve(), *within):
         raise ValueError(f"recipe {path}: extends = {name!r} leads back to itself")
-    return _on_top(read_recipe(base, (path.resolve(), *within)), own)
+    return overlay(read_recipe(base, (path.resolve(), *within)), own)
+
+
+def overlay(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe `own` over the recipe `base`, table by table.
+
+    Where `own` names another algorithm, what `base` says of its algorithm alone is left behind: published settings of
+    one are none of another's.
+    """
+    name = _algorithm(own).get("name")
+    if name is not None and name != _algorithm(base).get("name", Algorithm().name):
+        base = {**base, "algorithm": carried_over(_algorithm(base), str(name))}
+    return _on_top(base, own)
+
+
+def _algorithm(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    section = recipe.get("algorithm", {})
+    return section if isinstance(section, Mapping) else {}
 
 
 def _on_top(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`own` over `base`, table by table."""
     merged = dict(base)
     for key, value in own.items():
         below = merged.get(key)
@@ -95,13 +112,25 @@ def parse(
 
     Exits with code 2 on a wrong key, flag or value; a recipe's is said to be of `name`.
     """
+    if algorithm := _flags_of(arguments, "algorithm").get("name"):
+        recipe = overlay(recipe, {"algorithm": {"name": algorithm}})
     resolved = resolve(recipe, name=name, quiet=quiet)
+    refuse_foreign(resolved.algorithm.name, _flags_of(arguments, "algorithm"))
     rewards, arguments = take_rewards(arguments, resolved.rewards)
     resolved = replace(resolved, rewards=rewards)
     # Rewards are a table of any names; the parser only knows flags of names that it has seen in its defaults.
     mentioned = [match[1] for argument in arguments if (match := re.match(r"--rewards\.([^.=]+)\.", argument))]
     default = command(recipe=_with_rewards(resolved, mentioned))  # type: ignore[call-arg]
     return parse_flags(default, list(_with_pythons_booleans(arguments)), prog=prog, quiet=quiet)
+
+
+def _flags_of(arguments: Sequence[str], section: str) -> dict[str, str]:
+    """The fields of a section that flags give, with the first word of what they give."""
+    found = {}
+    for argument, following in pairwise([*arguments, ""]):
+        if match := re.match(rf"--{section}\.([\w-]+)(?:=(.*))?$", argument):
+            found[match[1].replace("-", "_")] = following if match[2] is None else match[2]
+    return found
 
 
 def _with_pythons_booleans(arguments: Sequence[str]) -> Iterator[str]:
@@ -130,7 +159,12 @@ def resolve(recipe: Mapping[str, Any], *, name: str, quiet: bool = False) -> Rec
     Raises ValueError where the shape of the TOML is wrong, which the parser of flags could not explain.
     """
     _refuse_misshapen(recipe, name)
-    default = _with_rewards(Recipe(), recipe.get("rewards", {}))
+    algorithm = str(_algorithm(recipe).get("name", Algorithm().name))
+    try:
+        refuse_foreign(algorithm, _algorithm(recipe))
+    except ValueError as error:
+        raise ValueError(f"recipe {name}: {error}") from error
+    default = _with_rewards(Recipe(algorithm=Algorithm.of(algorithm)), recipe.get("rewards", {}))
     try:
         return _cli(RecipeFlags, as_flags(recipe), default, "ngrpo train", quiet)
     except SystemExit:
@@ -245,6 +279,8 @@ def as_toml(recipe: Recipe) -> str:
                 table(f"{name}.{key}", value)
 
     for section, values in as_dict(recipe).items():
+        if section == "algorithm":
+            values = {key: value for key, value in values.items() if has_field(recipe.algorithm.name, key)}
         table(section, values)
     return "\n".join(lines)
 

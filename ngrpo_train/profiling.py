@@ -32,7 +32,9 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
 from ngrpo_train import blocks, parallel
-from ngrpo_train.config import Recipe, check
+from ngrpo_train.algorithms import refuse_backend
+from ngrpo_train.checks import check
+from ngrpo_train.config import Recipe
 from ngrpo_train.flux import Flux
 from ngrpo_train.iteration import Trainer
 from ngrpo_train.parsing import as_toml
@@ -42,7 +44,6 @@ from ngrpo_train.run_directory import claim
 from ngrpo_train.settle import cost_of, explained_out_of_memory, settle_attention, settle_memory
 from ngrpo_train.stopwatch import Stopwatch
 from ngrpo_train.trace import ELSEWHERE, ITERATION, OPTIMIZER, Sum, Trace, read
-from ngrpo_train.update import refuse_backend
 
 Mark = Callable[[str], AbstractContextManager[Any]]  # makes a profiler's range of that name
 TRACE = "trace.json.gz"
@@ -132,7 +133,7 @@ class Iteration:
             if trainer.flux.device.type == "cuda":
                 torch.cuda.synchronize(trainer.flux.device)  # training waits too, to read an iteration's figures
         times = ranges.watch.read()
-        signal_P = (outcome.advantages_PG != 0).any(1)
+        signal_P = (outcome.advantages != 0).any(1)
         return Iteration(
             seconds={name.removeprefix("time/").removesuffix("_s"): seconds for name, seconds in times.items()},
             groups=len(signal_P),

@@ -1,11 +1,12 @@
-"""A whole group through the deterministic solver at once, keeping only what the update reads."""
+"""Groups through a solver at once; of a neighborhood only what the update reads is kept."""
 
-# P prompts, G candidates, B anchors, K trained steps, N = P * G pictures, T image tokens, C channels.
+# P prompts, G candidates, B anchors, K trained steps, N = P * G pictures, T image tokens, C channels. A row of an
+# update is a (prompt, step) pair with its anchors.
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,8 +14,18 @@ from torch import Tensor
 
 from ngrpo_train.flux import Flux
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.solvers import SOLVERS, Previous
+from ngrpo_train.rows import Rows
+from ngrpo_train.solvers import SOLVERS, Previous, SolverStep
 from ngrpo_train.text import Conditioning
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnchorRows(Rows):
+    """Rows of anchors, each row with all candidates of its prompt after the step."""
+
+    anchor_rb: Tensor  # int64, candidates
+    dt_r: Tensor
+    after_rGTC: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,47 @@ class Groups:
             **joined,
         )
 
+    @property
+    def rows_per_prompt(self) -> int:
+        """K."""
+        return self.step_PK.shape[1]
+
+    @property
+    def states_per_row(self) -> int:
+        """B."""
+        return self.anchor_PB.shape[1]
+
+    def blocks(self, updates: int) -> list[Groups]:
+        """Equal shares of the anchors; `updates` must divide B."""
+        b = self.states_per_row // updates
+        return [
+            replace(
+                self,
+                anchor_PB=self.anchor_PB[:, start : start + b],
+                before_PKBTC=self.before_PKBTC[:, :, start : start + b],
+                velocity_PKBTC=self.velocity_PKBTC[:, :, start : start + b],
+            )
+            for start in range(0, b * updates, b)
+        ]
+
+    def rows(self, prompt_r: Tensor, row_r: Tensor, real: int) -> AnchorRows:
+        device = self.after_PKGTC.device
+        step_r = self.step_PK[prompt_r, row_r].to(device)
+        p, k = prompt_r.to(device), row_r.to(device)
+        sigma_before_r = self.sigma_before_PK[p, k]
+        return AnchorRows(
+            real=real,
+            prompt_r=p,
+            step_r=step_r,
+            before_rbTC=self.before_PKBTC[p, k],
+            sigma_before_r=sigma_before_r,
+            rollout_velocity_rbTC=self.velocity_PKBTC[p, k],
+            conditioning=self.conditioning.rows(p.repeat_interleave(self.states_per_row)),
+            anchor_rb=self.anchor_PB[p],
+            dt_r=sigma_before_r - self.sigma_after_PK[p, k],
+            after_rGTC=self.after_PKGTC[p, k],
+        )
+
 
 class Sampler(Protocol):
     """What gives the velocity of a solver's step."""
@@ -73,12 +125,13 @@ def generate(
     *,
     explore: bool = False,
     tail: Tail | None = None,
+    solver: SolverStep | None = None,
 ) -> Iterator[Step]:
     """Solve from `noise_NTC` down `sigmas` [steps + 1] (CPU), yielding every step. `conditioning` has N rows.
 
-    To `explore`, the model may compute coarser, in `parallel.rollout_dtype`.
+    To `explore`, the model may compute coarser, in `parallel.rollout_dtype`. Without a `solver`, the recipe's.
     """
-    solver = SOLVERS[flux.sampling.solver]
+    solver = solver or SOLVERS[flux.sampling.solver]
     x_NTC, previous = noise_NTC, None
     for index in range(steps := len(sigmas) - 1):
         sampler: Sampler = tail.sampler if tail and index >= steps - tail.steps else flux

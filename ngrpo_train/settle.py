@@ -15,6 +15,7 @@ from ngrpo_train.config import Parallel, Recipe
 from ngrpo_train.cost import Cost
 from ngrpo_train.loading import TEXT_PARTS, load_architecture
 from ngrpo_train.machines import Machine, machine_of
+from ngrpo_train.plan.layout import Batches
 
 logger = logging.getLogger(__name__)
 
@@ -95,19 +96,15 @@ def _machine(device: torch.device) -> Machine | None:
 
 
 def _attention_shapes(recipe: Recipe) -> attention.Shapes:
-    sampling, algorithm, settings = recipe.sampling, recipe.algorithm, recipe.parallel
+    sampling, batches = recipe.sampling, Batches.of(recipe)
     config = _architecture(recipe).transformer
-    pictures = recipe.prompts.per_rank * algorithm.num_generations
-    rows = recipe.prompts.per_rank * algorithm.num_anchors * algorithm.num_train_steps
-    rollout_batch = settings.rollout_batch or pictures
-    update_batch = settings.update_batch or rows
     return attention.Shapes(
         tokens=sampling.height // 16 * (sampling.width // 16) + sampling.max_sequence_length,
         heads=config["num_attention_heads"],
         head_dim=config["attention_head_dim"],
-        dtype=getattr(torch, settings.compute_dtype),
-        rollout_batch=rollout_batch,
-        update_batch=update_batch,
-        rollout_forwards=-(-pictures // rollout_batch) * sampling.num_inference_steps,
-        update_forwards=-(-rows // update_batch),
+        dtype=getattr(torch, recipe.parallel.compute_dtype),
+        rollout_batch=batches.rollout,
+        update_batch=batches.update,
+        rollout_forwards=batches.forwards,
+        update_forwards=batches.updates * batches.count,
     )

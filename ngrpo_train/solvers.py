@@ -24,8 +24,8 @@ Sigmas = Tensor | Sequence[float]
 SolverStep = Callable[[Tensor, Tensor, Sigmas, int, Previous | None], tuple[Tensor, Previous | None]]
 
 
-def flow_sigmas(num_inference_steps: int, shift: float) -> Tensor:
-    """The schedule `shift*t / (1 + (shift - 1)*t)` on t = linspace(1, 0, N + 1): fp32 [N + 1] on the CPU, from 1 to 0.
+def flow_sigmas(num_inference_steps: int, shift: float, start: float = 1) -> Tensor:
+    """The schedule `shift*t / (1 + (shift - 1)*t)` on t = linspace(start, 0, N + 1): fp32 [N + 1] on the CPU.
 
     `shift` > 1 spends more of the N steps at high noise (SD3, arXiv 2403.03206, Eq. 23; FLUX trainers use 3).
     Raises ValueError unless N >= 1 and 0 < shift < infinity.
@@ -34,7 +34,7 @@ def flow_sigmas(num_inference_steps: int, shift: float) -> Tensor:
         raise ValueError(f"sampling.num_inference_steps must be at least 1, got {num_inference_steps}")
     if not 0 < shift < math.inf:
         raise ValueError(f"sampling.shift must be positive and finite, got {shift}")
-    t = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
+    t = torch.linspace(start, 0, num_inference_steps + 1, dtype=torch.float64)
     return (shift * t / (1 + (shift - 1) * t)).float()
 
 

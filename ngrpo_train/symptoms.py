@@ -6,7 +6,13 @@ import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping
 
-from ngrpo_train.config import Recipe
+from ngrpo_train.config import Algorithm, Recipe, has_field
+
+
+def exploration(algorithm: Algorithm) -> str:
+    """The setting that says how far a group's candidates are apart, and its value."""
+    name = "sigma" if has_field(algorithm.name, "sigma") else "eta"
+    return f"algorithm.{name} = {getattr(algorithm, name):g}"
 
 
 class Symptoms:
@@ -70,8 +76,8 @@ class Symptoms:
             yield (
                 "flat_groups",
                 (
-                    f"{flat:.0%} of the groups have equal rewards and teach nothing: raise algorithm.sigma = "
-                    f"{algorithm.sigma:g}, or use a reward with finer steps"
+                    f"{flat:.0%} of the groups have equal rewards and teach nothing: raise {exploration(algorithm)}, "
+                    "or use a reward with finer steps"
                 ),
             )
         flatness = self._recent("advantage/flatness", figures)
@@ -80,7 +86,7 @@ class Symptoms:
                 "flatness",
                 (
                     f"advantages are evenly spread (flatness {flatness:.2f}): watch for generic pictures; lower "
-                    f"algorithm.p = {algorithm.p:g} or raise algorithm.sigma = {algorithm.sigma:g}"
+                    f"algorithm.p = {algorithm.p:g} or raise {exploration(algorithm)}"
                 ),
             )
         diversity = self._recent("group/diversity", figures)
@@ -91,7 +97,7 @@ class Symptoms:
                     "diversity",
                     (
                         f"the group's diversity fell to {diversity / self._first_diversity:.0%} of where it began "
-                        f"(mode collapse): raise algorithm.sigma = {algorithm.sigma:g} or lower optimizer.learning_rate"
+                        f"(mode collapse): raise {exploration(algorithm)} or lower optimizer.learning_rate"
                     ),
                 )
         for name in ("update/grad_norm", "update/loss"):

@@ -14,8 +14,10 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from ngrpo_train import parallel
+from ngrpo_train.algorithms import refuse_backend
 from ngrpo_train.checkpoint import Checkpointer, TrainState, read_record, refuse_unlike
-from ngrpo_train.config import Recipe, check
+from ngrpo_train.checks import check
+from ngrpo_train.config import Recipe
 from ngrpo_train.evaluate import pictures
 from ngrpo_train.export import export
 from ngrpo_train.flux import Flux
@@ -29,8 +31,8 @@ from ngrpo_train.run_directory import claim, clear, find_resume
 from ngrpo_train.settle import cost_of, explained_out_of_memory, settle_attention, settle_memory
 from ngrpo_train.stopwatch import Stopwatch
 from ngrpo_train.text import EmbeddingCache
-from ngrpo_train.update import refuse_backend
 from ngrpo_train.watch import Watch
+from ngrpo_train.workload import Workload
 
 logger = logging.getLogger(__name__)
 
@@ -164,12 +166,12 @@ def _summary(flux: Flux, recipe: Recipe, run: Path, prompts: int, processes: Par
     ranks: int = processes.num_processes
     per_iteration = prompts_per_iteration(recipe, ranks)
     trainable = sum(parameter.numel() for parameter in flux.trainable.values())
-    settings = recipe.algorithm
+    work = Workload.of(recipe)
     return (
         f"{recipe.algorithm.name} on {recipe.model.name_or_path}: {trainable / 1e6:,.1f} M trainable parameters "
         f"({recipe.model.tuning}), {ranks} process{'es' if ranks > 1 else ''} on {flux.device.type}\n"
-        f"{prompts} prompts, {per_iteration} per iteration; G {settings.num_generations}, B {settings.num_anchors}, "
-        f"K {settings.num_train_steps}; {recipe.train.steps} iterations into {run}"
+        f"{prompts} prompts, {per_iteration} per iteration; G {work.generations}, B {work.num_anchors:g}, "
+        f"K {work.num_train_steps}; {recipe.train.steps} iterations into {run}"
     )
 
 

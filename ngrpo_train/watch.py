@@ -27,6 +27,7 @@ from ngrpo_train.flux import Flux
 from ngrpo_train.metrics import advantage_figures
 from ngrpo_train.rewards import Rewards, combined
 from ngrpo_train.rewards.scorer import ModelScorer
+from ngrpo_train.symptoms import exploration
 
 _CERTAIN = 3.0  # standard errors, over prompts, that a change must be away from zero to be spoken of
 _LEAST_DIVERSITY = 0.7  # of the base model's
@@ -105,7 +106,7 @@ class Watch:
             yield (
                 "diversity",
                 f"pictures of one prompt grow alike (diversity {kept:.0%} of the base model's): if the prompts leave "
-                "anything open, lower optimizer.learning_rate or raise algorithm.sigma",
+                f"anything open, lower optimizer.learning_rate or raise {exploration(self.recipe.algorithm)}",
             )
         grown = (now.grid_P.mean() / self.base.grid_P.mean()).item()
         if grown > _MOST_GRID and Change.of(now.grid_P - self.base.grid_P).certainly_rose:

@@ -36,14 +36,18 @@ ORDER = {
     "ngrpo_train": """
         __init__
         config
+        workload
+        checks
         parsing symptoms hub
         shapes
         solvers perturb prompts machines architecture
+        sde
         plan
         parallel
         text blocks sharding stopwatch attention loading progress
         float8 ema optimizer cost artifacts
         flux
+        rows
         rollout
         rewards
         update
@@ -53,6 +57,7 @@ ORDER = {
         metrics report run_directory inference doctor trace reward_server
         comparison watch
         profiling train
+        experiments
         __main__
     """,
 }

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import train_parts, train_recipes, train_rows, train_scorers, train_step, train_table
-from benchmarks.train_recipes import as_measured, full_size, score, settings_of, tiny, with_depth
+from benchmarks.train_recipes import as_measured, full_size, score, settings_of, table_3, tiny, with_depth
 from benchmarks.train_rows import Case, Row, Session, Skip
+from ngrpo_train.algorithms.neighbor import LeapingPolicy
 from ngrpo_train.architecture import find_architecture
-from ngrpo_train.config import Model, Recipe, Reward, check
+from ngrpo_train.checks import check
+from ngrpo_train.config import Model, Recipe, Reward
 from ngrpo_train.iteration import Trainer
 from ngrpo_train.parsing import RecipeFlags, parse
 from ngrpo_train.prompts import Prompt
@@ -127,8 +129,11 @@ def test_the_made_up_reward_is_never_flat() -> None:
     assert (score(brighter, [""] * 12) - rewards).nonzero().tolist() == [[3]]
 
 
-@pytest.mark.parametrize("recipe", [full_size(), tiny(on_gpu=False)], ids=["full", "tiny"])
-def test_settings_repeat_a_recipe(recipe: Recipe) -> None:
+@pytest.mark.parametrize("name", ["full", "tiny", "MixGRPO-Flash*", "BranchGRPO"])
+def test_settings_repeat_a_recipe(name: str) -> None:
+    recipes = {"full": full_size(), "tiny": tiny(on_gpu=False)}
+    recipe = recipes.get(name) or table_3(full_size())[name][1]
+
     @dataclasses.dataclass
     class Command:
         recipe: RecipeFlags = dataclasses.field(default_factory=Recipe)
@@ -286,6 +291,10 @@ MEASURED = {
     },
     "decode": {"4 at once, eager, channels last", "1 at once, eager, channels first"},
     "iteration": {"full, 1 update", "full, 2 updates"},
+    "algorithms": {
+        *("DanceGRPO", "MixGRPO", "MixGRPO-Flash*", "BranchGRPO"),
+        *("Neighbor, 25 steps", "Neighbor, 16 steps", "Neighbor, 8 steps"),
+    },
     "variants": {"LoRA, rank 4"},
     "sharded": {"plain", "FSDP2, gathered: rollout", "FSDP2, float32 weights"},
     "peer": {"float32 weights under autocast", "bfloat16 weights"},
@@ -338,7 +347,8 @@ def test_the_peer_computes_the_same_gradient(tmp_path: Path) -> None:
     groups = trainer.algorithm.explore(flux, [Prompt(prompt, 0)], 0)
     scores = trainer.rewards(flux.decode(groups.final_PGTC.flatten(0, 1)), [Prompt(prompt, 0)])
     advantages_PG = trainer.algorithm.advantages(scores, 0)
-    update(flux, keep, groups, advantages_PG, recipe.algorithm, max_grad_norm=float("inf"))
+    policy = LeapingPolicy(recipe.algorithm)
+    update(flux, keep, groups, advantages_PG, policy, recipe.algorithm, max_grad_norm=float("inf"))
 
     architecture = find_architecture(recipe.model.name_or_path)
     peer = train_parts.make_peer(
@@ -388,6 +398,22 @@ def test_tables_have_the_medians(session: Session, tmp_path: Path) -> None:
     assert list(train_table.of_part(rows, "decode")) == [train_table.NOT_YET]
 
 
+def test_table_3_has_counts_and_what_was_measured(session: Session) -> None:
+    session.case("algorithms", "DanceGRPO", lambda case: case.add("prompt", "s", 66.0))
+    session.case("algorithms", "BranchGRPO", lambda case: torch.empty(1 << 60))
+    cells = {}
+    for line in (lines := list(train_table.algorithms(session.rows))):
+        name, *values = [cell.strip() for cell in line.strip("|").split("|")]
+        cells[name] = values
+    assert cells["DanceGRPO"][:5] == ["12", "12", "14", "25.00", "14.00"]
+    assert (cells["DanceGRPO"][7], cells["DanceGRPO"][-1]) == ("66.00", "237.86")
+    assert cells["BranchGRPO"][3:5] == ["12.69", "12.62"]
+    assert cells["BranchGRPO"][7] == ""
+    assert cells["MixGRPO-Flash*"][:5] == ["12", "12", "4", "8.00", "4.00"]
+    assert cells["Neighbor, 8 steps"][2:5] == ["4", "8.00", "1.33"]
+    assert any(line.startswith("- BranchGRPO: out of memory") for line in lines)
+
+
 # -- The script --------------------------------------------------------------------------------------------------------
 
 
@@ -401,7 +427,7 @@ def test_the_gpu_script_runs_every_part(tmp_path: Path, fails: bool) -> None:
     )
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python)}
-    parts = [*train_parts.PARTS, "smoke", "profile"]
+    parts = [*train_parts.PARTS, "baselines", "smoke", "profile"]
     for part in parts:
         out = tmp_path / part
         command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), f"train-{part}", str(out)]

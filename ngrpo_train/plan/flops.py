@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from ngrpo_train.architecture import Architecture, lora_parameters
 from ngrpo_train.config import Recipe
 from ngrpo_train.plan.activations import Shape, block_bytes, decode_pass, encode_pass
-from ngrpo_train.plan.layout import Batches, compiles, shape_of
+from ngrpo_train.plan.layout import Batches, filled, shape_of
 from ngrpo_train.plan.scorers import Scoring
+from ngrpo_train.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,47 +101,46 @@ class Flops:
 
 
 def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
-    """Every group counts as one with signal. Of the scorers those count whose cost is known."""
+    """Of the first one. Every group counts as one with signal. Of the scorers those count whose cost is known."""
     algorithm, sampling, batches = recipe.algorithm, recipe.sampling, Batches.of(recipe)
     shape = shape_of(recipe, architecture)
     trained = transformer_flops(architecture, shape.image_tokens, shape.text_tokens, shape.lora_rank)
     base = transformer_flops(architecture, shape.image_tokens, shape.text_tokens)
     float8 = recipe.parallel.rollout_dtype == "float8"
     exploring = base if float8 else trained  # the float8 copy has adapters merged in
-    updates = batches.updates
-    before = updates - 1 if algorithm.old_policy == "exact" else 0  # the first block's is the training forward itself
-    tethers = updates if algorithm.reference_coef else 0
     text = 0 if recipe.prompts.embeddings else batches.prompts * encode_pass(architecture, shape.text_tokens).flops
     decode, scoring = decode_pass(architecture, sampling.height, sampling.width).flops, Scoring.of(recipe)
 
-    def stages(explored: int, decoded: int, anchors: int) -> dict[str, int]:
-        """Of so many pictures, and of so many anchors per optimizer step."""
+    def stages(explored: int, decoded: int, states: int, later: int) -> dict[str, int]:
+        """Of so many pictures in the rollout's forwards, and of so many states, `later` ones after the first step."""
         each = {
             "text": text,
-            "rollout": explored * sampling.num_inference_steps * exploring.forward,
+            "rollout": explored * exploring.forward,
             "decode": decoded * decode,
             "reward": scoring.flops,
-            "old policy": before * anchors * trained.forward,
-            "reference": tethers * anchors * base.forward,
-            "forward": updates * anchors * trained.forward,
-            "backward": updates * anchors * trained.backward,
+            # The first step's is the training forward itself.
+            "old policy": later * trained.forward if algorithm.old_policy == "exact" else 0,
+            "reference": states * base.forward if algorithm.reference_coef else 0,
+            "forward": states * trained.forward,
+            "backward": states * trained.backward,
         }
         return {stage: flops for stage, flops in each.items() if flops}
 
     pictures = batches.prompts * algorithm.num_generations
-    anchors = batches.prompts * algorithm.num_train_steps * batches.anchors
-    explored = pictures // batches.explored * _filled(batches.explored, batches.rollout, recipe)
-    filled = batches.count * batches.update
-    hardware = stages(explored, _filled(pictures, batches.decode, recipe), filled)
+    states = batches.prompts * Workload.of(recipe).states
+    model = stages(sum(batches.calls), pictures, states, states - batches.first)
+    explored = sum(filled(pictures, batches.rollout, recipe) for pictures in batches.calls)
+    each = batches.count * batches.update  # of every optimizer step, filled up whether compiled or not
+    hardware = stages(
+        explored,
+        filled(pictures, batches.decode, recipe),
+        batches.updates * each,
+        (batches.updates - 1) * each,
+    )
     if again := _recomputed(recipe, architecture, shape, trained):
-        hardware["recomputation"] = updates * filled * again
-    products = explored * sampling.num_inference_steps * base.products
-    model = stages(pictures, pictures, anchors)
+        hardware["recomputation"] = batches.updates * each * again
+    products = explored * base.products
     return Flops(model, hardware, float8=products if float8 else 0, float32=scoring.float32_flops)
-
-
-def _filled(count: int, batch: int, recipe: Recipe) -> int:
-    return -(-count // batch) * batch if compiles(recipe) else count
 
 
 def _recomputed(recipe: Recipe, architecture: Architecture, shape: Shape, picture: TransformerFlops) -> int:

@@ -11,9 +11,10 @@ from ngrpo_train.architecture import Architecture, Parameters, find_architecture
 from ngrpo_train.config import Recipe
 from ngrpo_train.machines import Machine
 from ngrpo_train.plan.flops import Flops, iteration_flops
-from ngrpo_train.plan.layout import Batches, Layout, Weights, shape_of
+from ngrpo_train.plan.layout import Batches, Layout, Weights, filled, shape_of
 from ngrpo_train.plan.memory import Memory, iteration_memory
 from ngrpo_train.plan.traffic import Traffic, iteration_traffic
+from ngrpo_train.workload import Workload
 
 SAFE_SHARE = 0.92
 """Of a GPU's memory: the rest is for what its allocator cannot use, because free memory lies in pieces."""
@@ -77,6 +78,8 @@ def settle(
     # Few pictures at once slow every product down: gathering less often is not worth that.
     tokens = shape.image_tokens + shape.text_tokens
     fast = [n for n in rollouts if n * tokens >= FULL_FORWARD_TOKENS] or rollouts[:1]
+    # A tree's first steps have few pictures, and large batches of them would be mostly filling.
+    fast.sort(key=lambda n: sum(filled(pictures, n, recipe) for pictures in batches.calls))
     choices = sorted(itertools.product(keeps, reduces), key=cost)
     every = [
         Settled(*choice, rollout, decode)  # type: ignore[arg-type]
@@ -139,15 +142,9 @@ class Plan:
         return self.memory.peak <= SAFE_SHARE * self.gpu_bytes
 
     @property
-    def nfe_old(self) -> int:
-        """Model evaluations per picture in a rollout, as in the paper's Table 3."""
-        return self.recipe.sampling.num_inference_steps
-
-    @property
-    def nfe_theta(self) -> float:
-        """Model evaluations per picture in the update, B/G * K: the paper's Table 3."""
-        algorithm = self.recipe.algorithm
-        return algorithm.num_anchors / algorithm.num_generations * algorithm.num_train_steps
+    def workload(self) -> Workload:
+        """Of one prompt, in the first iteration, which is what all figures here are of."""
+        return Workload.of(self.recipe)
 
     @property
     def prompts(self) -> int:

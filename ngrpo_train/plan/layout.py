@@ -1,7 +1,7 @@
 """How a recipe lays weights over processes, and cuts an iteration into batches."""
 
-# P prompts together, G candidates, B anchors, K trained steps, U optimizer steps of an iteration, b = B / U anchors of
-# one, S processes that share a copy of the weights. A row is a (prompt, step) pair with its b anchors, as in `update`.
+# P prompts together, G candidates, B anchors, U optimizer steps of an iteration, S processes that share a copy of the
+# weights. A row is that of `rows`: b states of one prompt and solver step, B / U anchors or a single transition.
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from ngrpo_train.architecture import Architecture, lora_parameters, lora_total, parameters
 from ngrpo_train.config import Recipe
 from ngrpo_train.plan.activations import Shape
+from ngrpo_train.workload import Workload, branches
 
 TEXT_BYTES = 2
 """Of a weight of the text encoders, and of the VAE: bfloat16, whatever the transformer computes in."""
@@ -98,44 +99,69 @@ class Batches:
     """Of an iteration."""
     explored: int
     """Pictures whose groups are explored together: P * G."""
+    calls: tuple[int, ...]
+    """Pictures in each solver step of all rollouts, before they are cut: P * G, or P for each branch that is alive."""
     rollout: int
     """Pictures per forward of the rollout."""
     decode: int
     """Pictures per VAE decode."""
     rows: int
     """Rows per forward-backward."""
-    anchors: int
+    states: int
     """b."""
+    first: int
+    """States that the first optimizer step trains. The others train no more."""
     count: int
-    """Forward-backwards per optimizer step."""
+    """Forward-backwards per optimizer step, alike for all of them."""
     updates: int
     """U."""
 
     @staticmethod
     def of(recipe: Recipe) -> Batches:
-        """Where the recipe leaves a number to what memory allows, all at once."""
+        """Of the first iteration. Where the recipe leaves a number to what memory allows, all at once."""
         algorithm, settings, together = recipe.algorithm, recipe.parallel, recipe.prompts.per_rank
+        work = Workload.of(recipe)
         prompts = together * recipe.train.gradient_accumulation_steps
         explored = together * algorithm.num_generations
         pictures = prompts * algorithm.num_generations
-        anchors = algorithm.num_anchors // algorithm.updates_per_iteration
-        all_rows = prompts * algorithm.num_train_steps
-        rows = max(1, settings.update_batch // anchors) if settings.update_batch else all_rows
+        states = algorithm.num_anchors // work.updates if algorithm.is_neighbor else 1
+        all_rows = prompts * -(-work.states // (work.updates * states))
+        rows = max(1, settings.update_batch // states) if settings.update_batch else all_rows
         return Batches(
             prompts=prompts,
             explored=explored,
+            calls=tuple(together * n for n in _pictures(recipe, work)) * recipe.train.gradient_accumulation_steps,
             rollout=_batch(settings.rollout_batch, explored, recipe),
             decode=_batch(settings.decode_batch, pictures, recipe),
             rows=rows,
-            anchors=anchors,
+            states=states,
+            first=all_rows * states,
             count=-(-all_rows // rows),
-            updates=algorithm.updates_per_iteration,
+            updates=work.updates,
         )
 
     @property
     def update(self) -> int:
         """Pictures per forward-backward."""
-        return self.rows * self.anchors
+        return self.rows * self.states
+
+    @property
+    def forwards(self) -> int:
+        """Of all rollouts."""
+        return sum(-(-pictures // self.rollout) for pictures in self.calls)
+
+
+def _pictures(recipe: Recipe, work: Workload) -> tuple[int, ...]:
+    """Of one prompt, in each solver step of its rollout."""
+    if recipe.algorithm.name != "branch_grpo":
+        return (work.generations,) * (work.rollout // work.generations)
+    # A branch splits behind the forward of its step.
+    return (1, *(branches(recipe, step) for step in range(recipe.sampling.num_inference_steps - 1)))
+
+
+def filled(count: int, batch: int, recipe: Recipe) -> int:
+    """So many pictures in batches, with those that only fill up the last one of compiled code."""
+    return -(-count // batch) * batch if compiles(recipe) else count
 
 
 def _batch(asked: int, count: int, recipe: Recipe) -> int:

@@ -1,7 +1,7 @@
 """What each GPU and its host hold, by part and by phase of an iteration, in bytes."""
 
-# P prompts together, G candidates, B anchors, K trained steps, T image tokens, C channels, L text tokens, S processes
-# that share one copy of the weights.
+# P prompts together, G candidates, B anchors, K trained steps, M trained transitions of a prompt, T image tokens, C
+# channels, L text tokens, S processes that share one copy of the weights.
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from ngrpo_train.machines import GIB
 from ngrpo_train.plan.activations import BlockBytes, Shape, block_bytes, decode_pass, encode_pass, ends_bytes
 from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Layout, Weights, bytes_of, compiles, shape_of
 from ngrpo_train.plan.scorers import Scoring
+from ngrpo_train.workload import Workload, branches, num_train_steps, tree_steps
 
 # Assumptions: nothing here has been compared with a GPU yet.
 RUNTIME_BYTES = 1.5 * GIB  # CUDA's context, its libraries' workspaces, and compiled code
 NCCL_BYTES = 1.5 * GIB  # communicators' buffers, where there are several processes
+
+TRANSITION_STATES = 16
+"""float32 states of D that the loss of a Gaussian policy holds of each transition, what was explored included."""
 
 _ADAMW_BYTES = {  # of optimizer state for one trained weight
     "adamw": 4 + 4,
@@ -68,7 +72,8 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
     scoring = Scoring.of(recipe)
     everywhere["scorers"] = scoring.resident
     host += scoring.offloaded
-    everywhere["explored groups"] = batches.prompts * _group_bytes(recipe, architecture, shape)
+    groups = batches.prompts * _group_bytes(recipe, architecture, shape)
+    everywhere["explored groups"] = groups
     everywhere["runtime"] = RUNTIME_BYTES + (NCCL_BYTES if layout.world_size > 1 else 0)
     rollout_gathered = _gathered(recipe, weights, layout, "rollout")
     update_gathered = _gathered(recipe, weights, layout, "update")
@@ -83,7 +88,9 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
         "rollout": {
             **everywhere,
             "gathered weights": rollout_gathered,
-            "activations": _rollout_bytes(recipe, architecture, shape, batches),
+            "activations": max(
+                _rollout_bytes(recipe, architecture, shape, batches), _joining_bytes(recipe, batches, groups)
+            ),
         },
         "decode": {
             **everywhere,
@@ -99,6 +106,8 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
         },
         "step": {**everywhere, "gathered weights": kept, "gradients": _gradients(recipe, weights, layout)},
     }
+    for phase in ("update", "step"):
+        phases[phase]["explored groups"] = groups + batches.prompts * _pruned_bytes(recipe, architecture, shape)
     phases["encode"]["text encoders"] = everywhere.get("text encoders", 0.0) + encoders_gathered
     if not encoders:
         del phases["encode"]
@@ -202,8 +211,12 @@ def _update_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, batc
     if recipe.algorithm.reference_coef:  # the base model's forward comes between forward and backward
         most = max(most, kept + _forward_bytes(recipe, architecture, shape))
     latent = shape.image_tokens * architecture.channels
-    # For each anchor: its state, the rollout's velocity, the model's and its gradient; for each row all candidates.
-    rows = batches.rows * (4 * batches.anchors + recipe.algorithm.num_generations) * 4 * latent
+    if recipe.algorithm.is_neighbor:
+        # For each anchor: its state, the rollout's velocity, the model's and its gradient; for each row all candidates.
+        held = 4 * batches.states + recipe.algorithm.num_generations
+    else:
+        held = TRANSITION_STATES
+    rows = batches.rows * held * 4 * latent
     conditioning = batches.update * _conditioning_bytes(architecture, shape)
     old = 0
     if recipe.algorithm.old_policy == "exact":
@@ -217,8 +230,10 @@ def _forward_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> 
 
 def _rollout_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, batches: Batches) -> float:
     latent = 4 * shape.image_tokens * architecture.channels
-    # Of all pictures explored together: noise, states before and after, velocity, and what the solver remembers.
-    solver = batches.explored * (6 * latent + _conditioning_bytes(architecture, shape))
+    # Of all pictures explored together: noise, states before and after, velocity, and what the solver remembers, or
+    # makes of a random step, whose own noise comes to it.
+    states = 6 if recipe.algorithm.is_neighbor else 7
+    solver = batches.explored * (states * latent + _conditioning_bytes(architecture, shape))
     return batches.rollout * _forward_bytes(recipe, architecture, shape) + solver
 
 
@@ -231,8 +246,33 @@ def _conditioning_bytes(architecture: Architecture, shape: Shape) -> int:
 def _group_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> float:
     """Of one explored prompt until its update: float32 states and velocities, and what conditioned them."""
     algorithm, latent = recipe.algorithm, 4 * shape.image_tokens * architecture.channels
-    G, B, K = algorithm.num_generations, algorithm.num_anchors, algorithm.num_train_steps
-    return (2 * K * B + K * G + G) * latent + _conditioning_bytes(architecture, shape)
+    G = algorithm.num_generations
+    if algorithm.is_neighbor:
+        B, K = algorithm.num_anchors, num_train_steps(recipe)
+        kept = 2 * K * B + K * G
+    else:
+        kept = 3 * _explored_transitions(recipe)  # state, noise, velocity
+    return (kept + G) * latent + _conditioning_bytes(architecture, shape)
+
+
+def _explored_transitions(recipe: Recipe) -> int:
+    """Of one prompt, of the steps that are trained; of a tree all edges, for width pruning asks for their rewards."""
+    if recipe.algorithm.name == "branch_grpo":
+        return sum(branches(recipe, step) for step in tree_steps(recipe, 0))
+    return Workload.of(recipe).states
+
+
+def _pruned_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> int:
+    """Of one prompt's transitions that pruning leaves, which a tree's update copies beside all, even if it is none."""
+    if recipe.algorithm.name != "branch_grpo":
+        return 0
+    return 3 * Workload.of(recipe).states * 4 * shape.image_tokens * architecture.channels
+
+
+def _joining_bytes(recipe: Recipe, batches: Batches, groups: float) -> float:
+    """Of a rollout's end: the groups of all batches of prompts, made one beside what they were."""
+    alone = recipe.algorithm.is_neighbor and recipe.train.gradient_accumulation_steps == 1
+    return 0 if alone else groups
 
 
 def _encode_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> int:

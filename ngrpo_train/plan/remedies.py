@@ -116,10 +116,11 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
     recipe, batches, several = plan.recipe, plan.batches, plan.layout.world_size > 1
     model, settings, optimizer = recipe.model, recipe.parallel, recipe.optimizer.name
     if batches.rows > 1:
-        half = max(1, batches.rows // 2) * batches.anchors
-        yield {"parallel.update_batch": half}, "fewer anchors per forward-backward"
-        if half > batches.anchors:
-            yield {"parallel.update_batch": batches.anchors}, "the anchors of one step per forward-backward"
+        half = max(1, batches.rows // 2) * batches.states
+        yield {"parallel.update_batch": half}, "fewer states per forward-backward"
+        if half > batches.states:
+            each = "the anchors of one step" if recipe.algorithm.is_neighbor else "one state"
+            yield {"parallel.update_batch": batches.states}, f"{each} per forward-backward"
     for name in ("rollout_batch", "decode_batch", "keep_gathered", "reduce_gradients"):
         open_value = 0 if name.endswith("batch") else "auto"
         if getattr(settings, name) != open_value:

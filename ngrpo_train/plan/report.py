@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ngrpo_train.config import Recipe, Reward, check
+from ngrpo_train.checks import check
+from ngrpo_train.config import Recipe, Reward
 from ngrpo_train.machines import GIB, find_machine
 from ngrpo_train.plan.forecast import (
     COMPUTE_EFFICIENCY,
@@ -24,6 +25,7 @@ from ngrpo_train.plan.forecast import (
 )
 from ngrpo_train.plan.remedies import Remedy, remedies, speedups
 from ngrpo_train.plan.scorers import of_unknown_cost, scorer_sizes
+from ngrpo_train.workload import Workload
 
 REMEDIES_SHOWN = 5
 
@@ -107,10 +109,17 @@ def _facts(plan: Plan) -> Iterator[str]:
             for name, size in sizes.items()
         )
         yield f"scorers: {', '.join(each)}"
+    work = plan.workload
+    yield (
+        f"algorithm: {plan.recipe.algorithm.name}; G {work.generations}, B {work.num_anchors:.4g}, "
+        f"K {work.num_train_steps}"
+    )
+    last = Workload.of(plan.recipe, plan.recipe.train.steps - 1)
+    later = f" (at last {last.nfe_old:.4g})" if last.nfe_old != work.nfe_old else ""
     updates = f" in each of {batches.updates} optimizer steps" if batches.updates > 1 else ""
     yield (
         f"iteration: {plan.prompts} prompts{updates}, {batches.prompts} on each GPU; "
-        f"NFE_old {plan.nfe_old}, NFE_theta {plan.nfe_theta:.2f}"
+        f"NFE_old {work.nfe_old:.4g}{later}, NFE_theta {work.nfe_theta:.2f}"
     )
     kept = {"never": "for every forward", "rollout": "once for a rollout", "iteration": "once for an iteration"}
     summed = {"step": "once per optimizer step", "batch": "after every forward-backward"}
@@ -126,7 +135,7 @@ def _facts(plan: Plan) -> Iterator[str]:
         yield f"gradients: summed {summed[settled.reduce_gradients]}"
     yield (
         f"batches: {batches.rollout} of {batches.explored} pictures in the rollout, {batches.update} of "
-        f"{batches.count * batches.update} anchors in the update, {batches.decode} pictures in the VAE"
+        f"{batches.count * batches.update} states in the update, {batches.decode} pictures in the VAE"
     )
 
 

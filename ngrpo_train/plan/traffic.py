@@ -61,8 +61,7 @@ def _gathers(recipe: Recipe, batches: Batches) -> int:
     float8 = settings.rollout_dtype == "float8"
     if settings.keep_gathered == "iteration":
         return updates  # an optimizer step makes stale what is gathered
-    forwards = -(-batches.explored // batches.rollout) * recipe.sampling.num_inference_steps
-    rollout = 1 if settings.keep_gathered == "rollout" else recipe.train.gradient_accumulation_steps * forwards
+    rollout = 1 if settings.keep_gathered == "rollout" else batches.forwards
     before = updates - 1 if algorithm.old_policy == "exact" else 0
     tethers = updates if algorithm.reference_coef else 0
     return (0 if float8 else rollout) + (2 * updates + before + tethers) * batches.count  # forward and backward

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ngrpo_train import checkpoint
 from ngrpo_train.__main__ import main
 from ngrpo_train.algorithms import NeighborGRPO
+from ngrpo_train.config import has_field
 
 HERE = Path(__file__).parent
 
@@ -88,7 +89,9 @@ class Run:
 
     def arguments(self) -> list[str]:
         """Of the command line, "train" first."""
-        settings = SMALL | self.changes
+        algorithm = self.changes.get("algorithm.name", "neighbor")
+        small = {name: value for name, value in SMALL.items() if _is_of(algorithm, name)}
+        settings = small | self.changes
         flags = [f"--{name}={value}" for name, value in settings.items() if name not in SEVERAL]
         for name in SEVERAL:
             flags += [f"--{name}", *settings[name].split()]
@@ -111,6 +114,12 @@ class Run:
             record = {"rewards": rewards_SRPG, "advantages": advantages_SPG}
             torch.save(record, self.directory / f"observed_{os.environ.get('RANK', '0')}.pt")
         return code
+
+
+def _is_of(algorithm: str, flag: str) -> bool:
+    """Whether a flag is one that the algorithm takes."""
+    section, _, field_name = flag.partition(".")
+    return section != "algorithm" or has_field(algorithm, field_name.replace("-", "_"))
 
 
 @contextmanager

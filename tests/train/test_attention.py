@@ -170,7 +170,7 @@ def test_the_measured_attention_is_diffusers_own(used: list[tuple[str, bool, int
         ({}, {"rollout_batch": 24, "update_batch": 32, "rollout_forwards": 8, "update_forwards": 1}),
         (
             {"rollout_batch": 10, "update_batch": 5},
-            {"rollout_batch": 10, "update_batch": 5, "rollout_forwards": 3 * 8, "update_forwards": 7},
+            {"rollout_batch": 10, "update_batch": 4, "rollout_forwards": 3 * 8, "update_forwards": 8},
         ),
     ],
 )

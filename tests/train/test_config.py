@@ -6,15 +6,18 @@ import re
 import tomllib
 from dataclasses import replace
 from importlib.resources import files
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngrpo_train import config
+from ngrpo_train import checks
 from ngrpo_train.__main__ import TrainCommand
+from ngrpo_train.checks import check, refuse_changed
 from ngrpo_train.config import (
     Algorithm,
+    AlgorithmName,
     Checkpoint,
     Log,
     Model,
@@ -22,8 +25,7 @@ from ngrpo_train.config import (
     Recipe,
     Reward,
     as_dict,
-    check,
-    refuse_changed,
+    has_field,
 )
 from ngrpo_train.parsing import as_toml, find_recipe, parse, read_recipe, resolve
 
@@ -291,9 +293,18 @@ BAD = {
     "algorithm.num_train_steps": [0, 8],
     "algorithm.step_range": [(0.5, 0.5), (-0.1, 1.0), (0.5, 1.1), (0.9, 0.1), (0.0, 0.25), (0.0, NAN)],
     "algorithm.sigma": [0.0, -0.3, 1.01, NAN],
+    "algorithm.eta": [0.0, -0.3, INF, NAN],
+    "algorithm.window_size": [0, 8],
+    "algorithm.window_every": [0],
+    "algorithm.compression": [0.0, 1.01, NAN],
+    "algorithm.branch_steps": [(0, 2, 2, 3), (3, 2, 1, 0), (-1, 0, 1, 2), (0, 1, 2, 7)],
+    "algorithm.branch_spread": [0.0, -1.0, INF],
+    "algorithm.depth_pruning": [-1, 4],
+    "algorithm.depth_pruning_every": [0],
     "algorithm.updates_per_iteration": [0, 3, 8],
     "algorithm.p": [0.0, 2.01, NAN],
     "algorithm.min_reward_std": [-1.0, NAN],
+    "algorithm.advantage_clip": [0.0, -5.0, NAN],
     "algorithm.clip_range": [0.0, 1.0, (0.1, 0.0), (1.0, 0.1), (0.1, INF), NAN],
     "algorithm.temperature": [0.0, -1.0, INF, NAN],
     "algorithm.kl_coef": [-0.1, NAN],
@@ -328,7 +339,9 @@ BLAMED = {
 def test_a_number_out_of_range_is_refused_by_name_and_value(name, value):
     blamed = BLAMED.get((name, value), name)
     section, _, field = blamed.partition(".")
-    recipe = changed(GOOD, name, value)
+    # A field that neighbor does not have, in a recipe of an algorithm that does.
+    algorithm = next(each for each in get_args(AlgorithmName) if has_field(each, field))
+    recipe = changed(replace(GOOD, algorithm=Algorithm.of(algorithm)), name, value)
     with pytest.raises(ValueError, match=r"^[^\n]*$") as raised:
         check(recipe)
     assert str(raised.value).startswith(f"{blamed} = {getattr(getattr(recipe, section), field)!r} ")
@@ -413,7 +426,7 @@ def test_what_goes_together_is_accepted(changes):
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^log\.trackers = \('wandb',\) .*pip install \"ngrpo\[wandb\]\"$"):
         check(changed(GOOD, "log.trackers", ("wandb",)))
 

@@ -23,7 +23,6 @@ from ngrpo_train.iteration import Trainer
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.stopwatch import Stopwatch
-from ngrpo_train.update import update
 
 from .conftest import PROMPTS, SIZE
 
@@ -220,9 +219,7 @@ def test_the_ratio_never_sees_it(
 
     alone = trainer_of(recipe_of(tiny_dev, "same", **algorithm))
     assert error(outcome.groups.final_PGTC, alone.algorithm.explore(alone.flux, prompts, 0).final_PGTC) > 0.1
-    stats = update(
-        alone.flux, alone.optimizer, outcome.groups, outcome.advantages_PG, alone.algorithm.settings, max_grad_norm=1.0
-    )
+    stats = alone.algorithm.update(alone.flux, alone.optimizer, outcome.groups, outcome.advantages)
     moved = zip(explored.flux.trainable.values(), alone.flux.trainable.values(), before, strict=True)
     for mine, other, first in moved:
         assert torch.equal(mine, other)

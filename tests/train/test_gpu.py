@@ -8,7 +8,7 @@ import torch
 
 from ngrpo_train import parallel
 from ngrpo_train.__main__ import TrainCommand
-from ngrpo_train.algorithms import NeighborGRPO
+from ngrpo_train.algorithms import make_algorithm
 from ngrpo_train.config import Recipe
 from ngrpo_train.flux import Flux
 from ngrpo_train.optimizer import make_optimizer
@@ -58,11 +58,13 @@ def test_every_way_to_train_runs_and_compiles_once(tmp_path: Path, changes: dict
     assert [row["compile/graphs"] for row in rows[1:]] == [0.0] * (len(rows) - 1)
 
 
+@pytest.mark.parametrize("algorithm", ["neighbor", "mix_grpo_flash", "branch_grpo"])
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
-def test_the_host_waits_for_the_device_once_between_rollout_and_update(compute_dtype: str) -> None:
+def test_the_host_waits_for_the_device_once_between_rollout_and_update(compute_dtype: str, algorithm: str) -> None:
     """For the rewards: neither the rollout nor the update reads anything back."""
     flags = ["--parallel.device", "cuda", "--parallel.compile", "off", "--parallel.sharding", "none"]
     flags += ["--parallel.compute-dtype", compute_dtype, "--parallel.keep-gathered", "never"]
+    flags += ["--algorithm.name", algorithm]
     command = parse(TrainCommand, read_recipe(find_recipe("shapes_cpu")), flags, prog="", name="shapes_cpu")
     recipe = command.recipe
     with parallel.processes(recipe.parallel) as processes:
@@ -73,7 +75,7 @@ def _iterate_twice(recipe: Recipe, device: torch.device) -> None:
     flux = Flux(recipe.model, recipe.sampling, recipe.parallel, device)
     optimizer = make_optimizer(list(flux.trainable.values()), recipe.optimizer)
     rewards = Rewards(recipe.rewards)
-    algorithm = NeighborGRPO(recipe, rewards)
+    algorithm = make_algorithm(recipe, rewards)
     cursor = PromptCursor.of(recipe, load_prompts(recipe.prompts.source), 0, 1)
     for step in range(2):  # the first may allocate, and ask libraries what they have
         prompts = cursor.next()

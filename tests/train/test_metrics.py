@@ -12,6 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ngrpo_train import metrics, parallel, stopwatch
+from ngrpo_train.algorithms.neighbor import LeapingPolicy
 from ngrpo_train.config import Recipe
 from ngrpo_train.metrics import advantage_figures, device_figures, flat_recipe, reward_figures
 from ngrpo_train.rewards import Scores
@@ -29,7 +30,7 @@ def groups_of(final_PGTC, step_PK=None):
 def stats_of(rows, **sums):
     tallies = []
     for scale in (1, 10):  # of the first optimizer step and the last
-        tally = Tally(3, torch.device("cpu"))
+        tally = Tally(("ratio_mean", *LeapingPolicy.FIGURES), 3, torch.device("cpu"))
         tally.rows += rows
         for name, total in sums.items():
             tally.sums[name] += scale * total

@@ -1,9 +1,10 @@
 """What a plan says, against trackers of real passes, torch's own FSDP, figures worked out by hand, and itself."""
 
+import tomllib
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -19,8 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import train_recipes
 from ngrpo_train import parallel, sharding
 from ngrpo_train.__main__ import TrainCommand
+from ngrpo_train.algorithms import make_algorithm
+from ngrpo_train.algorithms.stochastic import GaussianPolicy, TransitionRows
 from ngrpo_train.architecture import (
     KNOWN,
     Architecture,
@@ -29,17 +33,23 @@ from ngrpo_train.architecture import (
     transformer_inputs,
     transformer_on,
 )
-from ngrpo_train.config import Model, Parallel, Recipe, Reward, as_dict, check
+from ngrpo_train.checks import check
+from ngrpo_train.config import Algorithm, Model, Parallel, Recipe, Reward
+from ngrpo_train.flux import Flux
 from ngrpo_train.machines import GIB, MACHINES, Machine, find_machine, machine_of
-from ngrpo_train.parsing import find_recipe, parse, read_recipe, resolve
+from ngrpo_train.parsing import as_toml, find_recipe, parse, read_recipe, resolve
 from ngrpo_train.plan import explain_out_of_memory, make_plan, plan_command, remedies, settle, speedups
-from ngrpo_train.plan.activations import FlashAttention, FusedNorm, Shape, block_bytes, decode_pass
+from ngrpo_train.plan.activations import FlashAttention, FusedNorm, Shape, block_bytes, decode_pass, measuring
 from ngrpo_train.plan.flops import iteration_flops
 from ngrpo_train.plan.forecast import SAFE_SHARE, Settled
-from ngrpo_train.plan.layout import Layout
-from ngrpo_train.plan.memory import Memory, iteration_memory, update_picture_bytes
+from ngrpo_train.plan.layout import Batches, Layout
+from ngrpo_train.plan.memory import TRANSITION_STATES, Memory, iteration_memory, update_picture_bytes
 from ngrpo_train.plan.remedies import with_settings
 from ngrpo_train.plan.traffic import Traffic, iteration_traffic
+from ngrpo_train.prompts import Prompt
+from ngrpo_train.rewards import Rewards, Scores
+from ngrpo_train.text import Conditioning
+from ngrpo_train.workload import Workload
 
 DEV = KNOWN["flux-dev"]
 N = 11_901_408_320  # parameters of FLUX.1-dev's transformer
@@ -409,8 +419,8 @@ def test_evaluations_of_the_papers_rows(
         algorithm__step_range=step_range,
     )
     plan = make_plan(row, MACHINES["h800-80"], 32)
-    assert plan.nfe_old == steps
-    assert plan.nfe_theta == pytest.approx(nfe_theta, abs=0.005)
+    assert plan.workload.nfe_old == steps
+    assert plan.workload.nfe_theta == pytest.approx(nfe_theta, abs=0.005)
     assert plan.prompts == 32
 
 
@@ -478,6 +488,183 @@ def test_links_of_a_node_and_between_nodes() -> None:
     assert far.floor == far.links > far.compute
     assert near.floor == near.compute
     assert near.estimate > near.floor
+
+
+# -- Other algorithms, by hand and by what they do ---------------------------------------------------------------------
+
+
+def with_algorithm(name: str, steps: int, settings: dict[str, Any], **others: Any) -> Recipe:
+    """As `settled`, with an algorithm as it was published, but for these settings of it."""
+    published = replace(Algorithm.of(name), step_range=(0.0, 1.0), **settings)
+    return replace(settled(sampling__num_inference_steps=steps, **others), algorithm=published)
+
+
+FROZEN = {"window_frozen": True, "compression": 0.2}  # 4 of the 25 steps in the window, then 4 for the other 21
+TREE = 3 * (2 + 4 + 8) + 10 * 16  # edges of the 19 random steps: three after each split, but ten after the last
+
+
+@pytest.mark.parametrize(
+    "name, steps, settings, batch, evaluated, filled, forwards, trained, first, count",
+    [
+        ("dance_grpo", 25, {}, 12, 25 * 12, 25 * 12, 25, 12 * 14, 56, 14),
+        ("mix_grpo_flash", 25, FROZEN, 5, 8 * 12, 8 * 15, 8 * 3, 12 * 4, 12, 3),
+        # One picture before the first split; 16 in the last step, which is not trained.
+        ("branch_grpo", 20, {}, 4, 1 + TREE, 4 + 3 * (4 + 4 + 8) + 160, 1 + 3 * (1 + 1 + 2) + 40, TREE, 68, 17),
+    ],
+)
+def test_what_an_sde_computes(
+    name: str,
+    steps: int,
+    settings: dict[str, Any],
+    batch: int,
+    evaluated: int,
+    filled: int,
+    forwards: int,
+    trained: int,
+    first: int,
+    count: int,
+) -> None:
+    """4 states at once, in 3 optimizer steps or Flash's 4. Forwards of one picture are those of Neighbor GRPO."""
+    asked = with_algorithm(name, steps, settings, parallel__rollout_batch=batch, parallel__update_batch=4)
+    picture = iteration_flops(settled(), DEV).model_stages["rollout"] // (12 * 8)
+    flops, U = iteration_flops(asked, DEV), 4 if name == "mix_grpo_flash" else 3
+    assert flops.model_stages["rollout"] == evaluated * picture
+    assert flops.model_stages["forward"] == trained * picture == flops.model_stages["backward"] // 2
+    assert flops.model_stages["old policy"] == (trained - first) * picture
+    assert flops.hardware_stages["rollout"] == filled * picture
+    assert flops.hardware_stages["forward"] == U * count * 4 * picture
+    assert traffic(asked).gathers == forwards + 2 * U * count + (U - 1) * count
+    latent, text = 4 * 2025 * 64, 2 * 512 * 4096
+    held = memory(asked).phases
+    G = asked.algorithm.num_generations
+    assert held["decode"]["explored groups"] == (3 * trained + G) * latent + text  # state, noise, velocity; pictures
+    copied = 3 * trained * latent if name == "branch_grpo" else 0  # by pruning, though it leaves all
+    assert held["update"]["explored groups"] - held["decode"]["explored groups"] == copied
+    plan = make_plan(asked, H200)
+    assert (plan.workload.nfe_old, plan.workload.nfe_theta) == (evaluated / G, trained / G)
+    assert plan.seconds.compute > make_plan(settled(), H200).seconds.compute
+
+
+def test_the_loss_of_transitions_holds_what_is_counted() -> None:
+    def meta(*size: int) -> torch.Tensor:
+        return torch.empty(size, device="meta")
+
+    with measuring() as live:
+        none, state = torch.zeros(4, dtype=torch.int64, device="meta"), (4, 1, 64, 64)
+        rows = TransitionRows(
+            real=4,
+            prompt_r=none,
+            step_r=none,
+            before_rbTC=meta(*state),
+            sigma_before_r=meta(4),
+            rollout_velocity_rbTC=meta(*state),
+            conditioning=Conditioning(meta(0), meta(0), meta(0)),
+            advantage_r=none,
+            slope_r=meta(4),
+            std_r=meta(4),
+            noise_r1TC=meta(*state),
+        )
+        terms = GaussianPolicy(Algorithm.of("dance_grpo")).terms(rows, meta(*state).requires_grad_(), None, meta(1, 12))
+    assert terms.loss.requires_grad
+    assert live.peak() == pytest.approx(TRANSITION_STATES * 4 * 4 * 64 * 64, rel=0.01)
+
+
+def test_a_rollouts_end_makes_one_of_all_groups() -> None:
+    """At many prompts per update: what is kept of them is copied, and more than the model's activations."""
+    asked = with_algorithm("dance_grpo", 25, {}, train__gradient_accumulation_steps=32)
+    held = memory(asked).phases["rollout"]
+    assert held["activations"] == held["explored groups"]
+    few = memory(with_algorithm("dance_grpo", 25, {})).phases["rollout"]
+    assert few["activations"] > 2 * few["explored groups"]
+
+
+def test_a_trees_batches_are_small_where_they_would_be_filled() -> None:
+    """Forwards of 4 pictures keep a GPU busy; 16 at once would compute 320 for the tree's 203."""
+    asked = with_algorithm("branch_grpo", 20, {})
+    assert settle(asked, DEV, 140 * GIB, 8).rollout_batch == 4
+    eager = with_settings(asked, {"parallel.compile": "off"})
+    assert settle(eager, DEV, 140 * GIB, 8).rollout_batch == 16
+
+
+REAL = {
+    "neighbor": {"num_anchors": 2, "num_train_steps": 3},
+    "flow_grpo": {},
+    "dance_grpo": {"updates_per_iteration": 2},
+    "mix_grpo": {"window_size": 2, "updates_per_iteration": 4},
+    "mix_grpo_flash": {"window_size": 2, "updates_per_iteration": 2},
+    "branch_grpo": {"branch_steps": (0, 2), "width_pruning": "parent_top1", "depth_pruning": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Recipe, Flux]:
+    tiny = train_recipes.tiny(on_gpu=False)
+    parallel = replace(tiny.parallel, update_batch=3, rollout_batch=3, attention="native")
+    small = replace(
+        tiny,
+        prompts=replace(tiny.prompts, per_rank=2),
+        sampling=replace(tiny.sampling, num_inference_steps=6),
+        parallel=parallel,
+    )
+    return small, Flux(small.model, small.sampling, parallel, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_an_iteration_does_what_is_counted(
+    name: str, small: tuple[Recipe, Flux], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, flux = small
+    algorithm = replace(Algorithm.of(name), num_generations=4, step_range=(0.0, 1.0), **REAL[name])
+    recipe = replace(recipe, algorithm=algorithm)
+    check(recipe)
+    calls: list[tuple[bool, int]] = []
+    forward = flux._velocity
+
+    def counted(transformer: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append((torch.is_grad_enabled(), len(x)))
+        return forward(transformer, x, *rest)
+
+    monkeypatch.setattr(flux, "_velocity", counted)
+    running = make_algorithm(recipe, Rewards(recipe.rewards))
+    prompts = [Prompt("a red circle", slot) for slot in range(2)]
+    groups = running.explore(flux, prompts, 0)
+    rollout = [pictures for _, pictures in calls]
+    calls.clear()
+    scores = Scores(tuple(recipe.rewards), torch.rand(1, 2, 4, generator=torch.Generator().manual_seed(0)))
+    optimizer = torch.optim.SGD(flux.trainable.values(), lr=0.0, fused=True)
+    assert running.update(flux, optimizer, groups, running.advantages(scores, 0)) is not None
+
+    work, batches = Workload.of(recipe), Batches.of(recipe)
+    assert sum(rollout) == sum(batches.calls) == 2 * work.rollout
+    assert len(rollout) == batches.forwards
+    assert [n for learning, n in calls if learning] == [batches.update] * (batches.updates * batches.count)
+    assert [n for learning, n in calls if not learning] == [batches.update] * ((batches.updates - 1) * batches.count)
+    assert 0 <= batches.count * batches.update - 2 * work.states / work.updates < batches.update + 2
+    calls.clear()
+    running.explore(flux, prompts, 60)
+    assert sum(pictures for _, pictures in calls) == 2 * Workload.of(recipe, 60).rollout
+    kept = [getattr(groups, entry.name) for entry in fields(groups) if entry.name.endswith("TC")]
+    kept.append(groups.conditioning.prompt_embeds)
+    planned = memory(recipe, architecture=find_architecture(recipe.model.name_or_path)).phases["decode"]
+    assert planned["explored groups"] == sum(tensor.nbytes for tensor in kept)
+
+
+@pytest.mark.parametrize(
+    "name, steps, said",
+    [
+        ("dance_grpo", 25, ["algorithm: dance_grpo; G 12, B 12, K 14\n", "NFE_old 25, NFE_theta 14.00\n"]),
+        # The window has moved 11 times in the last of 300 iterations: 15 steps to its end, and 0.4 of the last 10.
+        ("mix_grpo_flash", 25, ["G 12, B 12, K 4\n", "NFE_old 12 (at last 19), NFE_theta 4.00\n"]),
+        ("branch_grpo", 20, ["G 16, B 10.63, K 19\n", "in each of 3 optimizer steps", "4 of 68 states in the update"]),
+    ],
+)
+def test_the_command_plans_every_algorithm(
+    name: str, steps: int, said: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert plan_command(with_settings(with_algorithm(name, steps, {}), EIGHT_BIT), "h200-141") == 0
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in said), shown
 
 
 # -- Settling ----------------------------------------------------------------------------------------------------------
@@ -552,7 +739,8 @@ def test_remedies_do_what_they_say(name: str, machine: Machine, world_size: int,
     assert [remedy.plan.fits for remedy in found] == sorted((remedy.plan.fits for remedy in found), reverse=True)
     typed = replace(with_settings(asked, {"prompts.source": "prompts.txt"}), rewards={"mine": Reward()})
     for remedy in found:
-        changed = parse(TrainCommand, as_dict(typed), remedy.flags.split(), prog="ngrpo train", name=name).recipe
+        read = tomllib.loads(as_toml(typed))
+        changed = parse(TrainCommand, read, remedy.flags.split(), prog="ngrpo train", name=name).recipe
         assert changed == with_settings(typed, remedy.settings)
         check(changed, world_size)
         again = make_plan(with_settings(asked, remedy.settings), machine, world_size)

@@ -1,5 +1,6 @@
 """What a plan says of scorers, against their real classes on "meta", published figures, and sums worked out by hand."""
 
+import tomllib
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import train_scorers
 from ngrpo_train.__main__ import TrainCommand
 from ngrpo_train.architecture import KNOWN
-from ngrpo_train.config import Recipe, Reward, as_dict, check
+from ngrpo_train.checks import check
+from ngrpo_train.config import Recipe, Reward
 from ngrpo_train.machines import GIB, MACHINES
-from ngrpo_train.parsing import find_recipe, parse, read_recipe, resolve
+from ngrpo_train.parsing import as_toml, find_recipe, parse, read_recipe, resolve
 from ngrpo_train.plan import explain_out_of_memory, iteration_flops, make_plan, plan_command, remedies, speedups
 from ngrpo_train.plan.activations import decode_pass, measuring
 from ngrpo_train.plan.forecast import FLOAT32_SLOWDOWN
@@ -218,7 +220,7 @@ def test_remedies_know_scorers() -> None:
         "--rewards.hpsv2-1.offload True --rewards.pickscore.offload True --rewards.image-reward.offload True"
     )
     for remedy in found.values():
-        changed = parse(TrainCommand, as_dict(asked), remedy.flags.split(), prog="ngrpo train").recipe
+        changed = parse(TrainCommand, tomllib.loads(as_toml(asked)), remedy.flags.split(), prog="ngrpo train").recipe
         assert changed == with_settings(asked, remedy.settings) != asked
         check(changed)
         assert make_plan(changed, plan.gpu_bytes).memory.peak == remedy.plan.memory.peak < plan.memory.peak

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ngrpo_train.config import Parallel, Recipe
+from ngrpo_train.config import Algorithm, Parallel, Recipe
 from ngrpo_train.symptoms import Symptoms
 
 HEALTHY = {
@@ -54,6 +54,21 @@ def test_a_lasting_symptom_is_named_with_the_setting_to_try(name, value, at, sym
     ]
     [message] = found[at]
     assert symptom in message
+    assert setting in message
+
+
+@pytest.mark.parametrize(
+    "name, setting",
+    [
+        ("neighbor", "raise algorithm.sigma = 0.3"),
+        ("dance_grpo", "raise algorithm.eta = 0.3"),
+        ("mix_grpo_flash", "raise algorithm.eta = 0.7"),
+    ],
+)
+@pytest.mark.parametrize("symptom", [{"advantage/flat_groups": 0.6}, {"advantage/flatness": 0.97}])
+def test_how_far_to_explore_is_a_setting_of_the_algorithm(name, setting, symptom):
+    recipe = Recipe(algorithm=Algorithm.of(name))
+    [message] = warnings_of([HEALTHY | symptom] * 10, recipe)[9]
     assert setting in message
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ngrpo_train import parallel
 from ngrpo_train.algorithms import NeighborGRPO
+from ngrpo_train.algorithms.neighbor import LeapingPolicy
 from ngrpo_train.config import Algorithm, Prompts, Recipe, Reward, Sampling
 from ngrpo_train.flux import Flux
 from ngrpo_train.prompts import Prompt
@@ -52,7 +53,7 @@ def gradients(flux, algorithm, groups, advantages, **changes):
     """Of each optimizer step of one update, by parameter name."""
     spy = Spy(flux, changes.pop("lr", 0.0))
     settings = replace(algorithm.settings, **changes)
-    stats = update(flux, spy, groups, advantages, settings, NO_CLIPPING)
+    stats = update(flux, spy, groups, advantages, LeapingPolicy(settings), settings, NO_CLIPPING)
     return spy.seen, stats
 
 
@@ -303,7 +304,7 @@ def test_flat_groups_are_skipped_before_any_forward(tiny_dev, load_flux, monkeyp
 
     monkeypatch.setattr(Flux, "velocity", counted)
     spy = Spy(flux)
-    assert update(flux, spy, groups, torch.zeros(P, G), algorithm.settings, 1.0) is None
+    assert update(flux, spy, groups, torch.zeros(P, G), algorithm.policy, algorithm.settings, 1.0) is None
     assert (sizes, spy.seen) == ([], [])
     gradients(flux, algorithm, groups, advantages_of(algorithm, flat=[0, 2]))
     assert sizes == [1 * K * B]
@@ -356,15 +357,16 @@ def test_flat_groups_add_nothing_and_count_in_the_mean(tiny_dev, load_flux):
     assert_same_gradient({name: sum(part[name] for part in parts) for name in whole}, whole, 1e-5)
 
 
-def test_shuffled_advantages_are_a_permutation_of_each_group(tiny_dev):
+def test_shuffled_rewards_permute_the_advantages_of_each_group(tiny_dev):
     scores = Scores(("shapes_verifier",), torch.rand(1, 5, 12, generator=torch.Generator().manual_seed(0)))
     kept = algorithm_of().advantages(scores, step=3)
-    shuffled = algorithm_of(shuffle_advantages=True).advantages(scores, step=3)
-    assert torch.equal(shuffled.sort(1).values, kept.sort(1).values)
-    assert not (shuffled == kept).all(1).any()
-    assert torch.equal(shuffled, algorithm_of(shuffle_advantages=True).advantages(scores, step=3))
-    assert not torch.equal(shuffled, algorithm_of(shuffle_advantages=True).advantages(scores, step=4))
-    orders = kept[:, None].eq(shuffled[:, :, None]).int().argmax(2)
+    shuffled = algorithm_of(shuffle_rewards=True).advantages(scores, step=3)
+    # another order of the same rewards rounds their mean otherwise
+    torch.testing.assert_close(shuffled.sort(1).values, kept.sort(1).values, rtol=1e-5, atol=1e-7)
+    orders = (kept[:, None] - shuffled[:, :, None]).abs().argmin(2)
+    assert not (orders == torch.arange(12)).all(1).any()
+    assert torch.equal(shuffled, algorithm_of(shuffle_rewards=True).advantages(scores, step=3))
+    assert not torch.equal(shuffled, algorithm_of(shuffle_rewards=True).advantages(scores, step=4))
     assert len({tuple(order.tolist()) for order in orders}) == 5, "every group has an order of its own"
 
 
@@ -379,7 +381,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tiny_dev, load_flux, bad):
     optimizer = torch.optim.AdamW(flux.trainable.values(), lr=1e-3, fused=True)
 
     def step(groups):
-        return update(flux, optimizer, groups, advantages, algorithm.settings, 1.0)
+        return update(flux, optimizer, groups, advantages, algorithm.policy, algorithm.settings, 1.0)
 
     def everything():
         states = optimizer.state_dict()["state"]
@@ -408,7 +410,7 @@ def test_gradients_are_clipped_to_the_norm_and_reported_before(tiny_dev, load_fl
     norms = []
     for limit in (NO_CLIPPING, 1e-3):
         spy = Spy(flux)
-        stats = update(flux, spy, groups, advantages, algorithm.settings, limit)
+        stats = update(flux, spy, groups, advantages, algorithm.policy, algorithm.settings, limit)
         norms.append(torch.cat([gradient.flatten() for gradient in spy.seen[0].values()]).norm())
         torch.testing.assert_close(stats.grad_norm, norms[0], rtol=1e-4, atol=0)
     assert norms[0] > 1e-3
@@ -446,7 +448,8 @@ def test_reference_pulls_towards_the_base(tiny_dev, load_flux):
     # Following it, at no advantage worth the name, brings the model back to the base.
     spy = Spy(flux, lr=1e-2)
     settings = replace(algorithm.settings, reference_coef=1.0)
-    losses = [update(flux, spy, groups, 1e-9 * advantages, settings, 1.0).loss.item() for _ in range(5)]
+    policy, faint = LeapingPolicy(settings), 1e-9 * advantages
+    losses = [update(flux, spy, groups, faint, policy, settings, 1.0).loss.item() for _ in range(5)]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.95 * losses[0]
 

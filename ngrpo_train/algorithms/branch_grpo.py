@@ -1,0 +1,161 @@
+"""BranchGRPO (arXiv 2509.06040): walks that share their beginnings as a tree, with an advantage for every edge."""
+
+# P prompts, G leaves, R rewards, n branches alive. An edge is one branch's way through one solver step. Of n edges of a
+# step, edge e leads to the leaves e * G / n to (e + 1) * G / n - 1. X counts edges of the trained steps, step by step.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ngrpo_train import parallel
+from ngrpo_train.algorithms.group import group_rewards, standardised
+from ngrpo_train.algorithms.stochastic import StochasticGRPO, Transitions, draw_noise, step_constants
+from ngrpo_train.config import Recipe
+from ngrpo_train.flux import Flux
+from ngrpo_train.perturb import NOISE, stream
+from ngrpo_train.prompts import Prompt
+from ngrpo_train.rewards import Scores
+from ngrpo_train.sde import NoiseLevel, sde_step
+from ngrpo_train.solvers import euler_step
+from ngrpo_train.text import Conditioning
+from ngrpo_train.update import UpdateStats
+from ngrpo_train.workload import branch_steps, branches, tree_steps
+
+
+class BranchGRPO(StochasticGRPO):
+    """Every step is random but the last, with DanceGRPO's noise; at a split every branch goes on as two.
+
+    Leaf rewards are fused into edges by their mean. The paper's other choice, weights by path probability, needs none:
+    siblings' log-probabilities, as means over D, differ by about 1 / sqrt(2 D), so their softmax is uniform.
+    """
+
+    level: ClassVar[NoiseLevel] = "constant"
+
+    @torch.no_grad()
+    def _explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Transitions:
+        draws = [{"seed": self.seed, "step": step, "slot": prompt.slot} for prompt in prompts]
+        trained, splits = tree_steps(self.recipe, step), branch_steps(self.recipe)
+        last = len(self.sigmas) - 2
+        stds = self.stds(self.sigmas, range(last))
+        conditioning = flux.encode([prompt.text for prompt in prompts])
+        of_prompt = torch.arange(len(prompts), device=flux.device)
+        order_PX = torch.stack(
+            [
+                torch.randperm(
+                    sum(branches(self.recipe, i) for i in trained), generator=stream(**draw, purpose="order")
+                )
+                for draw in draws
+            ]
+        )  # in which optimizer steps take the edges: a share of all depths each
+        x_PnTC = draw_noise(flux, draws, 1, NOISE)
+        kept: dict[str, list[Tensor]] = {"before": [], "noise": [], "velocity": []}
+        for index in range(last + 1):
+            sigma, following = float(self.sigmas[index]), float(self.sigmas[index + 1])
+            P, n = x_PnTC.shape[:2]
+            rows = conditioning.rows(of_prompt.repeat_interleave(n))
+            flat = x_PnTC.flatten(0, 1)
+            velocity = flux.sampling_velocity(flat, torch.full((P * n,), sigma, device=flat.device), rows, explore=True)
+            velocity_PnTC = velocity.view_as(x_PnTC)
+            if index == last:
+                x_PnTC, _ = euler_step(x_PnTC, velocity_PnTC, self.sigmas, index)
+                break
+            if index in splits:
+                x_PnTC, velocity_PnTC = (both.repeat_interleave(2, dim=1) for both in (x_PnTC, velocity_PnTC))
+                noise = sibling_noise(flux, draws, n, self.settings.branch_spread, index)
+            else:
+                noise = draw_noise(flux, draws, n, f"{NOISE}/{index}")
+            if index in trained:
+                for name, value in (("before", x_PnTC), ("noise", noise), ("velocity", velocity_PnTC)):
+                    kept[name].append(value.float())
+            x_PnTC = sde_step(x_PnTC, velocity_PnTC, noise, sigma, following, stds[index])
+        return self._transitions(prompts, conditioning, trained, kept, x_PnTC, order_PX)
+
+    def _transitions(
+        self,
+        prompts: list[Prompt],
+        conditioning: Conditioning,
+        trained: Sequence[int],
+        kept: Mapping[str, Sequence[Tensor]],
+        final_PGTC: Tensor,
+        order_PX: Tensor,
+    ) -> Transitions:
+        edges = torch.tensor([branches(self.recipe, index) for index in trained])
+        step_PX = torch.tensor(trained).repeat_interleave(edges).expand(len(prompts), -1)
+        stds = self.stds(self.sigmas, trained)
+        return Transitions(
+            prompts=prompts,
+            conditioning=conditioning,
+            step_PM=step_PX,
+            advantage_PM=torch.arange(step_PX.shape[1]).expand(len(prompts), -1),
+            **step_constants(self.sigmas, stds, step_PX, final_PGTC.device),
+            before_PMTC=torch.cat(list(kept["before"]), dim=1),
+            noise_PMTC=torch.cat(list(kept["noise"]), dim=1),
+            velocity_PMTC=torch.cat(list(kept["velocity"]), dim=1),
+            final_PGTC=final_PGTC,
+        ).take(order_PX)
+
+    def advantages(self, scores: Scores, step: int) -> Tensor:
+        """Of the edges of all ranks' trees, on the CPU [P, X]: leaf rewards fused, standardised step by step."""
+        rewards_RPG, weights = group_rewards(self.recipe, self.rewards, scores, step)
+        edges = [branches(self.recipe, index) for index in tree_steps(self.recipe, step)]
+        each = [standardised(fused(rewards_RPG, n), weights, self.settings) for n in edges]
+        return torch.cat(each, dim=1)
+
+    def update(
+        self, flux: Flux, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor
+    ) -> UpdateStats | None:
+        local_PX = advantages.chunk(parallel.world_size())[parallel.rank()]
+        return super().update(flux, optimizer, groups.take(self._unpruned(groups, local_PX)), advantages)
+
+    def _unpruned(self, groups: Transitions, advantages_PX: Tensor) -> Tensor:
+        """Which transitions width pruning leaves, [P, M] on the CPU, in the order they have."""
+        trained = groups.step_PM[0].unique()
+        first_edge = dict(zip(trained.tolist(), _starts(self.recipe, trained.tolist()), strict=True))
+        split = branch_steps(self.recipe)[-1]
+        keep_PM = groups.step_PM <= split
+        if leaf_steps := [step for step in trained.tolist() if step > split]:
+            G = self.settings.num_generations
+            start = first_edge[leaf_steps[0]]  # every step after the last split has the leaves' own advantages
+            leaf_PG = kept_leaves(advantages_PX[:, start : start + G], self.settings.width_pruning)
+            starts = torch.tensor([first_edge.get(step, 0) for step in range(int(trained[-1]) + 1)])
+            leaf_PM = (groups.advantage_PM - starts[groups.step_PM]).clamp(max=G - 1)
+            keep_PM = keep_PM | leaf_PG.gather(1, leaf_PM)
+        return keep_PM.nonzero()[:, 1].view(len(keep_PM), -1)
+
+
+def _starts(recipe: Recipe, steps: Sequence[int]) -> list[int]:
+    """Where the edges of each of these steps begin among all of theirs."""
+    return [0, *accumulate(branches(recipe, step) for step in steps)][:-1]
+
+
+def fused(leaf_rewards_RPG: Tensor, edges: int) -> Tensor:
+    """Of each of a step's edges the mean reward of the leaves it leads to, [R, P, edges]."""
+    return leaf_rewards_RPG.unflatten(2, (edges, -1)).mean(3)
+
+
+def kept_leaves(advantages_PG: Tensor, pruning: str) -> Tensor:
+    """Which leaves are trained after the last split, bool [P, G]: as many for every prompt."""
+    G = advantages_PG.shape[1]
+    if pruning == "parent_top1":
+        better = advantages_PG.unflatten(1, (-1, 2)).argmax(2)  # the first of two equals
+        return torch.nn.functional.one_hot(better, 2).flatten(1).bool()
+    if pruning == "extremes":
+        rank = advantages_PG.argsort(dim=1, stable=True).argsort(dim=1)
+        return (rank < G // 4) | (rank >= G - G // 4)
+    return torch.ones_like(advantages_PG, dtype=torch.bool)
+
+
+def sibling_noise(flux: Flux, draws: Sequence[dict[str, int]], branches: int, spread: float, index: int) -> Tensor:
+    """Noise of both children of each branch, [P, 2 * branches, T, C]: standard normal, siblings correlated.
+
+    `(common + spread * own) / sqrt(1 + spread^2)`.
+    """
+    common = draw_noise(flux, draws, branches, f"{NOISE}/{index}/common").repeat_interleave(2, dim=1)
+    own = draw_noise(flux, draws, 2 * branches, f"{NOISE}/{index}")
+    return (common + spread * own) / math.sqrt(1 + spread**2)

@@ -1,0 +1,14 @@
+"""DanceGRPO (arXiv 2505.07818): walks of an SDE with noise of constant strength eta, all from one noise."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ngrpo_train.algorithms.stochastic import StochasticGRPO
+from ngrpo_train.sde import NoiseLevel
+
+
+class DanceGRPO(StochasticGRPO):
+    """By default int(0.6 (N - 1)) random steps are trained, drawn for each prompt."""
+
+    level: ClassVar[NoiseLevel] = "constant"

@@ -1,0 +1,307 @@
+"""What the algorithms with an SDE share: random walks, their transitions, and the Gaussian policy (Eqs. 3 to 5)."""
+
+# P prompts, G candidates, K trained steps, M trained transitions of a prompt, T image tokens, C channels. A row of an
+# update is one transition: r rows of b = 1 state.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ngrpo_train.algorithms.group import group_rewards, standardised
+from ngrpo_train.config import Algorithm, Recipe
+from ngrpo_train.flux import Flux
+from ngrpo_train.perturb import NOISE, draw_train_steps, stream
+from ngrpo_train.prompts import Prompt
+from ngrpo_train.rewards import Rewards, Scores
+from ngrpo_train.rollout import generate
+from ngrpo_train.rows import Rows
+from ngrpo_train.sde import NoiseLevel, gaussian_log_ratio, mean_slope, sde_step, step_std
+from ngrpo_train.solvers import Previous, Sigmas, SolverStep, dpmpp_2m_step, euler_step, flow_sigmas
+from ngrpo_train.text import Conditioning
+from ngrpo_train.update import LOG_RATIO_LIMIT, Terms, UpdateStats, drift_figure, update
+from ngrpo_train.workload import num_train_steps, trainable_steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransitionRows(Rows):
+    """Rows of one transition each."""
+
+    advantage_r: Tensor  # int64, which of the prompt's advantages is the transition's
+    slope_r: Tensor  # d mean / d velocity
+    std_r: Tensor
+    noise_r1TC: Tensor  # the transition led to mean + std * noise
+
+
+@dataclass(frozen=True, slots=True)
+class Transitions:
+    """P explored groups of random walks: the M transitions of each that are trained. States are float32."""
+
+    prompts: list[Prompt]
+    conditioning: Conditioning  # P rows
+    step_PM: Tensor  # int64 on the CPU, solver steps
+    advantage_PM: Tensor  # int64 on the CPU: which of the prompt's advantages each takes
+    sigma_before_PM: Tensor
+    slope_PM: Tensor
+    std_PM: Tensor
+    before_PMTC: Tensor
+    noise_PMTC: Tensor
+    velocity_PMTC: Tensor  # what the rollout's forward gave at `before`
+    final_PGTC: Tensor
+
+    @staticmethod
+    def cat(parts: Sequence[Transitions]) -> Transitions:
+        if len(parts) == 1:
+            return parts[0]
+        joined = {
+            entry.name: torch.cat([getattr(part, entry.name) for part in parts])
+            for entry in fields(Transitions)
+            if entry.name not in ("prompts", "conditioning")
+        }
+        return Transitions(
+            prompts=[prompt for part in parts for prompt in part.prompts],
+            conditioning=Conditioning.cat([part.conditioning for part in parts]),
+            **joined,
+        )
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """M."""
+        return self.step_PM.shape[1]
+
+    @property
+    def states_per_row(self) -> int:
+        return 1
+
+    def take(self, chosen: Tensor) -> Transitions:
+        """Of each prompt these transitions: `chosen` is int64 [P, M'] on the CPU."""
+        of_prompt = torch.arange(len(chosen))[:, None]
+
+        def taken(values: Tensor) -> Tensor:
+            return values[of_prompt.to(values.device), chosen.to(values.device)]
+
+        return self._with({name: taken(value) for name, value in self._of_transitions().items()})
+
+    def _of_transitions(self) -> dict[str, Tensor]:
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if "_PM" in entry.name}
+
+    def _with(self, changed: dict[str, Any]) -> Transitions:
+        return replace(self, **changed)
+
+    def blocks(self, updates: int) -> list[Transitions]:
+        """Nearly equal shares of the transitions, in their order."""
+        parts = {name: value.tensor_split(updates, dim=1) for name, value in self._of_transitions().items()}
+        return [self._with({name: part[i] for name, part in parts.items()}) for i in range(updates)]
+
+    def rows(self, prompt_r: Tensor, row_r: Tensor, real: int) -> TransitionRows:
+        device = self.final_PGTC.device
+        step_r = self.step_PM[prompt_r, row_r].to(device)
+        p, m = prompt_r.to(device), row_r.to(device)
+        return TransitionRows(
+            real=real,
+            prompt_r=p,
+            step_r=step_r,
+            before_rbTC=self.before_PMTC[p, m, None],
+            sigma_before_r=self.sigma_before_PM[p, m],
+            rollout_velocity_rbTC=self.velocity_PMTC[p, m, None],
+            conditioning=self.conditioning.rows(p),
+            advantage_r=self.advantage_PM[prompt_r, row_r].to(device),
+            slope_r=self.slope_PM[p, m],
+            std_r=self.std_PM[p, m],
+            noise_r1TC=self.noise_PMTC[p, m, None],
+        )
+
+
+class GaussianPolicy:
+    """The SDE's step as a policy (Eqs. 4, 16): log-probabilities are means over D, as the peers' clip ranges expect."""
+
+    FIGURES: ClassVar[tuple[str, ...]] = (
+        "clip_fraction",
+        "clamp_fraction",
+        "kl",
+        "rollout_mismatch",
+        "mismatch_log_ratio",
+    )
+
+    def __init__(self, settings: Algorithm) -> None:
+        self.settings = settings
+        clip = settings.clip_range
+        self.low, self.high = clip if isinstance(clip, tuple) else (clip, clip)
+
+    def terms(self, rows: TransitionRows, velocity: Tensor, old_velocity: Tensor | None, advantages: Tensor) -> Terms:
+        """-J + kl_coef * KL(pi_old || pi_theta), J = min(A rho, A clip(rho)) (Eq. 4, its KL as a penalty)."""
+        old = velocity.detach() if old_velocity is None else old_velocity
+        if self.settings.old_policy == "cached":
+            old = rows.rollout_velocity_rbTC
+        slope, std = rows.slope_r[:, None, None, None], rows.std_r[:, None]
+        shift = slope * (velocity.float() - old.float())
+        # The rollout drew around its own mean. Where its forward rounds otherwise, the old policy's mean is not there.
+        drift = slope * (rows.rollout_velocity_rbTC - old.float())
+        noise = rows.noise_r1TC + drift / std[..., None, None]
+        log_ratio = gaussian_log_ratio(shift, noise, std)
+        ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        gain = advantages[rows.prompt_r, rows.advantage_r][:, None]
+        surrogate = torch.minimum(gain * ratio, gain * ratio.clamp(1 - self.low, 1 + self.high))
+        kl = (shift / std[..., None, None]).square().mean((-2, -1)) / 2
+        loss = (self.settings.kl_coef * kl - surrogate).mean()
+        with torch.no_grad():
+            outside = (ratio < 1 - self.low) | (ratio > 1 + self.high)
+            clamped = log_ratio.abs() > LOG_RATIO_LIMIT
+            # Of the loss by log rho, and of both by the velocity: what flows back into the model.
+            clipped = torch.where(gain > 0, ratio > 1 + self.high, ratio < 1 - self.low)
+            by_log_ratio = (gain * ratio).masked_fill(clipped | clamped, 0)[..., None, None]
+            way = shift / std[..., None, None]
+            gradient = self.settings.kl_coef * way - by_log_ratio * (noise - way)
+            gradient_norm = gradient.flatten(2).norm(dim=2) * (rows.slope_r / rows.std_r).abs()[:, None]
+            # Of the training forward's policy against the rollout's, at what that drew.
+            mismatch = gaussian_log_ratio(slope * (velocity.float() - rows.rollout_velocity_rbTC), rows.noise_r1TC, std)
+        figures = {
+            "clip_fraction": outside.float().mean(1),
+            "clamp_fraction": clamped.float().mean(1),
+            "kl": kl.detach().mean(1),
+            "rollout_mismatch": drift_figure(rows, velocity.detach()),
+            "mismatch_log_ratio": mismatch.abs().mean(1),
+        }
+        return Terms(loss, log_ratio.detach(), gradient_norm / (gradient[0, 0].numel() * len(gradient)), figures)
+
+    def tether(self, rows: TransitionRows, velocity: Tensor, base_velocity: Tensor) -> Tensor:
+        """KL(pi_theta || pi_base) as its mean over D: Flow-GRPO's (arXiv 2505.05470)."""
+        by_std = (rows.slope_r / rows.std_r)[:, None, None, None]
+        return (by_std * (velocity.float() - base_velocity)).square().mean() / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """Which steps of an iteration's walks are random, and which are trained."""
+
+    sigmas: Tensor  # on the CPU
+    std: tuple[float, ...]  # of each step; 0 is the ODE's
+    trained: range
+    num_train_steps: int  # K, drawn from `trained` for each prompt
+    second_order_from: int | None = None  # DPM-Solver++(2M) from this step on, Euler before
+
+
+class StochasticGRPO:
+    """GRPO on walks of the SDE with the ODE's marginals; a subclass says how much noise which steps have."""
+
+    level: ClassVar[NoiseLevel]
+    shares_noise: ClassVar[bool] = True  # whether the candidates of a prompt start from one noise
+
+    def __init__(self, recipe: Recipe, rewards: Rewards) -> None:
+        self.recipe, self.settings, self.rewards = recipe, recipe.algorithm, rewards
+        self.seed = recipe.train.seed
+        self.sigmas = flow_sigmas(recipe.sampling.num_inference_steps, recipe.sampling.shift)
+        self.policy = GaussianPolicy(recipe.algorithm)
+
+    def walk(self, iteration: int) -> Walk:
+        """Every step random but the last, K of them trained, drawn for each prompt."""
+        random = range(len(self.sigmas) - 2)
+        trained, K = trainable_steps(self.recipe), num_train_steps(self.recipe)
+        return Walk(self.sigmas, self.stds(self.sigmas, random), trained, K)
+
+    def stds(self, sigmas: Tensor, random: Sequence[int]) -> tuple[float, ...]:
+        """Of every step of a schedule, of which `random` ones have noise."""
+        steps = range(len(sigmas) - 1)
+        return tuple(step_std(self.level, self.settings.eta, sigmas, i) if i in random else 0.0 for i in steps)
+
+    def explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Transitions:
+        """Walks for each prompt, `prompts.per_rank` of them at a time."""
+        at_once = self.recipe.prompts.per_rank
+        return Transitions.cat(
+            [self._explore(flux, prompts[i : i + at_once], step) for i in range(0, len(prompts), at_once)]
+        )
+
+    def _explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Transitions:
+        walk, G = self.walk(step), self.settings.num_generations
+        draws = [{"seed": self.seed, "step": step, "slot": prompt.slot} for prompt in prompts]
+        bounds = walk.trained.start, walk.trained.stop
+        step_PK = torch.stack([draw_train_steps(bounds, walk.num_train_steps, **draw) for draw in draws])
+        order_PG = torch.stack([torch.randperm(G, generator=stream(**draw, purpose="order")) for draw in draws])
+        start = draw_noise(flux, draws, 1 if self.shares_noise else G, NOISE).expand(-1, G, -1, -1)
+        return random_walk(flux, prompts, draws, start, walk, step_PK, order_PG)
+
+    def advantages(self, scores: Scores, step: int) -> Tensor:
+        """Of all ranks' prompts, on the CPU: standardised, weighted, summed, clipped [P, G]."""
+        return standardised(*group_rewards(self.recipe, self.rewards, scores, step), self.settings)
+
+    def update(
+        self, flux: Flux, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor
+    ) -> UpdateStats | None:
+        limit = self.recipe.optimizer.max_grad_norm
+        return update(flux, optimizer, groups, advantages, self.policy, self.settings, limit)
+
+
+def draw_noise(flux: Flux, draws: Sequence[dict[str, int]], count: int, purpose: str) -> Tensor:
+    """Standard normal [P, count, T, C] on the device, of a stream of its own for each of the P `draws`."""
+    shape = (count, *flux.latent_shape)
+    drawn = [torch.randn(shape, generator=stream(**draw, purpose=purpose)) for draw in draws]
+    return torch.stack(drawn).to(flux.device)
+
+
+@torch.no_grad()
+def random_walk(
+    flux: Flux,
+    prompts: list[Prompt],
+    draws: Sequence[dict[str, int]],
+    start_PGTC: Tensor,
+    walk: Walk,
+    step_PK: Tensor,
+    order_PG: Tensor,
+) -> Transitions:
+    """Walk all candidates together, keeping the transitions of the steps `step_PK` in the candidates' `order_PG`.
+
+    The order is the one in which optimizer steps take the candidates. Both are on the CPU.
+    """
+    (P, G, *shape_TC), K = start_PGTC.shape, step_PK.shape[1]
+    device = start_PGTC.device
+    noises: dict[int, Tensor] = {}
+
+    def solver(
+        x: Tensor, velocity: Tensor, sigmas: Sigmas, index: int, previous: Previous | None
+    ) -> tuple[Tensor, Previous | None]:
+        if std := walk.std[index]:
+            noises[index] = draw_noise(flux, draws, G, f"{NOISE}/{index}")
+            sigma, following = float(sigmas[index]), float(sigmas[index + 1])
+            return sde_step(x, velocity, noises[index].flatten(0, 1), sigma, following, std), None
+        second = walk.second_order_from is not None and index >= walk.second_order_from
+        step: SolverStep = dpmpp_2m_step if second else euler_step
+        return step(x, velocity, sigmas, index, previous)  # a random step leaves nothing to extrapolate from
+
+    conditioning = flux.encode([prompt.text for prompt in prompts])
+    of_picture = torch.arange(P, device=device).repeat_interleave(G)
+    kept = {name: start_PGTC.new_empty(P, G, K, *shape_TC) for name in ("before", "noise", "velocity")}
+    order = order_PG.to(device)
+    final = start_PGTC
+    for step in generate(
+        flux, start_PGTC.flatten(0, 1), conditioning.rows(of_picture), walk.sigmas, explore=True, solver=solver
+    ):
+        noise = noises.pop(step.index, None)
+        for p, k in (step_PK == step.index).nonzero().tolist():  # a CPU tensor: no synchronisation
+            assert noise is not None, "only random steps are trained"
+            kept["before"][p, :, k] = step.before_NTC.view_as(start_PGTC)[p, order[p]]
+            kept["noise"][p, :, k] = noise[p, order[p]]
+            kept["velocity"][p, :, k] = step.velocity_NTC.view_as(start_PGTC)[p, order[p]]
+        final = step.after_NTC.view_as(start_PGTC)
+    step_PM = step_PK[:, None].expand(P, G, K).flatten(1)
+    return Transitions(
+        prompts=prompts,
+        conditioning=conditioning,
+        step_PM=step_PM,
+        advantage_PM=order_PG.repeat_interleave(K, dim=1),
+        **step_constants(walk.sigmas, walk.std, step_PM, device),
+        before_PMTC=kept["before"].flatten(1, 2),
+        noise_PMTC=kept["noise"].flatten(1, 2),
+        velocity_PMTC=kept["velocity"].flatten(1, 2),
+        final_PGTC=final,
+    )
+
+
+def step_constants(sigmas: Tensor, std: Sequence[float], step_PM: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """What a `Transitions` says of its steps' sigma, slope and standard deviation."""
+    each = [(float(s), mean_slope(float(s), float(n), d), d) for s, n, d in zip(sigmas, sigmas[1:], std, strict=False)]
+    sigma, slope, spread = torch.tensor(each).T[:, step_PM].to(device)
+    return {"sigma_before_PM": sigma, "slope_PM": slope, "std_PM": spread}

@@ -1,0 +1,201 @@
+"""`ngrpo experiment`: a grid, what its flags make of it, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from ngrpo_train.checks import check
+from ngrpo_train.config import Recipe
+from ngrpo_train.experiments.grid import Grid, Variant, find_grid, packaged
+from ngrpo_train.experiments.results import Row, read_rows
+from ngrpo_train.experiments.tuning import Best, best_trials, find_tuning
+from ngrpo_train.parsing import RecipeFlags, find_recipe, overlay, parse, read_recipe
+
+if TYPE_CHECKING:
+    from ngrpo_train.experiments.runs import Experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentCommand:
+    """Make the runs of a grid one after the other, test each, and set them side by side in a table and figures.
+
+    NAME is a packaged grid or a TOML file; without it, the packaged ones are listed.
+
+    What has finished is kept: the command goes on where it stopped, and can be given more seeds or variants.
+
+    Flags of a recipe are laid over every run; the defaults shown are the base recipe's.
+    """
+
+    recipe: RecipeFlags = field(default_factory=Recipe)
+    base: Annotated[str, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")] = ""
+    """The recipe under all runs, whose rewards and sampler judge them; empty is the grid's."""
+    out: Annotated[str, tyro.conf.arg(metavar="DIRECTORY", help_behavior_hint="")] = ""
+    """Directory for runs, CSV, table and figures; empty is "experiments/NAME"."""
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]", help_behavior_hint="")] = ()
+    """Empty takes the grid's."""
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="VARIANT [VARIANT ...]", help_behavior_hint="")] = ()
+    """Variants to make, with their controls; empty makes all."""
+    steps: int = 0
+    """Iterations of every run; 0 takes the grid's."""
+    reuse: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CSV [CSV ...]", help_behavior_hint="")] = ()
+    """Of other experiments, whose equal runs are taken over; not for times, which another hour measured."""
+    tuning: Annotated[str, tyro.conf.arg(metavar="CSV", help_behavior_hint="")] = ""
+    """Where tuned variants find their settings; empty is that of the experiment `tuning` beside --out, or the one that
+    ships with the source tree."""
+    table_only: bool = False
+    """Make no runs: write table and figures from the CSV that is there."""
+
+
+def experiment_command(arguments: Sequence[str]) -> int:
+    """`[NAME] [FLAGS]`; returns the exit code. Exits with code 2 on a wrong flag.
+
+    Raises ValueError, before any run, for a grid, recipe, variant, CSV or setting that cannot be used.
+    """
+    if not arguments:
+        print(_listing())
+        return 0
+    if arguments[0].startswith("-"):
+        parse(ExperimentCommand, {}, arguments, prog="ngrpo experiment [NAME]", name="")
+        raise ValueError(f"the first argument must name an experiment: {', '.join(packaged())}, or a TOML file")
+    asked = _Asked.of(find_grid(arguments[0]), arguments[1:])
+    best = asked.best()
+    if not asked.command.table_only:
+        code = asked.experiment(best).make()
+        if code:
+            return code
+    if _rank() == 0:
+        _report(asked.grid, read_rows(asked.out / f"{asked.grid.name}.csv"), best, asked.out)
+    return 0
+
+
+def _listing() -> str:
+    grids = {name: find_grid(name) for name in packaged()}
+    width = max(map(len, grids)) + 2
+    lines = [f"  {name:{width}}{grid.title} ({len(grid.variants)} variants)" for name, grid in grids.items()]
+    return "\n".join(["experiments, by NAME for ngrpo experiment NAME:", *lines])
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a command line asks for."""
+
+    grid: Grid
+    base: str
+    below: Mapping[str, Any]  # the base recipe, as TOML has it
+    flags: Sequence[str]
+    command: ExperimentCommand  # over the base recipe
+    out: Path
+    variants: tuple[Variant, ...]
+
+    @staticmethod
+    def of(grid: Grid, flags: Sequence[str]) -> _Asked:
+        base = _value_of("--base", flags) or grid.base
+        below = read_recipe(find_recipe(base))
+        command = _parsed(below, flags, base)
+        out = Path(command.out or Path("experiments") / grid.name).expanduser()
+        return _Asked(grid, base, below, flags, command, out, grid.chosen(command.only))
+
+    def best(self) -> Mapping[str, Best]:
+        """Of each family that a variant takes its settings from; for a table alone, where trials are at hand."""
+        families = list(dict.fromkeys(variant.tuned for variant in self.variants if variant.tuned))
+        if not families:
+            return {}
+        path = find_tuning(self.command.tuning, self.grid.tuning, self.out)
+        if path:
+            return best_trials(path, self.base, families)
+        if self.command.table_only:
+            return {}
+        raise ValueError(
+            f"{self.grid.name} takes settings from the experiment tuning: run ngrpo experiment tuning --base "
+            f"{self.base} first, or name its CSV with --tuning"
+        )
+
+    def experiment(self, best: Mapping[str, Best]) -> Experiment:
+        """All of it parsed and checked."""
+        from ngrpo_train.experiments.runs import Experiment, Run, Yardstick  # torch is not needed until here
+
+        grid, command = self.grid, self.command
+        by_seed: dict[int, list[Run]] = {seed: [] for seed in command.seeds or grid.seeds}
+        for variant in self.variants:
+            name = f"{grid.name}, {variant.name}"
+            settings = variant.settings(best[variant.tuned].settings if variant.tuned else {})
+            layers = overlay(overlay(self.below, grid.recipe), settings)
+            resolved = _as_run(_parsed(layers, self.flags, name), command.steps)
+            for seed, runs in by_seed.items():
+                seeded = replace(resolved, train=replace(resolved.train, seed=seed))
+                try:
+                    check(seeded, int(os.environ.get("WORLD_SIZE", "1")))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+                runs.append(Run(variant, json.dumps(settings), seeded))
+        return Experiment(
+            name=grid.name,
+            base=self.base,
+            yardstick=Yardstick(command.recipe, grid.test and bool(command.recipe.evaluation.test)),
+            runs=tuple(run for runs in by_seed.values() for run in runs),  # whole seeds first
+            out=self.out,
+            reuse=[row for path in command.reuse for row in _read_existing(Path(path), f"--reuse = {path!r}")],
+        )
+
+
+def _parsed(recipe: Mapping[str, Any], flags: Sequence[str], name: str) -> ExperimentCommand:
+    return parse(ExperimentCommand, recipe, flags, prog="ngrpo experiment NAME", name=name, quiet=_rank() != 0)
+
+
+def _as_run(command: ExperimentCommand, steps: int) -> Recipe:
+    """A recipe without what only a run on its own is to leave: trackers, pictures, a table, an export."""
+    recipe = command.recipe
+    return replace(
+        recipe,
+        train=replace(recipe.train, steps=steps or recipe.train.steps),
+        evaluation=replace(recipe.evaluation, test=""),
+        log=replace(recipe.log, trackers=(), export=False, images_every=1_000_000, num_images=1),
+    )
+
+
+def _report(grid: Grid, rows: Sequence[Row], best: Mapping[str, Best], out: Path) -> None:
+    """Write and print the table, and draw the figures. Raises ValueError where no run has finished."""
+    from rich.console import Console
+
+    from ngrpo_train.experiments.figures import draw_figures
+    from ngrpo_train.experiments.summary import Summary
+
+    if not any(row.seed is not None for row in rows):
+        raise ValueError(f"--out = {str(out)!r} has no {grid.name}.csv with a finished run in it")
+    summary = Summary.of(grid, rows, best)
+    pictures = draw_figures(grid, rows, out)
+    page = out / f"{grid.name}.md"
+    page.write_text(summary.markdown(grid, pictures), encoding="utf-8")
+    console, table = Console(markup=False, highlight=False), summary.rendered(grid)
+    wide = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    Console(markup=False, highlight=False, width=max(console.width, wide)).print(table)  # cut off, it would say nothing
+    print(f"{out / grid.name}.csv has every evaluation; table and figures: {page}")
+
+
+def _read_existing(path: Path, what: str) -> list[Row]:
+    if not path.is_file():
+        raise ValueError(f"{what} is not a file: name the CSV of an experiment")
+    return read_rows(path)
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str:
+    """Of a flag that the defaults of others depend on, the last time it is given; empty where it is not."""
+    value = ""
+    for argument, following in pairwise([*arguments, ""]):
+        if argument == flag:
+            value = following
+        elif argument.startswith(f"{flag}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))  # as a launcher sets it; importing torch to ask would cost seconds

@@ -1,0 +1,179 @@
+"""Grids: which runs an experiment makes, as a TOML file, and the recipes they stand for.
+
+    title = "..."                    one line, for the list of grids
+    question = "..."                 one sentence: what it is to find out
+    claim = "..."                    what the paper says, with its table
+    base = "shapes_cpu"              recipe under all runs where --base names no other
+    seeds = [0, 1, 2]
+    test = true                      score trained models on the base recipe's evaluation.test
+    figures = ["curves", "final"]    also "gradient_by_step", and any column of the CSV, to be drawn over iterations
+    columns = ["G"]                  columns of the CSV to show in the table, means over a whole run
+    paper_table = "Table 3"          where the variants' `paper` numbers stand
+    tuning = "FILE"                  CSV that `tuned` variants take their settings from; beside this file
+
+    [recipe.train]                   sections of a recipe, over the base, for all variants
+    steps = 60
+
+    [[variants]]
+    name = "sigma 0.3"               then any sections of a recipe, over all that stands above
+    algorithm = { sigma = 0.3 }
+    control = true                   another run with rewards dealt out at random within each group
+    family = "neighbor"              in a grid for tuning: a trial of this family
+    tuned = "neighbor"               the settings of this family's best trial, under the variant's own
+    paper = { "s / Iter." = 45.08 }  the paper's numbers, beside ours
+
+Only title, question, claim, and a name for each variant have no default. Models are tested, and curves are scored, by
+the base recipe's own rewards and sampler, so that variants which train on others are judged alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ngrpo_train.config import Recipe
+from ngrpo_train.experiments.results import is_column
+from ngrpo_train.parsing import overlay, suggestion
+
+CONTROL = ", rewards permuted"  # what a control is called, after its variant
+DRAWN = ("curves", "final", "gradient_by_step")  # figures by name; any column of the CSV is another, over iterations
+
+_SECTIONS = tuple(section.name for section in dataclasses.fields(Recipe))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    name: str
+    sections: Mapping[str, Any] = field(default_factory=dict)  # of a recipe
+    is_control: bool = False
+    family: str = ""
+    tuned: str = ""
+    paper: Mapping[str, float | str] = field(default_factory=dict)
+
+    def settings(self, best: Mapping[str, Any]) -> dict[str, Any]:
+        """Sections of a recipe: those of its family's best trial, `best`, and its own on top."""
+        own = overlay(best, self.sections)
+        return overlay(own, {"algorithm": {"shuffle_rewards": True}}) if self.is_control else own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """`variants` has each control after its variant."""
+
+    name: str
+    title: str
+    question: str
+    claim: str
+    base: str = "shapes_cpu"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    test: bool = True
+    figures: tuple[str, ...] = ("curves", "final")
+    columns: tuple[str, ...] = ()
+    paper_table: str = ""
+    tuning: Path | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    variants: tuple[Variant, ...] = ()
+
+    def chosen(self, names: Iterable[str]) -> tuple[Variant, ...]:
+        """The variants of these names with their controls, or all. Raises ValueError for one that there is not."""
+        known = [variant.name for variant in self.variants]
+        names = list(names) or known
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"--only: {self.name} has no variant {name!r}; there are: "
+                    f"{'; '.join(name for name in known if not name.endswith(CONTROL))}{suggestion(name, known)}"
+                )
+        wanted = {*names, *(name + CONTROL for name in names)}
+        return tuple(variant for variant in self.variants if variant.name in wanted)
+
+
+def packaged() -> dict[str, Path]:
+    """The grids that ship with ngrpo, by name."""
+    directory = files("ngrpo_train.experiments") / "grids"
+    found = {path.name.removesuffix(".toml"): Path(str(path)) for path in directory.iterdir()}
+    return dict(sorted(found.items()))
+
+
+def find_grid(name: str) -> Grid:
+    """A packaged grid by bare name, or a TOML file. Raises ValueError where there is none, or it is malformed."""
+    known = packaged()
+    path = known.get(name, Path(name))
+    if path.suffix != ".toml" or not path.is_file():
+        raise ValueError(
+            f"no experiment {name!r}: not a TOML file, nor one of {', '.join(known)}{suggestion(name, known)}"
+        )
+    try:
+        with path.open("rb") as file:
+            content = tomllib.load(file)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"experiment {path}: not valid TOML: {error}") from error
+    try:
+        return _grid(path, content)
+    except ValueError as error:
+        raise ValueError(f"experiment {path}: {error}") from error
+
+
+def _grid(path: Path, content: Mapping[str, Any]) -> Grid:
+    kinds = {
+        **dict.fromkeys(("title", "question", "claim", "base", "paper_table", "tuning"), str),
+        **dict.fromkeys(("seeds", "figures", "columns", "variants"), list),
+        "test": bool,
+        "recipe": dict,
+    }
+    _refuse_misshapen(content, kinds, "")
+    for key in ("title", "question", "claim", "variants"):
+        if not content.get(key):
+            raise ValueError(f"{key} must be given")
+    for seed in content.get("seeds", ()):
+        if not isinstance(seed, int):
+            raise ValueError(f"seeds = {content['seeds']!r} must be whole numbers")
+    for key, also in (("figures", DRAWN), ("columns", ())):
+        for name in content.get(key, ()):
+            if name not in also and not is_column(str(name)):
+                raise ValueError(f"{key}: {name!r} is no column of the CSV{suggestion(str(name), also)}")
+    tables = content["variants"]
+    variants = [each for i, table in enumerate(tables) for each in _variants(table, f"variants[{i}]: ")]
+    names = [variant.name for variant in variants]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two variants are called {name!r}: rename one of them")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    values["variants"] = tuple(variants)
+    if "tuning" in content:
+        values["tuning"] = path.parent / content["tuning"]
+    return Grid(name=path.stem, **values)
+
+
+def _variants(table: Any, where: str) -> list[Variant]:
+    """A variant, and its control if it is to have one."""
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{where}{table!r} must be a table, [[variants]]")
+    kinds = {"name": str, "control": bool, "family": str, "tuned": str, "paper": dict} | dict.fromkeys(_SECTIONS, dict)
+    _refuse_misshapen(table, kinds, where)
+    if not table.get("name"):
+        raise ValueError(f"{where}name must be given")
+    variant = Variant(
+        name=table["name"],
+        sections={key: value for key, value in table.items() if key in _SECTIONS},
+        family=table.get("family", ""),
+        tuned=table.get("tuned", ""),
+        paper=table.get("paper", {}),
+    )
+    if not table.get("control"):
+        return [variant]
+    return [variant, dataclasses.replace(variant, name=variant.name + CONTROL, is_control=True, family="", paper={})]
+
+
+def _refuse_misshapen(table: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> None:
+    words = {str: "a string", list: "a list", bool: "true or false", dict: "a table"}
+    for key, value in table.items():
+        if key not in kinds:
+            raise ValueError(f"{where}no key {key!r}; there are {', '.join(kinds)}{suggestion(key, kinds)}")
+        if not isinstance(value, kinds[key]):
+            raise ValueError(f"{where}{key} = {value!r} must be {words[kinds[key]]}")

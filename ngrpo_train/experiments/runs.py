@@ -1,0 +1,288 @@
+"""The runs of an experiment in sequence: each is trained, tested, written to the CSV, and never made again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ngrpo_train import parallel
+from ngrpo_train.checkpoint import checkpoints
+from ngrpo_train.config import Recipe, as_dict
+from ngrpo_train.evaluate import evaluate
+from ngrpo_train.experiments.grid import Variant
+from ngrpo_train.experiments.results import BASE_MODEL, BY_STEP, FIGURES, SCORE, Row, mean, read_rows, write_rows
+from ngrpo_train.inference import Source
+from ngrpo_train.prompts import load_prompts, prompts_per_iteration
+from ngrpo_train.rewards import Rewards
+from ngrpo_train.train import train
+from ngrpo_train.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    variant: Variant
+    settings: str  # JSON: what the variant lays over base and grid
+    recipe: Recipe
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.train.seed
+
+
+@dataclass(frozen=True, slots=True)
+class Yardstick:
+    """What every model is judged by: rewards, sampler and test prompts of the base recipe."""
+
+    recipe: Recipe
+    test: bool
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return self.recipe.trained_rewards()
+
+    def scores(self, source: Source, device: torch.device) -> dict[str, float]:
+        """Of a model on the test prompts, by name; a collective."""
+        prompts = load_prompts(self.recipe.evaluation.test, "evaluation.test")
+        rewards = Rewards(self.recipe.rewards, device)
+        with source.loaded(self.recipe, device) as flux:
+            return evaluate(flux, self.recipe, rewards, prompts).mean()
+
+    def judged(self, scores: Mapping[str, float], trained_on: Sequence[str]) -> dict[str, float]:
+        """An evaluation's columns of the CSV."""
+        values = {f"{SCORE}{name}": score for name, score in scores.items()}
+        others = [name for name in self.recipe.rewards if name not in self.trained]
+        for column, names in (("reward", self.trained), ("out_of_domain", others), ("reward_trained_on", trained_on)):
+            if names and all(name in scores for name in names):
+                values[column] = mean([scores[name] for name in names])
+        return values
+
+    def record(self) -> dict[str, Any]:
+        """What of it decides the numbers of a test."""
+        if not self.test:
+            return {}
+        evaluation = self.recipe.evaluation
+        kept = {"test": evaluation.test, "num_images_per_prompt": evaluation.num_images_per_prompt}
+        sections = _changed(self.recipe, ("model", "sampling", "rewards"))
+        return sections | {"evaluation": kept}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """`runs` in the order in which they are made; `reuse` are rows of other experiments, whose equal runs are taken."""
+
+    name: str
+    base: str
+    yardstick: Yardstick
+    runs: tuple[Run, ...]
+    out: Path
+    reuse: Sequence[Row] = ()
+
+    @property
+    def csv(self) -> Path:
+        return self.out / f"{self.name}.csv"
+
+    def make(self) -> int:
+        """Make what is missing; returns the exit code of the first run that was stopped, or 0.
+
+        Every process keeps the same rows in memory; the first one writes them. Raises ValueError where the CSV has a
+        run of a variant and seed by another recipe.
+        """
+        rows = read_rows(self.csv)
+        self._refuse_other_recipes(rows)
+        with parallel.processes(self.yardstick.recipe.parallel) as processes:  # one group, which all runs find standing
+            return self._make(rows, processes.device)
+
+    def _make(self, rows: list[Row], device: torch.device) -> int:
+        if self.yardstick.test and not _of(rows, self._base_identity()):
+            rows = [self._base_model(device), *rows]
+            self._write(rows)
+        for number, run in enumerate(self.runs, start=1):
+            here = identity(run.recipe, self.yardstick)
+            if any(row.variant == run.variant.name and row.run == here for row in rows):
+                continue
+            title = f"{self.name}, run {number} of {len(self.runs)}: {run.variant.name}, seed {run.seed}"
+            if equal := _of([*rows, *self.reuse], here):
+                _say(f"{title}: the same run as {equal[0].variant} of {equal[0].experiment}")
+                rows = [*rows, *(replace(row, **self._labels(run)) for row in equal)]
+                self._write(rows)
+                continue
+            _say(title)
+            directory = self.out / "runs" / f"{_slug(run.variant.name)}_seed{run.seed}_{here[:8]}"
+            stopped = bool(checkpoints(directory / "checkpoints"))
+            if code := train(run.recipe, directory, resume="latest" if stopped else "", overwrite=not stopped):
+                return code
+            rows = [*rows, *self._rows(run, here, directory, device)]
+            self._write(rows)
+            if parallel.rank() == 0:
+                shutil.rmtree(directory / "checkpoints")
+            parallel.barrier()
+        return 0
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        if parallel.rank() == 0:
+            write_rows(self.csv, rows)
+
+    def _refuse_other_recipes(self, rows: Sequence[Row]) -> None:
+        wanted: dict[tuple[str, int | None], str] = {
+            (run.variant.name, run.seed): identity(run.recipe, self.yardstick) for run in self.runs
+        }
+        if self.yardstick.test:
+            wanted[BASE_MODEL, None] = self._base_identity()
+        for row in rows:
+            if wanted.get((row.variant, row.seed), row.run) != row.run:
+                of_seed = "" if row.seed is None else f" with seed {row.seed}"
+                raise ValueError(
+                    f"{self.csv} has {row.variant!r}{of_seed} by another recipe or another number of processes: repeat "
+                    "the flags of then, or give another --out"
+                )
+
+    def _base_identity(self) -> str:
+        return _hash({"yardstick": self.yardstick.record()})
+
+    def _base_model(self, device: torch.device) -> Row:
+        source = Source(BASE_MODEL, self.yardstick.recipe.model)
+        values = self.yardstick.judged(self.yardstick.scores(source, device), self.yardstick.trained)
+        labels: dict[str, Any] = {"experiment": self.name, "base": self.base, "variant": BASE_MODEL}
+        return Row(split="test", step=0, run=self._base_identity(), values=values, **labels, **_made_by(device))
+
+    def _labels(self, run: Run) -> dict[str, Any]:
+        return {
+            "experiment": self.name,
+            "base": self.base,
+            "variant": run.variant.name,
+            "family": run.variant.family,
+            "seed": run.seed,
+            "control": run.variant.is_control,
+            "settings": run.settings,
+        }
+
+    def _rows(self, run: Run, identity: str, directory: Path, device: torch.device) -> list[Row]:
+        """Of a finished run, the test's last; a collective."""
+        parallel.barrier()  # the first process has written the last figures
+        scores = None
+        if self.yardstick.test:
+            latest = checkpoints(directory / "checkpoints")[-1]
+            scores = self.yardstick.scores(Source(str(directory), run.recipe.model, latest), device)
+        made_by = _made_by(device)
+        return [
+            Row(split=split, step=step, run=identity, values=values, **self._labels(run), **made_by)
+            for split, step, values in course(directory / "metrics.jsonl", run.recipe, self.yardstick, scores)
+        ]
+
+
+def course(
+    metrics: Path, recipe: Recipe, yardstick: Yardstick, scores: Mapping[str, float] | None
+) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """(split, iterations made, values) of every evaluation that a run recorded, and of its end with a test's `scores`.
+
+    Where there was no test, the scores of a validation after the last iteration stand at the end too.
+    """
+    recorded: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text().splitlines()]
+    made = sorted((row for row in recorded if "time/iteration_s" in row), key=lambda row: row["step"])
+    seconds = [row["time/iteration_s"] for row in made]
+    seconds[:1] = [statistics.median(seconds)]
+    prompts = prompts_per_iteration(recipe, parallel.world_size())
+    work = [Workload.of(recipe, iteration) for iteration in range(len(made))]
+    per_prompt: dict[str, list[float]] = {
+        "G": [each.generations for each in work],
+        "B": [each.num_anchors for each in work],
+        "K": [each.num_train_steps for each in work],
+        "nfe_old": [each.nfe_old for each in work],
+        "nfe_theta": [each.nfe_theta for each in work],
+    }
+
+    def until(step: int, since: int) -> dict[str, float]:
+        values: dict[str, float] = {
+            "nfe_rollout": prompts * sum(each.rollout for each in work[:step]),
+            "nfe_update": prompts * sum(each.states for each in work[:step]),
+            "train_s": sum(seconds[:step]),
+        }
+        if step > since:
+            values["s_per_iteration"] = statistics.median(seconds[since:step])
+            values |= {name: mean(each[since:step]) for name, each in per_prompt.items()}
+            names = {name for row in made for name in row if name in FIGURES or name.startswith(BY_STEP)}
+            known = {name: [row[name] for row in made[since:step] if name in row] for name in names}
+            values |= {name: mean(each) for name, each in known.items() if each}
+        return values
+
+    since, seen = 0, dict[str, float]()
+    for row in recorded:
+        found = {name: value for name, value in row.items() if name.startswith("validation/")}
+        if found:
+            step, seen = row["step"], {name.removeprefix("validation/"): value for name, value in found.items()}
+            yield "validation", step, until(step, since) | yardstick.judged(seen, recipe.trained_rewards())
+            since = step
+    last = scores if scores is not None else seen if since == len(made) else {}
+    ended = until(len(made), 0) | yardstick.judged(last, recipe.trained_rewards())
+    yield "none" if scores is None else "test", len(made), ended
+
+
+def identity(recipe: Recipe, yardstick: Yardstick) -> str:
+    """A hash of what decides a run's numbers, alike for settings of a later version that are left at their defaults."""
+    sections = [name for name in as_dict(recipe) if name not in ("log", "checkpoint")]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as a launcher sets it: between runs there is no group to ask
+    record = {"recipe": _changed(recipe, sections), "yardstick": yardstick.record(), "processes": processes}
+    return _hash(record)
+
+
+def _changed(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
+    """The fields of these sections that are not at their defaults; of rewards all."""
+    values, defaults = as_dict(recipe), as_dict(Recipe())
+    return {
+        section: {
+            key: value
+            for key, value in values[section].items()
+            if key not in defaults[section] or value != defaults[section][key]
+        }
+        for section in sections
+    }
+
+
+def _hash(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _of(rows: Sequence[Row], identity: str) -> list[Row]:
+    """The rows of one run of that identity."""
+    equal = [row for row in rows if row.run == identity]
+    return [row for row in equal if (row.experiment, row.variant) == (equal[0].experiment, equal[0].variant)]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def _made_by(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    processes = parallel.world_size()
+    try:
+        ngrpo = version("ngrpo")
+    except PackageNotFoundError:  # run from a source tree
+        ngrpo = ""
+    return {
+        "hardware": f"{processes} x {hardware}" if processes > 1 else hardware,
+        "torch": torch.__version__,
+        "ngrpo": ngrpo,
+        "date": date.today().isoformat(),
+    }
+
+
+def _say(line: str) -> None:
+    if parallel.rank() == 0:
+        print(f"\n{line}", flush=True)

@@ -1,0 +1,147 @@
+"""What came out of an experiment, as a table in Markdown and on the terminal: all of it from the CSV."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ngrpo_train.experiments.grid import CONTROL, Grid
+from ngrpo_train.experiments.results import BASE_MODEL, SCORE, Row, closing, mean
+from ngrpo_train.experiments.tuning import Best
+
+SCORES = {"reward": "reward", "out of domain": "out_of_domain"}  # as they are called here, and in the CSV
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Cells of a table, a row per variant, and the lines that stand below it."""
+
+    header: list[str]
+    cells: list[list[str]]
+    notes: list[str]
+
+    @staticmethod
+    def of(grid: Grid, rows: Sequence[Row], best: Mapping[str, Best]) -> Summary:
+        """Of the variants that have finished runs; columns that nothing is known of are left out."""
+        names = variants_of(grid, rows)
+        columns: dict[str, list[str]] = {"variant": names, "seeds": [str(len(closing(rows, name))) for name in names]}
+        for title, column in SCORES.items():
+            base = [row.values[column] for row in closing(rows, BASE_MODEL) if column in row.values]
+            columns[title] = [_spread(_values(rows, name, column)) for name in names]
+            columns[f"{title}, change"] = [_change(_values(rows, name, column), base) for name in names]
+        columns["against its control"] = [_against_control(rows, name) for name in names]
+        columns |= _time(rows, names)
+        columns["NFE_old"] = [_number(_values(rows, name, "nfe_old")) for name in names]
+        columns["NFE_theta"] = [_number(_values(rows, name, "nfe_theta")) for name in names]
+        scores = sorted({column for row in rows for column in row.values if column.startswith(SCORE)})
+        for column in (*grid.columns, *(scores if len(scores) > 2 else ())):
+            columns[column.removeprefix(SCORE)] = [_number(_values(rows, name, column)) for name in names]
+        of_paper = {variant.name: variant.paper for variant in grid.variants}
+        for key in dict.fromkeys(key for numbers in of_paper.values() for key in numbers):
+            columns[f"{grid.paper_table}: {key}"] = [str(of_paper.get(name, {}).get(key, "")) for name in names]
+        if base_rows := closing(rows, BASE_MODEL):
+            for title, values in columns.items():
+                known = [row.values[SCORES[title]] for row in base_rows if SCORES.get(title) in row.values]
+                values.insert(0, BASE_MODEL if title == "variant" else _spread(known))
+        known_columns = {title: values for title, values in columns.items() if any(values)}
+        return Summary(
+            list(known_columns), [list(row) for row in zip(*known_columns.values(), strict=True)], _notes(rows, best)
+        )
+
+    def markdown(self, grid: Grid, pictures: Sequence[str]) -> str:
+        """The whole page: what was asked, what the paper says, the table, the pictures by file name."""
+        lines = [f"# {grid.title}", "", grid.question, "", f"The paper: {grid.claim}", ""]
+        for cells in (self.header, ["---"] * len(self.header), *self.cells):
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", *(f"- {note}" for note in self.notes), ""]
+        for picture in pictures:
+            lines += [f"![{picture}]({picture})", ""]
+        return "\n".join(lines)
+
+    def rendered(self, grid: Grid) -> Table:
+        table = Table(title=grid.title, title_justify="left", box=box.SIMPLE_HEAD, caption_justify="left")
+        table.caption = "\n".join(self.notes)
+        for title in self.header:
+            table.add_column(title, justify="left" if title == "variant" else "right")
+        for cells in self.cells:
+            table.add_row(*cells)
+        return table
+
+
+def variants_of(grid: Grid, rows: Sequence[Row]) -> list[str]:
+    """The variants with finished runs, in the grid's order; those that the grid has no more come last."""
+    finished = dict.fromkeys(row.variant for row in rows if row.is_closing and row.variant != BASE_MODEL)
+    of_grid = [variant.name for variant in grid.variants if variant.name in finished]
+    return [*of_grid, *(name for name in finished if name not in of_grid)]
+
+
+def judged_on(finished: Sequence[Row]) -> str:
+    """Which prompts the scores that runs ended with are of."""
+    return "test" if any(row.split == "test" for row in finished) else "validation"
+
+
+def _values(rows: Sequence[Row], variant: str, column: str) -> list[float]:
+    return [row.values[column] for row in closing(rows, variant) if column in row.values]
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _change(values: Sequence[float], base: Sequence[float]) -> str:
+    return f"{mean(values) - mean(base):+.3f}" if values and base else ""
+
+
+def _against_control(rows: Sequence[Row], name: str) -> str:
+    """The reward's difference to the control, paired by seed."""
+    mine, control = ({row.seed: row for row in closing(rows, each)} for each in (name, name + CONTROL))
+    seeds = [seed for seed in mine if seed in control and "reward" in mine[seed].values]
+    difference = [mine[seed].values["reward"] - control[seed].values["reward"] for seed in seeds]
+    text = _spread(difference)
+    return f"+{text}" if text and not text.startswith("-") else text
+
+
+def _time(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[str]]:
+    """Seconds per iteration, medians over seeds, against the first variant's; on a GPU also as they are."""
+    measured = {name: _values(rows, name, "s_per_iteration") for name in names}
+    seconds = {name: statistics.median(each) if each else math.nan for name, each in measured.items()}
+    first = next(iter(seconds.values()), math.nan)
+    columns: dict[str, list[str]] = {}
+    if not any("CPU" in row.hardware for row in rows):
+        columns["s / iteration"] = [f"{each:.2f}" for each in seconds.values()]
+    columns["time, relative"] = [f"{each / first:.2f}" for each in seconds.values()]
+    return columns
+
+
+def _number(values: Sequence[float]) -> str:
+    return f"{mean(values):.4g}" if values else ""
+
+
+def _notes(rows: Sequence[Row], best: Mapping[str, Best]) -> list[str]:
+    notes = []
+    finished = [row for row in rows if row.is_closing and row.variant != BASE_MODEL]
+    if any("reward" in row.values for row in finished):
+        of = judged_on(finished)
+        notes.append(f"Rewards are of {of} prompts after the last iteration; ± is the standard deviation over seeds.")
+    if any(row.control for row in finished):
+        notes.append("A control is the same run with the rewards of each group dealt out at random.")
+    if best:
+        trials = next(iter(best.values())).trials
+        chosen = "; ".join(f"{family}: {found.trial}" for family, found in best.items())
+        notes.append(f"Settings are the best by validation reward of {trials} trials for each: {chosen}.")
+    for text in dict.fromkeys(_origin(row) for row in finished):
+        notes.append(text)
+    return notes
+
+
+def _origin(row: Row) -> str:
+    parts: list[Any] = [row.hardware, f"torch {row.torch}", f"ngrpo {row.ngrpo}" if row.ngrpo else "", row.date]
+    return f"{row.step} iterations of {row.base}; {', '.join(part for part in parts if part)}."

@@ -1,0 +1,70 @@
+"""Settings found by the grid `tuning`: of each family of trials the best one by its last validation reward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ngrpo_train.experiments.results import Row, mean, read_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    trial: str
+    settings: dict[str, Any]  # sections of a recipe
+    reward: float  # on validation prompts, mean over seeds
+    trials: int  # of the family
+
+
+def best_trials(path: Path, base: str, families: Iterable[str]) -> dict[str, Best]:
+    """Of each family its best trial in a CSV of an experiment.
+
+    Raises ValueError where a family has no trials, one has more than another, or they are of another base recipe.
+    """
+    rows = read_rows(path)
+    best = {family: _best([row for row in rows if row.family == family], family, path) for family in families}
+    for row in rows:
+        if row.family in best and row.base != base:
+            raise ValueError(
+                f"{path} was made with the recipe {row.base}, not {base}: run ngrpo experiment tuning --base {base}, "
+                "and name its CSV with --tuning"
+            )
+    numbers = {family: found.trials for family, found in best.items()}
+    if len(set(numbers.values())) > 1:
+        counted = ", ".join(f"{family} {number}" for family, number in numbers.items())
+        raise ValueError(f"{path} has unequal numbers of trials, which favours some: {counted}; finish that experiment")
+    return best
+
+
+def _best(rows: Sequence[Row], family: str, path: Path) -> Best:
+    trials: dict[str, dict[int | None, Row]] = {}
+    for row in rows:
+        if row.split == "validation" and row.step and "reward" in row.values:
+            last = trials.setdefault(row.variant, {})
+            if row.seed not in last or row.step > last[row.seed].step:
+                last[row.seed] = row
+    if not trials:
+        raise ValueError(f"{path} has no trial of the family {family!r}: run ngrpo experiment tuning")
+    if len({frozenset(last) for last in trials.values()}) > 1:
+        raise ValueError(f"{path} has trials of {family} with unequal seeds: finish that experiment")
+    rewards = {name: mean([row.values["reward"] for row in last.values()]) for name, last in trials.items()}
+    name = max(rewards, key=lambda name: rewards[name])
+    row = next(iter(trials[name].values()))
+    return Best(name, json.loads(row.settings), rewards[name], len(trials))
+
+
+def find_tuning(given: str, of_grid: Path | None, out: Path) -> Path | None:
+    """The CSV of trials: the one given, the grid's own, or that of an experiment `tuning` beside `out`.
+
+    In a source tree the committed one comes last. Raises ValueError where the one that is given does not exist.
+    """
+    if given:
+        if not Path(given).is_file():
+            raise ValueError(f"--tuning = {given!r} is not a file")
+        return Path(given)
+    committed = Path(__file__).parents[2] / "benchmarks" / "results" / "experiments" / "tuning.csv"
+    candidates = [of_grid, out.parent / "tuning" / "tuning.csv", committed]
+    return next((path for path in candidates if path and path.is_file()), None)

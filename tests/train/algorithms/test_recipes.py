@@ -1,0 +1,237 @@
+"""One line of a recipe chooses the algorithm, and what belongs to others is refused wherever it stands."""
+
+import dataclasses
+import inspect
+import tomllib
+from dataclasses import replace
+from importlib.resources import files
+from typing import get_args
+
+import pytest
+
+from ngrpo_train.__main__ import TrainCommand
+from ngrpo_train.checks import check
+from ngrpo_train.config import Algorithm, AlgorithmName, Prompts, Recipe, Reward
+from ngrpo_train.parsing import as_toml, find_recipe, overlay, parse, read_recipe, resolve
+
+NAMES = get_args(AlgorithmName)
+PACKAGED = sorted(path.name.removesuffix(".toml") for path in (files("ngrpo_train") / "recipes").iterdir())
+GOOD = Recipe(prompts=Prompts(source="prompts.txt"), rewards={"shapes_verifier": Reward()})
+MIX, BRANCH = ("mix_grpo", "mix_grpo_flash"), ("branch_grpo",)
+SDE = ("flow_grpo", "dance_grpo", *MIX, *BRANCH)
+
+# field -> (whose it is, a value that is nobody's default)
+OWNED = {
+    "num_anchors": (("neighbor",), 2),
+    "sigma": (("neighbor",), 0.5),
+    "temperature": (("neighbor",), "dim"),
+    "backend": (("neighbor",), "reference"),
+    "num_train_steps": (("neighbor", "flow_grpo", "dance_grpo"), 3),
+    "eta": (SDE, 0.6),
+    "advantage_clip": (SDE, 4.0),
+    "window_size": (MIX, 3),
+    "window_every": (MIX, 7),
+    "window_frozen": (("mix_grpo_flash",), True),
+    "compression": (("mix_grpo_flash",), 0.5),
+    "branch_steps": (BRANCH, (0, 1, 2, 4)),
+    "branch_spread": (BRANCH, 2.0),
+    "width_pruning": (BRANCH, "extremes"),
+    "depth_pruning": (BRANCH, 1),
+    "depth_pruning_every": (BRANCH, 9),
+}
+FOREIGN = [(name, field) for field, (owners, _) in OWNED.items() for name in NAMES if name not in owners]
+
+
+def parsed(recipe, *flags):
+    return parse(TrainCommand, recipe, flags, prog="ngrpo train", name="a.toml", quiet=True).recipe
+
+
+def of_algorithm(name, **settings):
+    return replace(GOOD, algorithm=replace(Algorithm.of(name), **settings))
+
+
+def words(value):
+    return [str(each) for each in value] if isinstance(value, tuple) else [str(value)]
+
+
+# --- whose fields are whose
+
+
+def test_fields_say_whose_they_are():
+    """In the same words as this table: the text of the help begins with them."""
+    source = inspect.getsource(Algorithm)
+    for field in dataclasses.fields(Algorithm):
+        text = source.split(f"\n    {field.name}: ")[1].split('"""')[1]
+        owners = OWNED.get(field.name, (None,))[0]
+        said = {SDE: "all but neighbor", None: None}.get(owners, ", ".join(owners or ()))
+        assert text.startswith(f"[{said}] ") if said else not text.startswith("["), field.name
+
+
+@pytest.mark.parametrize("name, field", FOREIGN)
+def test_a_field_of_others_is_refused(name, field):
+    owners, value = OWNED[field]
+    complaint = rf"algorithm\.{field} is a setting of {' and '.join(owners)}, not of algorithm\.name = '{name}'$"
+    with pytest.raises(ValueError, match=rf"^recipe a\.toml: {complaint}"):
+        parsed({"algorithm": {"name": name, field: list(value) if isinstance(value, tuple) else value}})
+    with pytest.raises(ValueError, match=f"^{complaint}"):
+        check(of_algorithm(name, **{field: value}))
+
+
+@pytest.mark.parametrize("field", OWNED)
+def test_a_flag_of_others_is_refused(field):
+    owners, value = OWNED[field]
+    name = next(name for name in NAMES if name not in owners)
+    complaint = rf"^algorithm\.{field} is a setting of .*, not of algorithm\.name = '{name}'$"
+    with pytest.raises(ValueError, match=complaint):
+        parsed({}, f"--algorithm.{field.replace('_', '-')}", *words(value), f"--algorithm.name={name}")
+    with pytest.raises(ValueError, match=complaint):
+        parsed({"algorithm": {"name": name}}, f"--algorithm.{field}={words(value)[0]}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fields_of_its_own_are_taken(name):
+    own = {field: value for field, (owners, value) in OWNED.items() if name in owners}
+    flags = [word for field, value in own.items() for word in (f"--algorithm.{field}", *words(value))]
+    recipe = parsed({}, "--algorithm.name", name, *flags, "--prompts.source=a.txt", "--rewards", "shapes_verifier")
+    assert recipe.algorithm == replace(Algorithm.of(name), **own)
+    check(recipe)
+    assert resolve(tomllib.loads(as_toml(recipe)), name="recipe.toml") == recipe
+    assert tomllib.loads(as_toml(recipe))["algorithm"].keys() & OWNED.keys() == own.keys()
+
+
+def test_an_algorithm_is_as_it_was_published():
+    """eta, clip and candidates of the authors' scripts for FLUX; Flow-GRPO's eta of its paper."""
+    settings = {name: Algorithm.of(name) for name in NAMES}
+    assert {name: one.eta for name, one in settings.items() if name != "neighbor"} == {
+        "flow_grpo": 0.7,
+        "dance_grpo": 0.3,
+        "mix_grpo": 0.7,
+        "mix_grpo_flash": 0.7,
+        "branch_grpo": 0.3,
+    }
+    assert {name: one.updates_per_iteration for name, one in settings.items()} == {
+        "neighbor": 1,
+        "flow_grpo": 1,
+        "dance_grpo": 3,
+        "mix_grpo": 4,
+        "mix_grpo_flash": 4,
+        "branch_grpo": 3,
+    }
+    assert {one.clip_range for name, one in settings.items() if name != "branch_grpo"} == {1e-4}
+    assert settings["branch_grpo"].clip_range == 1e-3
+    assert {one.p for name, one in settings.items() if name != "neighbor"} == {2.0}
+    assert {one.num_generations for name, one in settings.items() if name != "branch_grpo"} == {12}
+    assert parsed({}, "--algorithm.name=dance_grpo").algorithm == settings["dance_grpo"]
+    assert parsed({"algorithm": {"name": "branch_grpo", "eta": 0.1}}).algorithm == Algorithm(
+        name="branch_grpo",
+        eta=0.1,
+        num_generations=16,
+        p=2.0,
+        clip_range=1e-3,
+        updates_per_iteration=3,
+        step_range=(0.0, 1.0),
+    )
+    assert {one.step_range for name, one in settings.items() if name != "neighbor"} == {(0.0, 1.0)}
+    assert parsed({"algorithm": {"step_range": [0.0, 0.5]}}, "--algorithm.name=mix_grpo").algorithm.step_range == (
+        0,
+        0.5,
+    )
+
+
+# --- one line
+
+
+# Four steps are too few for the published settings of these.
+TOO_SHORT = {
+    "mix_grpo": "algorithm.window_size = 4 must not exceed the 3 random steps",
+    "mix_grpo_flash": "algorithm.window_size = 4 must not exceed the 3 random steps",
+    "branch_grpo": "algorithm.branch_steps = (0, 1, 2, 3) must rise within 0 to 2",
+}
+
+
+@pytest.mark.parametrize("packaged", PACKAGED)
+def test_a_change_of_algorithm_is_a_change_of_one_line(packaged, tmp_path):
+    for name in NAMES:
+        path = tmp_path / f"{name}.toml"
+        path.write_text(f'extends = "{packaged}"\n[algorithm]\nname = "{name}"\n')
+        recipe = resolve(read_recipe(path), name=path.name)
+        assert recipe.algorithm.name == name
+        if packaged == "flux_schnell" and name in TOO_SHORT:
+            with pytest.raises(ValueError, match=r"^algorithm\.") as raised:
+                check(recipe)
+            assert str(raised.value).startswith(TOO_SHORT[name])
+        else:
+            check(recipe)
+    assert parsed(read_recipe(find_recipe(packaged)), "--algorithm.name", name) == recipe, "a flag does the same"
+
+
+def test_what_another_algorithm_brought_is_left_behind():
+    base = {
+        "algorithm": {"name": "neighbor", "sigma": 0.2, "num_anchors": 2, "p": 0.8, "step_range": [0.0, 0.5]},
+        "train": {"steps": 5},
+    }
+    other = overlay(base, {"algorithm": {"name": "dance_grpo", "eta": 0.1}})
+    assert other == {
+        "algorithm": {"name": "dance_grpo", "step_range": [0.0, 0.5], "eta": 0.1},
+        "train": {"steps": 5},
+    }
+    assert overlay(other, {"algorithm": {"name": "mix_grpo"}})["algorithm"] == {
+        "name": "mix_grpo",
+        "step_range": [0.0, 0.5],
+    }
+    same = overlay(base, {"algorithm": {"name": "neighbor", "sigma": 0.5}})
+    assert same["algorithm"] == base["algorithm"] | {"sigma": 0.5}
+    assert base["algorithm"]["sigma"] == 0.2
+    assert parsed(base, "--algorithm.name", "dance_grpo", "--algorithm.eta=0.1").algorithm == replace(
+        Algorithm.of("dance_grpo"), eta=0.1, step_range=(0.0, 0.5)
+    )
+    assert parsed({"algorithm": {"sigma": 0.2}}, "--algorithm.name=mix_grpo").algorithm == Algorithm.of("mix_grpo")
+
+
+# --- rules
+
+
+TREE_OF_TWO = {"num_generations": 2, "branch_steps": (0,)}
+# Algorithm, field, values that it refuses of it, and what stands beside; numbers out of range are in test_config.
+BAD = [
+    ("flow_grpo", "num_train_steps", [-1, 8], {}),
+    ("flow_grpo", "old_policy", ["literal"], {}),
+    ("dance_grpo", "updates_per_iteration", [0, 5, 24], {}),
+    ("mix_grpo", "updates_per_iteration", [5], {}),
+    ("branch_grpo", "num_generations", [1, 12, 17], {}),
+    ("branch_grpo", "num_generations", [8], {"branch_steps": (0, 1, 2, 3)}),
+    ("branch_grpo", "width_pruning", ["extremes"], TREE_OF_TWO),
+    ("branch_grpo", "updates_per_iteration", [0, 2 + 4 + 8 + 4 * 16 + 1], {}),
+    ("branch_grpo", "step_range", [(0.0, 0.05)], {}),
+]
+
+
+@pytest.mark.parametrize(
+    "name, field, value, beside", [(name, field, value, beside) for name, field, each, beside in BAD for value in each]
+)
+def test_what_cannot_run_is_refused_by_name_and_value(name, field, value, beside):
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as raised:
+        check(of_algorithm(name, **{field: value}, **beside))
+    assert str(raised.value).startswith(f"algorithm.{field} = {value!r} ")
+
+
+def test_an_sde_needs_two_steps():
+    recipe = of_algorithm("flow_grpo", step_range=(0.0, 1.0))
+    with pytest.raises(ValueError, match=r"^algorithm\.step_range = .* leaves no step to train .* = 1: the last"):
+        check(replace(recipe, sampling=replace(recipe.sampling, num_inference_steps=1)))
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("flow_grpo", {"old_policy": "cached", "updates_per_iteration": 12}),
+        ("dance_grpo", {"num_train_steps": 7, "updates_per_iteration": 1}),
+        ("mix_grpo", {"window_size": 7}),
+        ("mix_grpo_flash", {"compression": 1.0, "window_frozen": True}),
+        ("branch_grpo", {"branch_steps": (0, 2, 4, 6), "width_pruning": "extremes"}),
+        ("branch_grpo", {"num_generations": 4, "width_pruning": "parent_top1", "depth_pruning": 5}),
+        ("branch_grpo", {"updates_per_iteration": 2 + 4 + 8 + 4 * 16}),
+    ],
+)
+def test_the_ends_of_a_range_are_in_it(name, settings):
+    check(of_algorithm(name, **settings))
