@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_train.architecture import KNOWN, Architecture, find_architecture
-from ngrpo_train.config import Algorithm, Model, Optimizer, Parallel, Prompts, Recipe, Reward
+from ngrpo_train.config import Algorithm, Model, Optimizer, Parallel, Prompts, Recipe, Reward, has_field
 from ngrpo_train.experiments.grid import Variant, find_grid
 from ngrpo_train.parsing import as_flags, as_toml, overlay, resolve
 from ngrpo_train.plan.scorers import WITH_WEIGHTS, scorer_sizes
@@ -88,15 +88,16 @@ def table_3(base: Recipe) -> dict[str, tuple[Variant, Recipe]]:
 
 def _at_most(recipe: Recipe, base: Recipe) -> Recipe:
     algorithm, most = recipe.algorithm, base.algorithm
-    fewer = replace(
-        algorithm,
-        num_generations=most.num_generations,
-        num_anchors=min(algorithm.num_anchors, most.num_anchors),
-        num_train_steps=min(algorithm.num_train_steps, most.num_train_steps),
-        window_size=min(algorithm.window_size, most.num_train_steps),
-    )
+    limits = {
+        "num_generations": most.num_generations,
+        "num_anchors": most.num_anchors,
+        "num_train_steps": most.num_train_steps,
+        "window_size": most.num_train_steps,
+    }
+    own = {name: limit for name, limit in limits.items() if has_field(algorithm.name, name)}
+    algorithm = replace(algorithm, **{name: min(getattr(algorithm, name), limit) for name, limit in own.items()})
     steps = base.sampling.num_inference_steps
-    return replace(recipe, algorithm=fewer, sampling=replace(recipe.sampling, num_inference_steps=steps))
+    return replace(recipe, algorithm=algorithm, sampling=replace(recipe.sampling, num_inference_steps=steps))
 
 
 def as_measured(recipe: Recipe, depth: str = "") -> tuple[Recipe, list[str]]:

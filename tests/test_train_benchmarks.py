@@ -129,7 +129,7 @@ def test_the_made_up_reward_is_never_flat() -> None:
     assert (score(brighter, [""] * 12) - rewards).nonzero().tolist() == [[3]]
 
 
-@pytest.mark.parametrize("name", ["full", "tiny", "MixGRPO-Flash*", "BranchGRPO"])
+@pytest.mark.parametrize("name", ["full", "tiny", "MixGRPO-Flash*"])
 def test_settings_repeat_a_recipe(name: str) -> None:
     recipes = {"full": full_size(), "tiny": tiny(on_gpu=False)}
     recipe = recipes.get(name) or table_3(full_size())[name][1]

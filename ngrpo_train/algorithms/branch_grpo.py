@@ -110,8 +110,10 @@ class BranchGRPO(StochasticGRPO):
     def update(
         self, flux: Flux, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor
     ) -> UpdateStats | None:
-        local_PX = advantages.chunk(parallel.world_size())[parallel.rank()]
-        return super().update(flux, optimizer, groups.take(self._unpruned(groups, local_PX)), advantages)
+        if self.settings.width_pruning != "none":
+            local_PX = advantages.chunk(parallel.world_size())[parallel.rank()]
+            groups = groups.take(self._unpruned(groups, local_PX))
+        return super().update(flux, optimizer, groups, advantages)
 
     def _unpruned(self, groups: Transitions, advantages_PX: Tensor) -> Tensor:
         """Which transitions width pruning leaves, [P, M] on the CPU, in the order they have."""

@@ -47,9 +47,9 @@ class ExperimentCommand:
     """Iterations of every run; 0 takes the grid's."""
     reuse: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CSV [CSV ...]", help_behavior_hint="")] = ()
     """Of other experiments, whose equal runs are taken over; not for times, which another hour measured."""
-    tuning: Annotated[str, tyro.conf.arg(metavar="CSV", help_behavior_hint="")] = ""
-    """Where tuned variants find their settings; empty is that of the experiment `tuning` beside --out, or the one that
-    ships with the source tree."""
+    tuning: Annotated[str, tyro.conf.arg(metavar="CSV|none", help_behavior_hint="")] = ""
+    """Where tuned variants find their settings: "none" for the published ones; empty is that of the experiment `tuning`
+    beside --out, or the one that ships with the source tree."""
     table_only: bool = False
     """Make no runs: write table and figures from the CSV that is there."""
 
@@ -98,6 +98,8 @@ class _Asked:
     @staticmethod
     def of(grid: Grid, flags: Sequence[str]) -> _Asked:
         base = _value_of("--base", flags) or grid.base
+        if grid.only_own_base and base != grid.base:
+            raise ValueError(f"--base = {base!r}: {grid.name} is about rewards of {grid.base} and runs on that alone")
         below = read_recipe(find_recipe(base))
         command = _parsed(below, flags, base)
         out = Path(command.out or Path("experiments") / grid.name).expanduser()
@@ -108,6 +110,8 @@ class _Asked:
         families = list(dict.fromkeys(variant.tuned for variant in self.variants if variant.tuned))
         if not families:
             return {}
+        if self.command.tuning == "none":
+            return {}
         path = find_tuning(self.command.tuning, self.grid.tuning, self.out)
         if path:
             return best_trials(path, self.base, families)
@@ -115,7 +119,7 @@ class _Asked:
             return {}
         raise ValueError(
             f"{self.grid.name} takes settings from the experiment tuning: run ngrpo experiment tuning --base "
-            f"{self.base} first, or name its CSV with --tuning"
+            f"{self.base} first, name its CSV with --tuning, or take published settings with --tuning none"
         )
 
     def experiment(self, best: Mapping[str, Best]) -> Experiment:
@@ -126,9 +130,8 @@ class _Asked:
         by_seed: dict[int, list[Run]] = {seed: [] for seed in command.seeds or grid.seeds}
         for variant in self.variants:
             name = f"{grid.name}, {variant.name}"
-            settings = variant.settings(best[variant.tuned].settings if variant.tuned else {})
-            layers = overlay(overlay(self.below, grid.recipe), settings)
-            resolved = _as_run(_parsed(layers, self.flags, name), command.steps)
+            settings = self._settings(variant, best, name)
+            resolved = _as_run(_parsed(overlay(self._common(), settings), self.flags, name), command.steps)
             for seed, runs in by_seed.items():
                 seeded = replace(resolved, train=replace(resolved.train, seed=seed))
                 try:
@@ -144,6 +147,29 @@ class _Asked:
             out=self.out,
             reuse=[row for path in command.reuse for row in _read_existing(Path(path), f"--reuse = {path!r}")],
         )
+
+    def _common(self) -> Mapping[str, Any]:
+        """What stands under all variants."""
+        common = overlay(self.below, self.grid.recipe)
+        return overlay(common, self.grid.own_base) if self._on_own_base else common
+
+    @property
+    def _on_own_base(self) -> bool:
+        return self.base == self.grid.base
+
+    def _settings(self, variant: Variant, best: Mapping[str, Best], name: str) -> dict[str, Any]:
+        """A variant's sections of a recipe, its factors multiplied out."""
+        tuned = best[variant.tuned].settings if variant.tuned in best else {}
+        settings = variant.settings(tuned, on_own_base=self._on_own_base)
+        without = _parsed(overlay(self._common(), settings), (), name).recipe
+        for path, factor in variant.times.items():
+            section, _, entry = path.partition(".")
+            value = getattr(getattr(without, section, None), entry, None)
+            if not isinstance(value, int | float) or not isinstance(factor, int | float):
+                raise ValueError(f"{name}: times.{path} = {factor!r} must be a number, for a field that is one")
+            product = value * factor
+            settings = overlay(settings, {section: {entry: round(product) if isinstance(value, int) else product}})
+        return settings
 
 
 def _parsed(recipe: Mapping[str, Any], flags: Sequence[str], name: str) -> ExperimentCommand:

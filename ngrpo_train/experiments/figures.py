@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ngrpo_train.experiments.grid import CONTROL, Grid
 from ngrpo_train.experiments.results import BASE_MODEL, BY_STEP, Row, closing, mean, solver_step
-from ngrpo_train.experiments.summary import SCORES, judged_on, variants_of
+from ngrpo_train.experiments.summary import SCORES, judged_on, shows_times, variants_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,17 +40,18 @@ def draw_figures(grid: Grid, rows: Sequence[Row], out: Path) -> list[str]:
 
 
 def curves(grid: Grid, rows: Sequence[Row]) -> Figure:
-    """Validation scores against iterations, transformer evaluations and seconds."""
+    """Validation scores against iterations, transformer evaluations and, where they mean something, seconds."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
     scores = _scores([row for row in rows if not row.is_closing])
     figure = Figure(figsize=(13, 0.4 + 2.9 * len(scores) + _legend_height(grid, rows)), layout="constrained")
     if not scores:
         return figure
-    panels = figure.subplots(len(scores), len(_AGAINST), squeeze=False, sharey="row")
+    against = dict(list(_AGAINST.items())[: 3 if shows_times(grid, rows) else 2])
+    panels = figure.subplots(len(scores), len(against), squeeze=False, sharey="row")
     bands = len(variants_of(grid, rows)) <= _MOST_BANDS
     for (title, column), row_of_panels in zip(scores.items(), panels, strict=True):
-        for (label, x), panel in zip(_AGAINST.items(), row_of_panels, strict=True):
+        for (label, x), panel in zip(against.items(), row_of_panels, strict=True):
             for name, style in _styles(grid, rows):
                 points = _course(rows, name, column)
                 _line(panel, [mean([x(row) for row in at]) for at in points], points, column, name, style, bands)

@@ -5,30 +5,39 @@
     claim = "..."                    what the paper says, with its table
     base = "shapes_cpu"              recipe under all runs where --base names no other
     seeds = [0, 1, 2]
+    only_own_base = false            whether --base is refused, for rewards or prompts that only this base has
+    timed = false                    show times of a CPU too, for which nothing else may run beside; a GPU's always are
     test = true                      score trained models on the base recipe's evaluation.test
     figures = ["curves", "final"]    also "gradient_by_step", and any column of the CSV, to be drawn over iterations
     columns = ["G"]                  columns of the CSV to show in the table, means over a whole run
     paper_table = "Table 3"          where the variants' `paper` numbers stand
     tuning = "FILE"                  CSV that `tuned` variants take their settings from; beside this file
 
-    [recipe.train]                   sections of a recipe, over the base, for all variants
-    steps = 60
+    [recipe.algorithm]               sections of a recipe, over the base, for all variants
+    p = 2.0
+    [own_base.train]                 the same where the base is the grid's own: what fits its size
+    steps = 30
 
     [[variants]]
     name = "sigma 0.3"               then any sections of a recipe, over all that stands above
     algorithm = { sigma = 0.3 }
+    own_base.train = { steps = 20 }  sections where the base is the grid's own
+    each = { "algorithm.p" = [1, 2] }             one variant for each, "sigma 0.3, p 1" and "sigma 0.3, p 2"; of
+    times = { "train.steps" = [1, 2] }            several fields all combinations. `times` are factors of what would be
     control = true                   another run with rewards dealt out at random within each group
     family = "neighbor"              in a grid for tuning: a trial of this family
     tuned = "neighbor"               the settings of this family's best trial, under the variant's own
     paper = { "s / Iter." = 45.08 }  the paper's numbers, beside ours
 
-Only title, question, claim, and a name for each variant have no default. Models are tested, and curves are scored, by
-the base recipe's own rewards and sampler, so that variants which train on others are judged alike.
+Only title, question, claim, and a name for each variant that its lists do not name, have no default. Models are tested,
+and curves are scored, by the base recipe's own rewards and sampler, so that variants which train on others are judged
+alike.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -51,13 +60,17 @@ class Variant:
     name: str
     sections: Mapping[str, Any] = field(default_factory=dict)  # of a recipe
     is_control: bool = False
+    own_base: Mapping[str, Any] = field(default_factory=dict)  # sections where the base is the grid's own
+    times: Mapping[str, float] = field(default_factory=dict)  # "section.field": factor of what it would be without
     family: str = ""
     tuned: str = ""
     paper: Mapping[str, float | str] = field(default_factory=dict)
 
-    def settings(self, best: Mapping[str, Any]) -> dict[str, Any]:
+    def settings(self, best: Mapping[str, Any], *, on_own_base: bool) -> dict[str, Any]:
         """Sections of a recipe: those of its family's best trial, `best`, and its own on top."""
         own = overlay(best, self.sections)
+        if on_own_base:
+            own = overlay(own, self.own_base)
         return overlay(own, {"algorithm": {"shuffle_rewards": True}}) if self.is_control else own
 
 
@@ -71,12 +84,15 @@ class Grid:
     claim: str
     base: str = "shapes_cpu"
     seeds: tuple[int, ...] = (0, 1, 2)
+    only_own_base: bool = False
+    timed: bool = False
     test: bool = True
     figures: tuple[str, ...] = ("curves", "final")
     columns: tuple[str, ...] = ()
     paper_table: str = ""
     tuning: Path | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    own_base: Mapping[str, Any] = field(default_factory=dict)
     variants: tuple[Variant, ...] = ()
 
     def chosen(self, names: Iterable[str]) -> tuple[Variant, ...]:
@@ -123,8 +139,9 @@ def _grid(path: Path, content: Mapping[str, Any]) -> Grid:
     kinds = {
         **dict.fromkeys(("title", "question", "claim", "base", "paper_table", "tuning"), str),
         **dict.fromkeys(("seeds", "figures", "columns", "variants"), list),
-        "test": bool,
+        **dict.fromkeys(("test", "timed", "only_own_base"), bool),
         "recipe": dict,
+        "own_base": dict,
     }
     _refuse_misshapen(content, kinds, "")
     for key in ("title", "question", "claim", "variants"):
@@ -151,23 +168,48 @@ def _grid(path: Path, content: Mapping[str, Any]) -> Grid:
 
 
 def _variants(table: Any, where: str) -> list[Variant]:
-    """A variant, and its control if it is to have one."""
+    """What a table stands for: a variant for each combination of its lists, and the control of each."""
     if not isinstance(table, Mapping):
         raise ValueError(f"{where}{table!r} must be a table, [[variants]]")
-    kinds = {"name": str, "control": bool, "family": str, "tuned": str, "paper": dict} | dict.fromkeys(_SECTIONS, dict)
+    kinds = {
+        **dict.fromkeys(("name", "family", "tuned"), str),
+        **dict.fromkeys(("paper", "own_base", "each", "times", *_SECTIONS), dict),
+        "control": bool,
+    }
     _refuse_misshapen(table, kinds, where)
-    if not table.get("name"):
+    lists = {(kind, name): values for kind in ("each", "times") for name, values in table.get(kind, {}).items()}
+    for (kind, name), values in lists.items():
+        if not isinstance(values, list) or name.count(".") != 1:
+            raise ValueError(f'{where}{kind}.{name} = {values!r} must be a list, for a "section.field"')
+    if not table.get("name") and not lists:
         raise ValueError(f"{where}name must be given")
-    variant = Variant(
-        name=table["name"],
-        sections={key: value for key, value in table.items() if key in _SECTIONS},
-        family=table.get("family", ""),
-        tuned=table.get("tuned", ""),
-        paper=table.get("paper", {}),
-    )
-    if not table.get("control"):
-        return [variant]
-    return [variant, dataclasses.replace(variant, name=variant.name + CONTROL, is_control=True, family="", paper={})]
+    made = []
+    for values in itertools.product(*lists.values()):
+        sections: dict[str, Any] = {key: value for key, value in table.items() if key in _SECTIONS}
+        name, times = [table["name"]] if table.get("name") else [], {}
+        for (kind, path), value in zip(lists, values, strict=True):
+            section, _, entry = path.partition(".")
+            spoken = entry.replace("_", " ")
+            if kind == "times":
+                times[path] = value
+                name.append(f"{spoken} x {value:g}")
+            else:
+                sections = overlay(sections, {section: {entry: value}})
+                name.append(f"{spoken} {' to '.join(map(str, value)) if isinstance(value, list) else value}")
+        variant = Variant(
+            name=", ".join(name),
+            sections=sections,
+            own_base=table.get("own_base", {}),
+            times=times,
+            family=table.get("family", ""),
+            tuned=table.get("tuned", ""),
+            paper=table.get("paper", {}),
+        )
+        made.append(variant)
+        if table.get("control"):
+            control = variant.name + CONTROL
+            made.append(dataclasses.replace(variant, name=control, is_control=True, family="", paper={}))
+    return made
 
 
 def _refuse_misshapen(table: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> None:

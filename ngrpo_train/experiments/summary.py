@@ -36,7 +36,7 @@ class Summary:
             columns[title] = [_spread(_values(rows, name, column)) for name in names]
             columns[f"{title}, change"] = [_change(_values(rows, name, column), base) for name in names]
         columns["against its control"] = [_against_control(rows, name) for name in names]
-        columns |= _time(rows, names)
+        columns |= _time(rows, names) if shows_times(grid, rows) else {}
         columns["NFE_old"] = [_number(_values(rows, name, "nfe_old")) for name in names]
         columns["NFE_theta"] = [_number(_values(rows, name, "nfe_theta")) for name in names]
         scores = sorted({column for row in rows for column in row.values if column.startswith(SCORE)})
@@ -79,6 +79,11 @@ def variants_of(grid: Grid, rows: Sequence[Row]) -> list[str]:
     finished = dict.fromkeys(row.variant for row in rows if row.is_closing and row.variant != BASE_MODEL)
     of_grid = [variant.name for variant in grid.variants if variant.name in finished]
     return [*of_grid, *(name for name in finished if name not in of_grid)]
+
+
+def shows_times(grid: Grid, rows: Sequence[Row]) -> bool:
+    """Runs of a grid are made whatever else a machine does, and only counts are safe from that."""
+    return grid.timed or not any("CPU" in row.hardware for row in rows)
 
 
 def judged_on(finished: Sequence[Row]) -> str:

@@ -88,9 +88,7 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
         "rollout": {
             **everywhere,
             "gathered weights": rollout_gathered,
-            "activations": max(
-                _rollout_bytes(recipe, architecture, shape, batches), _joining_bytes(recipe, batches, groups)
-            ),
+            "activations": max(_rollout_bytes(recipe, architecture, shape, batches), _joining_bytes(recipe, groups)),
         },
         "decode": {
             **everywhere,
@@ -263,16 +261,15 @@ def _explored_transitions(recipe: Recipe) -> int:
 
 
 def _pruned_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> int:
-    """Of one prompt's transitions that pruning leaves, which a tree's update copies beside all, even if it is none."""
-    if recipe.algorithm.name != "branch_grpo":
+    """Of one prompt's transitions that width pruning leaves, which the update copies beside all."""
+    if recipe.algorithm.width_pruning == "none":
         return 0
     return 3 * Workload.of(recipe).states * 4 * shape.image_tokens * architecture.channels
 
 
-def _joining_bytes(recipe: Recipe, batches: Batches, groups: float) -> float:
+def _joining_bytes(recipe: Recipe, groups: float) -> float:
     """Of a rollout's end: the groups of all batches of prompts, made one beside what they were."""
-    alone = recipe.algorithm.is_neighbor and recipe.train.gradient_accumulation_steps == 1
-    return 0 if alone else groups
+    return 0 if recipe.train.gradient_accumulation_steps == 1 else groups
 
 
 def _encode_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> int:

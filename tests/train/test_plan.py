@@ -538,8 +538,12 @@ def test_what_an_sde_computes(
     held = memory(asked).phases
     G = asked.algorithm.num_generations
     assert held["decode"]["explored groups"] == (3 * trained + G) * latent + text  # state, noise, velocity; pictures
-    copied = 3 * trained * latent if name == "branch_grpo" else 0  # by pruning, though it leaves all
-    assert held["update"]["explored groups"] - held["decode"]["explored groups"] == copied
+    assert held["update"]["explored groups"] == held["decode"]["explored groups"]
+    if name == "branch_grpo":
+        pruned = with_algorithm(name, steps, {**settings, "width_pruning": "extremes"}, parallel__update_batch=4)
+        held = memory(pruned).phases
+        copied = 3 * Workload.of(pruned).states * latent
+        assert held["update"]["explored groups"] - held["decode"]["explored groups"] == copied
     plan = make_plan(asked, H200)
     assert (plan.workload.nfe_old, plan.workload.nfe_theta) == (evaluated / G, trained / G)
     assert plan.seconds.compute > make_plan(settled(), H200).seconds.compute

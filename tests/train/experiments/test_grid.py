@@ -44,7 +44,7 @@ def test_variants_are_laid_over_the_trial_that_they_take_settings_from(tmp_path:
     assert grid.tuning == tmp_path / "trials.csv"
     assert (grid.seeds, grid.test, grid.base) == ((0, 1, 2), True, "shapes_cpu")
     best = {"algorithm": {"p": 2.0, "sigma": 0.9}, "optimizer": {"learning_rate": 3e-4}}
-    a, control, b = (variant.settings(best if variant.tuned else {}) for variant in grid.variants)
+    a, control, b = (variant.settings(best if variant.tuned else {}, on_own_base=True) for variant in grid.variants)
     assert a == {"algorithm": {"p": 0.5, "sigma": 0.9, "clip_range": [0.1, 0.2]}, "optimizer": {"learning_rate": 3e-4}}
     assert control == overlay(a, {"algorithm": {"shuffle_rewards": True}})
     assert b == {"optimizer": {"learning_rate": 1e-3}}
@@ -95,11 +95,45 @@ def test_the_packaged_grids() -> None:
     assert sorted(NAMES) == list(packaged())
 
 
+def test_one_table_for_every_combination_of_its_lists(tmp_path: Path) -> None:
+    grid = grid_of(
+        """
+        [[variants]]
+        name = "x"
+        control = true
+        algorithm = { p = 0.5 }
+        own_base.algorithm = { sigma = 0.2 }
+        each = { "algorithm.step_range" = [[0.0, 0.5], [0.0, 1.0]] }
+        times = { "optimizer.learning_rate" = [0.5, 2] }
+        [[variants]]
+        each = { "algorithm.clip_range" = [1e-4] }
+        """,
+        tmp_path,
+    )
+    assert [variant.name for variant in grid.variants if not variant.is_control] == [
+        "x, step range 0.0 to 0.5, learning rate x 0.5",
+        "x, step range 0.0 to 0.5, learning rate x 2",
+        "x, step range 0.0 to 1.0, learning rate x 0.5",
+        "x, step range 0.0 to 1.0, learning rate x 2",
+        "clip range 0.0001",
+    ]
+    second, control = grid.variants[2:4]
+    assert (control.name, control.is_control) == (second.name + CONTROL, True)
+    assert second.times == control.times == {"optimizer.learning_rate": 2}
+    assert second.settings({}, on_own_base=False) == {"algorithm": {"p": 0.5, "step_range": [0.0, 0.5]}}
+    assert second.settings({}, on_own_base=True)["algorithm"] == {"p": 0.5, "step_range": [0.0, 0.5], "sigma": 0.2}
+
+
+@pytest.mark.parametrize("other_base", ["", "flux_dpmpp8"])
 @pytest.mark.parametrize("name", NAMES)
-def test_packaged_grids_stand_for_recipes_that_can_train(name: str) -> None:
+def test_packaged_grids_stand_for_recipes_that_can_train(name: str, other_base: str) -> None:
     """Of variants that set the same fields of the same algorithm the first and the last; a tuned one as published."""
     grid = find_grid(name)
-    base = overlay(read_recipe(find_recipe(grid.base)), grid.recipe)
+    if other_base and grid.only_own_base:
+        return
+    base = overlay(read_recipe(find_recipe(other_base or grid.base)), grid.recipe)
+    if not other_base:
+        base = overlay(base, grid.own_base)
     kinds: dict[str, list[Variant]] = {}
     for variant in grid.variants:
         algorithm = variant.sections.get("algorithm", {}).get("name")
@@ -107,7 +141,8 @@ def test_packaged_grids_stand_for_recipes_that_can_train(name: str) -> None:
     for alike in kinds.values():
         for variant in (alike[0], alike[-1])[: len(alike)]:
             published = {"algorithm": {"name": variant.tuned.removesuffix("_p08")}} if variant.tuned else {}
-            check(resolve(overlay(base, variant.settings(published)), name=variant.name))
+            settings = variant.settings(published, on_own_base=not other_base)
+            check(resolve(overlay(base, settings), name=variant.name))
 
 
 def shape(sections: Any) -> Any:

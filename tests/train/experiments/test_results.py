@@ -20,6 +20,7 @@ GRID = Grid(
     title="Mine",
     question="Why?",
     claim="Because.",
+    timed=True,
     columns=("G", "policy/clip_fraction"),
     figures=("curves", "final", "gradient_by_step", "update/grad_norm", "policy/clip_fraction"),
     paper_table="Table 9",
@@ -147,6 +148,10 @@ def test_seconds_as_they_are_only_from_a_gpu() -> None:
     summary = Summary.of(GRID, on_gpu, {})
     assert [cells[summary.header.index("s / iteration")] for cells in summary.cells] == ["", "2.00", "2.00", "3.00"]
     assert "s / iteration" not in Summary.of(GRID, ROWS, {}).header
+    untimed = replace(GRID, timed=False)
+    assert Summary.of(untimed, on_gpu, {}).header == summary.header
+    assert "time, relative" not in Summary.of(untimed, ROWS, {}).header
+    assert [len(curves(untimed, rows).axes) for rows in (on_gpu, ROWS)] == [3, 2]
 
 
 def test_a_loss_against_the_control_has_one_sign() -> None:

@@ -17,13 +17,13 @@ from ngrpo_train.checkpoint import load_weights
 from ngrpo_train.config import Algorithm, Evaluation, Log, Prompts, Recipe, Reward, Sampling, Train
 from ngrpo_train.evaluate import evaluate
 from ngrpo_train.experiments import runs
-from ngrpo_train.experiments.command import experiment_command
+from ngrpo_train.experiments.command import ExperimentCommand, experiment_command
 from ngrpo_train.experiments.grid import CONTROL, packaged
 from ngrpo_train.experiments.results import BASE_MODEL, Row, read_rows
 from ngrpo_train.experiments.runs import Experiment, Yardstick, course, identity
 from ngrpo_train.flux import Flux
 from ngrpo_train.inference import Source
-from ngrpo_train.parsing import read_recipe, resolve
+from ngrpo_train.parsing import parse, read_recipe, resolve
 from ngrpo_train.rewards import Rewards
 
 from ..conftest import PROMPTS
@@ -321,6 +321,36 @@ def test_a_misspelt_field_is_answered_as_in_a_recipe(
     assert code == 2
     assert "--algorithm.sigma" in err
     assert "in the recipe grid, x" in err
+
+
+def test_factors_multiply_what_the_base_has_and_its_own_sections_stay_with_it(
+    tiny_grid: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Experiment] = []
+    monkeypatch.setattr(Experiment, "make", lambda self: seen.append(self) or 143)
+    recipe = tiny_grid[-1]
+    own = f"""
+        base = {json.dumps(recipe)}
+        {GRID}
+        [[variants]]
+        name = "scaled"
+        own_base.optimizer = {{ weight_decay = 0.5 }}
+        times = {{ "optimizer.learning_rate" = [3], "train.steps" = [2] }}
+        """
+    Path("grid.toml").write_text(own)
+    Path("other.toml").write_text(f"extends = {json.dumps(recipe)}\n[optimizer]\nlearning_rate = 2e-5\n")
+    for base in (recipe, "other.toml"):
+        chosen = ["--only", "scaled, learning rate x 3, steps x 2", "--seeds", "0"]
+        assert experiment_command(["grid.toml", "--base", base, *chosen]) == 143
+    own_rate = parse(ExperimentCommand, read_recipe(Path(recipe)), (), prog="").recipe.optimizer.learning_rate
+    for experiment, rate, decay in zip(seen, (own_rate, 2e-5), (0.5, 1e-4), strict=True):
+        (run,) = experiment.runs
+        assert run.recipe.optimizer.learning_rate == pytest.approx(3 * rate)
+        assert (run.recipe.optimizer.weight_decay, run.recipe.train.steps) == (decay, 2)
+        assert json.loads(run.settings)["optimizer"]["learning_rate"] == run.recipe.optimizer.learning_rate
+    Path("grid.toml").write_text("only_own_base = true\n" + own)
+    with pytest.raises(ValueError, match=r"--base = 'other.toml': grid is about rewards of .* runs on that alone"):
+        experiment_command(["grid.toml", "--base", "other.toml"])
 
 
 def test_flags_and_seeds_are_laid_over_every_run(tiny_grid: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
