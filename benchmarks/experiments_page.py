@@ -1,0 +1,42 @@
+"""The tables in docs/experiments.md, from the CSVs of `ngrpo experiment`: `python -m benchmarks.experiments_page`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.rows import RESULTS
+from ngrpo_train.experiments.grid import find_grid
+from ngrpo_train.experiments.results import read_rows
+from ngrpo_train.experiments.summary import Summary
+from ngrpo_train.experiments.tuning import best_trials
+
+COMMITTED = RESULTS / "experiments"
+PAGE = Path(__file__).parents[1] / "docs" / "experiments.md"
+
+
+def names(page: str) -> Iterator[str]:
+    """The experiments whose tables the page has, in its order."""
+    for part in page.split("<!-- end of ")[1:]:
+        yield part.split(" -->")[0]
+
+
+def table(name: str) -> str:
+    """What a grid's committed runs come to: a table and its notes."""
+    grid, rows = find_grid(name), read_rows(COMMITTED / f"{name}.csv")
+    families = dict.fromkeys(variant.tuned for variant in grid.variants if variant.tuned)
+    best = best_trials(COMMITTED / "tuning.csv", grid.base, families) if families else {}
+    summary = Summary.of(grid, rows, best)
+    lines = [f"| {' | '.join(cells)} |" for cells in (summary.header, ["---"] * len(summary.header), *summary.cells)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in summary.notes)])
+
+
+def with_tables(page: str) -> str:
+    """The page with every table made anew; what stands around the tables is written by hand."""
+    for name in names(page):
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        before, after = page.split(begin)[0], page.split(end)[1]
+        page = f"{before}{begin}{table(name)}{end}{after}"
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text("utf-8")), "utf-8")
