@@ -71,8 +71,8 @@ AlgorithmName = Literal["neighbor", "flow_grpo", "dance_grpo", "mix_grpo", "mix_
 class Algorithm:
     """How groups are explored and the policy is updated. Letters and equations are of arXiv 2511.16955.
 
-    A field whose text begins with names of algorithms in brackets is theirs alone. Defaults are Neighbor GRPO's; those
-    of another algorithm are as it was published, see `Algorithm.of`.
+    A field whose text begins with names of algorithms in brackets is theirs alone. What a recipe leaves open is as the
+    algorithm that it names was published.
     """
 
     name: AlgorithmName = "neighbor"
