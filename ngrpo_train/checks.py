@@ -313,13 +313,28 @@ def _require(condition: bool, name: str, value: object, rule: str) -> None:
 
 
 def refuse_changed(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise ValueError where a resumed run's recipe (from `as_dict`) differs in a field that changes the numbers."""
-    for key in sorted({*saved, *current}):
+    """Raise ValueError where a resumed run's recipe (from `as_dict`) differs in a field that changes the numbers.
+
+    A field that the checkpoint's version did not have must be as that version was: at its default.
+    """
+    if prefix == "algorithm.":
+        algorithm = str(current["name"])
+        saved = {key: value for key, value in _of_today(saved).items() if has_field(algorithm, key)}
+        current = {key: value for key, value in current.items() if has_field(algorithm, key)}
+    for key in sorted({*saved, *current}, key=lambda key: (key != "name", key)):
         name, old, new = f"{prefix}{key}", saved.get(key), current.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             refuse_changed(old, new, f"{name}.")
         elif _plain(old) != _plain(new) and not _FREE_ON_RESUME.fullmatch(name):
             raise ValueError(f"{name} = {new!r} differs from the checkpoint's {old!r}; a resumed run must keep it")
+
+
+def _of_today(algorithm: Mapping[str, Any]) -> dict[str, Any]:
+    """The [algorithm] of a checkpoint that an earlier version may have written."""
+    values = dict(algorithm)
+    if "shuffle_advantages" in values:
+        values["shuffle_rewards"] = values.pop("shuffle_advantages")
+    return dataclasses.asdict(Algorithm.of(str(values.get("name", Algorithm().name)))) | values
 
 
 def _plain(value: object) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -180,11 +181,16 @@ def has_field(name: str, field_name: str) -> bool:
 
 
 def refuse_foreign(name: str, field_names: Iterable[str]) -> None:
-    """Raise ValueError for a field that belongs to other algorithms than `name`."""
+    """Raise ValueError for an algorithm that there is not, and for a field that belongs to others than `name`."""
+    if name not in get_args(AlgorithmName):
+        near = difflib.get_close_matches(name, get_args(AlgorithmName), n=1)
+        close = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"algorithm.name = {name!r} must be one of {', '.join(get_args(AlgorithmName))}{close}")
     for field_name in field_names:
-        if name in get_args(AlgorithmName) and not has_field(name, field_name):
-            owners = " and ".join(_OWNERS[field_name])
-            raise ValueError(f"algorithm.{field_name} is a setting of {owners}, not of algorithm.name = {name!r}")
+        if not has_field(name, field_name):
+            owners = _OWNERS[field_name]
+            text = "every other one" if len(owners) == len(_PUBLISHED) else ", ".join(owners)
+            raise ValueError(f"algorithm.{field_name} is a setting of {text}, not of algorithm.name = {name!r}")
 
 
 def carried_over(algorithm: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -244,7 +250,7 @@ class Optimizer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Train:
     steps: int = 300
-    """Iterations: each explores a neighborhood for every prompt of the batch, then updates."""
+    """Iterations: each explores a group for every prompt of the batch, then updates."""
     seed: int = 0
     gradient_accumulation_steps: int = 1
     """Batches of prompts.per_rank prompts explored per process before an update.

@@ -113,7 +113,11 @@ def parse(
     Exits with code 2 on a wrong key, flag or value; a recipe's is said to be of `name`.
     """
     if algorithm := _flags_of(arguments, "algorithm").get("name"):
-        recipe = overlay(recipe, {"algorithm": {"name": algorithm}})
+        refuse_foreign(algorithm, ())
+        changed = overlay(recipe, {"algorithm": {"name": algorithm}})
+        if (left := sorted({*_algorithm(recipe)} - {*_algorithm(changed)})) and not quiet:
+            print(f"{algorithm} in place of the recipe's algorithm, without its {', '.join(left)}", file=sys.stderr)
+        recipe = changed
     resolved = resolve(recipe, name=name, quiet=quiet)
     refuse_foreign(resolved.algorithm.name, _flags_of(arguments, "algorithm"))
     rewards, arguments = take_rewards(arguments, resolved.rewards)
@@ -158,6 +162,7 @@ def resolve(recipe: Mapping[str, Any], *, name: str, quiet: bool = False) -> Rec
 
     Raises ValueError where the shape of the TOML is wrong, which the parser of flags could not explain.
     """
+    recipe = _with_present_names(recipe)
     _refuse_misshapen(recipe, name)
     algorithm = str(_algorithm(recipe).get("name", Algorithm().name))
     try:
@@ -171,6 +176,15 @@ def resolve(recipe: Mapping[str, Any], *, name: str, quiet: bool = False) -> Rec
         if not quiet:
             print(f"in the recipe {name}", file=sys.stderr)
         raise
+
+
+def _with_present_names(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe that an earlier version wrote, with the name that a field has now."""
+    algorithm = dict(_algorithm(recipe))
+    if "shuffle_advantages" not in algorithm:
+        return recipe
+    shuffle = algorithm.pop("shuffle_advantages")
+    return {**recipe, "algorithm": {**algorithm, "shuffle_rewards": shuffle}}
 
 
 def _refuse_misshapen(recipe: Mapping[str, Any], name: str) -> None:

@@ -196,13 +196,13 @@ def _validate(recorder: Recorder, state: TrainState, watch: Watch) -> bool:
 def _draw(
     recorder: Recorder, state: TrainState, recipe: Recipe, texts: list[str], images: torch.Tensor, step: int
 ) -> None:
-    """A grid at fixed prompts and noise, and the neighborhood that this iteration's first prompt explored."""
+    """A grid at fixed prompts and noise, and the group that this iteration's first prompt explored."""
     shown = [texts[i % len(texts)] for i in range(recipe.log.num_images)]
     with state.averaged():
         grid = pictures(state.flux, recipe, shown, range(len(shown))).cpu()
     recorder.write_pictures(f"samples/step_{step:06d}", grid, columns=min(4, len(shown)))
-    neighborhood = images[: recipe.algorithm.num_generations].cpu()
-    recorder.write_pictures(f"neighborhoods/step_{step:06d}", neighborhood, columns=min(6, len(neighborhood)))
+    group = images[: recipe.algorithm.num_generations].cpu()
+    recorder.write_pictures(f"groups/step_{step:06d}", group, columns=min(6, len(group)))
 
 
 @contextmanager

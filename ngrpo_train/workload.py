@@ -79,6 +79,8 @@ class Workload:
     """Forward-backwards: states that are trained, over all optimizer steps. B * K, but for a tree."""
     updates: int
     """Optimizer steps."""
+    old_policy: int
+    """Forwards before the first optimizer step, for the old policy of the states that are trained after it."""
 
     @staticmethod
     def of(recipe: Recipe, iteration: int = 0) -> Workload:
@@ -98,7 +100,9 @@ class Workload:
         else:
             K = num_train_steps(recipe)
             states = K * (algorithm.num_anchors if algorithm.is_neighbor else G)
-        return Workload(G, rollout, K, states, algorithm.updates_per_iteration)
+        updates = algorithm.updates_per_iteration
+        later = states - -(-states // updates) if algorithm.old_policy == "exact" else 0  # the first step has the most
+        return Workload(G, rollout, K, states, updates, later)
 
     @property
     def num_anchors(self) -> float:

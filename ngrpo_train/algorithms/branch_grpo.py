@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import ClassVar
 
@@ -103,9 +104,12 @@ class BranchGRPO(StochasticGRPO):
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Of the edges of all ranks' trees, on the CPU [P, X]: leaf rewards fused, standardised step by step."""
         rewards_RPG, weights = group_rewards(self.recipe, self.rewards, scores, step)
+        # Means over leaves spread less the nearer they are to the root: whether a group spreads is said of its leaves.
+        flat_RP1 = rewards_RPG.std(2, keepdim=True) < self.settings.min_reward_std
+        rewards_RPG = torch.where(flat_RP1, rewards_RPG[:, :, :1], rewards_RPG)
+        settings = replace(self.settings, min_reward_std=0.0)
         edges = [branches(self.recipe, index) for index in tree_steps(self.recipe, step)]
-        each = [standardised(fused(rewards_RPG, n), weights, self.settings) for n in edges]
-        return torch.cat(each, dim=1)
+        return torch.cat([standardised(fused(rewards_RPG, n), weights, settings) for n in edges], dim=1)
 
     def update(
         self, flux: Flux, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -17,7 +18,7 @@ from ngrpo_train.config import Recipe
 from ngrpo_train.experiments.grid import Grid, Variant, find_grid, packaged
 from ngrpo_train.experiments.results import Row, read_rows
 from ngrpo_train.experiments.tuning import Best, best_trials, find_tuning
-from ngrpo_train.parsing import RecipeFlags, find_recipe, overlay, parse, read_recipe
+from ngrpo_train.parsing import RecipeFlags, as_flags, find_recipe, overlay, parse, read_recipe
 
 if TYPE_CHECKING:
     from ngrpo_train.experiments.runs import Experiment
@@ -100,6 +101,8 @@ class _Asked:
         base = _value_of("--base", flags) or grid.base
         if grid.only_own_base and base != grid.base:
             raise ValueError(f"--base = {base!r}: {grid.name} is about rewards of {grid.base} and runs on that alone")
+        if grid.timed and any(flag.partition("=")[0] == "--reuse" for flag in flags):
+            raise ValueError(f"--reuse: {grid.name} shows times, and those of other runs are of another hour")
         below = read_recipe(find_recipe(base))
         command = _parsed(below, flags, base)
         out = Path(command.out or Path("experiments") / grid.name).expanduser()
@@ -124,9 +127,16 @@ class _Asked:
 
     def experiment(self, best: Mapping[str, Best]) -> Experiment:
         """All of it parsed and checked."""
-        from ngrpo_train.experiments.runs import Experiment, Run, Yardstick  # torch is not needed until here
+        from ngrpo_train.experiments.runs import Experiment, Run, Yardstick, identity  # torch is not needed until here
 
         grid, command = self.grid, self.command
+        self._refuse_flags_that_variants_set(best)
+        if grid.test and not command.recipe.evaluation.test:
+            raise ValueError(
+                f"{grid.name} reports scores of test prompts, and {self.base} names none: give --evaluation.test"
+            )
+        common = _as_run(_parsed(self._common(), self.flags, grid.name), command.steps)
+        yardstick = Yardstick(command.recipe, grid.test)
         by_seed: dict[int, list[Run]] = {seed: [] for seed in command.seeds or grid.seeds}
         for variant in self.variants:
             name = f"{grid.name}, {variant.name}"
@@ -142,11 +152,23 @@ class _Asked:
         return Experiment(
             name=grid.name,
             base=self.base,
-            yardstick=Yardstick(command.recipe, grid.test and bool(command.recipe.evaluation.test)),
+            yardstick=yardstick,
+            common=identity(common, yardstick),
             runs=tuple(run for runs in by_seed.values() for run in runs),  # whole seeds first
             out=self.out,
             reuse=[row for path in command.reuse for row in _read_existing(Path(path), f"--reuse = {path!r}")],
         )
+
+    def _refuse_flags_that_variants_set(self, best: Mapping[str, Best]) -> None:
+        """Raise ValueError for a flag that would undo what runs differ in."""
+        names = (re.match(r"--(\w[\w-]*\.[\w.-]+)", flag) for flag in self.flags)
+        given = {match[1].replace("-", "_") for match in names if match}
+        for variant in self.variants:
+            tuned = best[variant.tuned].settings if variant.tuned in best else {}
+            settings = variant.settings(tuned, on_own_base=self._on_own_base)
+            varied = {"algorithm.name", *variant.times, *(flag[2:].partition("=")[0] for flag in as_flags(settings))}
+            for field_name in sorted(given & varied):
+                raise ValueError(f"--{field_name}: runs of {self.grid.name} differ in it, as {variant.name!r} says")
 
     def _common(self) -> Mapping[str, Any]:
         """What stands under all variants."""

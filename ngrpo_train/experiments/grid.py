@@ -29,9 +29,9 @@
     tuned = "neighbor"               the settings of this family's best trial, under the variant's own
     paper = { "s / Iter." = 45.08 }  the paper's numbers, beside ours
 
-Only title, question, claim, and a name for each variant that its lists do not name, have no default. Models are tested,
-and curves are scored, by the base recipe's own rewards and sampler, so that variants which train on others are judged
-alike.
+Only title, question, claim, and a name for each variant that its lists do not name, have no default. Models are tested
+by the base recipe's own rewards and sampler, whatever they were trained with. What is validated in the course of a run
+is by its own sampler.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _grid(path: Path, content: Mapping[str, Any]) -> Grid:
         if not content.get(key):
             raise ValueError(f"{key} must be given")
     for seed in content.get("seeds", ()):
-        if not isinstance(seed, int):
+        if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"seeds = {content['seeds']!r} must be whole numbers")
     for key, also in (("figures", DRAWN), ("columns", ())):
         for name in content.get(key, ()):
@@ -183,6 +183,10 @@ def _variants(table: Any, where: str) -> list[Variant]:
             raise ValueError(f'{where}{kind}.{name} = {values!r} must be a list, for a "section.field"')
     if not table.get("name") and not lists:
         raise ValueError(f"{where}name must be given")
+    if "|" in table.get("name", ""):
+        raise ValueError(f"{where}name = {table['name']!r} must not have a |, which parts the columns of a table")
+    if table.get("tuned") and not table.get("algorithm", {}).get("name"):
+        raise ValueError(f"{where}algorithm.name must be given beside tuned: --tuning none has no other")
     made = []
     for values in itertools.product(*lists.values()):
         sections: dict[str, Any] = {key: value for key, value in table.items() if key in _SECTIONS}

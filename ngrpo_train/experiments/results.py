@@ -43,7 +43,7 @@ _NUMBERS = (
     *FIGURES,
 )
 _TEXTS = ("experiment", "base", "variant", "family", "seed", "control", "split", "step")
-_MADE_BY = ("run", "settings", "hardware", "torch", "ngrpo", "date")
+_MADE_BY = ("run", "settings", "common", "hardware", "torch", "ngrpo", "date")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +56,9 @@ class Row:
 
     `values` has, where known: "score/NAME", the mean of a score; "reward" and "out_of_domain", means of the scores that
     the base recipe trains on and of its others; "reward_trained_on", of those that this run trains on; "nfe_rollout"
-    and "nfe_update", transformer evaluations so far; "train_s", seconds of all iterations so far, the first one, which
-    compiles, counted as the median one; "s_per_iteration", the median; G, B, K and the NFEs of the paper's Table 3;
-    means of a run's own figures.
+    and "nfe_update", transformer evaluations so far, the old policy's among the latter; "train_s", seconds of all
+    iterations so far, the first one, which compiles, counted as the median one; "s_per_iteration", the median; G, B, K
+    and the NFEs of the paper's Table 3; means of a run's own figures.
     """
 
     experiment: str
@@ -71,6 +71,7 @@ class Row:
     step: int
     run: str  # hash of all that decides the numbers: equal runs are made once
     settings: str = "{}"  # JSON: the variant's sections over base and grid
+    common: str = ""  # hash of what stands under all variants: base, grid and flags
     hardware: str = ""
     torch: str = ""
     ngrpo: str = ""
@@ -120,14 +121,14 @@ def read_rows(path: Path) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
-        missing = [name for name in (*_TEXTS, *_MADE_BY) if name not in columns]
+        missing = [name for name in (*_TEXTS, *_MADE_BY) if name not in columns and name != "common"]  # it came later
         if missing:
             raise ValueError(f"{path} is no CSV of an experiment: it has no column {missing[0]!r}")
         return [_row(record) for record in reader]
 
 
 def _row(record: dict[str, str]) -> Row:
-    texts: dict[str, Any] = {name: record[name] for name in (*_TEXTS, *_MADE_BY)}
+    texts: dict[str, Any] = {name: record.get(name, "") for name in (*_TEXTS, *_MADE_BY)}
     texts |= {
         "seed": int(record["seed"]) if record["seed"] else None,
         "control": record["control"] == "true",

@@ -26,7 +26,7 @@ from ngrpo_train.experiments.grid import Variant
 from ngrpo_train.experiments.results import BASE_MODEL, BY_STEP, FIGURES, SCORE, Row, mean, read_rows, write_rows
 from ngrpo_train.inference import Source
 from ngrpo_train.prompts import load_prompts, prompts_per_iteration
-from ngrpo_train.rewards import Rewards
+from ngrpo_train.rewards import RewardError, Rewards
 from ngrpo_train.train import train
 from ngrpo_train.workload import Workload
 
@@ -88,6 +88,7 @@ class Experiment:
     yardstick: Yardstick
     runs: tuple[Run, ...]
     out: Path
+    common: str = ""  # hash of what stands under all runs
     reuse: Sequence[Row] = ()
 
     @property
@@ -95,10 +96,11 @@ class Experiment:
         return self.out / f"{self.name}.csv"
 
     def make(self) -> int:
-        """Make what is missing; returns the exit code of the first run that was stopped, or 0.
+        """Make what is missing; returns the exit code of the first run that was stopped, 1 if a reward failed, or 0.
 
-        Every process keeps the same rows in memory; the first one writes them. Raises ValueError where the CSV has a
-        run of a variant and seed by another recipe.
+        A run whose reward fails is left out, and made when the command is called again. Every process keeps the same
+        rows in memory; the first one writes them. Raises ValueError where the CSV has a run of a variant and seed by
+        another recipe.
         """
         rows = read_rows(self.csv)
         self._refuse_other_recipes(rows)
@@ -109,6 +111,7 @@ class Experiment:
         if self.yardstick.test and not _of(rows, self._base_identity()):
             rows = [self._base_model(device), *rows]
             self._write(rows)
+        failed = 0
         for number, run in enumerate(self.runs, start=1):
             here = identity(run.recipe, self.yardstick)
             if any(row.variant == run.variant.name and row.run == here for row in rows):
@@ -122,14 +125,20 @@ class Experiment:
             _say(title)
             directory = self.out / "runs" / f"{_slug(run.variant.name)}_seed{run.seed}_{here[:8]}"
             stopped = bool(checkpoints(directory / "checkpoints"))
-            if code := train(run.recipe, directory, resume="latest" if stopped else "", overwrite=not stopped):
+            try:
+                code = train(run.recipe, directory, resume="latest" if stopped else "", overwrite=not stopped)
+            except RewardError as error:
+                _say(f"{title}: {error}")
+                failed = 1
+                continue
+            if code:
                 return code
             rows = [*rows, *self._rows(run, here, directory, device)]
             self._write(rows)
             if parallel.rank() == 0:
                 shutil.rmtree(directory / "checkpoints")
             parallel.barrier()
-        return 0
+        return failed
 
     def _write(self, rows: Sequence[Row]) -> None:
         if parallel.rank() == 0:
@@ -141,6 +150,10 @@ class Experiment:
         }
         if self.yardstick.test:
             wanted[BASE_MODEL, None] = self._base_identity()
+        if any(row.common and row.common != self.common for row in rows):
+            raise ValueError(
+                f"{self.csv} was made with other flags or another grid: repeat them, or give another --out"
+            )
         for row in rows:
             if wanted.get((row.variant, row.seed), row.run) != row.run:
                 of_seed = "" if row.seed is None else f" with seed {row.seed}"
@@ -155,7 +168,12 @@ class Experiment:
     def _base_model(self, device: torch.device) -> Row:
         source = Source(BASE_MODEL, self.yardstick.recipe.model)
         values = self.yardstick.judged(self.yardstick.scores(source, device), self.yardstick.trained)
-        labels: dict[str, Any] = {"experiment": self.name, "base": self.base, "variant": BASE_MODEL}
+        labels: dict[str, Any] = {
+            "experiment": self.name,
+            "base": self.base,
+            "variant": BASE_MODEL,
+            "common": self.common,
+        }
         return Row(split="test", step=0, run=self._base_identity(), values=values, **labels, **_made_by(device))
 
     def _labels(self, run: Run) -> dict[str, Any]:
@@ -167,6 +185,7 @@ class Experiment:
             "seed": run.seed,
             "control": run.variant.is_control,
             "settings": run.settings,
+            "common": self.common,
         }
 
     def _rows(self, run: Run, identity: str, directory: Path, device: torch.device) -> list[Row]:
@@ -207,7 +226,7 @@ def course(
     def until(step: int, since: int) -> dict[str, float]:
         values: dict[str, float] = {
             "nfe_rollout": prompts * sum(each.rollout for each in work[:step]),
-            "nfe_update": prompts * sum(each.states for each in work[:step]),
+            "nfe_update": prompts * sum(each.states + each.old_policy for each in work[:step]),
             "train_s": sum(seconds[:step]),
         }
         if step > since:

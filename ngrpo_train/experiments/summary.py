@@ -121,8 +121,8 @@ def _time(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[str]]:
     first = next(iter(seconds.values()), math.nan)
     columns: dict[str, list[str]] = {}
     if not any("CPU" in row.hardware for row in rows):
-        columns["s / iteration"] = [f"{each:.2f}" for each in seconds.values()]
-    columns["time, relative"] = [f"{each / first:.2f}" for each in seconds.values()]
+        columns["s / iteration"] = ["" if math.isnan(each) else f"{each:.2f}" for each in seconds.values()]
+    columns["time, relative"] = ["" if math.isnan(each / first) else f"{each / first:.2f}" for each in seconds.values()]
     return columns
 
 

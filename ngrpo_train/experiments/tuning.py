@@ -50,6 +50,8 @@ def _best(rows: Sequence[Row], family: str, path: Path) -> Best:
         raise ValueError(f"{path} has no trial of the family {family!r}: run ngrpo experiment tuning")
     if len({frozenset(last) for last in trials.values()}) > 1:
         raise ValueError(f"{path} has trials of {family} with unequal seeds: finish that experiment")
+    if len({row.step for last in trials.values() for row in last.values()}) > 1:
+        raise ValueError(f"{path} has trials of {family} of unequal numbers of iterations: make them anew")
     rewards = {name: mean([row.values["reward"] for row in last.values()]) for name, last in trials.items()}
     name = max(rewards, key=lambda name: rewards[name])
     row = next(iter(trials[name].values()))

@@ -228,9 +228,9 @@ def test_a_run_leaves_every_figure_and_picture(ngrpo, tiny_recipe):
     assert [event.step for event in recorded.Scalars("validation/brightness")] == [0, 2]
 
     names = sorted(str(path.relative_to(run)) for path in run.glob("*/step_*.png"))
-    assert names == [f"{kind}/step_00000{step}.png" for kind in ("neighborhoods", "samples") for step in (0, 2)]
+    assert names == [f"{kind}/step_00000{step}.png" for kind in ("groups", "samples") for step in (0, 2)]
     gap = 2
     assert Image.open(run / "samples/step_000000.png").size == (3 * 128 + 2 * gap, 128)
-    assert Image.open(run / "neighborhoods/step_000000.png").size == (4 * 128 + 3 * gap, 128)
+    assert Image.open(run / "groups/step_000000.png").size == (4 * 128 + 3 * gap, 128)
     first, last = (np.asarray(Image.open(run / f"samples/step_00000{step}.png")) for step in (0, 2))
     assert (first != last).any(), "the model moved, the noise did not"

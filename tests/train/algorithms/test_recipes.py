@@ -70,7 +70,8 @@ def test_fields_say_whose_they_are():
 @pytest.mark.parametrize("name, field", FOREIGN)
 def test_a_field_of_others_is_refused(name, field):
     owners, value = OWNED[field]
-    complaint = rf"algorithm\.{field} is a setting of {' and '.join(owners)}, not of algorithm\.name = '{name}'$"
+    said = "every other one" if owners == SDE else ", ".join(owners)
+    complaint = rf"algorithm\.{field} is a setting of {said}, not of algorithm\.name = '{name}'$"
     with pytest.raises(ValueError, match=rf"^recipe a\.toml: {complaint}"):
         parsed({"algorithm": {"name": name, field: list(value) if isinstance(value, tuple) else value}})
     with pytest.raises(ValueError, match=f"^{complaint}"):

@@ -31,7 +31,7 @@ def test_variants_are_laid_over_the_trial_that_they_take_settings_from(tmp_path:
         name = "a"
         tuned = "one"
         control = true
-        algorithm = { p = 0.5, clip_range = [0.1, 0.2] }
+        algorithm = { name = "neighbor", p = 0.5, clip_range = [0.1, 0.2] }
         [[variants]]
         name = "b"
         optimizer.learning_rate = 1e-3
@@ -45,7 +45,8 @@ def test_variants_are_laid_over_the_trial_that_they_take_settings_from(tmp_path:
     assert (grid.seeds, grid.test, grid.base) == ((0, 1, 2), True, "shapes_cpu")
     best = {"algorithm": {"p": 2.0, "sigma": 0.9}, "optimizer": {"learning_rate": 3e-4}}
     a, control, b = (variant.settings(best if variant.tuned else {}, on_own_base=True) for variant in grid.variants)
-    assert a == {"algorithm": {"p": 0.5, "sigma": 0.9, "clip_range": [0.1, 0.2]}, "optimizer": {"learning_rate": 3e-4}}
+    algorithm = {"name": "neighbor", "p": 0.5, "sigma": 0.9, "clip_range": [0.1, 0.2]}
+    assert a == {"algorithm": algorithm, "optimizer": {"learning_rate": 3e-4}}
     assert control == overlay(a, {"algorithm": {"shuffle_rewards": True}})
     assert b == {"optimizer": {"learning_rate": 1e-3}}
 

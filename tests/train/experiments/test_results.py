@@ -248,7 +248,8 @@ def test_the_best_trial_is_that_of_the_last_validation(tmp_path: Path) -> None:
     [
         ({}, "tiny", ["z"], "has no trial of the family 'z'"),
         ({}, "flux", ["x"], "made with the recipe tiny, not flux: run ngrpo experiment tuning --base flux"),
-        ({"variant": "x, three", "seed": 7}, "tiny", ["x", "y"], "unequal numbers of trials.*x 3, y 2"),
+        ({"variant": "x, three", "seed": 7, "step": 10}, "tiny", ["x", "y"], "unequal numbers of trials.*x 3, y 2"),
+        ({"variant": "x, three", "seed": 7}, "tiny", ["x"], "trials of x of unequal numbers of iterations"),
         ({"variant": "x, two", "seed": 9}, "tiny", ["x"], "trials of x with unequal seeds"),
     ],
 )

@@ -245,10 +245,17 @@ def test_an_experiment_from_end_to_end(
     assert made == []
 
     # another recipe in the same place is another experiment
-    with pytest.raises(ValueError, match=r"grid\.csv has 'plain' with seed 7 by another recipe"):
-        experiment_command([*one_seed, "--steps", "2"])
-    with pytest.raises(ValueError, match=r"grid\.csv has 'base model' by another recipe"):
-        experiment_command([*one_seed, "--evaluation.num-images-per-prompt", "3"])
+    for flags in (["--steps", "2"], ["--evaluation.num-images-per-prompt", "3"], ["--optimizer.weight-decay", "0.5"]):
+        with pytest.raises(ValueError, match=r"grid\.csv was made with other flags or another grid"):
+            experiment_command([*one_seed, *flags, "--only", "Euler"])
+    Path("grid.toml").write_text(GRID.replace("num_inference_steps = 5", "num_inference_steps = 6"))
+    with pytest.raises(ValueError, match=r"grid\.csv has 'Euler' with seed 7 by another recipe"):
+        experiment_command(one_seed)
+    Path("grid.toml").write_text(GRID)
+    with pytest.raises(ValueError, match="--algorithm.name: runs of grid differ in it, as 'plain' says"):
+        experiment_command([*one_seed, "--algorithm.name", "dance_grpo"])
+    with pytest.raises(ValueError, match="--sampling.solver: runs of grid differ in it, as 'Euler' says"):
+        experiment_command([*one_seed, "--sampling.solver=dpmpp_2m"])
     assert made == []
     assert "grid, run 3 of 4: Euler, seed 7\n" in capsys.readouterr().out
 
@@ -297,7 +304,7 @@ def test_help(ngrpo: Callable[..., tuple[int, str, str]]) -> None:
         ('[[variants]]\nname = "x"\nalgorithm.p = 3.0', [], r"grid, x: algorithm\.p = 3\.0 must be in"),
         ('[[variants]]\nname = "x"\nalgorithm.eta = 1.0', [], r"grid, x: algorithm\.eta is a setting of"),
         (
-            '[[variants]]\nname = "x"\ntuned = "none"',
+            '[[variants]]\nname = "x"\ntuned = "none"\nalgorithm.name = "neighbor"',
             [],
             "has no trial of the family 'none'|takes settings from the exp",
         ),
