@@ -160,6 +160,16 @@ def test_advantages_are_standardised_depth_by_depth():
     assert (advantages[1] == 0).all()
 
 
+def test_whether_a_group_spreads_is_said_of_its_leaves():
+    """Leaves 1, 3, 2, 8 have a standard deviation of 3.1, their halves' means 2 and 5 one of 2.1."""
+    scores = scores_of([[1.0, 3, 2, 8], [1.0, 2, 1, 2]])
+    whole = algorithm_of(**TREE_OF_FOUR).advantages(scores, 0)
+    kept = algorithm_of(min_reward_std=2.5, **TREE_OF_FOUR).advantages(scores, 0)
+    assert torch.equal(kept[0], whole[0])
+    assert (kept[1] == 0).all()
+    assert (algorithm_of(min_reward_std=3.2, **TREE_OF_FOUR).advantages(scores, 0) == 0).all()
+
+
 def test_several_rewards_are_fused_and_standardised_one_by_one():
     rewards = {"a": Reward(path="math:sqrt", weight=2.0), "b": Reward(path="math:sqrt", weight=-1.0)}
     algorithm = algorithm_of(rewards=rewards, **TREE_OF_FOUR)

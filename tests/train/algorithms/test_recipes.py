@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import tomllib
 from dataclasses import replace
 from importlib.resources import files
@@ -10,8 +11,8 @@ from typing import get_args
 import pytest
 
 from ngrpo_train.__main__ import TrainCommand
-from ngrpo_train.checks import check
-from ngrpo_train.config import Algorithm, AlgorithmName, Prompts, Recipe, Reward
+from ngrpo_train.checks import check, refuse_changed
+from ngrpo_train.config import Algorithm, AlgorithmName, Prompts, Recipe, Reward, as_dict
 from ngrpo_train.parsing import as_toml, find_recipe, overlay, parse, read_recipe, resolve
 
 NAMES = get_args(AlgorithmName)
@@ -65,6 +66,48 @@ def test_fields_say_whose_they_are():
         owners = OWNED.get(field.name, (None,))[0]
         said = {SDE: "all but neighbor", None: None}.get(owners, ", ".join(owners or ()))
         assert text.startswith(f"[{said}] ") if said else not text.startswith("["), field.name
+
+
+@pytest.mark.parametrize("wrong", ["dance_grp", "dancegrpo", "Neighbor", ""])
+def test_an_unknown_algorithm_is_refused(wrong):
+    complaint = f"algorithm.name = {wrong!r} must be one of neighbor, flow_grpo, "
+    for flags in (["--algorithm.name", wrong], [f"--algorithm.name={wrong}"]) if wrong else ():
+        with pytest.raises(ValueError, match=f"^{re.escape(complaint)}"):
+            parsed({}, *flags)
+    with pytest.raises(ValueError, match=rf"^recipe a\.toml: {re.escape(complaint)}"):
+        parsed({"algorithm": {"name": wrong}})
+    with pytest.raises(ValueError, match=f"^{re.escape(complaint)}"):
+        check(replace(GOOD, algorithm=Algorithm(name=wrong)))
+    with pytest.raises(ValueError, match=r"; did you mean dance_grpo\?$"):
+        parsed({}, "--algorithm.name=dance_grp")
+
+
+def test_a_recipe_of_an_earlier_version_is_read():
+    assert parsed({"algorithm": {"shuffle_advantages": True}}).algorithm == Algorithm(shuffle_rewards=True)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_from():
+    """It has neither today's other algorithms' fields nor this one's new ones; the control went by another name."""
+    now = as_dict(replace(GOOD, algorithm=Algorithm(shuffle_rewards=True)))
+    new = {"eta", "window_size", "advantage_clip", "branch_steps", "shuffle_rewards"}
+    algorithm = {key: value for key, value in now["algorithm"].items() if key not in new}
+    earlier = {**now, "algorithm": {**algorithm, "shuffle_advantages": True}}
+    refuse_changed(earlier, now)
+    with pytest.raises(ValueError, match=r"algorithm\.shuffle_rewards = False differs from the checkpoint's True"):
+        refuse_changed(earlier, as_dict(GOOD))
+    dance = as_dict(replace(GOOD, algorithm=Algorithm.of("dance_grpo")))
+    with pytest.raises(ValueError, match=r"algorithm\.name = 'dance_grpo' differs from the checkpoint's 'neighbor'"):
+        refuse_changed(earlier, dance)
+    with pytest.raises(ValueError, match=r"algorithm\.name = 'neighbor' differs from the checkpoint's 'dance_grpo'"):
+        refuse_changed(dance, as_dict(GOOD))
+
+
+def test_a_flag_says_what_it_leaves_behind(capsys):
+    recipe = {"algorithm": {"sigma": 0.5, "num_generations": 6, "kl_coef": 0.1}}
+    algorithm = parse(TrainCommand, recipe, ["--algorithm.name=flow_grpo"], prog="").recipe.algorithm
+    assert algorithm == replace(Algorithm.of("flow_grpo"), kl_coef=0.1)
+    said = "flow_grpo in place of the recipe's algorithm, without its num_generations, sigma\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("name, field", FOREIGN)

@@ -159,3 +159,18 @@ def test_flashs_rollout_grows_as_the_window_moves():
     recipe = recipe_of("mix_grpo_flash", 25)
     assert [Workload.of(recipe, 25 * moves).nfe_old for moves in (0, 1, 2)] == [4 + 8, 5 + 8, 6 + 7]
     assert Workload.of(recipe).nfe_theta == 4
+
+
+@pytest.mark.parametrize(
+    "name, settings, later",
+    [
+        ("dance_grpo", {}, 48 - 16),  # 12 candidates at 4 steps, the first 4 candidates need no other forward
+        ("dance_grpo", {"old_policy": "cached"}, 0),
+        ("mix_grpo", {}, 48 - 12),
+        ("flow_grpo", {}, 0),  # one optimizer step
+        ("neighbor", {"updates_per_iteration": 4}, 16 - 4),
+        ("branch_grpo", {"updates_per_iteration": 4}, 78 - 20),  # 20, 20, 19, 19
+    ],
+)
+def test_forwards_of_the_old_policy(name, settings, later):
+    assert Workload.of(recipe_of(name, 8, **settings)).old_policy == later

@@ -252,9 +252,9 @@ def test_an_experiment_from_end_to_end(
     with pytest.raises(ValueError, match=r"grid\.csv has 'Euler' with seed 7 by another recipe"):
         experiment_command(one_seed)
     Path("grid.toml").write_text(GRID)
-    with pytest.raises(ValueError, match="--algorithm.name: runs of grid differ in it, as 'plain' says"):
+    with pytest.raises(ValueError, match=r"--algorithm\.name: runs of grid differ in it, as 'plain' says"):
         experiment_command([*one_seed, "--algorithm.name", "dance_grpo"])
-    with pytest.raises(ValueError, match="--sampling.solver: runs of grid differ in it, as 'Euler' says"):
+    with pytest.raises(ValueError, match=r"--sampling\.solver: runs of grid differ in it, as 'Euler' says"):
         experiment_command([*one_seed, "--sampling.solver=dpmpp_2m"])
     assert made == []
     assert "grid, run 3 of 4: Euler, seed 7\n" in capsys.readouterr().out
