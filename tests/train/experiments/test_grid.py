@@ -11,7 +11,7 @@ from ngrpo_train.experiments.grid import CONTROL, Grid, Variant, find_grid, pack
 from ngrpo_train.parsing import find_recipe, overlay, read_recipe, resolve
 
 HEAD = 'title = "T"\nquestion = "Q"\nclaim = "C"\n'
-NAMES = ["sigma", "anchors", "quasi_norm", "solvers", "steps", "trust_region", "noise", "rewards", "ablations"]
+NAMES = ["sigma", "anchors", "quasi_norm", "solvers", "steps", "trust_region", "noise", "rewards", "old_policy"]
 NAMES += ["convergence", "tuning", "cost"]
 
 
