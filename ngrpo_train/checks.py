@@ -215,6 +215,12 @@ def _check_tree(recipe: Recipe) -> None:
         "needs 4 candidates or more, of which it keeps the best and the worst quarter",
     )
     steps = trainable_steps(recipe)
+    _require(
+        splits[0] < steps.stop,
+        "algorithm.step_range",
+        algorithm.step_range,
+        f"must hold a step after the first of algorithm.branch_steps = {splits}: before it there is one branch",
+    )
     prunable = len([step for step in steps if step > splits[-1]])
     _require(
         algorithm.depth_pruning <= prunable and algorithm.depth_pruning < len(steps),

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -42,21 +42,6 @@ class Groups:
     after_PKGTC: Tensor  # every candidate's state after them
     velocity_PKBTC: Tensor  # what the rollout's forward gave at `before`
     final_PGTC: Tensor
-
-    @staticmethod
-    def cat(parts: Sequence[Groups]) -> Groups:
-        if len(parts) == 1:
-            return parts[0]
-        joined = {
-            name: torch.cat([getattr(part, name) for part in parts])
-            for name in Groups.__dataclass_fields__
-            if name not in ("prompts", "conditioning")
-        }
-        return Groups(
-            prompts=[prompt for part in parts for prompt in part.prompts],
-            conditioning=Conditioning.cat([part.conditioning for part in parts]),
-            **joined,
-        )
 
     @property
     def rows_per_prompt(self) -> int:

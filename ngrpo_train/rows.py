@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from ngrpo_train.flux import Flux
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.text import Conditioning
 
 
@@ -60,6 +61,26 @@ class Explored(Protocol):
     def rows(self, prompt_r: Tensor, row_r: Tensor, real: int) -> Rows:
         """The rows of these numbers (on the CPU) of these prompts, of which `real` count."""
         ...
+
+
+_T = TypeVar("_T", bound=Explored)
+
+
+def in_parts(prompts: Sequence[Prompt], at_once: int, explore: Callable[[list[Prompt]], _T]) -> _T:
+    """What `explore` makes of the prompts, so many of them at a time, joined field by field."""
+    parts = [explore(list(prompts[start : start + at_once])) for start in range(0, len(prompts), at_once)]
+    if len(parts) == 1:
+        return parts[0]
+    first: Any = parts[0]  # a dataclass, as all that is explored
+    each = {entry.name: [getattr(part, entry.name) for part in parts] for entry in fields(first)}
+    joined: _T = replace(first, **{name: _joined(values) for name, values in each.items()})
+    return joined
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(list(values))
+    return Conditioning.cat(values) if isinstance(values[0], Conditioning) else [one for many in values for one in many]
 
 
 def batches_of_rows(block: Explored, active_P: Tensor, num_batches: int, rows_per_batch: int) -> Iterator[Rows]:

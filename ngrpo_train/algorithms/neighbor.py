@@ -17,6 +17,7 @@ from ngrpo_train.perturb import draw_anchors, draw_train_steps, neighborhood
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.rewards import Rewards, Scores
 from ngrpo_train.rollout import AnchorRows, Groups, rollout
+from ngrpo_train.rows import in_parts
 from ngrpo_train.solvers import flow_sigmas
 from ngrpo_train.update import Terms, UpdateStats, drift_figure, update
 from ngrpo_train.workload import num_train_steps, trainable_steps
@@ -31,10 +32,7 @@ class NeighborGRPO:
 
     def explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Groups:
         """A neighborhood for each prompt, `prompts.per_rank` of them at a time."""
-        at_once = self.recipe.prompts.per_rank
-        return Groups.cat(
-            [self._explore(flux, prompts[i : i + at_once], step) for i in range(0, len(prompts), at_once)]
-        )
+        return in_parts(prompts, self.recipe.prompts.per_rank, lambda part: self._explore(flux, part, step))
 
     def _explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Groups:
         settings, K = self.settings, num_train_steps(self.recipe)

@@ -19,7 +19,7 @@ from ngrpo_train.perturb import NOISE, draw_train_steps, stream
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.rewards import Rewards, Scores
 from ngrpo_train.rollout import generate
-from ngrpo_train.rows import Rows
+from ngrpo_train.rows import Rows, in_parts
 from ngrpo_train.sde import NoiseLevel, gaussian_log_ratio, mean_slope, sde_step, step_std
 from ngrpo_train.solvers import Previous, Sigmas, SolverStep, dpmpp_2m_step, euler_step, flow_sigmas
 from ngrpo_train.text import Conditioning
@@ -52,21 +52,6 @@ class Transitions:
     noise_PMTC: Tensor
     velocity_PMTC: Tensor  # what the rollout's forward gave at `before`
     final_PGTC: Tensor
-
-    @staticmethod
-    def cat(parts: Sequence[Transitions]) -> Transitions:
-        if len(parts) == 1:
-            return parts[0]
-        joined = {
-            entry.name: torch.cat([getattr(part, entry.name) for part in parts])
-            for entry in fields(Transitions)
-            if entry.name not in ("prompts", "conditioning")
-        }
-        return Transitions(
-            prompts=[prompt for part in parts for prompt in part.prompts],
-            conditioning=Conditioning.cat([part.conditioning for part in parts]),
-            **joined,
-        )
 
     @property
     def rows_per_prompt(self) -> int:
@@ -210,10 +195,7 @@ class StochasticGRPO:
 
     def explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Transitions:
         """Walks for each prompt, `prompts.per_rank` of them at a time."""
-        at_once = self.recipe.prompts.per_rank
-        return Transitions.cat(
-            [self._explore(flux, prompts[i : i + at_once], step) for i in range(0, len(prompts), at_once)]
-        )
+        return in_parts(prompts, self.recipe.prompts.per_rank, lambda part: self._explore(flux, part, step))
 
     def _explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Transitions:
         walk, G = self.walk(step), self.settings.num_generations

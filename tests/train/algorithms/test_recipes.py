@@ -279,3 +279,9 @@ def test_an_sde_needs_two_steps():
 )
 def test_the_ends_of_a_range_are_in_it(name, settings):
     check(of_algorithm(name, **settings))
+
+
+def test_a_tree_needs_a_step_to_train_after_its_first_split():
+    recipe = of_algorithm("branch_grpo", num_generations=4, branch_steps=(4, 5), step_range=(0.0, 0.5))
+    with pytest.raises(ValueError, match=r"algorithm\.step_range = \(0\.0, 0\.5\) must hold a step after the first of"):
+        check(recipe)
