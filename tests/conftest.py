@@ -1,4 +1,5 @@
-"""What every test runs under: no network, uninitialised memory that cannot pass for a result, Triton without a GPU."""
+"""What every test runs under: no network, uninitialised memory that cannot pass for a result, no process group but its
+own, Triton without a GPU."""
 
 import os
 from collections.abc import Iterator
@@ -6,6 +7,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
 
 # Read when huggingface_hub and triton are first imported, and inherited by the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +25,14 @@ def _poison_uninitialised_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left() -> Iterator[None]:
+    """Sharded weights on one process open a group for their mesh, which the next test would take for a launcher's."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # Modules whose fixtures take longest. Several workers end together if these come first, and each on another worker.

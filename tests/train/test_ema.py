@@ -1,10 +1,9 @@
 """The moving average: by hand, in float32 whatever the weights are, and out of the way when it is not wanted."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ngrpo_train import parallel, sharding
@@ -13,13 +12,6 @@ from ngrpo_train.ema import EMA
 from ngrpo_train.flux import Flux
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _no_group_is_left() -> Iterator[None]:
-    yield
-    if dist.is_initialized():  # of a mesh of one
-        dist.destroy_process_group()
 
 
 def weights(dtype: torch.dtype, layout: str = "none") -> dict[str, nn.Parameter]:

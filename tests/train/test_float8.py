@@ -4,13 +4,12 @@ Float8's matrix products need a GPU: here torchao multiplies by what float8 keep
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
@@ -28,13 +27,6 @@ from .conftest import PROMPTS, SIZE
 
 CPU = torch.device("cpu")
 TOKENS = 4
-
-
-@pytest.fixture(autouse=True)
-def _no_group_is_left() -> Iterator[None]:
-    yield
-    if dist.is_initialized():  # of a mesh of one
-        dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from diffusers import FluxPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -41,13 +40,6 @@ ARITHMETIC = [
     ("lora", "float32", "float32"),
     ("lora", "float32", "bfloat16"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _no_group_is_left() -> Iterator[None]:
-    yield
-    if dist.is_initialized():  # of a mesh of one
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

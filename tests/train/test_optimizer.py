@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,12 +33,9 @@ BOTH = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def _torchao_steps_as_written(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _torchao_steps_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """It compiles its step, which would take a C++ compiler and seconds for every shape."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    yield
-    if dist.is_initialized():  # of a mesh of one
-        dist.destroy_process_group()
 
 
 def draw(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

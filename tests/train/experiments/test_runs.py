@@ -27,7 +27,6 @@ from ngrpo_train.parsing import parse, read_recipe, resolve
 from ngrpo_train.rewards import Rewards
 
 from ..conftest import PROMPTS
-from ..runs import free_ports
 
 RECIPE = Recipe(
     prompts=Prompts(per_rank=2),
@@ -197,7 +196,7 @@ def test_an_experiment_from_end_to_end(
             "LOCAL_RANK": 0,
             "WORLD_SIZE": 1,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free_ports(1)[0],
+            "MASTER_PORT": 0,  # any that is free
         }
         for name, value in group.items():
             patch.setenv(name, str(value))
@@ -231,9 +230,10 @@ def test_an_experiment_from_end_to_end(
     load_weights(flux, deleted["euler_seed7"] / "step_000001")
     after = evaluate(flux, base, rewards, PROMPTS).mean()
     for row, expected in ((ends[BASE_MODEL, None], before), (ends["Euler", 7], after)):
-        assert row.values["reward"] == pytest.approx(expected["brightness"], rel=1e-5)
-        assert row.values["out_of_domain"] == pytest.approx(expected["redness"], rel=1e-5)
-    assert before != after
+        # as near as pictures in bytes allow: the same latents, decoded again, may round a few of them otherwise
+        assert row.values["reward"] == pytest.approx(expected["brightness"], abs=1e-4)
+        assert row.values["out_of_domain"] == pytest.approx(expected["redness"], abs=1e-4)
+    assert all(abs(before[name] - after[name]) > 1e-3 for name in before)
 
     # nothing is made twice: not again, not for a table, not elsewhere
     made.clear()
