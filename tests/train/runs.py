@@ -13,7 +13,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ngrpo_train import checkpoint
 from ngrpo_train.__main__ import main
 from ngrpo_train.algorithms import NeighborGRPO
+from ngrpo_train.algorithms.stochastic import StochasticGRPO
 from ngrpo_train.config import has_field
 
 HERE = Path(__file__).parent
@@ -126,13 +127,17 @@ def _is_of(algorithm: str, flag: str) -> bool:
 def _observed() -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Rewards [R, P, G] and advantages [P, G] of every iteration within it."""
     seen: list[tuple[Tensor, Tensor]] = []
-    original = NeighborGRPO.advantages
 
-    def advantages(self: NeighborGRPO, scores: Any, step: int) -> Tensor:
-        seen.append((scores.all_RPG, original(self, scores, step)))
-        return seen[-1][1]
+    def noting(original: Callable[[Any, Any, int], Tensor]) -> Callable[[Any, Any, int], Tensor]:
+        def advantages(self: Any, scores: Any, step: int) -> Tensor:
+            seen.append((scores.all_RPG, original(self, scores, step)))
+            return seen[-1][1]
 
-    with mock.patch.object(NeighborGRPO, "advantages", advantages):
+        return advantages
+
+    with ExitStack() as stack:
+        for algorithm in (NeighborGRPO, StochasticGRPO):
+            stack.enter_context(mock.patch.object(algorithm, "advantages", noting(algorithm.advantages)))
         yield seen
 
 

@@ -58,6 +58,9 @@ CASES = {
     "lora-B_updates-one_group_flat": FLAT
     | B_UPDATES
     | {"model.tuning": "lora", "model.lora-rank": "4", "algorithm.reference-coef": "0.1"},
+    "dance_grpo": FLAT
+    | B_UPDATES
+    | {"algorithm.name": "dance_grpo", "algorithm.eta": "0.9", "algorithm.clip-range": "0.01"},
 }
 WITH_UPDATES = [case for case in CASES if "B_updates" in case]
 PLAIN = {"evaluation.validation": "", "evaluation.test": "", "log.trackers": "", "log.export": "False"}
