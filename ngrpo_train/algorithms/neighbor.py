@@ -1,9 +1,11 @@
 """Neighbor GRPO (arXiv 2511.16955): perturb one noise, solve the ODE, pull anchors to the better candidates."""
 
-# P prompts, G candidates, B anchors, K trained steps, R rewards; r rows of b anchors, see `rows`.
+# P prompts, G candidates, B anchors, K trained steps, T image tokens, C channels. A row of an update is a (prompt,
+# step) pair with its anchors: r rows of b = B states.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -16,11 +18,81 @@ from ngrpo_train.flux import Flux
 from ngrpo_train.perturb import draw_anchors, draw_train_steps, neighborhood
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.rewards import Rewards, Scores
-from ngrpo_train.rollout import AnchorRows, Groups, rollout
-from ngrpo_train.rows import in_parts
+from ngrpo_train.rollout import generate
+from ngrpo_train.rows import Rows, in_parts
 from ngrpo_train.solvers import flow_sigmas
+from ngrpo_train.text import Conditioning
 from ngrpo_train.update import Terms, UpdateStats, drift_figure, update
 from ngrpo_train.workload import num_train_steps, trainable_steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnchorRows(Rows):
+    """Rows of anchors, each row with all candidates of its prompt after the step."""
+
+    anchor_rb: Tensor  # int64, candidates
+    dt_r: Tensor
+    after_rGTC: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Neighborhoods:
+    """P explored groups, of which only what the update reads is kept. States are float32.
+
+    `step_PK` counts solver steps, `anchor_PB` candidates.
+    """
+
+    prompts: list[Prompt]
+    conditioning: Conditioning  # P rows
+    step_PK: Tensor  # int64 on the CPU
+    anchor_PB: Tensor  # int64 on the device
+    sigma_before_PK: Tensor
+    sigma_after_PK: Tensor
+    before_PKBTC: Tensor  # the anchors' states before the trained steps
+    after_PKGTC: Tensor  # every candidate's state after them
+    velocity_PKBTC: Tensor  # what the rollout's forward gave at `before`
+    final_PGTC: Tensor
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """K."""
+        return self.step_PK.shape[1]
+
+    @property
+    def states_per_row(self) -> int:
+        """B."""
+        return self.anchor_PB.shape[1]
+
+    def blocks(self, updates: int) -> list[Neighborhoods]:
+        """Equal shares of the anchors; `updates` must divide B."""
+        b = self.states_per_row // updates
+        return [
+            replace(
+                self,
+                anchor_PB=self.anchor_PB[:, start : start + b],
+                before_PKBTC=self.before_PKBTC[:, :, start : start + b],
+                velocity_PKBTC=self.velocity_PKBTC[:, :, start : start + b],
+            )
+            for start in range(0, b * updates, b)
+        ]
+
+    def rows(self, prompt_r: Tensor, row_r: Tensor, real: int) -> AnchorRows:
+        device = self.after_PKGTC.device
+        step_r = self.step_PK[prompt_r, row_r].to(device)
+        p, k = prompt_r.to(device), row_r.to(device)
+        sigma_before_r = self.sigma_before_PK[p, k]
+        return AnchorRows(
+            real=real,
+            prompt_r=p,
+            step_r=step_r,
+            before_rbTC=self.before_PKBTC[p, k],
+            sigma_before_r=sigma_before_r,
+            rollout_velocity_rbTC=self.velocity_PKBTC[p, k],
+            conditioning=self.conditioning.rows(p.repeat_interleave(self.states_per_row)),
+            anchor_rb=self.anchor_PB[p],
+            dt_r=sigma_before_r - self.sigma_after_PK[p, k],
+            after_rGTC=self.after_PKGTC[p, k],
+        )
 
 
 class NeighborGRPO:
@@ -30,11 +102,11 @@ class NeighborGRPO:
         self.sigmas = flow_sigmas(recipe.sampling.num_inference_steps, recipe.sampling.shift)
         self.policy = LeapingPolicy(recipe.algorithm)
 
-    def explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Groups:
+    def explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Neighborhoods:
         """A neighborhood for each prompt, `prompts.per_rank` of them at a time."""
         return in_parts(prompts, self.recipe.prompts.per_rank, lambda part: self._explore(flux, part, step))
 
-    def _explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Groups:
+    def _explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Neighborhoods:
         settings, K = self.settings, num_train_steps(self.recipe)
         trainable = trainable_steps(self.recipe)
         draws = [{"seed": self.seed, "step": step, "slot": prompt.slot} for prompt in prompts]
@@ -42,17 +114,58 @@ class NeighborGRPO:
         anchors = [draw_anchors(settings.num_generations, settings.num_anchors, **draw) for draw in draws]
         steps = [draw_train_steps((trainable.start, trainable.stop), K, **draw) for draw in draws]
         noise_PGTC = torch.stack(noise).to(flux.device)
-        return rollout(flux, prompts, noise_PGTC, self.sigmas, torch.stack(steps), torch.stack(anchors))
+        return explored(flux, prompts, noise_PGTC, self.sigmas, torch.stack(steps), torch.stack(anchors))
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Of all ranks' prompts, on the CPU: standardised, weighted, summed, divided by the quasi-norm [P, G]."""
         return quasi_norm(*group_rewards(self.recipe, self.rewards, scores, step), self.settings)
 
     def update(
-        self, flux: Flux, optimizer: torch.optim.Optimizer, groups: Groups, advantages_PG: Tensor
+        self, flux: Flux, optimizer: torch.optim.Optimizer, groups: Neighborhoods, advantages_PG: Tensor
     ) -> UpdateStats | None:
         limit = self.recipe.optimizer.max_grad_norm
         return update(flux, optimizer, groups, advantages_PG, self.policy, self.settings, limit)
+
+
+@torch.no_grad()
+def explored(
+    flux: Flux,
+    prompts: list[Prompt],
+    noise_PGTC: Tensor,
+    sigmas: Tensor,
+    step_PK: Tensor,
+    anchor_PB: Tensor,
+) -> Neighborhoods:
+    """Explore the neighborhoods of P prompts. `noise_PGTC` is on the device; `sigmas` and `step_PK` are on the CPU."""
+    P, G = noise_PGTC.shape[:2]
+    K, B = step_PK.shape[1], anchor_PB.shape[1]
+    shape_TC = noise_PGTC.shape[2:]
+    conditioning = flux.encode([prompt.text for prompt in prompts])
+    of_picture = torch.arange(P, device=noise_PGTC.device).repeat_interleave(G)
+    anchor_PB = anchor_PB.to(noise_PGTC.device)
+
+    before = noise_PGTC.new_empty(P, K, B, *shape_TC)
+    after = noise_PGTC.new_empty(P, K, G, *shape_TC)
+    velocity = noise_PGTC.new_empty(P, K, B, *shape_TC)
+    final = noise_PGTC
+    for step in generate(flux, noise_PGTC.flatten(0, 1), conditioning.rows(of_picture), sigmas, explore=True):
+        final = step.after_NTC.view_as(noise_PGTC)
+        for p, k in (step_PK == step.index).nonzero().tolist():  # a CPU tensor: no synchronisation
+            before[p, k] = step.before_NTC.view_as(noise_PGTC)[p, anchor_PB[p]]
+            velocity[p, k] = step.velocity_NTC.view_as(noise_PGTC)[p, anchor_PB[p]]
+            after[p, k] = final[p]
+    return Neighborhoods(
+        prompts=prompts,
+        conditioning=conditioning,
+        step_PK=step_PK,
+        anchor_PB=anchor_PB,
+        sigma_before_PK=sigmas[step_PK].to(noise_PGTC.device),
+        sigma_after_PK=sigmas[step_PK + 1].to(noise_PGTC.device),
+        before_PKBTC=before,
+        after_PKGTC=after,
+        velocity_PKBTC=velocity,
+        final_PGTC=final,
+    )
 
 
 class LeapingPolicy:

@@ -12,19 +12,19 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ngrpo_train import metrics, parallel, stopwatch
-from ngrpo_train.algorithms.neighbor import LeapingPolicy
+from ngrpo_train.algorithms.neighbor import LeapingPolicy, Neighborhoods
 from ngrpo_train.config import Recipe
 from ngrpo_train.metrics import advantage_figures, device_figures, flat_recipe, reward_figures
 from ngrpo_train.rewards import Scores
-from ngrpo_train.rollout import Groups
 from ngrpo_train.stopwatch import Stopwatch
 from ngrpo_train.update import Tally, UpdateStats
 
 
 def groups_of(final_PGTC, step_PK=None):
     empty = torch.empty(0)
-    fields = {name: empty for name in Groups.__dataclass_fields__}
-    return Groups(**fields | {"final_PGTC": final_PGTC, "step_PK": torch.zeros(1, 1) if step_PK is None else step_PK})
+    fields = {name: empty for name in Neighborhoods.__dataclass_fields__}
+    known = {"final_PGTC": final_PGTC, "step_PK": torch.zeros(1, 1) if step_PK is None else step_PK}
+    return Neighborhoods(**fields | known)
 
 
 def stats_of(rows, **sums):

@@ -1,4 +1,4 @@
-"""The rollout against a loop of one picture at a time, by diffusers' own schedulers and transformer."""
+"""Neighborhoods against a loop of one picture at a time, by diffusers' own schedulers and transformer."""
 
 from dataclasses import replace
 
@@ -7,11 +7,11 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from ngrpo_train.algorithms import NeighborGRPO
+from ngrpo_train.algorithms.neighbor import Neighborhoods, explored
 from ngrpo_train.config import Algorithm, Prompts, Recipe, Reward, Sampling
 from ngrpo_train.perturb import draw_anchors, draw_train_steps, neighborhood
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.rewards import Rewards
-from ngrpo_train.rollout import Groups, rollout
 from ngrpo_train.solvers import flow_sigmas
 
 P, G, B, K, STEPS, SHIFT = 2, 3, 2, 2, 6, 3.0
@@ -26,8 +26,8 @@ def noise_of(flux):
     return torch.stack(draws)
 
 
-def explored(flux):
-    return rollout(flux, PROMPTS, noise_of(flux), flow_sigmas(STEPS, SHIFT), STEP_PK, ANCHOR_PB)
+def exploration(flux):
+    return explored(flux, PROMPTS, noise_of(flux), flow_sigmas(STEPS, SHIFT), STEP_PK, ANCHOR_PB)
 
 
 def scheduler_of(solver, sigmas):
@@ -70,7 +70,7 @@ def trajectory(pipeline, solver, noise_TC, prompt):
 @pytest.mark.parametrize("solver", ["euler", "dpmpp_2m"])
 def test_equals_a_loop_with_diffusers(tiny_dev, load_flux, solver):
     flux = load_flux(tiny_dev, solver=solver)
-    groups = explored(flux)
+    groups = exploration(flux)
     pipeline = FluxPipeline.from_pretrained(tiny_dev, local_files_only=True)
     noise = noise_of(flux)
     alone = [[trajectory(pipeline, solver, noise[p, g], PROMPTS[p].text) for g in range(G)] for p in range(P)]
@@ -100,13 +100,13 @@ def assert_close(ours, theirs):
 
 @pytest.mark.parametrize("chunk", [1, 4, 5])
 def test_chunks_change_nothing_but_noise(tiny_dev, load_flux, chunk):
-    whole, chunked = explored(load_flux(tiny_dev)), explored(load_flux(tiny_dev, rollout_batch=chunk))
+    whole, chunked = exploration(load_flux(tiny_dev)), exploration(load_flux(tiny_dev, rollout_batch=chunk))
     for name in STATES:
         assert_close(getattr(chunked, name), getattr(whole, name))
 
 
 def test_keeps_no_graph(tiny_dev, load_flux):
-    groups = explored(load_flux(tiny_dev))
+    groups = exploration(load_flux(tiny_dev))
     assert not any(getattr(groups, name).requires_grad for name in STATES)
 
 
@@ -148,7 +148,7 @@ def test_accumulated_batches_are_one_exploration(tiny_dev, load_flux):
     at_once = algorithm_of(recipe_of(per_rank=2)).explore(flux, PROMPTS, step=0)
     in_turn = algorithm_of(recipe_of(per_rank=1)).explore(flux, PROMPTS, step=0)
     assert in_turn.prompts == at_once.prompts
-    for name in Groups.__dataclass_fields__:
+    for name in Neighborhoods.__dataclass_fields__:
         if isinstance(value := getattr(at_once, name), torch.Tensor):
             assert getattr(in_turn, name).shape == value.shape
             assert_close(getattr(in_turn, name).float(), value.float())
