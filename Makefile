@@ -22,7 +22,7 @@ INSIDE    := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test lint types wheel clean
+.PHONY: help train test mutation lint types wheel clean
 
 help:                ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ train: $(INSTALLED)  ## train the shipped small recipe on this machine's CPU and
 test: $(INSTALLED)   ## run the tests
 	@OMP_NUM_THREADS=1 $(INSIDE) $(PY) -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder \
 	    $(ARGS)
+
+mutation: $(INSTALLED)  ## plant bugs in copies of the kernels: do their tests catch them?
+	@$(INSIDE) $(PY) -m pytest -m mutation $(ARGS) tests/kernels
 
 lint: $(INSTALLED)   ## ruff
 	@$(PY) -m ruff check $(ARGS) .

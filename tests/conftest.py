@@ -36,7 +36,7 @@ def _no_process_group_is_left() -> Iterator[None]:
 
 
 # Modules whose fixtures take longest. Several workers end together if these come first, and each on another worker.
-_LONGEST = ("test_sharding.py", "test_planted_bugs.py", "test_distributed.py", "test_compile.py")
+_LONGEST = ("test_sharding.py", "test_distributed.py", "test_compile.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,9 +18,8 @@ import pytest
 
 from ngrpo_kernels import _registry
 
-pytestmark = pytest.mark.skipif(
-    _registry._why_not("triton", "cpu") is not None, reason=f"{_registry._why_not('triton', 'cpu')}"
-)
+WHY_NOT = _registry._why_not("triton", "cpu")
+pytestmark = [pytest.mark.mutation, pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}")]
 
 ROOT = Path(__file__).parents[2]
 
