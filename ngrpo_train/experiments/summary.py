@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ngrpo_train.experiments.grid import CONTROL, Grid
 from ngrpo_train.experiments.results import BASE_MODEL, SCORE, Row, closing, mean
-from ngrpo_train.experiments.tuning import Best
+from ngrpo_train.experiments.tuning import Best, best_trial, last_validations
 
 SCORES = {"reward": "reward", "out of domain": "out_of_domain"}  # as they are called here, and in the CSV
 
@@ -36,6 +36,7 @@ class Summary:
             columns[title] = [_spread(_values(rows, name, column)) for name in names]
             columns[f"{title}, change"] = [_change(_values(rows, name, column), base) for name in names]
         columns["against its control"] = [_against_control(rows, name) for name in names]
+        columns["best of"] = _best_of(rows, names)
         columns |= _time(rows, names) if shows_times(grid, rows) else {}
         columns["NFE_old"] = [_number(_values(rows, name, "nfe_old")) for name in names]
         columns["NFE_theta"] = [_number(_values(rows, name, "nfe_theta")) for name in names]
@@ -112,6 +113,15 @@ def _against_control(rows: Sequence[Row], name: str) -> str:
     difference = [mine[seed].values["reward"] - control[seed].values["reward"] for seed in seeds]
     text = _spread(difference)
     return f"+{text}" if text and not text.startswith("-") else text
+
+
+def _best_of(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """The family that a variant is the best trial of, or nothing."""
+    by_family = {
+        family: last_validations(rows, family) for family in dict.fromkeys(row.family for row in rows) if family
+    }
+    best = {best_trial(trials)[0]: family for family, trials in by_family.items() if trials}
+    return [best.get(name, "") for name in names]
 
 
 def _time(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[str]]:

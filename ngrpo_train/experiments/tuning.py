@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def best_trials(path: Path, base: str, families: Iterable[str]) -> dict[str, Bes
     Raises ValueError where a family has no trials, one has more than another, or they are of another base recipe.
     """
     rows = read_rows(path)
-    best = {family: _best([row for row in rows if row.family == family], family, path) for family in families}
+    best = {family: _best(rows, family, path) for family in families}
     for row in rows:
         if row.family in best and row.base != base:
             raise ValueError(
@@ -39,23 +39,35 @@ def best_trials(path: Path, base: str, families: Iterable[str]) -> dict[str, Bes
     return best
 
 
-def _best(rows: Sequence[Row], family: str, path: Path) -> Best:
+def last_validations(rows: Iterable[Row], family: str) -> dict[str, dict[int | None, Row]]:
+    """Of each trial of a family that was validated after it began, the last row by seed."""
     trials: dict[str, dict[int | None, Row]] = {}
     for row in rows:
-        if row.split == "validation" and row.step and "reward" in row.values:
+        if row.family == family and row.split == "validation" and row.step and "reward" in row.values:
             last = trials.setdefault(row.variant, {})
             if row.seed not in last or row.step > last[row.seed].step:
                 last[row.seed] = row
+    return trials
+
+
+def best_trial(trials: Mapping[str, Mapping[int | None, Row]]) -> tuple[str, float]:
+    """Its name and its reward, a mean over seeds."""
+    rewards = {name: mean([row.values["reward"] for row in last.values()]) for name, last in trials.items()}
+    name = max(rewards, key=lambda name: rewards[name])
+    return name, rewards[name]
+
+
+def _best(rows: Iterable[Row], family: str, path: Path) -> Best:
+    trials = last_validations(rows, family)
     if not trials:
         raise ValueError(f"{path} has no trial of the family {family!r}: run ngrpo experiment tuning")
     if len({frozenset(last) for last in trials.values()}) > 1:
         raise ValueError(f"{path} has trials of {family} with unequal seeds: finish that experiment")
     if len({row.step for last in trials.values() for row in last.values()}) > 1:
         raise ValueError(f"{path} has trials of {family} of unequal numbers of iterations: make them anew")
-    rewards = {name: mean([row.values["reward"] for row in last.values()]) for name, last in trials.items()}
-    name = max(rewards, key=lambda name: rewards[name])
+    name, reward = best_trial(trials)
     row = next(iter(trials[name].values()))
-    return Best(name, json.loads(row.settings), rewards[name], len(trials))
+    return Best(name, json.loads(row.settings), reward, len(trials))
 
 
 def find_tuning(given: str, of_grid: Path | None, out: Path) -> Path | None:

@@ -236,11 +236,15 @@ def trials(tmp_path: Path, *changes: Row) -> Path:
 
 
 def test_the_best_trial_is_that_of_the_last_validation(tmp_path: Path) -> None:
-    best = best_trials(trials(tmp_path), "tiny", ["x", "y"])
-    assert best == {
+    path = trials(tmp_path)
+    assert best_trials(path, "tiny", ["x", "y"]) == {
         "x": Best("x, two", {"algorithm": {"name": "two"}}, 0.5, 2),
         "y": Best("y, one", {"algorithm": {"name": "one"}}, pytest.approx(0.65), 2),
     }
+    summary = Summary.of(GRID, read_rows(path), {})
+    found = {cells[0]: cells[summary.header.index("best of")] for cells in summary.cells}
+    assert found == {"x, one": "", "x, two": "x", "y, one": "y", "y, two": ""}
+    assert "best of" not in Summary.of(GRID, ROWS, {}).header
 
 
 @pytest.mark.parametrize(
