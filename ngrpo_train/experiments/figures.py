@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_AGAINST = {
+_AGAINST: dict[str, Callable[[Row], float]] = {
     "iterations": lambda row: row.step,
     "transformer evaluations": lambda row: row.values["nfe_rollout"] + row.values["nfe_update"],
-    "seconds of training": lambda row: row.values["train_s"],
 }
 _DPI = 110
 _LEGEND_COLUMNS = 3
@@ -47,7 +46,7 @@ def curves(grid: Grid, rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(13, 0.4 + 2.9 * len(scores) + _legend_height(grid, rows)), layout="constrained")
     if not scores:
         return figure
-    against = dict(list(_AGAINST.items())[: 3 if shows_times(grid, rows) else 2])
+    against = _AGAINST | (_against_time(rows, variants_of(grid, rows)) if shows_times(grid, rows) else {})
     panels = figure.subplots(len(scores), len(against), squeeze=False, sharey="row")
     bands = len(variants_of(grid, rows)) <= _MOST_BANDS
     for (title, column), row_of_panels in zip(scores.items(), panels, strict=True):
@@ -56,9 +55,19 @@ def curves(grid: Grid, rows: Sequence[Row]) -> Figure:
                 points = _course(rows, name, column)
                 _line(panel, [mean([x(row) for row in at]) for at in points], points, column, name, style, bands)
             _dress(panel, xlabel=label)
+        _scale(row_of_panels[0], grid, rows, column)
         row_of_panels[0].set_ylabel(f"{title} (validation)", fontsize=9)
     _legend(figure, panels[0, 0])
     return figure
+
+
+def _against_time(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Callable[[Row], float]]:
+    """Seconds of training; those of a CPU in iterations of the first variant."""
+    measured = [row.values["s_per_iteration"] for row in closing(rows, names[0])] if names else []
+    if not measured or not any("CPU" in row.hardware for row in rows):
+        return {"seconds of training": lambda row: row.values["train_s"]}
+    unit = statistics.median(measured)
+    return {f"time, in iterations of {names[0]}": lambda row: row.values["train_s"] / unit}
 
 
 def over_time(grid: Grid, rows: Sequence[Row], column: str) -> Figure:
@@ -171,14 +180,24 @@ def _line(
     style: dict[str, Any],
     band: bool,
 ) -> None:
-    """A mean over seeds, and a band of one standard deviation to both sides."""
+    """A mean over seeds, and a band of one standard deviation to both sides, which controls go without."""
     values = [[row.values[column] for row in at] for at in points]
     middle = [mean(at) for at in values]
     panel.plot(x, middle, label=name, marker="o", markersize=2.5, **style)
-    if band:
+    if band and not name.endswith(CONTROL):
         spread = [statistics.stdev(at) if len(at) > 1 else 0.0 for at in values]
         low, high = ([m + sign * s for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))
         panel.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+
+
+def _scale(panel: Axes, grid: Grid, rows: Sequence[Row], column: str) -> None:
+    """Make room for what is compared: controls fall far below it, and run out of the picture."""
+    names = variants_of(grid, rows)
+    compared = [name for name in names if not name.endswith(CONTROL)]
+    heights = [mean([row.values[column] for row in at]) for name in compared for at in _course(rows, name, column)]
+    if heights and len(compared) < len(names):
+        low, high = min(heights), max(heights)
+        panel.set_ylim(low - 0.6 * (high - low), high + 0.2 * (high - low))
 
 
 def _dress(panel: Axes, xlabel: str) -> None:

@@ -172,8 +172,11 @@ def test_the_page(tmp_path: Path) -> None:
 
 
 def test_curves_are_means_with_a_band_over_seeds() -> None:
-    iterations, evaluations, seconds = curves(GRID, ROWS).axes
-    for panel, x in ((iterations, [0, 4]), (evaluations, [0, 100]), (seconds, [0, 3])):
+    iterations, evaluations, time = curves(GRID, ROWS).axes
+    assert time.get_xlabel() == "time, in iterations of a"  # 2 s each
+    *_, seconds = curves(GRID, [replace(each, hardware="NVIDIA H200") for each in ROWS]).axes
+    assert seconds.get_xlabel() == "seconds of training"
+    for panel, x in ((iterations, [0, 4]), (evaluations, [0, 100]), (time, [0, 1.5]), (seconds, [0, 3])):
         (line,) = [line for line in panel.lines if line.get_label() == "a" and len(line.get_xdata())]
         np.testing.assert_allclose(line.get_xdata(), x)
         np.testing.assert_allclose(line.get_ydata(), [0.4, 0.6])
@@ -188,6 +191,18 @@ def test_controls_are_dashed_in_their_variants_colour() -> None:
     assert [line.get_linestyle() for line in (a, control, b)] == ["-", "--", "-"]
     assert a.get_color() == control.get_color() != b.get_color()
     assert (a.get_xdata().tolist(), a.get_ydata().tolist()) == ([10], [2.0])  # of the seeds' 1 and 3
+
+
+def test_what_is_compared_fills_the_panel_though_its_control_falls() -> None:
+    made = {"nfe_rollout": 90, "nfe_update": 10, "train_s": 2}
+    control = [row("a" + CONTROL, seed, "validation", 4, reward=-9.0 + seed, **made) for seed in (0, 1)]
+    panel = curves(GRID, [*ROWS, *control]).axes[0]
+    low, high = panel.get_ylim()
+    assert 0.2 < low < 0.4 < 0.6 < high < 0.7  # the variant's means
+    (line,) = [line for line in panel.lines if line.get_linestyle() == "--"]
+    assert list(line.get_ydata()) == [-8.5]
+    bands = [path.vertices[:, 1].min() for each in panel.collections for path in each.get_paths()]
+    assert min(bands) > 0
 
 
 def test_a_column_over_time() -> None:
