@@ -92,7 +92,7 @@ def test_what_is_compiled(setting, device, expected):
         ("full", "selective", "aot_eager"),  # traced and partitioned, but no code made of it: that takes long
         ("full", "full", "aot_eager"),
         ("lora", "full", "aot_eager"),
-        ("full", 0.5, "inductor"),
+        ("full", 0.5, "aot_eager_decomp_partition"),  # inductor's partitioner, which minds the budget
     ],
 )
 def test_compiled_blocks_train_alike_and_compile_once(monkeypatch, tiny_dev, load_flux, tuning, what, backend):
