@@ -22,7 +22,7 @@ INSIDE    := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test mutation lint types wheel clean
+.PHONY: help train test slow lint types wheel clean
 
 help:                ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -32,12 +32,13 @@ help:                ## this list
 train: $(INSTALLED)  ## train the shipped small recipe on this machine's CPU and show before and after
 	@$(INSIDE) $(BIN)/ngrpo train shapes_cpu --log.output-dir "$(RUN)" $(ARGS)
 
-test: $(INSTALLED)   ## run the tests
-	@OMP_NUM_THREADS=1 $(INSIDE) $(PY) -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder \
-	    $(ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(INSIDE) $(PY) -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 
-mutation: $(INSTALLED)  ## plant bugs in copies of the kernels: do their tests catch them?
-	@$(INSIDE) $(PY) -m pytest -m mutation $(ARGS) tests/kernels
+test: $(INSTALLED)   ## run the tests
+	@$(PYTEST) $(ARGS)
+
+slow: $(INSTALLED)   ## run the tests that make test leaves out: bugs planted in the kernels, inductor's code
+	@$(PYTEST) -m slow $(ARGS)
 
 lint: $(INSTALLED)   ## ruff
 	@$(PY) -m ruff check $(ARGS) .

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
-from ngrpo_train.config import Algorithm, Recipe, has_field, refuse_foreign
+from ngrpo_train.config import Algorithm, Recipe, has_field, refuse_foreign, with_present_names
 from ngrpo_train.workload import Workload, branch_steps, num_train_steps, trainable_steps
 
 # Fields that may differ between a checkpoint and the run that resumes from it: none of them changes the numbers.
@@ -337,9 +337,7 @@ def refuse_changed(saved: Mapping[str, Any], current: Mapping[str, Any], prefix:
 
 def _of_today(algorithm: Mapping[str, Any]) -> dict[str, Any]:
     """The [algorithm] of a checkpoint that an earlier version may have written."""
-    values = dict(algorithm)
-    if "shuffle_advantages" in values:
-        values["shuffle_rewards"] = values.pop("shuffle_advantages")
+    values = with_present_names(algorithm)
     return dataclasses.asdict(Algorithm.of(str(values.get("name", Algorithm().name)))) | values
 
 

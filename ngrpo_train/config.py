@@ -193,6 +193,12 @@ def refuse_foreign(name: str, field_names: Iterable[str]) -> None:
             raise ValueError(f"algorithm.{field_name} is a setting of {text}, not of algorithm.name = {name!r}")
 
 
+def with_present_names(algorithm: Mapping[str, Any]) -> dict[str, Any]:
+    """An [algorithm] section that an earlier version may have written, with the names that its fields have now."""
+    earlier = {"shuffle_advantages": "shuffle_rewards"}
+    return {earlier.get(key, key): value for key, value in algorithm.items()}
+
+
 def carried_over(algorithm: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Of an [algorithm] section what still holds where another algorithm takes its place.
 

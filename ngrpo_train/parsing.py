@@ -21,7 +21,16 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from ngrpo_train.config import Algorithm, Recipe, Reward, as_dict, carried_over, has_field, refuse_foreign
+from ngrpo_train.config import (
+    Algorithm,
+    Recipe,
+    Reward,
+    as_dict,
+    carried_over,
+    has_field,
+    refuse_foreign,
+    with_present_names,
+)
 
 T = TypeVar("T")
 
@@ -162,7 +171,8 @@ def resolve(recipe: Mapping[str, Any], *, name: str, quiet: bool = False) -> Rec
 
     Raises ValueError where the shape of the TOML is wrong, which the parser of flags could not explain.
     """
-    recipe = _with_present_names(recipe)
+    if section := _algorithm(recipe):
+        recipe = {**recipe, "algorithm": with_present_names(section)}
     _refuse_misshapen(recipe, name)
     algorithm = str(_algorithm(recipe).get("name", Algorithm().name))
     try:
@@ -176,15 +186,6 @@ def resolve(recipe: Mapping[str, Any], *, name: str, quiet: bool = False) -> Rec
         if not quiet:
             print(f"in the recipe {name}", file=sys.stderr)
         raise
-
-
-def _with_present_names(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A recipe that an earlier version wrote, with the name that a field has now."""
-    algorithm = dict(_algorithm(recipe))
-    if "shuffle_advantages" not in algorithm:
-        return recipe
-    shuffle = algorithm.pop("shuffle_advantages")
-    return {**recipe, "algorithm": {**algorithm, "shuffle_rewards": shuffle}}
 
 
 def _refuse_misshapen(recipe: Mapping[str, Any], name: str) -> None:

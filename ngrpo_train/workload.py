@@ -24,11 +24,9 @@ def num_train_steps(recipe: Recipe) -> int:
     algorithm, most = recipe.algorithm, len(trainable_steps(recipe))
     if algorithm.num_train_steps or algorithm.is_neighbor:
         return algorithm.num_train_steps
-    return (
-        min(most, max(1, int(0.6 * (recipe.sampling.num_inference_steps - 1))))
-        if algorithm.name == "dance_grpo"
-        else most
-    )
+    if algorithm.name == "dance_grpo":
+        return min(most, max(1, int(0.6 * (recipe.sampling.num_inference_steps - 1))))
+    return most
 
 
 def window(recipe: Recipe, iteration: int) -> range:

@@ -85,7 +85,7 @@ def test_loss(shape: tuple[int, ...], form: Any, old: str, backend: str) -> None
     assert_as_accurate_as_reference(form, case, old, backend, temperature="neighborhood", **settings)
 
 
-@pytest.mark.parametrize("old, masked", [("tensor", False), ("detach", True)])
+@pytest.mark.parametrize("old, masked", [("tensor", True), ("tensor", False), ("detach", True), ("literal", False)])
 @pytest.mark.parametrize("shape", GROUPS.values(), ids=GROUPS)
 def test_loss_of_larger_groups(shape: tuple[int, ...], old: str, masked: bool, backend: str) -> None:
     case = make_case(*shape, change=0.1).to(torch.float32)

@@ -19,7 +19,7 @@ import pytest
 from ngrpo_kernels import _registry
 
 WHY_NOT = _registry._why_not("triton", "cpu")
-pytestmark = [pytest.mark.mutation, pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}")]
 
 ROOT = Path(__file__).parents[2]
 

@@ -93,6 +93,7 @@ def test_what_is_compiled(setting, device, expected):
         ("full", "full", "aot_eager"),
         ("lora", "full", "aot_eager"),
         ("full", 0.5, "aot_eager_decomp_partition"),  # inductor's partitioner, which minds the budget
+        pytest.param("full", 0.5, "inductor", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_blocks_train_alike_and_compile_once(monkeypatch, tiny_dev, load_flux, tuning, what, backend):

@@ -230,9 +230,8 @@ def test_an_experiment_from_end_to_end(
     load_weights(flux, deleted["euler_seed7"] / "step_000001")
     after = evaluate(flux, base, rewards, PROMPTS).mean()
     for row, expected in ((ends[BASE_MODEL, None], before), (ends["Euler", 7], after)):
-        # as near as pictures in bytes allow: the same latents, decoded again, may round a few of them otherwise
-        assert row.values["reward"] == pytest.approx(expected["brightness"], abs=1e-4)
-        assert row.values["out_of_domain"] == pytest.approx(expected["redness"], abs=1e-4)
+        assert row.values["reward"] == pytest.approx(expected["brightness"], rel=1e-5)
+        assert row.values["out_of_domain"] == pytest.approx(expected["redness"], rel=1e-5)
     assert all(abs(before[name] - after[name]) > 1e-3 for name in before)
 
     # nothing is made twice: not again, not for a table, not elsewhere
