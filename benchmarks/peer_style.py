@@ -4,8 +4,8 @@ Their habits, those of DanceGRPO's FLUX script, around our mathematics. One pict
 alike; plain PyTorch, nothing compiled; weights in float32 under bfloat16 autocast; every block computed again in
 backward; every picture decoded alone, written as a PNG and read back; the host waits for each loss. The noise, the
 solver's steps, the anchors, the advantages and Eqs. 8 to 10 are ours, so that the gradient is the one that
-`ngrpo_train.update` computes, up to rounding: a test holds both against each other. Encoded prompts are given, as the
-peers encode theirs beforehand. The optimizer is the caller's, and may be none.
+`ngrpo_train.update.policy` computes, up to rounding: a test holds both against each other. Encoded prompts are given,
+as the peers encode theirs beforehand. The optimizer is the caller's, and may be none.
 
 It is no trainer: one process, one prompt, one optimizer step for each rollout, the exact old policy.
 """
@@ -24,18 +24,18 @@ from PIL import Image
 from torch import Tensor
 
 from ngrpo_kernels import quasi_norm_advantages
-from ngrpo_train.config import Algorithm, Sampling
-from ngrpo_train.iteration import Stage
+from ngrpo_train.models.encoders import Conditioning
+from ngrpo_train.recipe.sections import Algorithm, Sampling
 from ngrpo_train.rewards import Scorer
-from ngrpo_train.solvers import SOLVERS, flow_sigmas
-from ngrpo_train.text import Conditioning
+from ngrpo_train.run.trainer import Stage
+from ngrpo_train.sampling.solvers import SOLVERS, flow_sigmas
 
 VAE_SCALE = 8  # pixels per latent, each way, of FLUX's VAE
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """What is random in an iteration, as `ngrpo_train.perturb` draws it."""
+    """What is random in an iteration, as `ngrpo_train.sampling.perturb` draws it."""
 
     noise_GTC: Tensor
     step_K: Tensor  # int64 on the CPU

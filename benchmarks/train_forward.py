@@ -8,11 +8,11 @@ from torch import Tensor
 from benchmarks.train_model import NO_COMPILER, ROUNDS, Inputs, build, peak_tflops, skipping, with_compiler
 from benchmarks.train_recipes import settings_of
 from benchmarks.train_rows import Case, Session, Skip, clock, peak_memory, seconds_of
-from ngrpo_train import attention
-from ngrpo_train.architecture import find_architecture
-from ngrpo_train.config import Recipe
-from ngrpo_train.flux import Flux
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.sizes import find_architecture
+from ngrpo_train.parallel import attention
 from ngrpo_train.plan import iteration_flops
+from ngrpo_train.recipe.sections import Recipe
 
 
 def forward(session: Session, recipe: Recipe) -> None:

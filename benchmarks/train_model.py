@@ -14,14 +14,14 @@ from torch import Tensor
 
 from benchmarks.train_recipes import settings_of, with_depth
 from benchmarks.train_rows import Case, Session, Skip, clock, peak_memory, seconds_of
-from ngrpo_train import blocks
-from ngrpo_train.architecture import find_architecture, transformer_on
-from ngrpo_train.config import Model, Optimizer, Recipe
-from ngrpo_train.flux import Flux
-from ngrpo_train.machines import machine_of
-from ngrpo_train.optimizer import guarded_step, make_optimizer
+from ngrpo_train.models.encoders import Conditioning
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.sizes import find_architecture, transformer_on
+from ngrpo_train.parallel import blocks
+from ngrpo_train.plan.machines import machine_of
 from ngrpo_train.prompts import load_prompts
-from ngrpo_train.text import Conditioning
+from ngrpo_train.recipe.sections import Model, Optimizer, Recipe
+from ngrpo_train.update.optimizer import guarded_step, make_optimizer
 
 ROUNDS = 8
 NO_COMPILER = "compiling takes minutes on a CPU"

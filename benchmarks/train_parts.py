@@ -25,15 +25,16 @@ from benchmarks import train_forward, train_model, train_scorers, train_step
 from benchmarks.peer_style import Draws, Peer
 from benchmarks.train_recipes import full_size, score, settings_of, table_3, tiny, with_depth
 from benchmarks.train_rows import Case, Session, clock
-from ngrpo_train.architecture import Architecture, find_architecture, transformer_on, vae_on
-from ngrpo_train.config import Recipe
-from ngrpo_train.loading import fill
-from ngrpo_train.optimizer import make_optimizer
-from ngrpo_train.perturb import draw_anchors, draw_train_steps, neighborhood
+from ngrpo_train.draws import draw_anchors, draw_train_steps
+from ngrpo_train.models.encoders import Conditioning
+from ngrpo_train.models.loading import fill
+from ngrpo_train.models.sizes import Architecture, find_architecture, transformer_on, vae_on
 from ngrpo_train.plan import iteration_flops
-from ngrpo_train.stopwatch import Stopwatch
-from ngrpo_train.text import Conditioning
-from ngrpo_train.workload import num_train_steps, trainable_steps
+from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.recipe.workload import num_train_steps, trainable_steps
+from ngrpo_train.run.stopwatch import Stopwatch
+from ngrpo_train.sampling.perturb import neighborhood
+from ngrpo_train.update.optimizer import make_optimizer
 
 SHALLOW = (4, 8)  # double and single blocks, for what does not fit, or only shifts, at full depth
 

@@ -8,11 +8,11 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-from ngrpo_train.architecture import KNOWN, Architecture, find_architecture
-from ngrpo_train.config import Algorithm, Model, Optimizer, Parallel, Prompts, Recipe, Reward, has_field
 from ngrpo_train.experiments.grid import Variant, find_grid
-from ngrpo_train.parsing import as_flags, as_toml, overlay, resolve
+from ngrpo_train.models.sizes import KNOWN, Architecture, find_architecture
 from ngrpo_train.plan.scorers import WITH_WEIGHTS, scorer_sizes
+from ngrpo_train.recipe.parsing import as_flags, as_toml, overlay, resolve
+from ngrpo_train.recipe.sections import Algorithm, Model, Optimizer, Parallel, Prompts, Recipe, Reward, has_field
 from ngrpo_train.rewards import SHIPPED, find_scorer
 from ngrpo_train.shapes.pipeline import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 

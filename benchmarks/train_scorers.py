@@ -21,8 +21,8 @@ from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPCo
 from benchmarks.train_model import ROUNDS
 from benchmarks.train_recipes import TINY_MODEL, score, settings_of
 from benchmarks.train_rows import Case, Session, clock, peak_memory, seconds_of
-from ngrpo_train.config import Recipe, Reward
 from ngrpo_train.plan.scorers import scorer_size
+from ngrpo_train.recipe.sections import Recipe, Reward
 from ngrpo_train.rewards.aesthetic import Aesthetic
 from ngrpo_train.rewards.clip import ClipScorer, Preprocessing, Released
 from ngrpo_train.rewards.image_reward import Architecture, ImageReward

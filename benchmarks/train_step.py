@@ -23,16 +23,16 @@ import tyro
 
 from benchmarks.train_recipes import as_measured, settings_of
 from benchmarks.train_rows import Case, Session, clock
-from ngrpo_train import parallel
 from ngrpo_train.algorithms import refuse_backend
-from ngrpo_train.checks import check
-from ngrpo_train.config import Recipe
-from ngrpo_train.iteration import Trainer
-from ngrpo_train.parsing import RecipeFlags, find_recipe, parse, read_recipe
+from ngrpo_train.parallel import processes
+from ngrpo_train.plan.settle import cost_of, settle_attention, settle_memory
 from ngrpo_train.prompts import PromptCursor, load_prompts, prompts_per_iteration
+from ngrpo_train.recipe.checks import check
+from ngrpo_train.recipe.parsing import RecipeFlags, find_recipe, parse, read_recipe
+from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards
-from ngrpo_train.settle import cost_of, settle_attention, settle_memory
-from ngrpo_train.stopwatch import Stopwatch
+from ngrpo_train.run.stopwatch import Stopwatch
+from ngrpo_train.run.trainer import Trainer
 
 # What is read of each iteration: its name there, its name in a row, its unit.
 FIGURES = (
@@ -82,10 +82,10 @@ def measure(
     """
     if min(iterations, runs) < 1 or warmup < 0:
         raise ValueError(f"--iterations {iterations}, --runs {runs} and --warmup {warmup} must be positive")
-    with parallel.processes(recipe.parallel) as processes:
-        device, world_size = processes.device, processes.num_processes
+    with processes.joined(recipe.parallel) as launch:
+        device, world_size = launch.device, launch.num_processes
         check(recipe, world_size)
-        cursor = PromptCursor.of(recipe, load_prompts(recipe.prompts.source), processes.process_index, world_size)
+        cursor = PromptCursor.of(recipe, load_prompts(recipe.prompts.source), launch.process_index, world_size)
         rewards = Rewards(recipe.rewards, device)
         refuse_backend(recipe.algorithm.backend, device)
         building = clock(device)
@@ -138,11 +138,11 @@ def _record(case: Case, runs: Sequence[Sequence[dict[str, float]]], prompts: int
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.INFO if parallel.rank_at_launch() == 0 else logging.ERROR, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if processes.rank_at_launch() == 0 else logging.ERROR, format="%(message)s")
     name, rest = (arguments[0], arguments[1:]) if arguments and arguments[0][:1] != "-" else ("shapes_cpu", arguments)
     try:
         source = read_recipe(find_recipe(name))
-        step = parse(Step, source, rest, prog="train_step [RECIPE]", name=name, quiet=parallel.rank_at_launch() != 0)
+        step = parse(Step, source, rest, prog="train_step [RECIPE]", name=name, quiet=processes.rank_at_launch() != 0)
         recipe, notes = as_measured(step.recipe, step.depth)
     except ValueError as error:
         print(f"train_step: {error}", file=sys.stderr)

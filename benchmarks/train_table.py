@@ -10,9 +10,9 @@ import tyro
 from benchmarks.rows import RESULTS
 from benchmarks.train_recipes import full_size, table_3
 from benchmarks.train_rows import Row, read
-from ngrpo_train.architecture import find_architecture
-from ngrpo_train.machines import MEASURED_H200_TFLOPS, find_machine
+from ngrpo_train.models.sizes import find_architecture
 from ngrpo_train.plan import iteration_flops, make_plan
+from ngrpo_train.plan.machines import MEASURED_H200_TFLOPS, find_machine
 
 DOCS = Path(__file__).parents[1] / "docs" / "training-cost.md"
 NOT_YET = "Not measured yet: no GPU has run this."

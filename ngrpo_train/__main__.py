@@ -19,9 +19,8 @@ import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ngrpo_train.checks import check_sections
-from ngrpo_train.config import Model, Parallel, Recipe, Reward, Sampling
-from ngrpo_train.parsing import (
+from ngrpo_train.recipe.checks import check_sections
+from ngrpo_train.recipe.parsing import (
     RecipeFlags,
     find_recipe,
     is_run,
@@ -32,6 +31,7 @@ from ngrpo_train.parsing import (
     suggestion,
     take_rewards,
 )
+from ngrpo_train.recipe.sections import Model, Parallel, Recipe, Reward, Sampling
 
 T = TypeVar("T")
 
@@ -261,7 +261,7 @@ def _raised_here(error: BaseException) -> bool:
 
 def _train(arguments: list[str]) -> int:
     name, command = _with_recipe(TrainCommand, "train", arguments)
-    from ngrpo_train.train import train
+    from ngrpo_train.run.loop import train
 
     run = Path(command.recipe.log.output_dir or Path("runs") / Path(name).stem)
     return train(command.recipe, run, resume=command.resume, overwrite=command.overwrite)
@@ -276,7 +276,7 @@ def _plan(arguments: list[str]) -> int:
 
 def _profile(arguments: list[str]) -> int:
     name, command = _with_recipe(ProfileCommand, "profile", arguments)
-    from ngrpo_train.profiling import profile
+    from ngrpo_train.commands.profile import profile
 
     return profile(
         command.recipe,
@@ -294,7 +294,7 @@ def _embed(arguments: list[str]) -> int:
     out = command.out or command.recipe.prompts.embeddings
     if not out:
         raise ValueError("--out must name a directory")
-    from ngrpo_train.embed import embed_command
+    from ngrpo_train.commands.embed import embed_command
 
     return embed_command(command.recipe, Path(out).expanduser(), command.batch)
 
@@ -313,7 +313,7 @@ def _sample(arguments: list[str]) -> int:
         SampleCommand(sampling=recipe.sampling, parallel=recipe.parallel), arguments, prog="ngrpo sample RUN_OR_MODEL"
     )
     recipe = _generating(recipe, command)
-    from ngrpo_train.inference import sample
+    from ngrpo_train.run.trained import sample
 
     return sample(source, recipe, command.prompt, command.per_prompt, command.checkpoint, command.out)
 
@@ -381,14 +381,14 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str:
 
 def _benchmark_sampling(recipe: Recipe, base: str) -> Sampling:
     """How benchmarks generate: fifty steps of FLUX's own solver, at the size the model or its base was made for."""
-    from ngrpo_train.architecture import native_size
+    from ngrpo_train.models.sizes import native_size
 
     size = native_size(recipe.model.name_or_path) or native_size(base) or 1024
     return replace(recipe.sampling, solver="euler", num_inference_steps=50, guidance_scale=3.5, height=size, width=size)
 
 
 def _reward_server(arguments: list[str]) -> int:
-    from ngrpo_train.reward_server import command_of, serve_command
+    from ngrpo_train.commands.reward_server import command_of, serve_command
 
     return serve_command(command_of(arguments))
 
@@ -398,13 +398,13 @@ def _export(arguments: list[str]) -> int:
     command = tyro.cli(ExportCommand, prog="ngrpo export RUN", args=arguments)
     if not is_run(source):
         raise ValueError(f"{source!r} is not a run directory: it has no recipe.toml")
-    from ngrpo_train.inference import export_run
+    from ngrpo_train.run.trained import export_run
 
     return export_run(Path(source), _recipe_of(source), command.checkpoint, command.out)
 
 
 def _doctor(arguments: list[str]) -> int:
-    from ngrpo_train import doctor
+    from ngrpo_train.commands import doctor
 
     if arguments:
         print(f"usage: ngrpo doctor [-h]\n\n{doctor.__doc__}")
@@ -458,7 +458,7 @@ def _version() -> str:
 
 
 def _packaged() -> list[str]:
-    return sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.toml"))
+    return sorted(path.stem for path in (Path(__file__).parent / "recipe" / "packaged").glob("*.toml"))
 
 
 def _rank() -> int:

@@ -17,16 +17,16 @@ from benchmarks import train_parts, train_recipes, train_rows, train_scorers, tr
 from benchmarks.train_recipes import as_measured, full_size, score, settings_of, table_3, tiny, with_depth
 from benchmarks.train_rows import Case, Row, Session, Skip
 from ngrpo_train.algorithms.neighbor import LeapingPolicy
-from ngrpo_train.architecture import find_architecture
-from ngrpo_train.checks import check
-from ngrpo_train.config import Model, Recipe, Reward
-from ngrpo_train.iteration import Trainer
-from ngrpo_train.parsing import RecipeFlags, parse
+from ngrpo_train.models.sizes import find_architecture
+from ngrpo_train.plan.settle import settle_memory
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.checks import check
+from ngrpo_train.recipe.parsing import RecipeFlags, parse
+from ngrpo_train.recipe.sections import Model, Recipe, Reward
 from ngrpo_train.rewards import SHIPPED, Rewards, find_scorer
-from ngrpo_train.settle import settle_memory
-from ngrpo_train.stopwatch import Stopwatch
-from ngrpo_train.update import update
+from ngrpo_train.run.stopwatch import Stopwatch
+from ngrpo_train.run.trainer import Trainer
+from ngrpo_train.update.policy import update
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -264,7 +264,11 @@ def test_train_step_refuses(arguments: list[str], message: str, capsys: pytest.C
     "replaced, by, reason",
     [
         ("benchmarks.train_recipes.score", lambda images, prompts: torch.zeros(len(images)), "nothing was updated"),
-        ("ngrpo_train.update.guarded_step", lambda *_: (torch.zeros(()), torch.ones(())), "gradient was not finite"),
+        (
+            "ngrpo_train.update.policy.guarded_step",
+            lambda *_: (torch.zeros(()), torch.ones(())),
+            "gradient was not finite",
+        ),
     ],
 )
 def test_an_iteration_that_updates_nothing_is_no_result(

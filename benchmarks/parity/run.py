@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.rows import RESULTS
-from ngrpo_train.config import Reward
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import hpsv2_1, image_reward, official
 from ngrpo_train.rewards.scorer import Scorer
 

@@ -13,11 +13,11 @@ from ngrpo_train.algorithms.dance_grpo import DanceGRPO
 from ngrpo_train.algorithms.flow_grpo import FlowGRPO
 from ngrpo_train.algorithms.mix_grpo import MixGRPO, MixGRPOFlash
 from ngrpo_train.algorithms.neighbor import NeighborGRPO, refuse_backend
-from ngrpo_train.config import Recipe
-from ngrpo_train.flux import Flux
+from ngrpo_train.models.flux import Flux
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards, Scores
-from ngrpo_train.update import UpdateStats
+from ngrpo_train.update.policy import UpdateStats
 
 
 class GRPO(Protocol):

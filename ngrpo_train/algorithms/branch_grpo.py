@@ -14,19 +14,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ngrpo_train import parallel
-from ngrpo_train.algorithms.group import group_rewards, standardised
+from ngrpo_train.algorithms.advantages import group_rewards, standardised
 from ngrpo_train.algorithms.stochastic import StochasticGRPO, Transitions, draw_noise, step_constants
-from ngrpo_train.config import Recipe
-from ngrpo_train.flux import Flux
-from ngrpo_train.perturb import NOISE, stream
+from ngrpo_train.draws import NOISE, stream
+from ngrpo_train.models.encoders import Conditioning
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.recipe.workload import branch_steps, branches, tree_steps
 from ngrpo_train.rewards import Scores
-from ngrpo_train.sde import NoiseLevel, sde_step
-from ngrpo_train.solvers import euler_step
-from ngrpo_train.text import Conditioning
-from ngrpo_train.update import UpdateStats
-from ngrpo_train.workload import branch_steps, branches, tree_steps
+from ngrpo_train.sampling.sde import NoiseLevel, sde_step
+from ngrpo_train.sampling.solvers import euler_step
+from ngrpo_train.update.policy import UpdateStats
 
 
 class BranchGRPO(StochasticGRPO):
@@ -115,7 +115,7 @@ class BranchGRPO(StochasticGRPO):
         self, flux: Flux, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor
     ) -> UpdateStats | None:
         if self.settings.width_pruning != "none":
-            local_PX = advantages.chunk(parallel.world_size())[parallel.rank()]
+            local_PX = advantages.chunk(processes.world_size())[processes.rank()]
             groups = groups.take(self._unpruned(groups, local_PX))
         return super().update(flux, optimizer, groups, advantages)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ngrpo_train.algorithms.stochastic import StochasticGRPO
-from ngrpo_train.sde import NoiseLevel
+from ngrpo_train.sampling.sde import NoiseLevel
 
 
 class DanceGRPO(StochasticGRPO):

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 
 from ngrpo_train.algorithms.stochastic import StochasticGRPO, Walk
-from ngrpo_train.sde import NoiseLevel
-from ngrpo_train.solvers import flow_sigmas
-from ngrpo_train.workload import steps_after_window, window
+from ngrpo_train.recipe.workload import steps_after_window, window
+from ngrpo_train.sampling.sde import NoiseLevel
+from ngrpo_train.sampling.solvers import flow_sigmas
 
 
 class MixGRPO(StochasticGRPO):

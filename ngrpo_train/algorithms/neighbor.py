@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from ngrpo_kernels import leaping_log_ratio, neighbor_grpo_loss_from_velocity, pairwise_sqdist
-from ngrpo_train.algorithms.group import group_rewards, quasi_norm
-from ngrpo_train.config import Algorithm, Recipe
-from ngrpo_train.flux import Flux
-from ngrpo_train.perturb import draw_anchors, draw_train_steps, neighborhood
+from ngrpo_train.algorithms.advantages import group_rewards, quasi_norm
+from ngrpo_train.draws import draw_anchors, draw_train_steps
+from ngrpo_train.models.encoders import Conditioning
+from ngrpo_train.models.flux import Flux
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.sections import Algorithm, Recipe
+from ngrpo_train.recipe.workload import num_train_steps, trainable_steps
 from ngrpo_train.rewards import Rewards, Scores
-from ngrpo_train.rollout import generate
-from ngrpo_train.rows import Rows, in_parts
-from ngrpo_train.solvers import flow_sigmas
-from ngrpo_train.text import Conditioning
-from ngrpo_train.update import Terms, UpdateStats, drift_figure, update
-from ngrpo_train.workload import num_train_steps, trainable_steps
+from ngrpo_train.sampling.perturb import neighborhood
+from ngrpo_train.sampling.rollout import generate
+from ngrpo_train.sampling.solvers import flow_sigmas
+from ngrpo_train.update.policy import Terms, UpdateStats, drift_figure, update
+from ngrpo_train.update.rows import Rows, in_parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

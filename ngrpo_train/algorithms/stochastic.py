@@ -12,19 +12,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ngrpo_train.algorithms.group import group_rewards, standardised
-from ngrpo_train.config import Algorithm, Recipe
-from ngrpo_train.flux import Flux
-from ngrpo_train.perturb import NOISE, draw_train_steps, stream
+from ngrpo_train.algorithms.advantages import group_rewards, standardised
+from ngrpo_train.draws import NOISE, draw_train_steps, stream
+from ngrpo_train.models.encoders import Conditioning
+from ngrpo_train.models.flux import Flux
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.sections import Algorithm, Recipe
+from ngrpo_train.recipe.workload import num_train_steps, trainable_steps
 from ngrpo_train.rewards import Rewards, Scores
-from ngrpo_train.rollout import generate
-from ngrpo_train.rows import Rows, in_parts
-from ngrpo_train.sde import NoiseLevel, gaussian_log_ratio, mean_slope, sde_step, step_std
-from ngrpo_train.solvers import Previous, Sigmas, SolverStep, dpmpp_2m_step, euler_step, flow_sigmas
-from ngrpo_train.text import Conditioning
-from ngrpo_train.update import LOG_RATIO_LIMIT, Terms, UpdateStats, drift_figure, update
-from ngrpo_train.workload import num_train_steps, trainable_steps
+from ngrpo_train.sampling.rollout import generate
+from ngrpo_train.sampling.sde import NoiseLevel, gaussian_log_ratio, mean_slope, sde_step, step_std
+from ngrpo_train.sampling.solvers import Previous, Sigmas, SolverStep, dpmpp_2m_step, euler_step, flow_sigmas
+from ngrpo_train.update.policy import LOG_RATIO_LIMIT, Terms, UpdateStats, drift_figure, update
+from ngrpo_train.update.rows import Rows, in_parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

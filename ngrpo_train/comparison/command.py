@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ngrpo_train import parallel
 from ngrpo_train.comparison.gallery import Gallery, Picture, differing, existing_pictures
 from ngrpo_train.comparison.generate import base_tail, generate_missing
 from ngrpo_train.comparison.scores import ScoreFiles, gather, score_missing, unreadable
 from ngrpo_train.comparison.table import PAPER, Scored, legend, render, sections, summary, write_csv, write_json
-from ngrpo_train.config import Recipe, Reward
-from ngrpo_train.inference import FLUX_DEV, Source
+from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import TaggedPrompt, load_tagged
+from ngrpo_train.recipe.sections import Recipe, Reward
 from ngrpo_train.rewards import Rewards
+from ngrpo_train.run.trained import FLUX_DEV, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def evaluate_model(
     _refuse_sampling(recipe, tail_steps)
     _refuse_file(out)
     prompts = load_tagged(recipe.prompts.source)
-    with parallel.processes(recipe.parallel) as processes:
+    with processes.joined(recipe.parallel) as launch:
         _refuse_scorers(recipe.rewards)
         earlier = _earlier(base)
         around = earlier.made["model"] if earlier else base if base not in ("", "none") else FLUX_DEV
@@ -67,30 +67,30 @@ def evaluate_model(
             beside = _claim(out / "base", original, recipe, prompts)
         elif earlier:
             _refuse_unlike(earlier, gallery)
-        _draw(source, recipe, processes.device, gallery, original, tail_steps)
+        _draw(source, recipe, launch.device, gallery, original, tail_steps)
         steps = [Step(_label(source), gallery.pictures(), ScoreFiles(gallery.directory))]
         if beside:
             if original:
-                _draw(original, recipe, processes.device, beside)
+                _draw(original, recipe, launch.device, beside)
             label = _label(original) if original else _label_of(beside)
             steps.append(Step(_other_than(label, steps[0].label), beside.pictures(), ScoreFiles(beside.directory)))
         is_papers = recipe.prompts.source == "hpdv2:benchmark" and _is_flux_dev(original or source)
         paper = PAPER if is_papers else {}
-        return _score_and_report(steps, prompts, recipe, processes.device, out, trained, paper)
+        return _score_and_report(steps, prompts, recipe, launch.device, out, trained, paper)
 
 
 def evaluate_images(images: Path, recipe: Recipe, out: Path) -> int:
     """Score existing pictures; returns the exit code, 1 where one of them cannot be read."""
     _refuse_file(out)
     prompts = load_tagged(recipe.prompts.source)
-    with parallel.processes(recipe.parallel) as processes:
+    with processes.joined(recipe.parallel) as launch:
         _refuse_scorers(recipe.rewards)
         pictures = existing_pictures(images, prompts)
         drawn = {picture.prompt for picture in pictures}
         present = [prompt for prompt in prompts if prompt in drawn]
         out.mkdir(parents=True, exist_ok=True)
         steps = [Step(images.resolve().name, pictures, ScoreFiles(out))]
-        return _score_and_report(steps, present, recipe, processes.device, out)
+        return _score_and_report(steps, present, recipe, launch.device, out)
 
 
 def _score_and_report(
@@ -108,7 +108,7 @@ def _score_and_report(
     broken = {
         file: why for step in steps for file, why in unreadable(step.pictures, recipe.rewards, step.files).items()
     }
-    if parallel.rank() == 0:
+    if processes.rank() == 0:
         raw = {step.label: gather(step.pictures, recipe.rewards, step.files) for step in steps}
         scored = [Scored.of(step.label, rewards, step.pictures, raw[step.label]) for step in steps]
         found = sections(prompts, scored[0], scored[1] if len(scored) > 1 else None)
@@ -218,7 +218,7 @@ def _draw(
 ) -> None:
     """The model is loaded only if pictures are missing, and gone afterwards."""
     if gallery.missing():
-        parallel.barrier()
+        processes.barrier()
         with source.loaded(recipe, device) as flux:
             tail = base_tail(flux, base.model, tail_steps) if base and tail_steps else None
             generate_missing(flux, recipe, gallery, _label(source), tail)

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ngrpo_train import parallel
+from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import TaggedPrompt
 
 _RECORD = "gallery.json"
@@ -53,13 +53,13 @@ class Gallery:
             raise ValueError(f"{directory} exists and holds no pictures of `ngrpo eval`: give another --out")
         if found is not None and (difference := differing(found, record)):
             raise ValueError(f"the pictures in {directory} were made with {difference}: give another --out")
-        parallel.barrier()  # all have looked before one of them writes
-        if parallel.rank() == 0 and found is None:
+        processes.barrier()  # all have looked before one of them writes
+        if processes.rank() == 0 and found is None:
             directory.mkdir(parents=True, exist_ok=True)
             aside = directory / f".{_RECORD}"
             aside.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
             aside.replace(directory / _RECORD)
-        parallel.barrier()
+        processes.barrier()
         return gallery
 
     @staticmethod

@@ -7,20 +7,20 @@ from typing import Any
 
 from torch import Tensor
 
-from ngrpo_train import parallel
 from ngrpo_train.comparison.gallery import Gallery
-from ngrpo_train.config import Model, Recipe
-from ngrpo_train.evaluate import pictures
-from ngrpo_train.flux import Flux
-from ngrpo_train.progress import progress
-from ngrpo_train.rollout import Tail
-from ngrpo_train.text import Conditioning
+from ngrpo_train.models.encoders import Conditioning
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.parallel import processes
+from ngrpo_train.parallel.progress import progress
+from ngrpo_train.recipe.sections import Model, Recipe
+from ngrpo_train.sampling.evaluate import pictures
+from ngrpo_train.sampling.rollout import Tail
 
 
 def generate_missing(flux: Flux, recipe: Recipe, gallery: Gallery, what: str, tail: Tail | None = None) -> None:
     """A collective: every process makes as many batches as every other, for a sharded forward needs them all."""
     missing = set(gallery.missing())
-    parallel.barrier()  # all have looked before one of them writes
+    processes.barrier()  # all have looked before one of them writes
     if not missing:
         return
     # A picture's last bits depend on those computed with it: batches are cut alike, whatever is there already and
@@ -28,7 +28,7 @@ def generate_missing(flux: Flux, recipe: Recipe, gallery: Gallery, what: str, ta
     batch = recipe.evaluation.batch or 8
     every = [range(start, min(start + batch, len(gallery))) for start in range(0, len(gallery), batch)]
     batches = [slots for slots in every if not missing.isdisjoint(slots)]
-    ranks, rank = parallel.world_size(), parallel.rank()
+    ranks, rank = processes.world_size(), processes.rank()
     places = range(rank, -(-len(batches) // ranks) * ranks, ranks)
     mine = [batches[place % len(batches)] for place in places]
     with progress(f"{what}: pictures", sum(map(len, mine))) as advance:
@@ -39,7 +39,7 @@ def generate_missing(flux: Flux, recipe: Recipe, gallery: Gallery, what: str, ta
                     if slot in missing:
                         gallery.save(slot, image)
             advance(len(slots))
-    parallel.barrier()
+    processes.barrier()
 
 
 def base_tail(flux: Flux, base: Model, steps: int) -> Tail | None:

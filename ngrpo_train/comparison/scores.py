@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ngrpo_train import parallel
 from ngrpo_train.comparison.gallery import Picture
-from ngrpo_train.config import Reward
-from ngrpo_train.progress import progress
+from ngrpo_train.parallel import processes
+from ngrpo_train.parallel.progress import progress
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, refuse_non_finite
 
 _IDENTITY = ("path", "backend", "dtype", "processor", "template")  # of a reward: what its scores depend on
@@ -50,7 +50,7 @@ class ScoreFiles:
 
     def append(self, name: str, reward: Reward, scores: Mapping[str, float]) -> None:
         row = {"reward": name, "settings": _identity(reward), "scores": scores}
-        with (self.directory / f"scores_{parallel.rank()}.jsonl").open("a+b") as file:
+        with (self.directory / f"scores_{processes.rank()}.jsonl").open("a+b") as file:
             file.seek(0, 2)
             if file.tell():
                 file.seek(-1, 2)
@@ -71,8 +71,8 @@ def score_missing(
     Raises RewardError, naming reward and prompt, where a scorer fails or a score is not finite.
     """
     todo = {name: _batches_without(pictures, files.read(name, reward), reward) for name, reward in rewards.items()}
-    parallel.barrier()  # all have looked before one of them writes
-    ranks, rank = parallel.world_size(), parallel.rank()
+    processes.barrier()  # all have looked before one of them writes
+    ranks, rank = processes.world_size(), processes.rank()
     for name, reward in rewards.items():
         mine = todo[name][rank::ranks]
         failure = None
@@ -82,7 +82,7 @@ def score_missing(
         except RewardError as error:
             failure = error
         # Together, for whoever went on alone would wait for the others until its collective timed out.
-        if parallel.any_rank(failure is not None):
+        if processes.any_rank(failure is not None):
             raise failure or RewardError(f"rewards.{name} failed on another process, which says why")
 
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ngrpo_train.checks import check
-from ngrpo_train.config import Recipe
 from ngrpo_train.experiments.grid import Grid, Variant, find_grid, packaged
 from ngrpo_train.experiments.results import Row, read_rows
 from ngrpo_train.experiments.tuning import Best, best_trials, find_tuning
-from ngrpo_train.parsing import RecipeFlags, as_flags, find_recipe, overlay, parse, read_recipe
+from ngrpo_train.recipe.checks import check
+from ngrpo_train.recipe.parsing import RecipeFlags, as_flags, find_recipe, overlay, parse, read_recipe
+from ngrpo_train.recipe.sections import Recipe
 
 if TYPE_CHECKING:
     from ngrpo_train.experiments.runs import Experiment

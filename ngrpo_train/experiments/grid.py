@@ -45,9 +45,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ngrpo_train.config import Recipe
 from ngrpo_train.experiments.results import is_column
-from ngrpo_train.parsing import overlay, suggestion
+from ngrpo_train.recipe.parsing import overlay, suggestion
+from ngrpo_train.recipe.sections import Recipe
 
 CONTROL = ", rewards permuted"  # what a control is called, after its variant
 DRAWN = ("curves", "final", "gradient_by_step")  # figures by name; any column of the CSV is another, over iterations

@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
-from ngrpo_train import parallel
-from ngrpo_train.checkpoint import checkpoints
-from ngrpo_train.config import Recipe, as_dict
-from ngrpo_train.evaluate import evaluate
 from ngrpo_train.experiments.grid import Variant
 from ngrpo_train.experiments.results import BASE_MODEL, BY_STEP, FIGURES, SCORE, Row, mean, read_rows, write_rows
-from ngrpo_train.inference import Source
+from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import load_prompts, prompts_per_iteration
+from ngrpo_train.recipe.sections import Recipe, as_dict
+from ngrpo_train.recipe.workload import Workload
 from ngrpo_train.rewards import RewardError, Rewards
-from ngrpo_train.train import train
-from ngrpo_train.workload import Workload
+from ngrpo_train.run.checkpoint import checkpoints
+from ngrpo_train.run.loop import train
+from ngrpo_train.run.trained import Source
+from ngrpo_train.sampling.evaluate import evaluate
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,8 @@ class Experiment:
         """
         rows = read_rows(self.csv)
         self._refuse_other_recipes(rows)
-        with parallel.processes(self.yardstick.recipe.parallel) as processes:  # one group, which all runs find standing
-            return self._make(rows, processes.device)
+        with processes.joined(self.yardstick.recipe.parallel) as launch:  # one group, which all runs find standing
+            return self._make(rows, launch.device)
 
     def _make(self, rows: list[Row], device: torch.device) -> int:
         if self.yardstick.test and not _of(rows, self._base_identity()):
@@ -135,13 +135,13 @@ class Experiment:
                 return code
             rows = [*rows, *self._rows(run, here, directory, device)]
             self._write(rows)
-            if parallel.rank() == 0:
+            if processes.rank() == 0:
                 shutil.rmtree(directory / "checkpoints")
-            parallel.barrier()
+            processes.barrier()
         return failed
 
     def _write(self, rows: Sequence[Row]) -> None:
-        if parallel.rank() == 0:
+        if processes.rank() == 0:
             write_rows(self.csv, rows)
 
     def _refuse_other_recipes(self, rows: Sequence[Row]) -> None:
@@ -190,7 +190,7 @@ class Experiment:
 
     def _rows(self, run: Run, identity: str, directory: Path, device: torch.device) -> list[Row]:
         """Of a finished run, the test's last; a collective."""
-        parallel.barrier()  # the first process has written the last figures
+        processes.barrier()  # the first process has written the last figures
         scores = None
         if self.yardstick.test:
             latest = checkpoints(directory / "checkpoints")[-1]
@@ -213,7 +213,7 @@ def course(
     made = sorted((row for row in recorded if "time/iteration_s" in row), key=lambda row: row["step"])
     seconds = [row["time/iteration_s"] for row in made]
     seconds[:1] = [statistics.median(seconds)]
-    prompts = prompts_per_iteration(recipe, parallel.world_size())
+    prompts = prompts_per_iteration(recipe, processes.world_size())
     work = [Workload.of(recipe, iteration) for iteration in range(len(made))]
     per_prompt: dict[str, list[float]] = {
         "G": [each.generations for each in work],
@@ -289,13 +289,13 @@ def _made_by(device: torch.device) -> dict[str, Any]:
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    processes = parallel.world_size()
+    ranks = processes.world_size()
     try:
         ngrpo = version("ngrpo")
     except PackageNotFoundError:  # run from a source tree
         ngrpo = ""
     return {
-        "hardware": f"{processes} x {hardware}" if processes > 1 else hardware,
+        "hardware": f"{ranks} x {hardware}" if ranks > 1 else hardware,
         "torch": torch.__version__,
         "ngrpo": ngrpo,
         "date": date.today().isoformat(),
@@ -303,5 +303,5 @@ def _made_by(device: torch.device) -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    if parallel.rank() == 0:
+    if processes.rank() == 0:
         print(f"\n{line}", flush=True)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from ngrpo_train.architecture import Architecture, text_encoders_on, transformer_inputs, transformer_on, vae_on
+from ngrpo_train.models.sizes import Architecture, text_encoders_on, transformer_inputs, transformer_on, vae_on
 
 aten = torch.ops.aten
 Kind = Literal["double", "single"]

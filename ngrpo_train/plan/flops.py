@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ngrpo_train.architecture import Architecture, lora_parameters
-from ngrpo_train.config import Recipe
+from ngrpo_train.models.sizes import Architecture, lora_parameters
 from ngrpo_train.plan.activations import Shape, block_bytes, decode_pass, encode_pass
 from ngrpo_train.plan.layout import Batches, filled, shape_of
 from ngrpo_train.plan.scorers import Scoring
-from ngrpo_train.workload import Workload
+from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.recipe.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,14 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ngrpo_train.architecture import Architecture, Parameters, find_architecture, parameters
-from ngrpo_train.config import Recipe
-from ngrpo_train.machines import Machine
+from ngrpo_train.models.sizes import Architecture, Parameters, find_architecture, parameters
 from ngrpo_train.plan.flops import Flops, iteration_flops
 from ngrpo_train.plan.layout import Batches, Layout, Weights, filled, shape_of
+from ngrpo_train.plan.machines import Machine
 from ngrpo_train.plan.memory import Memory, iteration_memory
 from ngrpo_train.plan.traffic import Traffic, iteration_traffic
-from ngrpo_train.workload import Workload
+from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.recipe.workload import Workload
 
 SAFE_SHARE = 0.92
 """Of a GPU's memory: the rest is for what its allocator cannot use, because free memory lies in pieces."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ngrpo_train.architecture import Architecture, lora_parameters, lora_total, parameters
-from ngrpo_train.config import Recipe
+from ngrpo_train.models.sizes import Architecture, lora_parameters, lora_total, parameters
 from ngrpo_train.plan.activations import Shape
-from ngrpo_train.workload import Workload, branches
+from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.recipe.workload import Workload, branches
 
 TEXT_BYTES = 2
 """Of a weight of the text encoders, and of the VAE: bfloat16, whatever the transformer computes in."""

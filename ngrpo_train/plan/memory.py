@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ngrpo_train.architecture import Architecture, Parameters, parameters
-from ngrpo_train.config import Recipe
-from ngrpo_train.machines import GIB
+from ngrpo_train.models.sizes import Architecture, Parameters, parameters
 from ngrpo_train.plan.activations import BlockBytes, Shape, block_bytes, decode_pass, encode_pass, ends_bytes
 from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Layout, Weights, bytes_of, compiles, shape_of
+from ngrpo_train.plan.machines import GIB
 from ngrpo_train.plan.scorers import Scoring
-from ngrpo_train.workload import Workload, branches, num_train_steps, tree_steps
+from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.recipe.workload import Workload, branches, num_train_steps, tree_steps
 
 # Assumptions: nothing here has been compared with a GPU yet.
 RUNTIME_BYTES = 1.5 * GIB  # CUDA's context, its libraries' workspaces, and compiled code

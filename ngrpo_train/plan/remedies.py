@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ngrpo_train.architecture import Architecture, lora_total
-from ngrpo_train.config import Recipe
-from ngrpo_train.machines import GIB, Machine
+from ngrpo_train.models.sizes import Architecture, lora_total
 from ngrpo_train.plan.forecast import Plan, make_plan
+from ngrpo_train.plan.machines import GIB, Machine
 from ngrpo_train.plan.scorers import of_unknown_cost, scorer_sizes
+from ngrpo_train.recipe.sections import Recipe
 
 
 @dataclass(frozen=True, slots=True)

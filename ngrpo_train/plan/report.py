@@ -11,9 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ngrpo_train.checks import check
-from ngrpo_train.config import Recipe, Reward
-from ngrpo_train.machines import GIB, find_machine
 from ngrpo_train.plan.forecast import (
     COMPUTE_EFFICIENCY,
     FLOAT8_SPEEDUP,
@@ -23,9 +20,12 @@ from ngrpo_train.plan.forecast import (
     Plan,
     make_plan,
 )
+from ngrpo_train.plan.machines import GIB, find_machine
 from ngrpo_train.plan.remedies import Remedy, remedies, speedups
 from ngrpo_train.plan.scorers import of_unknown_cost, scorer_sizes
-from ngrpo_train.workload import Workload
+from ngrpo_train.recipe.checks import check
+from ngrpo_train.recipe.sections import Recipe, Reward
+from ngrpo_train.recipe.workload import Workload
 
 REMEDIES_SHOWN = 5
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import PurePath
 
-from ngrpo_train.config import Recipe, Reward
 from ngrpo_train.plan.layout import Batches, bytes_of
+from ngrpo_train.recipe.sections import Recipe, Reward
 
 # -- Architectures -----------------------------------------------------------------------------------------------------
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ngrpo_train.architecture import Architecture, parameters
-from ngrpo_train.config import Recipe
+from ngrpo_train.models.sizes import Architecture, parameters
 from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Layout, Weights, bytes_of, stored_bytes
 from ngrpo_train.plan.scorers import Scoring
+from ngrpo_train.recipe.sections import Recipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ngrpo_train.config import Recipe
+from ngrpo_train.recipe.sections import Recipe
 
 
 @dataclass(frozen=True, slots=True)

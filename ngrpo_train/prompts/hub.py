@@ -14,9 +14,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import DryRunError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import tqdm
 
-from ngrpo_train.hub import why_missing
-from ngrpo_train.parsing import suggestion
+from ngrpo_train.parallel.hub import why_missing
 from ngrpo_train.prompts.files import READERS, is_prompt_file
+from ngrpo_train.recipe.parsing import suggestion
 
 logger = logging.getLogger(__name__)
 

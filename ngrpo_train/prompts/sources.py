@@ -9,9 +9,9 @@ from collections import Counter
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 
-from ngrpo_train.parsing import suggestion
 from ngrpo_train.prompts.files import READERS, TaggedPrompt, is_prompt_file, read_prompts
 from ngrpo_train.prompts.hub import Dataset, choose, listing, split_of
+from ngrpo_train.recipe.parsing import suggestion
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ngrpo_train import parallel
-from ngrpo_train.config import Reward
-from ngrpo_train.parsing import suggestion
+from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.parsing import suggestion
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards.scorer import RewardError, Scorer
 
 __all__ = [
@@ -58,7 +58,7 @@ class Scores:
 
     @property
     def local_RPG(self) -> Tensor:
-        return self.all_RPG.chunk(parallel.world_size(), dim=1)[parallel.rank()]
+        return self.all_RPG.chunk(processes.world_size(), dim=1)[processes.rank()]
 
 
 class Rewards:
@@ -110,7 +110,7 @@ class Rewards:
         names = self.in_training
         each = [prompt.text for prompt in prompts for _ in range(len(images) // len(prompts))]
         scores_RPG = self.score(images, each, names).view(len(names), len(prompts), -1)
-        scores = Scores(names, torch.cat(list(parallel.all_gather(scores_RPG)), dim=1).cpu())
+        scores = Scores(names, torch.cat(list(processes.all_gather(scores_RPG)), dim=1).cpu())
         refuse_non_finite(names, scores.local_RPG.flatten(1), each)
         if not scores.all_RPG.isfinite().all():
             raise RewardError("a reward was not finite on another rank, which names it")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from ngrpo_train.config import Reward
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards.pixels import CLIP_MEAN, CLIP_STD, longest_edge_pad, normalise, resize, shortest_edge_crop
 from ngrpo_train.rewards.scorer import ModelScorer
 from ngrpo_train.rewards.weights import fill, find_file, find_state, mismatch, read_json, read_state, some

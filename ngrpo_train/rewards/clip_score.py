@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ngrpo_train.config import Reward
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards.clip import (
     TOKENIZER,
     ClipScorer,

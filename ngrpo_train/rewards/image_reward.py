@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from ngrpo_train.config import Reward
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards.pixels import normalise, shortest_edge_crop
 from ngrpo_train.rewards.scorer import ModelScorer, Scorer
 from ngrpo_train.rewards.weights import fill, find_file, mismatch, read_json, read_state, some

@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ngrpo_train.config import Reward
-from ngrpo_train.parsing import suggestion
+from ngrpo_train.recipe.parsing import suggestion
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards.http import Endpoint, HttpError, check_url, token_from
 from ngrpo_train.rewards.scorer import RewardError, Scorer
 

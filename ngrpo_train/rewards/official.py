@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import modeling_utils, pytorch_utils
 
-from ngrpo_train.config import Reward
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import image_reward as native
 from ngrpo_train.rewards.scorer import Scorer
 from ngrpo_train.rewards.weights import fill, find_file, read_state

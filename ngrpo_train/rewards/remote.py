@@ -15,8 +15,8 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from ngrpo_train.config import Reward
-from ngrpo_train.parsing import suggestion
+from ngrpo_train.recipe.parsing import suggestion
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import wire
 from ngrpo_train.rewards.http import Endpoint, HttpError, check_url, token_from
 from ngrpo_train.rewards.scorer import Scorer

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ngrpo_train.config import Reward
+from ngrpo_train.recipe.sections import Reward
 
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ngrpo_train import parallel
-from ngrpo_train.hub import why_missing
+from ngrpo_train.parallel import processes
+from ngrpo_train.parallel.hub import why_missing
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _INDEX = ".index.json"  # of weights in several files
@@ -40,7 +40,7 @@ def find_file(path: str, *names: str, fetch: Sequence[str] | None = None) -> Pat
         raise ValueError(f"{path!r} has none of {', '.join(names)}")
     if not _HUB_ID.fullmatch(path):
         raise ValueError(f"{path!r} is no file, no directory and no hub id")
-    with parallel.node_leader_first():
+    with processes.node_leader_first():
         return _downloaded(path, names, names[:1] if fetch is None else fetch)
 
 

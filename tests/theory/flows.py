@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ngrpo_train.solvers import Sigmas, euler_step, flow_sigmas
+from ngrpo_train.sampling.solvers import Sigmas, euler_step, flow_sigmas
 
 DTYPE = torch.float64
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ngrpo_train.perturb import neighborhood
+from ngrpo_train.sampling.perturb import neighborhood
 
 from .flows import DTYPE, MixtureFlow, schedule, solve
 from .page import check_table

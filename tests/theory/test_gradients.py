@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_kernels import neighbor_grpo_loss_from_velocity
-from ngrpo_train.sde import NoiseLevel, mean_slope, sde_step, step_std
+from ngrpo_train.sampling.sde import NoiseLevel, mean_slope, sde_step, step_std
 
 from .flows import DTYPE, Policy, centred, cosine, flat, gradient, schedule, solve, standardised
 from .page import check_table

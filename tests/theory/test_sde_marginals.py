@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ngrpo_train.sde import NoiseLevel, mean_slope, sde_mean, sde_step, step_std
+from ngrpo_train.sampling.sde import NoiseLevel, mean_slope, sde_mean, sde_step, step_std
 
 from .flows import DTYPE, MixtureFlow, schedule, slope
 from .page import check_table

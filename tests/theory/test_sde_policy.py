@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from ngrpo_train.sde import NoiseLevel, gaussian_log_ratio, mean_slope, sde_mean, sde_step, step_std
+from ngrpo_train.sampling.sde import NoiseLevel, gaussian_log_ratio, mean_slope, sde_mean, sde_step, step_std
 
 from .flows import DTYPE, Policy, cosine, flat, gradient, schedule, slope, standardised
 from .page import check_table

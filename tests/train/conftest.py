@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from ngrpo_train.__main__ import main
-from ngrpo_train.config import Model, Parallel, Sampling
-from ngrpo_train.flux import Flux
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.recipe.sections import Model, Parallel, Sampling
 from ngrpo_train.shapes.pipeline import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 
 SIZE = 32  # pixels, so 2 x 2 image tokens

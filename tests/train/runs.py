@@ -27,11 +27,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ngrpo_train import checkpoint
 from ngrpo_train.__main__ import main
 from ngrpo_train.algorithms import NeighborGRPO
 from ngrpo_train.algorithms.stochastic import StochasticGRPO
-from ngrpo_train.config import has_field
+from ngrpo_train.recipe.sections import has_field
+from ngrpo_train.run import checkpoint
 
 HERE = Path(__file__).parent
 
@@ -385,7 +385,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
-        import ngrpo_train.train  # noqa: F401  # before the fork, for all of them
+        import ngrpo_train.run.loop  # noqa: F401  # before the fork, for all of them
 
         _fork_ranks(sys.argv[1], int(sys.argv[2]))
     else:

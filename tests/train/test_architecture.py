@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from ngrpo_train import architecture as sizes
-from ngrpo_train.architecture import KNOWN, Architecture, find_architecture, lora_total, parameters
-from ngrpo_train.config import Sampling
+from ngrpo_train.models import sizes
+from ngrpo_train.models.sizes import KNOWN, Architecture, find_architecture, lora_total, parameters
 from ngrpo_train.plan.flops import transformer_flops
+from ngrpo_train.recipe.sections import Sampling
 from ngrpo_train.shapes.world import shapes_pipeline_dir
 
 DEV, SCHNELL = KNOWN["flux-dev"], KNOWN["flux-schnell"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ngrpo_train.artifacts import colour_balance, colour_shift, diversity, grid_strength, lab, pixel_embedding
+from ngrpo_train.run.artifacts import colour_balance, colour_shift, diversity, grid_strength, lab, pixel_embedding
 
 # --- pictures
 

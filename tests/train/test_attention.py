@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from diffusers.models.transformers import transformer_flux
 
-from ngrpo_train import attention, parallel, settle
-from ngrpo_train.attention import Shapes
-from ngrpo_train.config import Algorithm, Model, Prompts, Recipe, Sampling
-from ngrpo_train.config import Parallel as Settings
+from ngrpo_train.parallel import attention, processes
+from ngrpo_train.parallel.attention import Shapes
+from ngrpo_train.plan import settle
+from ngrpo_train.recipe.sections import Algorithm, Model, Prompts, Recipe, Sampling
+from ngrpo_train.recipe.sections import Parallel as Settings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SHAPES = Shapes(
@@ -129,8 +130,8 @@ def test_the_fastest_that_works_is_chosen(monkeypatch: pytest.MonkeyPatch, caplo
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_gets_the_choice_of_rank_0(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     """Which on this one would be another."""
-    monkeypatch.setattr(parallel, "rank", lambda: rank)
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "rank", lambda: rank)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     monkeypatch.setattr(attention, "_fastest", lambda *_: "native" if rank else "xformers")
     sent = []
 
@@ -207,7 +208,7 @@ def test_so_does_a_float8_copy(
 ) -> None:
     from torchao.quantization import Float8WeightOnlyConfig
 
-    monkeypatch.setattr("ngrpo_train.float8._rowwise", lambda *_: Float8WeightOnlyConfig())
+    monkeypatch.setattr("ngrpo_train.models.float8._rowwise", lambda *_: Float8WeightOnlyConfig())
     flux = load_flux(tiny_dev, rollout_dtype="float8", attention="_native_math")
     with flux.exploring():
         flux.sampling_velocity(torch.randn(1, 4, 64), torch.full((1,), 0.6), flux.encode(["a dog"]), explore=True)

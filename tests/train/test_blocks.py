@@ -9,8 +9,8 @@ import torch._functorch.config as functorch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ngrpo_train import blocks
-from ngrpo_train.config import Model, Parallel
+from ngrpo_train.parallel import blocks
+from ngrpo_train.recipe.sections import Model, Parallel
 
 from .conftest import PROMPTS
 

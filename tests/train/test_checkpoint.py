@@ -13,11 +13,11 @@ from unittest import mock
 import pytest
 import torch
 
-from ngrpo_train import checkpoint
-from ngrpo_train.checkpoint import find_checkpoint
-from ngrpo_train.config import Recipe
 from ngrpo_train.prompts import PromptCursor
-from ngrpo_train.watch import Look, Watch
+from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.run import checkpoint
+from ngrpo_train.run.checkpoint import find_checkpoint
+from ngrpo_train.run.hacking import Look, Watch
 
 from .runs import (
     TWO_PROMPTS,
@@ -176,7 +176,7 @@ def refused(straight: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
     def check(changes: dict[str, str], message: str, resume: str = "latest", directory: Path = straight) -> None:
         before = snapshot(straight)
-        with mock.patch("ngrpo_train.train.Flux", side_effect=AssertionError("work began")):
+        with mock.patch("ngrpo_train.run.loop.Flux", side_effect=AssertionError("work began")):
             assert Run(directory, changes, resume).make() == 2
         line = capsys.readouterr().err
         assert message in line

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import ngrpo_train.train as train_module
+import ngrpo_train.run.loop as train_module
 from ngrpo_train import __main__ as command
-from ngrpo_train.config import Recipe
-from ngrpo_train.parsing import find_recipe, resolve
+from ngrpo_train.recipe.parsing import find_recipe, resolve
+from ngrpo_train.recipe.sections import Recipe
 
 COMMANDS = ["train", "sample", "eval", "export", "doctor"]
 

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngrpo_train import checks
 from ngrpo_train.__main__ import TrainCommand
-from ngrpo_train.checks import check, refuse_changed
-from ngrpo_train.config import (
+from ngrpo_train.recipe import checks
+from ngrpo_train.recipe.checks import check, refuse_changed
+from ngrpo_train.recipe.parsing import as_toml, find_recipe, parse, read_recipe, resolve
+from ngrpo_train.recipe.sections import (
     Algorithm,
     AlgorithmName,
     Checkpoint,
@@ -27,9 +28,8 @@ from ngrpo_train.config import (
     as_dict,
     has_field,
 )
-from ngrpo_train.parsing import as_toml, find_recipe, parse, read_recipe, resolve
 
-PACKAGED = sorted(path.name.removesuffix(".toml") for path in (files("ngrpo_train") / "recipes").iterdir())
+PACKAGED = sorted(path.name.removesuffix(".toml") for path in (files("ngrpo_train.recipe") / "packaged").iterdir())
 GOOD = Recipe(prompts=Prompts(source="prompts.txt"), rewards={"shapes_verifier": Reward()})
 
 

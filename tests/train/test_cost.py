@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ngrpo_train import cost
-from ngrpo_train.cost import Cost
+from ngrpo_train.plan import cost
+from ngrpo_train.plan.cost import Cost
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
 GIB = 2**30

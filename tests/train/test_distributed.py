@@ -20,7 +20,7 @@ from accelerate.utils.launch import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ngrpo_train.parallel import refuse_foreign_launch
+from ngrpo_train.parallel.processes import refuse_foreign_launch
 
 from .runs import (
     TOLERANCE,

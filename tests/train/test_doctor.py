@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from ngrpo_train import doctor
+from ngrpo_train.commands import doctor
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ngrpo_train import parallel, sharding
-from ngrpo_train.config import Model, Parallel
-from ngrpo_train.ema import EMA
-from ngrpo_train.flux import Flux
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.parallel import processes, sharding
+from ngrpo_train.recipe.sections import Model, Parallel
+from ngrpo_train.update.ema import EMA
 
 CPU = torch.device("cpu")
 
@@ -25,11 +25,11 @@ def weights(dtype: torch.dtype, layout: str = "none") -> dict[str, nn.Parameter]
 @torch.no_grad()
 def fill(parameters: dict[str, nn.Parameter], value: float) -> None:
     for parameter in parameters.values():
-        parallel.local(parameter).fill_(value)
+        processes.local(parameter).fill_(value)
 
 
 def averages(ema: EMA) -> dict[str, Tensor]:
-    return {name: parallel.local(average) for name, average in ema.state_dict().items()}
+    return {name: processes.local(average) for name, average in ema.state_dict().items()}
 
 
 @pytest.mark.parametrize("layout", ["none", "full"], ids=["plain", "mesh of one"])
@@ -46,7 +46,7 @@ def test_the_average_by_hand(dtype: torch.dtype, layout: str) -> None:
         for name, average in found.items():
             assert average.dtype == torch.float32
             assert torch.equal(average, torch.full(parameters[name].shape, expected))
-    assert all((parallel.local(p) == 0).all() for p in parameters.values()), "the weights themselves are left alone"
+    assert all((processes.local(p) == 0).all() for p in parameters.values()), "the weights themselves are left alone"
 
 
 def test_steps_below_bfloat16s_last_digit_add_up() -> None:
@@ -70,22 +70,22 @@ def test_applied_gives_the_weights_back_to_the_bit(dtype: torch.dtype, layout: s
     ema = EMA(parameters, decay=0.9)
     with torch.no_grad():
         for parameter in parameters.values():
-            parallel.local(parameter).copy_(torch.randn(parameter.shape).mul(1e-3))
-    parallel.local(parameters["bias"]).data[0] = float("nan")  # not even that may get lost
-    kept = {name: parallel.local(p).detach().clone() for name, p in parameters.items()}
-    memory = {name: parallel.local(p).data_ptr() for name, p in parameters.items()}
+            processes.local(parameter).copy_(torch.randn(parameter.shape).mul(1e-3))
+    processes.local(parameters["bias"]).data[0] = float("nan")  # not even that may get lost
+    kept = {name: processes.local(p).detach().clone() for name, p in parameters.items()}
+    memory = {name: processes.local(p).data_ptr() for name, p in parameters.items()}
     ema.update()
     expected = {name: average.clone() for name, average in averages(ema).items()}
     try:
         with ema.applied():
-            assert torch.equal(parallel.local(parameters["weight"]), expected["weight"].to(dtype))
+            assert torch.equal(processes.local(parameters["weight"]), expected["weight"].to(dtype))
             if fails:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         assert fails
     for name, parameter in parameters.items():
-        torch.testing.assert_close(parallel.local(parameter), kept[name], rtol=0, atol=0, equal_nan=True)
-        assert parallel.local(parameter).data_ptr() == memory[name], "optimizer and modules hold these very tensors"
+        torch.testing.assert_close(processes.local(parameter), kept[name], rtol=0, atol=0, equal_nan=True)
+        assert processes.local(parameter).data_ptr() == memory[name], "optimizer and modules hold these very tensors"
         assert parameter.requires_grad
     torch.testing.assert_close(averages(ema), expected, rtol=0, atol=0, equal_nan=True)
 
@@ -109,7 +109,7 @@ def test_a_model_computes_by_the_averages_while_they_are_applied(
     with flux.gathered("iteration"), torch.no_grad():
         velocity()
         for parameter in parameters.values():
-            parallel.local(parameter).mul_(2)
+            processes.local(parameter).mul_(2)
         sharding.release(flux.transformer)
         after = velocity()
     ema.update()
@@ -119,6 +119,6 @@ def test_a_model_computes_by_the_averages_while_they_are_applied(
     assert len({v.double().norm().item() for v in (before, after, averaged)}) == 3
     with torch.no_grad():
         for parameter in parameters.values():
-            parallel.local(parameter).mul_(0.75)  # of twice the first weights: halfway
+            processes.local(parameter).mul_(0.75)  # of twice the first weights: halfway
     sharding.release(flux.transformer)
     assert torch.equal(velocity(), averaged)

@@ -15,10 +15,10 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
-from ngrpo_train import embed as embed_module
-from ngrpo_train.config import Evaluation, Model, Parallel, Prompts, Recipe, Sampling
-from ngrpo_train.embed import embed, embed_command, training_prompts
-from ngrpo_train.text import EmbeddingCache, Manifest, TextEncoders, encoder_hash
+from ngrpo_train.commands import embed as embed_module
+from ngrpo_train.commands.embed import embed, embed_command, training_prompts
+from ngrpo_train.models.encoders import EmbeddingCache, Manifest, TextEncoders, encoder_hash
+from ngrpo_train.recipe.sections import Evaluation, Model, Parallel, Prompts, Recipe, Sampling
 
 from .runs import environment, finish, free_ports, start
 
@@ -231,9 +231,9 @@ def test_a_damaged_shard_is_refused_and_mended(counted, manifest, out, two_in_a_
         with pytest.raises(ValueError, match=refusal):
             read(out, manifest)
     counted.again()
-    with caplog.at_level(logging.WARNING, "ngrpo_train.embed"):
+    with caplog.at_level(logging.WARNING, "ngrpo_train.commands.embed"):
         embed(counted, PROMPTS, out, manifest, batch=1)
-    warnings = [record.getMessage() for record in caplog.records if record.name == "ngrpo_train.embed"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "ngrpo_train.commands.embed"]
     assert [shard.name in warning for warning in warnings] == [True] * (damage != "gone")
     assert counted.prompts == PROMPTS[2:4]
     assert_holds(out, manifest, PROMPTS, counted)
@@ -393,29 +393,30 @@ import sys
 from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
-from ngrpo_train import embed as embed_module, parallel
-from ngrpo_train.config import Parallel
-from ngrpo_train.embed import embed
-from ngrpo_train.text import Manifest, TextEncoders
+from ngrpo_train.commands import embed as embed_module
+from ngrpo_train.parallel import processes
+from ngrpo_train.recipe.sections import Parallel
+from ngrpo_train.commands.embed import embed
+from ngrpo_train.models.encoders import Manifest, TextEncoders
 
 embed_module._SHARD_PROMPTS = 2
 model, out, *prompts = sys.argv[1:]
 out = Path(out)
-with parallel.processes(Parallel(device="cpu")) as processes:
+with processes.joined(Parallel(device="cpu")) as launch:
     def encoders(placement):
         pipeline, _ = embed_module.load_text_encoders(model, torch.float32)
         return TextEncoders(
-            pipeline, device=processes.device, dtype=torch.float32, max_sequence_length=16, placement=placement
+            pipeline, device=launch.device, dtype=torch.float32, max_sequence_length=16, placement=placement
         )
     sharded = encoders("shard")
     assert all(isinstance(parameter, DTensor) for parameter in sharded._t5.parameters())
-    for share in (prompts[:1], prompts[2:]) if parallel.rank() else (prompts, prompts):  # as often, not as many
+    for share in (prompts[:1], prompts[2:]) if processes.rank() else (prompts, prompts):  # as often, not as many
         encoded = sharded.encode(share)
-    torch.save([encoded.prompt_embeds, encoded.pooled, encoded.txt_ids], out / f"sharded_{parallel.rank()}.pt")
+    torch.save([encoded.prompt_embeds, encoded.pooled, encoded.txt_ids], out / f"sharded_{processes.rank()}.pt")
     manifest = Manifest(encoder="an encoder", max_sequence_length=16, features=16, pooled_features=16)
     for known in (prompts[:1], prompts):
         summary = embed(encoders("device"), known, out / "embeddings", manifest, batch=1)
-    processes.print(summary)
+    launch.print(summary)
 """
 
 

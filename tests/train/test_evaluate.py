@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ngrpo_train import parallel
-from ngrpo_train.config import Evaluation as EvaluationSettings
-from ngrpo_train.config import Recipe, Reward, Sampling
-from ngrpo_train.evaluate import Evaluation, evaluate, pictures, save_picture, tile
-from ngrpo_train.report import Report, before_after, side_by_side
+from ngrpo_train.parallel import processes
+from ngrpo_train.recipe.sections import Evaluation as EvaluationSettings
+from ngrpo_train.recipe.sections import Recipe, Reward, Sampling
 from ngrpo_train.rewards import RewardError, Rewards
+from ngrpo_train.run.before_after import Report, before_after, side_by_side
+from ngrpo_train.sampling.evaluate import Evaluation, evaluate, pictures, save_picture, tile
 
 PROMPTS = ["a dog", "a large red circle on a blue background", "two cats on a mat"]
 
@@ -67,10 +67,10 @@ def test_ranks_share_the_pictures_out(tiny_dev, load_flux, rewards, monkeypatch,
         shares.append(x)
         return torch.stack(shares + [x] * (ranks - len(shares)))
 
-    monkeypatch.setattr(parallel, "world_size", lambda: ranks)
-    monkeypatch.setattr(parallel, "all_gather", gather)
+    monkeypatch.setattr(processes, "world_size", lambda: ranks)
+    monkeypatch.setattr(processes, "all_gather", gather)
     for rank in range(ranks):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         together = evaluate(flux, recipe, rewards, prompts)
     assert torch.equal(together.scores_RN, alone)
     assert len({share.shape for share in shares}) == 1

@@ -12,12 +12,12 @@ import torch.distributed.checkpoint as dcp
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
-from ngrpo_train.checkpoint import TrainState, find_checkpoint, load_weights
-from ngrpo_train.ema import EMA
-from ngrpo_train.export import export
-from ngrpo_train.parsing import resolve
-from ngrpo_train.rollout import generate
-from ngrpo_train.solvers import flow_sigmas
+from ngrpo_train.models.export import export
+from ngrpo_train.recipe.parsing import resolve
+from ngrpo_train.run.checkpoint import TrainState, find_checkpoint, load_weights
+from ngrpo_train.sampling.rollout import generate
+from ngrpo_train.sampling.solvers import flow_sigmas
+from ngrpo_train.update.ema import EMA
 
 PROMPTS = ["a large red circle on a blue background", "a dog"]
 SIGMAS = flow_sigmas(4, 3.0)

@@ -14,14 +14,15 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
-from ngrpo_train import blocks, float8, parallel
-from ngrpo_train.config import Algorithm, Model, Parallel, Prompts, Recipe, Reward, Sampling
-from ngrpo_train.float8 import Float8Copy
-from ngrpo_train.flux import Flux
-from ngrpo_train.iteration import Trainer
+from ngrpo_train.models import float8
+from ngrpo_train.models.float8 import Float8Copy
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.parallel import blocks, processes
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.sections import Algorithm, Model, Parallel, Prompts, Recipe, Reward, Sampling
 from ngrpo_train.rewards import Rewards
-from ngrpo_train.stopwatch import Stopwatch
+from ngrpo_train.run.stopwatch import Stopwatch
+from ngrpo_train.run.trainer import Trainer
 
 from .conftest import PROMPTS, SIZE
 
@@ -48,7 +49,7 @@ def quantised(flux: Flux, dtype: torch.dtype) -> Any:
     theirs = FluxPipeline.from_pretrained(flux.model.name_or_path, local_files_only=True).transformer
     if flux.model.tuning == "lora":
         theirs.add_adapter(next(iter(flux.transformer.peft_config.values())))
-    ours = {name: parallel.whole(p.detach()) for name, p in flux.transformer.named_parameters()}
+    ours = {name: processes.whole(p.detach()) for name, p in flux.transformer.named_parameters()}
     theirs.load_state_dict(ours)
     if flux.model.tuning == "lora":
         theirs.fuse_lora()  # in float32, so that merging rounds once
@@ -63,7 +64,7 @@ def move(flux: Flux, by: float = 0.05) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in flux.trainable.values():
-            parallel.local(parameter).add_(torch.randn(parameter.shape, generator=generator), alpha=by)
+            processes.local(parameter).add_(torch.randn(parameter.shape, generator=generator), alpha=by)
 
 
 @torch.no_grad()

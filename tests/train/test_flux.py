@@ -14,9 +14,9 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import nn
 
-from ngrpo_train.rollout import generate
+from ngrpo_train.sampling.rollout import generate
+from ngrpo_train.sampling.solvers import flow_sigmas
 from ngrpo_train.shapes.world import shapes_pipeline_dir
-from ngrpo_train.solvers import flow_sigmas
 
 TOKENS = 4  # of a tiny picture
 DEV_SHIFT = math.exp(calculate_shift(TOKENS))  # what FLUX.1-dev's dynamic shifting comes to at this size

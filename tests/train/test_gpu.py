@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ngrpo_train import parallel
 from ngrpo_train.__main__ import TrainCommand
 from ngrpo_train.algorithms import make_algorithm
-from ngrpo_train.config import Recipe
-from ngrpo_train.flux import Flux
-from ngrpo_train.optimizer import make_optimizer
-from ngrpo_train.parsing import find_recipe, parse, read_recipe
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import PromptCursor, load_prompts
+from ngrpo_train.recipe.parsing import find_recipe, parse, read_recipe
+from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards
+from ngrpo_train.update.optimizer import make_optimizer
 
 from .runs import Run, figures, observed
 
@@ -67,8 +67,8 @@ def test_the_host_waits_for_the_device_once_between_rollout_and_update(compute_d
     flags += ["--algorithm.name", algorithm]
     command = parse(TrainCommand, read_recipe(find_recipe("shapes_cpu")), flags, prog="", name="shapes_cpu")
     recipe = command.recipe
-    with parallel.processes(recipe.parallel) as processes:
-        _iterate_twice(recipe, processes.device)
+    with processes.joined(recipe.parallel) as launch:
+        _iterate_twice(recipe, launch.device)
 
 
 def _iterate_twice(recipe: Recipe, device: torch.device) -> None:

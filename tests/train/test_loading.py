@@ -19,12 +19,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ngrpo_train import architecture, loading, parallel
-from ngrpo_train.config import Model, Parallel, Recipe, Sampling
-from ngrpo_train.embed import embed_command
-from ngrpo_train.export import export
-from ngrpo_train.flux import Flux
-from ngrpo_train.iteration import Trainer
+from ngrpo_train.commands.embed import embed_command
+from ngrpo_train.models import loading, sizes
+from ngrpo_train.models.export import export
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.parallel import processes
+from ngrpo_train.recipe.sections import Model, Parallel, Recipe, Sampling
+from ngrpo_train.run.trainer import Trainer
 
 from .conftest import PROMPTS, SIZE
 
@@ -65,7 +66,7 @@ def stock(directory: str | Path) -> Any:
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Whole, by the names that files have."""
-    return {name.replace(".base_layer.", "."): parallel.whole(p.detach()) for name, p in module.named_parameters()}
+    return {name.replace(".base_layer.", "."): processes.whole(p.detach()) for name, p in module.named_parameters()}
 
 
 @torch.no_grad()
@@ -116,11 +117,11 @@ def test_adapters_begin_as_pefts_gaussian(tiny_dev: str, load_flux: Callable[...
     """In float32, whatever the base computes in: the steps of training are smaller than bfloat16's last digit."""
     flux = load_flux(tiny_dev, tuning="lora", lora_rank=8, compute_dtype=compute)
     theirs = stock(tiny_dev).transformer
-    theirs.add_adapter(LoraConfig(r=8, init_lora_weights="gaussian", target_modules=architecture.LORA_TARGETS))
+    theirs.add_adapter(LoraConfig(r=8, init_lora_weights="gaussian", target_modules=sizes.LORA_TARGETS))
     expected = {name: p for name, p in theirs.named_parameters() if ".lora_" in name}
     assert flux.trainable.keys() == expected.keys()
     assert {p.dtype for p in flux.trainable.values()} == {torch.float32}
-    ours = {name: parallel.local(p).detach() for name, p in flux.trainable.items()}
+    ours = {name: processes.local(p).detach() for name, p in flux.trainable.items()}
     assert {name: p.shape for name, p in ours.items()} == {name: p.shape for name, p in expected.items()}
     down, theirs_down = (
         torch.cat([p.detach().flatten() for name, p in each.items() if "lora_A" in name]) for each in (ours, expected)
@@ -229,7 +230,7 @@ def test_the_command_says_it_too(ngrpo: Callable[..., tuple[int, str, str]], tin
 def shrunken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The known architectures, small, under their own names."""
     small = {}
-    for name, known in architecture.KNOWN.items():
+    for name, known in sizes.KNOWN.items():
         transformer = {
             "num_layers": 2,
             "num_single_layers": 3,
@@ -248,10 +249,10 @@ def shrunken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             text_encoder={**known.text_encoder, **clip, "num_attention_heads": 2},
             text_encoder_2={**known.text_encoder_2, **t5},
         )
-    monkeypatch.setattr(architecture, "KNOWN", small)
-    architecture._random.cache_clear()
+    monkeypatch.setattr(sizes, "KNOWN", small)
+    sizes._random.cache_clear()
     yield
-    architecture._random.cache_clear()
+    sizes._random.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_random_weights_keep_activations_sane(
     assert {p.dtype for part in PARTS for p in getattr(flux.pipeline, part).parameters()} == {torch.float32}
     assert bool(flux.transformer.config.guidance_embeds) is (name == "random:flux-dev")
     assert all(
-        parallel.local(p).detach().float().isfinite().all() for p in flux.transformer.parameters()
+        processes.local(p).detach().float().isfinite().all() for p in flux.transformer.parameters()
     )  # memory is poisoned in tests: each of them was written
     found = velocities(flux, flux.transformer)
     assert found.dtype == getattr(torch, compute)
@@ -324,8 +325,8 @@ def test_a_nodes_first_process_goes_first(
     """And the others do not wait for ever where it fails."""
     seen: list[str] = []
     monkeypatch.setenv("LOCAL_RANK", rank)
-    monkeypatch.setattr(parallel, "barrier", lambda: seen.append("barrier"))
-    with pytest.raises(OSError, match="no network") if fails else nullcontext(), parallel.node_leader_first():
+    monkeypatch.setattr(processes, "barrier", lambda: seen.append("barrier"))
+    with pytest.raises(OSError, match="no network") if fails else nullcontext(), processes.node_leader_first():
         seen.append("work")
         if fails:
             raise OSError("no network")
@@ -354,7 +355,7 @@ def test_an_export_is_the_trained_weights_and_the_frozen_parts(
     flux = load_flux(sharded_files, master_dtype=master, compute_dtype=compute)
     with torch.no_grad():
         for parameter in flux.trainable.values():
-            parallel.local(parameter).add_(0.25)
+            processes.local(parameter).add_(0.25)
     export(flux, tmp_path / "export")
     before, after = stock(sharded_files), FluxPipeline.from_pretrained(tmp_path / "export", local_files_only=True)
     for name, value in after.transformer.named_parameters():

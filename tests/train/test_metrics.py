@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ngrpo_train import metrics, parallel, stopwatch
 from ngrpo_train.algorithms.neighbor import LeapingPolicy, Neighborhoods
-from ngrpo_train.config import Recipe
-from ngrpo_train.metrics import advantage_figures, device_figures, flat_recipe, reward_figures
+from ngrpo_train.parallel import processes
+from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Scores
-from ngrpo_train.stopwatch import Stopwatch
-from ngrpo_train.update import Tally, UpdateStats
+from ngrpo_train.run import metrics, stopwatch
+from ngrpo_train.run.metrics import advantage_figures, device_figures, flat_recipe, reward_figures
+from ngrpo_train.run.stopwatch import Stopwatch
+from ngrpo_train.update.policy import Tally, UpdateStats
 
 
 def groups_of(final_PGTC, step_PK=None):
@@ -104,9 +105,9 @@ def test_ranks_are_combined_by_their_rows(monkeypatch):
     assert list(mine) == list(other), "a gather of packed figures needs the same ones on every rank"
 
     packed = []
-    monkeypatch.setattr(parallel, "all_gather", lambda x: packed.append(x) or x[None])
+    monkeypatch.setattr(processes, "all_gather", lambda x: packed.append(x) or x[None])
     metrics._reduced(other)
-    monkeypatch.setattr(parallel, "all_gather", lambda x: torch.stack([x, packed[0]]))
+    monkeypatch.setattr(processes, "all_gather", lambda x: torch.stack([x, packed[0]]))
     figures = metrics._reduced(mine)
     assert figures["policy/kl"] == pytest.approx((4.0 + 6.0) / 5)
     assert figures["policy/ratio_max"] == 99

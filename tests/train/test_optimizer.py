@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ngrpo_train import checkpoint, parallel, sharding
-from ngrpo_train.checkpoint import Checkpointer, TrainState
-from ngrpo_train.config import Model, Optimizer, Parallel, Recipe
-from ngrpo_train.flux import Flux
-from ngrpo_train.optimizer import guarded_step, make_optimizer
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.parallel import processes, sharding
 from ngrpo_train.prompts import PromptCursor
+from ngrpo_train.recipe.sections import Model, Optimizer, Parallel, Recipe
+from ngrpo_train.run import checkpoint
+from ngrpo_train.run.checkpoint import Checkpointer, TrainState
+from ngrpo_train.update.optimizer import guarded_step, make_optimizer
 
 from .runs import assert_same_run, saved
 
@@ -54,7 +55,7 @@ def give(parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
 
 def parts(value: Tensor) -> list[Tensor]:
     """Copies of the plain tensors that a state is made of."""
-    value = parallel.local(value.detach())
+    value = processes.local(value.detach())
     names = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else []
     return [getattr(value, name).clone() for name in names] or [value.clone()]
 
@@ -255,7 +256,7 @@ def test_clipping_is_torchs(limit: float, layout: str) -> None:
     assert 1e-2 < norm < 1e6
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert isinstance(mine.grad, DTensor) is (layout == "full")
-        torch.testing.assert_close(parallel.local(mine.grad), other.grad, rtol=1e-6, atol=0)
+        torch.testing.assert_close(processes.local(mine.grad), other.grad, rtol=1e-6, atol=0)
 
 
 def test_bfloat16_gradients_are_summed_in_float32() -> None:
@@ -288,7 +289,7 @@ def go_on(flux: Flux, optimizer: torch.optim.Optimizer, step: int) -> None:
     for parameter in flux.trainable.values():
         parameter.grad = torch.zeros_like(parameter)
         values = torch.randn(parameter.shape, generator=generator)
-        parallel.local(parameter.grad).copy_(values)
+        processes.local(parameter.grad).copy_(values)
     guarded_step(optimizer, 1.0, CPU)
 
 
@@ -303,7 +304,7 @@ def test_8_bit_states_survive_a_checkpoint_to_the_bit(
     assert isinstance(next(iter(flux.trainable.values())), DTensor) is (layout == "full")
     optimizer = trained(flux, steps=3)
     states = [state["exp_avg"] for state in optimizer.state.values()]
-    assert sum(hasattr(parallel.local(each), "codes") for each in states) > 10
+    assert sum(hasattr(processes.local(each), "codes") for each in states) > 10
     state = TrainState(flux, optimizer, PromptCursor(["a", "b"], seed=0, per_iteration=1), step=3)
     path = Checkpointer(tmp_path, recipe).save(state)
     before = everything(optimizer)

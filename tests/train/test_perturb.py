@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from ngrpo_train.perturb import ANCHORS, NOISE, STEPS, draw_anchors, draw_train_steps, neighborhood, stream
+from ngrpo_train.draws import ANCHORS, NOISE, STEPS, draw_anchors, draw_train_steps, stream
+from ngrpo_train.sampling.perturb import neighborhood
 
 SHAPE_TC = (256, 64)
 KEY = {"seed": 7, "step": 3, "slot": 5}

@@ -21,11 +21,12 @@ from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import train_recipes
-from ngrpo_train import parallel, sharding
 from ngrpo_train.__main__ import TrainCommand
 from ngrpo_train.algorithms import make_algorithm
 from ngrpo_train.algorithms.stochastic import GaussianPolicy, TransitionRows
-from ngrpo_train.architecture import (
+from ngrpo_train.models.encoders import Conditioning
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.sizes import (
     KNOWN,
     Architecture,
     find_architecture,
@@ -33,23 +34,22 @@ from ngrpo_train.architecture import (
     transformer_inputs,
     transformer_on,
 )
-from ngrpo_train.checks import check
-from ngrpo_train.config import Algorithm, Model, Parallel, Recipe, Reward
-from ngrpo_train.flux import Flux
-from ngrpo_train.machines import GIB, MACHINES, Machine, find_machine, machine_of
-from ngrpo_train.parsing import as_toml, find_recipe, parse, read_recipe, resolve
+from ngrpo_train.parallel import processes, sharding
 from ngrpo_train.plan import explain_out_of_memory, make_plan, plan_command, remedies, settle, speedups
 from ngrpo_train.plan.activations import FlashAttention, FusedNorm, Shape, block_bytes, decode_pass, measuring
 from ngrpo_train.plan.flops import iteration_flops
 from ngrpo_train.plan.forecast import SAFE_SHARE, Settled
 from ngrpo_train.plan.layout import Batches, Layout
+from ngrpo_train.plan.machines import GIB, MACHINES, Machine, find_machine, machine_of
 from ngrpo_train.plan.memory import TRANSITION_STATES, Memory, iteration_memory, update_picture_bytes
 from ngrpo_train.plan.remedies import with_settings
 from ngrpo_train.plan.traffic import Traffic, iteration_traffic
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.checks import check
+from ngrpo_train.recipe.parsing import as_toml, find_recipe, parse, read_recipe, resolve
+from ngrpo_train.recipe.sections import Algorithm, Model, Parallel, Recipe, Reward
+from ngrpo_train.recipe.workload import Workload
 from ngrpo_train.rewards import Rewards, Scores
-from ngrpo_train.text import Conditioning
-from ngrpo_train.workload import Workload
 
 DEV = KNOWN["flux-dev"]
 N = 11_901_408_320  # parameters of FLUX.1-dev's transformer
@@ -278,7 +278,7 @@ def _peaks(architecture: Architecture, settings: Parallel, monkeypatch: pytest.M
         for name, x in transformer_inputs(architecture, 1, 16, 16).items()
     }
     for parameter in model.parameters():
-        tracker.follow(parallel.local(parameter))
+        tracker.follow(processes.local(parameter))
     with tracker:
         sharding.keep_gathered(model, settings.keep_gathered != "never")
         with torch.no_grad():

@@ -10,19 +10,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import train_scorers
 from ngrpo_train.__main__ import TrainCommand
-from ngrpo_train.architecture import KNOWN
-from ngrpo_train.checks import check
-from ngrpo_train.config import Recipe, Reward
-from ngrpo_train.machines import GIB, MACHINES
-from ngrpo_train.parsing import as_toml, find_recipe, parse, read_recipe, resolve
+from ngrpo_train.models.sizes import KNOWN
 from ngrpo_train.plan import explain_out_of_memory, iteration_flops, make_plan, plan_command, remedies, speedups
 from ngrpo_train.plan.activations import decode_pass, measuring
 from ngrpo_train.plan.forecast import FLOAT32_SLOWDOWN
 from ngrpo_train.plan.layout import Layout
+from ngrpo_train.plan.machines import GIB, MACHINES
 from ngrpo_train.plan.memory import Memory, iteration_memory
 from ngrpo_train.plan.remedies import with_settings
 from ngrpo_train.plan.scorers import WITH_WEIGHTS, Scoring, of_unknown_cost, scorer_size, scorer_sizes
 from ngrpo_train.plan.traffic import iteration_traffic
+from ngrpo_train.recipe.checks import check
+from ngrpo_train.recipe.parsing import as_toml, find_recipe, parse, read_recipe, resolve
+from ngrpo_train.recipe.sections import Recipe, Reward
 from ngrpo_train.rewards import SHIPPED
 
 DEV, META = KNOWN["flux-dev"], torch.device("meta")

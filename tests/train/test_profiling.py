@@ -18,11 +18,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from ngrpo_train import parsing, profiling
-from ngrpo_train.config import Recipe
-from ngrpo_train.profiling import Iteration, Profile, Ranges, nsight_commands, profile
-from ngrpo_train.stopwatch import Stopwatch
-from ngrpo_train.trace import Event, Trace, read
+from ngrpo_train.commands import profile as profiling
+from ngrpo_train.commands.profile import Iteration, Profile, Ranges, nsight_commands, profile
+from ngrpo_train.commands.trace import Event, Trace, read
+from ngrpo_train.recipe import parsing
+from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.run.stopwatch import Stopwatch
 
 STAGES = ["rollout", "decode", "reward", "update"]
 

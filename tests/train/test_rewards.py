@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from ngrpo_train import parallel
-from ngrpo_train.config import Reward
+from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, Scores, combined, find_scorer, refuse_non_finite
 from ngrpo_train.shapes.judge import judge
 from ngrpo_train.shapes.verifier import score
@@ -106,9 +106,9 @@ def test_no_graph_is_kept(monkeypatch):
 
 def test_each_rank_sees_its_own_and_all(monkeypatch):
     rewards = rewards_of(monkeypatch, level)
-    monkeypatch.setattr(parallel, "all_gather", lambda x: torch.stack([x - 100, x]))
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
-    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    monkeypatch.setattr(processes, "all_gather", lambda x: torch.stack([x - 100, x]))
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "rank", lambda: 1)
     scores = rewards(IMAGES, PROMPTS)
     assert scores.all_RPG.tolist() == [[[-100, -99, -98], [-97, -96, -95], [0, 1, 2], [3, 4, 5]]]
     assert scores.local_RPG.tolist() == [[[0, 1, 2], [3, 4, 5]]]
@@ -143,8 +143,8 @@ def test_a_watched_reward_may_not_fail_either(monkeypatch):
 
 def test_a_failure_elsewhere_stops_this_rank_too(monkeypatch):
     rewards = rewards_of(monkeypatch, level)
-    monkeypatch.setattr(parallel, "all_gather", lambda x: torch.stack([x, x * float("nan")]))
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "all_gather", lambda x: torch.stack([x, x * float("nan")]))
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     with pytest.raises(RewardError, match="on another rank, which names it"):
         rewards(IMAGES, PROMPTS)
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from ngrpo_train import parallel, plan, settle
-from ngrpo_train.config import Model, Parallel, Recipe
-from ngrpo_train.iteration import Trainer
-from ngrpo_train.plan import Settled
+from ngrpo_train import plan
+from ngrpo_train.parallel import processes
+from ngrpo_train.plan import Settled, settle
+from ngrpo_train.recipe.sections import Model, Parallel, Recipe
+from ngrpo_train.run.trainer import Trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 2**30
@@ -52,8 +53,8 @@ def test_a_gpu_is_settled_for_by_the_smallest_of_them(
         return Settled("never", "batch", 6, 2)
 
     gathered = []
-    monkeypatch.setattr(parallel, "max_over_ranks", lambda value: gathered.append(value) or max(value, -80 * GIB))
-    monkeypatch.setattr(parallel, "world_size", lambda: 4)
+    monkeypatch.setattr(processes, "max_over_ranks", lambda value: gathered.append(value) or max(value, -80 * GIB))
+    monkeypatch.setattr(processes, "world_size", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(plan, "settle", decide)
     with caplog.at_level(logging.INFO):
@@ -111,7 +112,7 @@ def test_a_run_out_of_memory_says_what_takes_it_and_still_fails(
     monkeypatch.setattr(Trainer, "iterate", iterate)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         ngrpo("train", tiny_recipe)
-    assert ("ngrpo_train.settle", logging.ERROR, "the breakdown") in caplog.record_tuples
+    assert ("ngrpo_train.plan.settle", logging.ERROR, "the breakdown") in caplog.record_tuples
     assert [recipe.prompts.per_rank for recipe in explained] == [2]
 
 

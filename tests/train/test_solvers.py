@@ -8,7 +8,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ngrpo_train.solvers import SOLVERS, Previous, dpmpp_2m_step, euler_step, flow_sigmas
+from ngrpo_train.sampling.solvers import SOLVERS, Previous, dpmpp_2m_step, euler_step, flow_sigmas
 
 SHIFT = 3.0
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ngrpo_train.config import Algorithm, Parallel, Recipe
-from ngrpo_train.symptoms import Symptoms
+from ngrpo_train.recipe.sections import Algorithm, Parallel, Recipe
+from ngrpo_train.run.symptoms import Symptoms
 
 HEALTHY = {
     "advantage/flat_groups": 0.1,

@@ -10,8 +10,8 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
-from ngrpo_train import text
-from ngrpo_train.text import Conditioning, TextEncoders, encoder_hash
+from ngrpo_train.models import encoders as encoders_module
+from ngrpo_train.models.encoders import Conditioning, TextEncoders, encoder_hash
 
 LENGTH = 16
 PROMPTS = ["a large red circle on a blue background", "", "an étoile, far away 🐈", "a star on " * 20]
@@ -60,7 +60,7 @@ def test_encoding_is_diffusers(tiny_dev, stock, placement, dtype):
 
 def test_encoding_in_bfloat16_is_diffusers(tiny_dev, monkeypatch):
     """As on a GPU."""
-    monkeypatch.setattr(text, "frozen_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(encoders_module, "frozen_dtype", lambda device: torch.bfloat16)
     pipeline = load(tiny_dev).to(torch.bfloat16)
     with torch.no_grad():
         prompt_embeds, pooled, _ = pipeline.encode_prompt(PROMPTS, None, max_sequence_length=LENGTH)
@@ -94,7 +94,7 @@ def test_offloaded_weights_are_copied_for_a_call_and_come_back(tiny_dev, stock, 
         copies.append(on_host.clone())
         return copies[-1]
 
-    monkeypatch.setattr(text, "_copied", copied)
+    monkeypatch.setattr(encoders_module, "_copied", copied)
     during = []
 
     def look(*_):

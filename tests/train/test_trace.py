@@ -8,8 +8,19 @@ from typing import Any
 
 import pytest
 
-from ngrpo_train import trace as tracing
-from ngrpo_train.trace import COMMUNICATION, COPIES, LOSS, LOSS_KERNELS, OPTIMIZER, Event, Trace, group_of, parse, read
+from ngrpo_train.commands import trace as tracing
+from ngrpo_train.commands.trace import (
+    COMMUNICATION,
+    COPIES,
+    LOSS,
+    LOSS_KERNELS,
+    OPTIMIZER,
+    Event,
+    Trace,
+    group_of,
+    parse,
+    read,
+)
 
 STAGES = ("rollout", "update")
 KERNELS = Path(__file__).parents[2] / "ngrpo_kernels" / "_triton"

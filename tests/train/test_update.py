@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ngrpo_train import parallel
 from ngrpo_train.algorithms import NeighborGRPO
 from ngrpo_train.algorithms.neighbor import LeapingPolicy
-from ngrpo_train.config import Algorithm, Prompts, Recipe, Reward, Sampling
-from ngrpo_train.flux import Flux
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.sections import Algorithm, Prompts, Recipe, Reward, Sampling
 from ngrpo_train.rewards import Rewards, Scores
-from ngrpo_train.update import update
+from ngrpo_train.update.policy import update
 
 P, G, B, K, STEPS = 3, 4, 2, 2, 5
 PROMPTS = [Prompt(text, i) for i, text in enumerate(["a large red circle", "a dog", "two cats on a mat"])]
@@ -321,21 +321,21 @@ def test_ranks_with_fewer_rows_make_as_many_forwards(tiny_dev, load_flux, monkey
     velocity = Flux.velocity
 
     def counted(self, x_NTC, *rest):
-        sizes[parallel.rank()].append((len(x_NTC), torch.is_grad_enabled()))
+        sizes[processes.rank()].append((len(x_NTC), torch.is_grad_enabled()))
         return velocity(self, x_NTC, *rest)
 
     monkeypatch.setattr(Flux, "velocity", counted)
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     found = []
     for rank in (0, 1):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         found.append(gradients(flux, algorithm, groups, advantages))
     assert sizes[0] == sizes[1]
     assert len(sizes[0]) == 3 * (2 if reference_coef else 1)
 
     # The rank that fills its batches up counts its own rows only.
-    monkeypatch.setattr(parallel, "world_size", lambda: 1)
-    monkeypatch.setattr(parallel, "rank", lambda: 0)
+    monkeypatch.setattr(processes, "world_size", lambda: 1)
+    monkeypatch.setattr(processes, "rank", lambda: 0)
     alone, stats = gradients(flux, algorithm, groups, advantages[P:])
     assert_same_gradient(found[1][0][0], alone[0], 1e-5)
     torch.testing.assert_close(found[1][1].loss, stats.loss)

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ngrpo_train import artifacts
-from ngrpo_train.config import Algorithm, Recipe, Reward
-from ngrpo_train.config import Evaluation as EvaluationSettings
-from ngrpo_train.curves import chart, draw
-from ngrpo_train.evaluate import Evaluation, evaluate, pictures
+from ngrpo_train.recipe.sections import Algorithm, Recipe, Reward
+from ngrpo_train.recipe.sections import Evaluation as EvaluationSettings
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.rewards.scorer import ModelScorer
-from ngrpo_train.watch import Change, Sight, Watch
+from ngrpo_train.run import artifacts
+from ngrpo_train.run.curves import chart, draw
+from ngrpo_train.run.hacking import Change, Sight, Watch
+from ngrpo_train.sampling.evaluate import Evaluation, evaluate, pictures
 
 PROMPTS = ("a", "b", "c", "d")
 REWARDS = {
@@ -143,7 +143,7 @@ def test_a_sight_is_what_artifacts_measure(tiny_dev, load_flux, scorers, monkeyp
     assert not math.isnan(expected.sum())
 
     # Read back, not made again; of other prompts, made again.
-    monkeypatch.setattr("ngrpo_train.watch.evaluate", _never)
+    monkeypatch.setattr("ngrpo_train.run.hacking.evaluate", _never)
     again = Watch.begin(tmp_path / "watch.json", flux, recipe, rewards, prompts)
     assert torch.equal(again.base.evaluation.scores_RN, base.evaluation.scores_RN)
     assert torch.equal(again.base.colour_NC, base.colour_NC)
@@ -217,7 +217,7 @@ def test_a_run_watches_and_remembers(ngrpo, tiny_recipe):
 
 def test_a_symptom_is_told_once(monkeypatch):
     watched = watch()
-    monkeypatch.setattr("ngrpo_train.watch.evaluate", lambda *_: None)
+    monkeypatch.setattr("ngrpo_train.run.hacking.evaluate", lambda *_: None)
     monkeypatch.setattr(Sight, "of", lambda _: sight(a=20.0))
     assert len(watched.look(None).warnings) == 1
     assert watched.look(None).warnings == []

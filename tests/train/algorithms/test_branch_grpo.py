@@ -9,9 +9,9 @@ import torch
 
 from ngrpo_train.algorithms import BranchGRPO, stochastic
 from ngrpo_train.algorithms.branch_grpo import fused, kept_leaves, sibling_noise
-from ngrpo_train.config import Algorithm, Prompts, Recipe, Reward, Sampling
-from ngrpo_train.perturb import stream
+from ngrpo_train.draws import stream
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.sections import Algorithm, Prompts, Recipe, Reward, Sampling
 from ngrpo_train.rewards import Rewards, Scores
 
 N, G, SHIFT, SPLITS = 6, 8, 3.0, (0, 2, 3)

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from ngrpo_train.algorithms.stochastic import GaussianPolicy, TransitionRows
-from ngrpo_train.config import Algorithm
+from ngrpo_train.recipe.sections import Algorithm
 
 ROWS, T, C = 6, 4, 16
 D = T * C

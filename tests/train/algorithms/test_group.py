@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ngrpo_train.algorithms.group import group_rewards, quasi_norm, standardised
-from ngrpo_train.config import Algorithm, Recipe, Reward, Train
+from ngrpo_train.algorithms.advantages import group_rewards, quasi_norm, standardised
+from ngrpo_train.recipe.sections import Algorithm, Recipe, Reward, Train
 from ngrpo_train.rewards import Rewards, Scores
 
 FLOW = Algorithm.of("flow_grpo")

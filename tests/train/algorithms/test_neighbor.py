@@ -8,11 +8,12 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 from ngrpo_train.algorithms import NeighborGRPO
 from ngrpo_train.algorithms.neighbor import Neighborhoods, explored
-from ngrpo_train.config import Algorithm, Prompts, Recipe, Reward, Sampling
-from ngrpo_train.perturb import draw_anchors, draw_train_steps, neighborhood
+from ngrpo_train.draws import draw_anchors, draw_train_steps
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.sections import Algorithm, Prompts, Recipe, Reward, Sampling
 from ngrpo_train.rewards import Rewards
-from ngrpo_train.solvers import flow_sigmas
+from ngrpo_train.sampling.perturb import neighborhood
+from ngrpo_train.sampling.solvers import flow_sigmas
 
 P, G, B, K, STEPS, SHIFT = 2, 3, 2, 2, 6, 3.0
 PROMPTS = [Prompt("a large red circle on a blue background", 0), Prompt("a dog", 1)]

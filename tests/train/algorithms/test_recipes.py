@@ -11,12 +11,12 @@ from typing import get_args
 import pytest
 
 from ngrpo_train.__main__ import TrainCommand
-from ngrpo_train.checks import check, refuse_changed
-from ngrpo_train.config import Algorithm, AlgorithmName, Prompts, Recipe, Reward, as_dict
-from ngrpo_train.parsing import as_toml, find_recipe, overlay, parse, read_recipe, resolve
+from ngrpo_train.recipe.checks import check, refuse_changed
+from ngrpo_train.recipe.parsing import as_toml, find_recipe, overlay, parse, read_recipe, resolve
+from ngrpo_train.recipe.sections import Algorithm, AlgorithmName, Prompts, Recipe, Reward, as_dict
 
 NAMES = get_args(AlgorithmName)
-PACKAGED = sorted(path.name.removesuffix(".toml") for path in (files("ngrpo_train") / "recipes").iterdir())
+PACKAGED = sorted(path.name.removesuffix(".toml") for path in (files("ngrpo_train.recipe") / "packaged").iterdir())
 GOOD = Recipe(prompts=Prompts(source="prompts.txt"), rewards={"shapes_verifier": Reward()})
 MIX, BRANCH = ("mix_grpo", "mix_grpo_flash"), ("branch_grpo",)
 SDE = ("flow_grpo", "dance_grpo", *MIX, *BRANCH)

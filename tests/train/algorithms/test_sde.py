@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
-from ngrpo_train.sde import gaussian_log_prob, gaussian_log_ratio, mean_slope, sde_mean, sde_step, step_std
+from ngrpo_train.sampling.sde import gaussian_log_prob, gaussian_log_ratio, mean_slope, sde_mean, sde_step, step_std
 
 SIGMAS = [1.0, 0.9, 0.5, 0.0]
 STEPS = [(1.0, 0.9, 0.21), (0.9, 0.5, 0.44), (0.5, 0.0, 0.35)]  # sigma, the next, std

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from ngrpo_train import parallel
 from ngrpo_train.algorithms import make_algorithm, stochastic
-from ngrpo_train.config import Algorithm, Optimizer, Prompts, Recipe, Reward, Sampling
-from ngrpo_train.flux import Flux
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.sections import Algorithm, Optimizer, Prompts, Recipe, Reward, Sampling
 from ngrpo_train.rewards import Rewards, Scores
-from ngrpo_train.update import update
+from ngrpo_train.update.policy import update
 
 from ..runs import Run, assert_same_run, figures
 
@@ -200,10 +200,10 @@ def test_batches_and_ranks_change_nothing(tiny_dev, load_flux, name, monkeypatch
     flux = load_flux(tiny_dev, num_inference_steps=N)
     spy, few = Spy(flux), load_flux(tiny_dev, num_inference_steps=N, update_batch=5)
     stats = algorithm.update(flux, spy, algorithm.explore(flux, prompts, 0), advantages)
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     ranks = []
     for rank in (0, 1):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         local = algorithm.explore(few, prompts[2 * rank : 2 * rank + 2], 0)
         alone = Spy(few)
         ranks.append((algorithm.update(few, alone, local, advantages), *alone.seen))

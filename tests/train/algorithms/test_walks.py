@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ngrpo_train.algorithms import make_algorithm
-from ngrpo_train.config import Algorithm, Prompts, Recipe, Reward, Sampling
-from ngrpo_train.perturb import draw_train_steps, stream
+from ngrpo_train.draws import draw_train_steps, stream
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.sections import Algorithm, Prompts, Recipe, Reward, Sampling
 from ngrpo_train.rewards import Rewards
 
 P, G, N, SHIFT = 2, 4, 8, 3.0

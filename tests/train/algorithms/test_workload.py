@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from ngrpo_train.config import Algorithm, Recipe, Sampling
-from ngrpo_train.workload import (
+from ngrpo_train.recipe.sections import Algorithm, Recipe, Sampling
+from ngrpo_train.recipe.workload import (
     Workload,
     branch_steps,
     branches,

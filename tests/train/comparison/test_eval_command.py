@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from ngrpo_train.__main__ import main
-from ngrpo_train.config import Model, Recipe, Reward
-from ngrpo_train.evaluate import pictures
-from ngrpo_train.inference import FLUX_DEV, Source
-from ngrpo_train.loading import is_transformer
-from ngrpo_train.parsing import take_rewards
+from ngrpo_train.models.loading import is_transformer
+from ngrpo_train.recipe.parsing import take_rewards
+from ngrpo_train.recipe.sections import Model, Recipe, Reward
+from ngrpo_train.run.trained import FLUX_DEV, Source
+from ngrpo_train.sampling.evaluate import pictures
 
 from ..conftest import PROMPTS, SIZE
 

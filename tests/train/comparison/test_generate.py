@@ -7,16 +7,16 @@ import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from ngrpo_train import parallel
 from ngrpo_train.comparison import generate
 from ngrpo_train.comparison.gallery import Gallery
 from ngrpo_train.comparison.generate import base_tail, generate_missing
 from ngrpo_train.comparison.scores import read_picture
-from ngrpo_train.config import Evaluation, Recipe, Sampling
-from ngrpo_train.evaluate import pictures
+from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import TaggedPrompt
-from ngrpo_train.rollout import generate as solve
-from ngrpo_train.solvers import dpmpp_2m_step, flow_sigmas
+from ngrpo_train.recipe.sections import Evaluation, Recipe, Sampling
+from ngrpo_train.sampling.evaluate import pictures
+from ngrpo_train.sampling.rollout import generate as solve
+from ngrpo_train.sampling.solvers import dpmpp_2m_step, flow_sigmas
 
 PROMPTS = ["a dog", "a large red circle on a blue background"]
 STEPS, SHIFT = 5, 3.0
@@ -32,7 +32,7 @@ def two_models(request, tiny_dev, load_flux):
         with torch.no_grad():
             for name, parameter in flux.trainable.items():
                 if parameter.ndim == 2 and ".lora_A." not in name:
-                    parallel.local(parameter).add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+                    processes.local(parameter).add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
         base = FluxTransformer2DModel.from_pretrained(tiny_dev, subfolder="transformer")
         trained = FluxTransformer2DModel.from_pretrained(tiny_dev, subfolder="transformer")
         trained.load_state_dict(merged(flux.transformer))
@@ -43,7 +43,7 @@ def two_models(request, tiny_dev, load_flux):
 
 def merged(transformer):
     """Weights with what LoRA's adapters add (alpha 4 over rank 4: once)."""
-    state = {name: parallel.whole(value) for name, value in transformer.state_dict().items()}
+    state = {name: processes.whole(value) for name, value in transformer.state_dict().items()}
     weights = {name.replace(".base_layer", ""): value.clone() for name, value in state.items() if ".lora_" not in name}
     for name, value in state.items():
         if ".lora_A." in name:
@@ -178,13 +178,13 @@ def test_batches_are_cut_alike_whatever_is_there(gallery, made):
 def test_processes_make_as_many_batches_each_and_save_a_picture_once(gallery, made, monkeypatch, ranks):
     """Each in turn, having looked before any wrote."""
     saved = []
-    monkeypatch.setattr(parallel, "world_size", lambda: ranks)
-    monkeypatch.setattr(parallel, "barrier", lambda: None)
+    monkeypatch.setattr(processes, "world_size", lambda: ranks)
+    monkeypatch.setattr(processes, "barrier", lambda: None)
     monkeypatch.setattr(Gallery, "missing", lambda self: list(range(10)))
     monkeypatch.setattr(Gallery, "save", lambda self, slot, image: saved.append((slot, image.unique().tolist())))
     counts = []
     for rank in range(ranks):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         generate_missing(None, RECIPE, gallery, "x")
         counts.append(len(made) - sum(counts))
     assert set(counts) == {-(-3 // ranks)}

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ngrpo_train import parallel
 from ngrpo_train.comparison.gallery import Picture, existing_pictures
 from ngrpo_train.comparison.scores import ScoreFiles, gather, read_picture, score_missing, unreadable
-from ngrpo_train.config import Reward
+from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import TaggedPrompt
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards
 
 CPU = torch.device("cpu")
@@ -130,13 +130,13 @@ def test_processes_share_the_batches(tmp_path, asked, monkeypatch, ranks):
     alone = score(pictures, tmp_path / "alone")
     batches = asked.copy()
     asked.clear()
-    monkeypatch.setattr(parallel, "world_size", lambda: ranks)
-    monkeypatch.setattr(parallel, "barrier", lambda: None)
-    monkeypatch.setattr(parallel, "any_rank", lambda flag: flag)
+    monkeypatch.setattr(processes, "world_size", lambda: ranks)
+    monkeypatch.setattr(processes, "barrier", lambda: None)
+    monkeypatch.setattr(processes, "any_rank", lambda flag: flag)
     monkeypatch.setattr(ScoreFiles, "read", lambda self, name, reward: {})
     (tmp_path / "out").mkdir()
     for rank in range(ranks):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         score_missing(pictures, MEAN, ScoreFiles(tmp_path / "out"), CPU, "x")
     monkeypatch.undo()
     assert sorted(asked) == sorted(batches) == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "9", "10"]]
@@ -231,16 +231,16 @@ def test_every_process_loads_what_any_of_them_scores_with(tmp_path, asked, monke
     pictures, loaded = drawn(tmp_path / "pictures", 4), []
 
     def counted(rewards, device):
-        loaded.append((parallel.rank(), *rewards))
+        loaded.append((processes.rank(), *rewards))
         return Rewards(rewards, device)
 
     monkeypatch.setattr("ngrpo_train.comparison.scores.Rewards", counted)
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
-    monkeypatch.setattr(parallel, "barrier", lambda: None)
-    monkeypatch.setattr(parallel, "any_rank", lambda flag: flag)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "barrier", lambda: None)
+    monkeypatch.setattr(processes, "any_rank", lambda flag: flag)
     monkeypatch.setattr(ScoreFiles, "read", lambda self, name, reward: {})
     for rank in (0, 1):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         score(pictures, tmp_path / "scores")
     assert loaded == [(0, "mean"), (1, "mean")]
     assert sorted(prompt for call in asked for prompt in call) == ["0", "1", "2", "3"], "one batch, scored once"

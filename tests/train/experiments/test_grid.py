@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from ngrpo_train.checks import check
 from ngrpo_train.experiments.grid import CONTROL, Grid, Variant, find_grid, packaged
-from ngrpo_train.parsing import find_recipe, overlay, read_recipe, resolve
+from ngrpo_train.recipe.checks import check
+from ngrpo_train.recipe.parsing import find_recipe, overlay, read_recipe, resolve
 
 HEAD = 'title = "T"\nquestion = "Q"\nclaim = "C"\n'
 NAMES = ["sigma", "anchors", "quasi_norm", "solvers", "steps", "trust_region", "noise", "rewards", "old_policy"]

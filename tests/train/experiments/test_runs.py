@@ -12,19 +12,19 @@ from unittest import mock
 import pytest
 import torch
 
-from ngrpo_train import parallel
-from ngrpo_train.checkpoint import load_weights
-from ngrpo_train.config import Algorithm, Evaluation, Log, Prompts, Recipe, Reward, Sampling, Train
-from ngrpo_train.evaluate import evaluate
 from ngrpo_train.experiments import runs
 from ngrpo_train.experiments.command import ExperimentCommand, experiment_command
 from ngrpo_train.experiments.grid import CONTROL, packaged
 from ngrpo_train.experiments.results import BASE_MODEL, Row, read_rows
 from ngrpo_train.experiments.runs import Experiment, Yardstick, course, identity
-from ngrpo_train.flux import Flux
-from ngrpo_train.inference import Source
-from ngrpo_train.parsing import parse, read_recipe, resolve
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.parallel import processes
+from ngrpo_train.recipe.parsing import parse, read_recipe, resolve
+from ngrpo_train.recipe.sections import Algorithm, Evaluation, Log, Prompts, Recipe, Reward, Sampling, Train
 from ngrpo_train.rewards import Rewards
+from ngrpo_train.run.checkpoint import load_weights
+from ngrpo_train.run.trained import Source
+from ngrpo_train.sampling.evaluate import evaluate
 
 from ..conftest import PROMPTS
 
@@ -261,7 +261,7 @@ def test_an_experiment_from_end_to_end(
 
 def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = Experiment(name="g", base="b", yardstick=YARDSTICK, runs=(), out=tmp_path)
-    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    monkeypatch.setattr(processes, "rank", lambda: 1)
     experiment._write([])
     assert not list(tmp_path.iterdir())
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from ngrpo_train.config import Reward
-from ngrpo_train.reward_server import make_application, server_settings
+from ngrpo_train.commands.reward_server import make_application, server_settings
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import Rewards
 
 ROOT = Path(__file__).parents[3]

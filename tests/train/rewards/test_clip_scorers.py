@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from ngrpo_train.config import Reward
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import aesthetic, clip, clip_score, find_scorer, hpsv2_1, pickscore
 from ngrpo_train.shapes.pipeline import clip_tokenizer
 

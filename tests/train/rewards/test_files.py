@@ -4,7 +4,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from ngrpo_train.config import Reward
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import find_scorer, weights
 from ngrpo_train.rewards.files import HUB_FILES
 

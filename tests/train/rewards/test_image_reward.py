@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import constants
 from torch.nn import functional
 
-from ngrpo_train.config import Reward
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import find_scorer, image_reward
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ngrpo_train.config import Reward
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, find_scorer
 from ngrpo_train.rewards.http import Endpoint, HttpError
 from ngrpo_train.rewards.judge import Judge, Template, answer_text, read_score, read_template

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import modeling_utils
 
-from ngrpo_train.config import Reward
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import find_scorer, official
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ngrpo_train.parsing import read_recipe
+from ngrpo_train.recipe.parsing import read_recipe
 
 from ..runs import HERE, Run, assert_same_run, observed
 from .servers import process, ready

@@ -17,9 +17,9 @@ import requests
 import torch
 from PIL import Image
 
-from ngrpo_train import reward_server
-from ngrpo_train.config import Reward
-from ngrpo_train.reward_server import RewardServerCommand, command_of, serve_command
+from ngrpo_train.commands import reward_server
+from ngrpo_train.commands.reward_server import RewardServerCommand, command_of, serve_command
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import find_scorer, remote, wire
 
 from .servers import process, ready, serving, wait_for

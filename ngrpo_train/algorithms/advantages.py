@@ -1,0 +1,60 @@
+"""From the scores of a group to its advantages, alike for every algorithm (Eqs. 3, 11)."""
+
+# P prompts of all ranks, G candidates, R rewards.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ngrpo_kernels import quasi_norm_advantages
+from ngrpo_train.draws import stream
+from ngrpo_train.recipe.sections import Algorithm, Recipe
+from ngrpo_train.rewards import Rewards, Scores, combined
+
+
+def group_rewards(recipe: Recipe, rewards: Rewards, scores: Scores, step: int) -> tuple[Tensor, Sequence[float]]:
+    """The rewards that are trained on, [R, P, G] on the CPU, and their weights.
+
+    With `algorithm.shuffle_rewards`, each group's are dealt to its candidates anew, those of one picture together.
+    """
+    trained_RPG = scores.all_RPG[list(rewards.trained)]
+    trained_RPG, weights = combined(trained_RPG, rewards.weights, recipe.algorithm.combine)
+    if recipe.algorithm.shuffle_rewards:
+        trained_RPG = trained_RPG.clone()
+        for slot in range(trained_RPG.shape[1]):
+            generator = stream(recipe.train.seed, step, slot, "shuffle")
+            order = torch.randperm(trained_RPG.shape[2], generator=generator)
+            trained_RPG[:, slot] = trained_RPG[:, slot, order]
+    return trained_RPG, weights
+
+
+def quasi_norm(rewards_RPG: Tensor, weights: Sequence[float], settings: Algorithm) -> Tensor:
+    """Standardised, weighted, summed, and divided by the group's quasi-norm: [P, G] of [R, P, G] (Eqs. 3, 11)."""
+    return quasi_norm_advantages(
+        rewards_RPG,
+        p=settings.p,
+        weights=weights,
+        min_reward_std=settings.min_reward_std,
+        backend="reference",  # a few numbers on the CPU, for which a GPU's machine need not compile C++
+    )
+
+
+def standardised(rewards_RPG: Tensor, weights: Sequence[float], settings: Algorithm) -> Tensor:
+    """Standardised, weighted and summed (Eq. 3), then clipped: plain GRPO's advantages, [P, G] of [R, P, G].
+
+    With p below 2 they are also multiplied by the group's L_2 norm over its L_p quasi-norm, Eq. 11 in the scale of
+    Eq. 3.
+    """
+    each = [
+        weight * quasi_norm_advantages(reward_PG, 2.0, min_reward_std=settings.min_reward_std, backend="reference")
+        for reward_PG, weight in zip(rewards_RPG, weights, strict=True)
+    ]
+    G = rewards_RPG.shape[-1]
+    advantages_PG = torch.stack(each).sum(0) * (G - 1) ** 0.5  # p = 2 is Eq. 3 divided by this
+    if settings.p < 2:
+        l2_P1, lp_P1 = (torch.linalg.vector_norm(advantages_PG, order, 1, keepdim=True) for order in (2, settings.p))
+        advantages_PG = advantages_PG * (l2_P1 / lp_P1).nan_to_num(0)
+    return advantages_PG.clamp(-settings.advantage_clip, settings.advantage_clip)

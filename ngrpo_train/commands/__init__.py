@@ -1,0 +1,1 @@
+"""The commands of `ngrpo`, a file each: its flags and what it does."""

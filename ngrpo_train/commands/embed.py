@@ -1,0 +1,231 @@
+"""`ngrpo embed`: prompts through the text encoders once, into a directory that training reads instead of loading them.
+
+`text` describes the directory. A shard is written aside, renamed when it is whole, and knows its own prompts. So a
+command that was killed goes on where it stopped, and one whose prompt list has grown encodes only what is new.
+"""
+
+# P prompts, L text tokens, E features of T5, F features of CLIP.
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ngrpo_train.models.encoders import (
+    Manifest,
+    PromptEncoder,
+    TextEncoders,
+    encoder_hash,
+    frozen_dtype,
+    hashes_in,
+    prompt_hash,
+)
+from ngrpo_train.models.loading import load_text_encoders
+from ngrpo_train.parallel import processes
+from ngrpo_train.parallel.progress import progress
+from ngrpo_train.prompts import load_prompts
+from ngrpo_train.recipe.checks import check_sections
+from ngrpo_train.recipe.sections import Recipe
+
+logger = logging.getLogger(__name__)
+
+_SHARD_PROMPTS = 256  # 1 GiB of FLUX.1's features at 512 tokens: what a process holds, and loses when it is killed
+_PARTIAL = ".partial"
+
+
+def embed_command(recipe: Recipe, out: Path, batch: int = 16) -> int:
+    """Encode all prompts that training by this recipe asks for, `batch` at a time on each process, into `out`.
+
+    Returns the exit code. Raises ValueError for prompts, a model or a directory that cannot be used.
+    """
+    check_sections(recipe, ["sampling"])
+    if batch < 1:
+        raise ValueError(f"--batch = {batch} must be positive")
+    with processes.joined(recipe.parallel) as launch:
+        prompts = training_prompts(recipe)
+        length = recipe.sampling.max_sequence_length
+        pipeline, directory = load_text_encoders(recipe.model.name_or_path, frozen_dtype(launch.device))
+        encoder = encoder_hash(directory)
+        if encoder is None:
+            raise ValueError(f"model.name_or_path = {recipe.model.name_or_path!r} has no text encoders in safetensors")
+        manifest = Manifest(
+            encoder=encoder,
+            max_sequence_length=length,
+            features=pipeline.text_encoder_2.config.d_model,
+            pooled_features=pipeline.text_encoder.config.hidden_size,
+        )
+        encoders = TextEncoders(pipeline, device=launch.device, dtype=torch.bfloat16, max_sequence_length=length)
+        launch.print(embed(encoders, prompts, out, manifest, batch=batch))
+        launch.print(f"train on them with --prompts.embeddings {shlex.quote(str(out))}")
+    return 0
+
+
+def training_prompts(recipe: Recipe) -> list[str]:
+    """The distinct prompts that training by a recipe encodes: to train on, to validate, and of the before/after table.
+
+    Raises ValueError, naming the field, for a source that cannot be read.
+    """
+    sources = {"prompts.source": recipe.prompts.source}
+    for name in ("validation", "test"):
+        if source := getattr(recipe.evaluation, name):
+            sources[f"evaluation.{name}"] = source
+    return list(dict.fromkeys(prompt for name, source in sources.items() for prompt in load_prompts(source, name)))
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    encoded: int
+    present: int  # of the prompts asked for, before this command
+    total: int  # prompts in the directory
+    shards: int
+    size_gib: float
+    directory: Path
+
+    def __str__(self) -> str:
+        there = f", {self.present:,} were there" if self.present else ""
+        return (
+            f"{self.encoded:,} prompts encoded{there}; {self.directory} has {self.total:,} prompts in {self.shards:,} "
+            f"shard{'s' if self.shards != 1 else ''}, {self.size_gib:.2f} GiB"
+        )
+
+
+@torch.no_grad()
+def embed(encoder: PromptEncoder, prompts: Sequence[str], out: Path, manifest: Manifest, *, batch: int) -> Summary:
+    """Add to `out` what it lacks of these prompts, shared out over the processes; a collective.
+
+    `manifest` is what `encoder` makes. The processes call `encode` on their own, not equally often. Raises ValueError,
+    naming `--out`, for a directory that holds anything else, cannot be written to, or has no room.
+    """
+    _claim(out, manifest)
+    index, wanted = _index(out), {prompt_hash(prompt): prompt for prompt in prompts}
+    present = {key for entry in index.values() for key in entry["prompts"]}
+    missing = [key for key in wanted if key not in present]
+    _refuse_full_disk(out, manifest, len(missing))
+    processes.barrier()  # all have looked before one of them writes
+
+    ranks, rank = processes.world_size(), processes.rank()
+    size = max(1, min(_SHARD_PROMPTS, -(-len(missing) // ranks)))
+    first = 1 + max((int(Path(name).stem.removeprefix("embeddings_")) for name in index), default=-1)
+    shards = [(first + i, missing[start : start + size]) for i, start in enumerate(range(0, len(missing), size))]
+    mine = shards[rank::ranks]
+    with progress("prompts", sum(len(keys) for _, keys in mine)) as advance:
+        for number, keys in mine:
+            rows = _encode(encoder, [wanted[key] for key in keys], manifest, batch, advance)
+            _write_shard(out / f"embeddings_{number:05d}.safetensors", rows, keys)
+    processes.barrier()
+
+    index = _index(out)
+    if processes.rank() == 0:
+        _write(out / "index.json", json.dumps(index))
+    total = {key for entry in index.values() for key in entry["prompts"]}
+    if processes.any_rank(not wanted.keys() <= total):
+        raise ValueError(
+            f"--out = {str(out)!r} lacks {len(wanted.keys() - total)} of the prompts that were just encoded: all "
+            "processes must see the same directory, and no other command may write to it"
+        )
+    return Summary(
+        encoded=len(missing),
+        present=len(wanted) - len(missing),
+        total=len(total),
+        shards=len(index),
+        size_gib=sum(entry["bytes"] for entry in index.values()) / 2**30,
+        directory=out,
+    )
+
+
+def _encode(
+    encoder: PromptEncoder, prompts: Sequence[str], manifest: Manifest, batch: int, advance: Callable[[int], None]
+) -> dict[str, Tensor]:
+    """The rows of a shard, on the CPU; `advance` is told of every batch."""
+    rows = {
+        "prompt_embeds": torch.empty(
+            len(prompts), manifest.max_sequence_length, manifest.features, dtype=torch.bfloat16
+        ),
+        "pooled": torch.empty(len(prompts), manifest.pooled_features, dtype=torch.bfloat16),
+    }
+    for start in range(0, len(prompts), batch):
+        part = slice(start, start + batch)
+        encoded = encoder.encode(prompts[part])
+        rows["prompt_embeds"][part], rows["pooled"][part] = encoded.prompt_embeds, encoded.pooled
+        advance(len(prompts[part]))
+    return rows
+
+
+def _write_shard(path: Path, rows: dict[str, Tensor], keys: Sequence[str]) -> None:
+    save_file(rows, _aside(path), metadata={"prompts": " ".join(keys)})
+    shutil.copymode(path.with_name("manifest.json"), _aside(path))  # safetensors lets nobody else read its files
+    os.replace(_aside(path), path)
+
+
+def _claim(out: Path, manifest: Manifest) -> None:
+    """Make the directory, or check that it holds the same and remove what a killed command left; a collective."""
+    try:
+        found = Manifest.read(out)
+        if found:
+            found.refuse_other(manifest.encoder, manifest.max_sequence_length)
+        elif out.exists() and (not out.is_dir() or any(path.suffix != _PARTIAL for path in out.iterdir())):
+            raise ValueError("exists and is not a directory of embeddings")
+    except ValueError as error:
+        raise ValueError(f"--out = {str(out)!r} {error}: give another directory") from error
+    processes.barrier()  # all have looked before one of them writes
+    refused = ""
+    if processes.rank() == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for path in out.glob(f"*{_PARTIAL}"):
+                path.unlink()
+            for path in _shards(out):
+                try:
+                    with safe_open(path, "pt"):
+                        pass
+                except SafetensorError as error:
+                    logger.warning("%s is damaged (%s): its prompts are encoded again", path, error)
+                    path.unlink()
+            _write(out / "manifest.json", manifest.text())
+        except OSError as error:
+            refused = f": {error.strerror}"
+    if processes.any_rank(bool(refused)):
+        raise ValueError(f"--out = {str(out)!r} cannot be written to{refused}")
+
+
+def _refuse_full_disk(out: Path, manifest: Manifest, prompts: int) -> None:
+    values = manifest.max_sequence_length * manifest.features + manifest.pooled_features
+    size = prompts * values * torch.bfloat16.itemsize / 2**30
+    free = shutil.disk_usage(out).free / 2**30
+    if processes.any_rank(free < size):
+        raise ValueError(f"--out = {str(out)!r} has {free:.2f} GiB free, and {prompts:,} prompts take {size:.2f} GiB")
+
+
+def _shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("embeddings_[0-9]*.safetensors"))
+
+
+def _index(directory: Path) -> dict[str, dict[str, Any]]:
+    """Every complete shard's size and prompts, as the shards themselves have it."""
+    index = {}
+    for path in _shards(directory):
+        with safe_open(path, "pt") as shard:
+            index[path.name] = {"bytes": path.stat().st_size, "prompts": hashes_in(shard)}
+    return index
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + _PARTIAL)
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing, whenever the process is killed."""
+    _aside(path).write_text(text, encoding="utf-8")
+    os.replace(_aside(path), path)

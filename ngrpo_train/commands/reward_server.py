@@ -1,0 +1,292 @@
+"""`ngrpo reward-server`: scorers over HTTP, for trainers in other processes, environments or on other machines.
+
+Requests are scored one after the other by one thread, in the order of their arrival; the event loop only moves bytes.
+"""
+
+# R rewards, N pictures.
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from ngrpo_train.recipe.parsing import find_recipe, parse_flags, read_recipe, resolve, suggestion, take_rewards
+from ngrpo_train.recipe.sections import Recipe, Reward
+from ngrpo_train.rewards import RewardError, Rewards, refuse_non_finite, wire
+from ngrpo_train.rewards.http import is_loopback, token_from
+from ngrpo_train.rewards.remote import TOKEN_VARIABLE
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+except ImportError as error:
+    raise ValueError('a reward server needs packages that are not installed: pip install "ngrpo[server]"') from error
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_BODY_S = 60.0  # for a request to arrive
+_STOP_S = 300.0  # for requests in flight when the server is told to stop
+_ADMITTED = 64  # requests that arrive, wait or are scored; each holds its body in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardServerCommand:
+    """Serve rewards over HTTP to trainers whose recipes have, for a reward, `remote = "http://HOST:PORT"`.
+
+    --rewards NAME,NAME,... says which (names, or package.module:callable); without it, all of RECIPE's.
+    For any reward NAME: --rewards.NAME.path, --rewards.NAME.dtype, ...
+    """
+
+    rewards: dict[str, Reward] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 is every one of this machine. Any but loopback needs a token."""
+    port: int = 8000
+    """0 takes a free one, which is printed."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_body_mb: int = 64
+    """MiB of a request; a larger one is refused."""
+    allow_anyone: bool = False
+    """Serve other machines without a token."""
+
+
+def command_of(arguments: Sequence[str]) -> RewardServerCommand:
+    """`[RECIPE] --rewards NAMES ...` as a command. Exits with code 2 on a wrong flag; ValueError for a recipe."""
+    recipe = Recipe()
+    if arguments and not arguments[0].startswith("-"):
+        recipe = resolve(read_recipe(find_recipe(arguments[0])), name=arguments[0])
+        arguments = arguments[1:]
+    rewards, flags = take_rewards(arguments, recipe.rewards)
+    return parse_flags(RewardServerCommand(rewards=rewards), flags, prog="ngrpo reward-server [RECIPE]")
+
+
+def serve_command(command: RewardServerCommand) -> int:
+    """Serve until SIGINT or SIGTERM; requests in flight are then answered. Returns the exit code.
+
+    Raises ValueError for an address, device or reward that cannot be used.
+    """
+    if not command.rewards:
+        raise ValueError("--rewards must name rewards to serve, or the first argument a recipe that has some")
+    token = token_from(TOKEN_VARIABLE)
+    if not (is_loopback(command.host) or token or command.allow_anyone):
+        raise ValueError(
+            f"--host = {command.host!r} lets other machines in: set the environment variable {TOKEN_VARIABLE} to a "
+            "secret, here and where the trainer runs, or give --allow-anyone"
+        )
+    if command.max_body_mb < 1:
+        raise ValueError(f"--max-body-mb = {command.max_body_mb} must be positive")
+    device = _device(command.device)
+    with _bound(command.host, command.port) as listener:  # before scorers load, so that a taken port is known at once
+        rewards = Rewards(command.rewards, device)
+        application = make_application(rewards, device, token=token, body_limit=command.max_body_mb * 2**20)
+        server = uvicorn.Server(server_settings(application))
+
+        def stop(*_: object) -> None:
+            server.should_exit = True
+
+        # Its own handlers raise the signal once more when it has stopped, which would end this process with an error.
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            listener.listen(128)
+            address = f"[{command.host}]" if ":" in command.host else command.host
+            url = f"http://{address}:{listener.getsockname()[1]}"
+            print(f"reward server ready: {', '.join(rewards.names)} on {device} at {url}", flush=True)
+            server.run(sockets=[listener])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return 0
+
+
+def make_application(
+    rewards: Rewards, device: torch.device, *, token: str = "", body_limit: int = 64 * 2**20, admitted: int = _ADMITTED
+) -> Starlette:
+    """The server as an ASGI application. `token`, where given, is asked of every request; `body_limit` is in bytes."""
+    service = _Service(rewards, device, token=token, body_limit=body_limit, admitted=admitted)
+    return Starlette(
+        routes=[
+            Route("/health", service.health, methods=["GET"]),
+            Route("/score", service.score, methods=["POST"]),
+        ],
+        exception_handlers={HTTPException: _explained},
+        lifespan=service.lifespan,
+    )
+
+
+def server_settings(application: Starlette) -> uvicorn.Config:
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    return uvicorn.Config(
+        application,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(_STOP_S),
+    )
+
+
+class _Service:
+    def __init__(self, rewards: Rewards, device: torch.device, *, token: str, body_limit: int, admitted: int) -> None:
+        self._rewards, self._device, self._token, self._body_limit = rewards, device, token, body_limit
+        self._free = admitted
+        self._scorer, self._decoder = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        # Pictures take more memory than their files: those of the next request are decoded while one is scored.
+        self._decoded, self._turn = asyncio.Semaphore(2), asyncio.Lock()
+
+    @asynccontextmanager
+    async def lifespan(self, application: Starlette) -> AsyncIterator[None]:
+        with self._scorer, self._decoder:
+            yield
+
+    async def health(self, request: Request) -> Response:
+        self._refuse_stranger(request)
+        return JSONResponse(
+            {
+                "status": "ok",
+                "version": _version(),
+                "rewards": [{"name": name} for name in self._rewards.names],
+                "device": str(self._device),
+                "max_body_bytes": self._body_limit,
+            }
+        )
+
+    async def score(self, request: Request) -> Response:
+        self._refuse_stranger(request)
+        names = self._asked_for(request)
+        if self._free == 0:
+            raise HTTPException(503, "too many requests are waiting", headers={"Retry-After": "1"})
+        self._free -= 1
+        try:
+            return await self._answer(request, names)
+        except ClientDisconnect:
+            return Response(status_code=400)  # to nobody
+        finally:
+            self._free += 1
+
+    async def _answer(self, request: Request, names: Sequence[str]) -> Response:
+        body, kind = await self._body(request), request.headers.get("content-type", "")
+        async with self._decoded:
+            try:
+                images, prompts = await _in(self._decoder, partial(wire.decode_pictures, kind, body))
+            except ValueError as error:
+                raise HTTPException(400, str(error)) from error
+            async with self._turn:
+                if await request.is_disconnected():  # gave up waiting, and may have asked again
+                    raise ClientDisconnect
+                began = time.perf_counter()
+                try:
+                    scores = await _in(self._scorer, partial(self._scores, names, images, prompts))
+                except RewardError as error:
+                    logger.exception("request %s failed", _identity(request))
+                    raise HTTPException(422, str(error)) from error
+        seconds = time.perf_counter() - began
+        logger.info(
+            "request %s: %d pictures by %s in %.2f s", _identity(request), len(prompts), ", ".join(names), seconds
+        )
+        return Response(wire.encode_scores(scores), media_type=wire.JSON)
+
+    def _scores(self, names: Sequence[str], images: Tensor, prompts: Sequence[str]) -> dict[str, list[float]]:
+        scores_RN = self._rewards.score(images.to(self._device), prompts, names).cpu()
+        refuse_non_finite(names, scores_RN, prompts)
+        return dict(zip(names, scores_RN.tolist(), strict=True))
+
+    def _refuse_stranger(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if self._token and not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
+            reason = "wrong token" if given else "no token: send Authorization: Bearer TOKEN"
+            raise HTTPException(401, reason, headers={"WWW-Authenticate": "Bearer"})
+
+    def _asked_for(self, request: Request) -> list[str]:
+        asked = [name for entry in request.query_params.getlist("rewards") for name in entry.split(",") if name]
+        for name in asked:
+            if name not in self._rewards.names:
+                there = ", ".join(self._rewards.names)
+                raise HTTPException(
+                    404, f"no reward {name!r}{suggestion(name, self._rewards.names)}; there are {there}"
+                )
+        return list(dict.fromkeys(asked)) or list(self._rewards.names)
+
+    async def _body(self, request: Request) -> bytes:
+        """All of it. Raises HTTPException as soon as it is seen to be too large, or is too slow."""
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > self._body_limit:
+            raise self._too_large()
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(_BODY_S):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self._body_limit:
+                        raise self._too_large()
+                    parts.append(part)
+        except TimeoutError as error:
+            raise HTTPException(408, f"the request did not arrive within {_BODY_S:.0f} s") from error
+        return b"".join(parts)
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"a request may have {self._body_limit} bytes (--max-body-mb): send fewer pictures")
+
+
+async def _in(executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(executor, work)
+
+
+async def _explained(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, status_code=error.status_code, headers=error.headers)
+
+
+def _identity(request: Request) -> str:
+    return request.headers.get("x-request-id", "without an id")[:64]
+
+
+def _device(setting: str) -> torch.device:
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device = 'cuda' but torch sees no CUDA device")
+    return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that has the address and does not listen yet: who asks too early is refused, and tries again."""
+    if not 0 <= port < 2**16:  # which resolving the name would cut down to 16 bits
+        raise ValueError(f"--port = {port} must be 0 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port} cannot be listened at: {error.strerror}") from error
+    return listener
+
+
+def _version() -> str:
+    try:
+        return version("ngrpo")
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,1 @@
+"""Models: loaded, measured, adapted, sharded, quantised for rollouts, and written out for diffusers."""

@@ -1,0 +1,287 @@
+"""A FLUX pipeline from a directory, the hub, or made up: frozen parts whole, the transformer's weights shard by shard.
+
+No process ever holds the whole transformer: it is built on the meta device, sharded, and only then filled.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ngrpo_train.models.sizes import Architecture, find_architecture, text_encoders_on, transformer_on, vae_on
+from ngrpo_train.parallel import processes
+from ngrpo_train.recipe.sections import Model
+from ngrpo_train.shapes.world import shapes_pipeline_dir
+
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_PARTS = ("model_index.json", "transformer", "vae", *TEXT_PARTS)
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+
+
+def find_directory(name_or_path: str, absent: tuple[str, ...] = ()) -> Path | None:
+    """The directory in FLUX.1's layout that this means, downloaded where need be; None for random weights.
+
+    Parts that may be `absent` are neither downloaded nor asked for. Raises ValueError, naming `model.name_or_path`,
+    where there is no such directory.
+    """
+    if name_or_path.startswith("random:"):
+        find_architecture(name_or_path)
+        return None
+    directory = shapes_pipeline_dir() if name_or_path == "shapes" else Path(name_or_path).expanduser()
+    if not directory.is_dir():
+        directory = _downloaded(name_or_path, absent)
+    for part in (part for part in _PARTS if part not in absent):
+        if not (directory / part).exists():
+            raise ValueError(f"model.name_or_path = {name_or_path!r} has no {part}; it must be in FLUX.1's layout")
+        # Without its files transformers makes a tokenizer that knows no word, and says nothing.
+        if part.startswith("tokenizer") and not any((directory / part / name).is_file() for name in _VOCABULARIES):
+            raise ValueError(f"model.name_or_path = {name_or_path!r} has no vocabulary in its {part}")
+    return directory
+
+
+def find_transformer(model: Model, directory: Path | None) -> Path | None:
+    """Where the transformer's config and weights lie: in the pipeline's `directory` or elsewhere; None for random ones.
+
+    Raises ValueError, naming `model.transformer`, where that is no transformer in diffusers' layout.
+    """
+    if not model.transformer:
+        return directory / "transformer" if directory else None
+    place = Path(model.transformer).expanduser()
+    if not place.is_dir():
+        place = _downloaded_transformer(model.transformer)
+    for found in (place, place / "transformer"):
+        if (found / "config.json").is_file() and any(found.glob("*.safetensors")):
+            return found
+    raise ValueError(
+        f"model.transformer = {model.transformer!r} has no config.json beside *.safetensors; it must be in diffusers' "
+        "layout"
+    )
+
+
+def is_transformer(name: str) -> bool:
+    """Whether this directory or hub id holds a transformer alone, and no pipeline around it."""
+    if name == "shapes" or name.startswith("random:"):
+        return False
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return not (directory / "model_index.json").exists() and any(directory.glob("**/diffusion_pytorch_model*"))
+    if not _HUB_ID.fullmatch(name):
+        return False
+    try:
+        hf_hub_download(name, "model_index.json")
+    except EntryNotFoundError as error:
+        # Offline the same is raised for what is merely not in the cache.
+        return not isinstance(error, LocalEntryNotFoundError) or bool(try_to_load_from_cache(name, "config.json"))
+    except (HfHubHTTPError, OSError):  # said where the model is loaded
+        return False
+    return False
+
+
+@functools.cache
+def _downloaded_transformer(name: str) -> Path:
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    with _explained(name, "model.transformer"), processes.node_leader_first():
+        return Path(snapshot_download(name, allow_patterns=[*wanted, *(f"transformer/{each}" for each in wanted)]))
+
+
+@functools.cache
+def _downloaded(name_or_path: str, absent: tuple[str, ...]) -> Path:
+    with _explained(name_or_path), processes.node_leader_first():
+        return Path(FluxPipeline.download(name_or_path, **dict.fromkeys(absent)))
+
+
+def load_architecture(model: Model, absent: tuple[str, ...] = ()) -> Architecture:
+    """The sizes of a model that may have to be downloaded for them. Raises ValueError as `find_directory` does."""
+    directory = find_directory(model.name_or_path, absent_of(model, absent))
+    transformer = find_transformer(model, directory) if model.transformer else None
+    return find_architecture(str(directory) if directory else model.name_or_path, transformer)
+
+
+def absent_of(model: Model, absent: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The parts that the pipeline itself need not have."""
+    return (*absent, "transformer") if model.transformer else absent
+
+
+def load_parts(
+    name_or_path: str,
+    directory: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    text: bool = True,
+    transformer: Path | None = None,
+) -> FluxPipeline:
+    """The pipeline in `dtype`, its transformer still empty, on the meta device; random parts are made on `device`.
+
+    `transformer` is the directory of its config, by default the pipeline's. Without `text` the pipeline has neither
+    text encoders nor tokenizers. Raises ValueError as `find_directory` does.
+    """
+    if directory is None:
+        return _random_parts(find_architecture(name_or_path, transformer), device, dtype, text=text)
+    empty = empty_transformer(name_or_path, transformer or directory / "transformer")
+    with _explained(name_or_path):
+        absent = dict.fromkeys(() if text else TEXT_PARTS)
+        pipeline: Any = FluxPipeline.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, transformer=None, **absent
+        )
+    pipeline.register_modules(transformer=empty)
+    return pipeline
+
+
+def empty_transformer(name_or_path: str, directory: Path | None) -> FluxTransformer2DModel:
+    """On the meta device, by the config in `directory`; by the name's known sizes where that is None."""
+    if directory is None:
+        return transformer_on(find_architecture(name_or_path))
+    with _explained(name_or_path):
+        config: dict[str, Any] = FluxTransformer2DModel.load_config(directory)
+        if (kind := config.get("_class_name", FluxTransformer2DModel.__name__)) != FluxTransformer2DModel.__name__:
+            raise ValueError(f"has a {kind} where FLUX has its transformer")
+    with torch.device("meta"):
+        return FluxTransformer2DModel.from_config(config)
+
+
+def load_text_encoders(name_or_path: str, dtype: torch.dtype) -> tuple[FluxPipeline, Path]:
+    """A pipeline of text encoders and tokenizers alone, in `dtype` on the CPU, and the directory they came from.
+
+    Raises ValueError as `find_directory` does, and for random weights.
+    """
+    absent = ("transformer", "vae")
+    directory = find_directory(name_or_path, absent)
+    if directory is None:
+        raise ValueError(f"model.name_or_path = {name_or_path!r} has no text encoders that are worth a file")
+    with _explained(name_or_path):
+        pipeline = FluxPipeline.from_pretrained(directory, dtype=dtype, local_files_only=True, **dict.fromkeys(absent))
+    return pipeline, directory
+
+
+def fill(transformer: nn.Module, model: Model, directory: Path | None) -> None:
+    """Read the transformer's weights from its directory, each process its shards, or draw them where that is None.
+
+    Adapters are left as they are. A collective.
+    """
+    state = {name.replace(".base_layer.", "."): p for name, p in transformer.named_parameters() if ".lora_" not in name}
+    if directory is None:
+        _randomize(state)
+        return
+    setting = "transformer" if model.transformer else "name_or_path"
+    with _explained(getattr(model, setting), f"model.{setting}"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        reader = dcp.HuggingFaceStorageReader(str(directory))
+        stored = reader.read_metadata().state_dict_metadata
+        if not stored:
+            raise ValueError("has no *.safetensors in its transformer directory")
+        if odd := stored.keys() ^ state.keys():
+            where = "lacks" if (name := min(odd)) in state else "has, unlike FLUX,"
+            raise ValueError(f"{where} the weight {name} in its transformer directory")
+        for name, parameter in state.items():
+            entry: Any = stored[name]
+            if (size := list(entry.size)) != list(parameter.shape):
+                raise ValueError(f"has {name} of shape {size}; its config says {list(parameter.shape)}")
+            if len(entry.chunks) > 1:  # a "variant" beside it, say: which of them would be read is chance
+                raise ValueError(f"has the weight {name} in more than one file of its transformer directory")
+        dcp.load(state, storage_reader=reader, no_dist=not processes.distributed())
+
+
+@torch.no_grad()
+def _randomize(state: dict[str, nn.Parameter]) -> None:
+    """Random weights under which activations keep about their size, the same for any run with as many shards."""
+    for name, parameter in state.items():
+        part = processes.local(parameter)
+        if parameter.ndim < 2:
+            part.fill_(float(name.endswith("weight")))  # the scale of a norm, or a bias
+            continue
+        shard = parameter.device_mesh.get_local_rank("shard") if isinstance(parameter, DTensor) else 0
+        seed = int.from_bytes(hashlib.blake2b(f"{name} {shard}".encode(), digest_size=7).digest())
+        part.normal_(std=parameter.shape[1] ** -0.5, generator=torch.Generator(part.device).manual_seed(seed))
+
+
+def _random_parts(architecture: Architecture, device: torch.device, dtype: torch.dtype, *, text: bool) -> FluxPipeline:
+    from ngrpo_train.shapes.pipeline import clip_tokenizer, t5_tokenizer
+
+    clip, t5 = text_encoders_on(architecture, str(device), dtype) if text else (None, None)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae_on(architecture, str(device), dtype),
+        text_encoder=clip,
+        text_encoder_2=t5,
+        tokenizer=clip_tokenizer() if text else None,
+        tokenizer_2=t5_tokenizer() if text else None,
+        transformer=transformer_on(architecture),
+    )
+
+
+@contextmanager
+def _explained(name_or_path: str, setting: str = "model.name_or_path") -> Iterator[None]:
+    """Turn what diffusers, the hub and safetensors raise into a ValueError that names the setting and the remedy."""
+    try:
+        with quiet_diffusers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (HfHubHTTPError, OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{setting} = {name_or_path!r} {_remedy(error, name_or_path)}") from error
+
+
+def _remedy(error: BaseException, name_or_path: str) -> str:
+    """What is wrong with a model that did not load, and what to do. diffusers hides the hub's errors as causes."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    if any(isinstance(each, GatedRepoError) for each in chain):
+        return "is gated: accept its licence on its hub page, then run `hf auth login` with an account that did"
+    if Path(name_or_path).expanduser().is_dir() or name_or_path == "shapes":
+        reason = f"{str(error).strip().splitlines()[0]:.300}"
+        return reason if reason.startswith(("has ", "has, ", "lacks ")) else f"cannot be loaded: {reason}"
+    if not _HUB_ID.fullmatch(name_or_path):
+        return "is neither a directory nor a hub id such as black-forest-labs/FLUX.1-dev"
+    if any(isinstance(each, RepositoryNotFoundError) for each in chain):
+        return "is not on the hub, or is private: check the spelling, or run `hf auth login`"
+    offline = ", for HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+    return (
+        f"is no directory, and the hub cannot be reached{offline}: download it once with `hf download {name_or_path}` "
+        "or give a directory in FLUX.1's layout"
+    )
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Silence progress bars and warnings that concern nobody here, such as one for every prompt that is cut."""
+    from transformers.utils import logging as transformers_logging
+
+    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    bars = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(levels[0])
+        transformers_logging.set_verbosity(levels[1])
+        if bars[0]:
+            diffusers_logging.enable_progress_bar()
+        if bars[1]:
+            transformers_logging.enable_progress_bar()

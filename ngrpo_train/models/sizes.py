@@ -1,0 +1,360 @@
+"""How large a FLUX pipeline is, from its configs alone: its modules without weights, and their parameters."""
+
+# h width of the transformer, T image tokens, r LoRA's rank.
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
+
+from ngrpo_train.recipe.parsing import suggestion
+from ngrpo_train.recipe.sections import Sampling
+
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+LORA_TARGETS = (  # every linear layer inside the blocks' attention and feed-forward
+    r"(transformer_blocks|single_transformer_blocks)\.\d+\."
+    r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Architecture:
+    """The configs of a pipeline's parts. Equal to itself only, so that what is computed from it can be cached."""
+
+    transformer: Mapping[str, Any]
+    """Of diffusers' FluxTransformer2DModel."""
+    vae: Mapping[str, Any]
+    """Of diffusers' AutoencoderKL."""
+    text_encoder: Mapping[str, Any]
+    """Of transformers' CLIPTextConfig. Empty where the model has come without text encoders."""
+    text_encoder_2: Mapping[str, Any]
+    """Of transformers' T5Config."""
+
+    @property
+    def width(self) -> int:
+        heads, channels = self.transformer["num_attention_heads"], self.transformer["attention_head_dim"]
+        return int(heads * channels)
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """How many double and single blocks."""
+        return self.transformer["num_layers"], self.transformer["num_single_layers"]
+
+    @property
+    def channels(self) -> int:
+        """C: of a packed token."""
+        return int(self.transformer["in_channels"])
+
+    def image_tokens(self, sampling: Sampling) -> int:
+        """T: a token is two by two latents, and the VAE halves once for every stage but the first."""
+        pixels = 2 * 2 ** (len(self.vae["block_out_channels"]) - 1)
+        return (sampling.height // pixels) * (sampling.width // pixels)
+
+
+def _flux(*, guidance_embeds: bool) -> Architecture:
+    """FLUX.1 as published."""
+    return Architecture(
+        transformer={
+            "patch_size": 1,
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "guidance_embeds": guidance_embeds,
+            "axes_dims_rope": (16, 56, 56),
+        },
+        vae={
+            "in_channels": 3,
+            "out_channels": 3,
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "act_fn": "silu",
+            "latent_channels": 16,
+            "norm_num_groups": 32,
+            "sample_size": 1024,
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
+            "force_upcast": True,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "mid_block_add_attention": True,
+        },
+        text_encoder={  # CLIP ViT-L/14
+            "vocab_size": 49408,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "projection_dim": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 77,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+        },
+        text_encoder_2={  # T5 v1.1 XXL
+            "vocab_size": 32128,
+            "d_model": 4096,
+            "d_kv": 64,
+            "d_ff": 10240,
+            "num_layers": 24,
+            "num_heads": 64,
+            "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128,
+            "dropout_rate": 0.1,
+            "layer_norm_epsilon": 1e-6,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "decoder_start_token_id": 0,
+        },
+    )
+
+
+KNOWN = {"flux-dev": _flux(guidance_embeds=True), "flux-schnell": _flux(guidance_embeds=False)}
+_HUB_IDS = {"black-forest-labs/FLUX.1-dev": "flux-dev", "black-forest-labs/FLUX.1-schnell": "flux-schnell"}
+
+
+def find_architecture(name_or_path: str, transformer: Path | None = None) -> Architecture:
+    """The sizes of what `model.name_or_path` names, without its weights and without a network.
+
+    `transformer` is the directory of another transformer's config in place of its own. Raises ValueError, naming
+    `model.name_or_path`, where no configs are at hand.
+    """
+    elsewhere = {"transformer": transformer / "config.json"} if transformer else {}
+    known = _HUB_IDS.get(name_or_path)
+    if name_or_path.startswith("random:") or known:
+        architecture = KNOWN[known] if known else _random(name_or_path)
+        return _with_transformer(architecture, elsewhere["transformer"]) if elsewhere else architecture
+    directory = _directory(name_or_path)
+    own = {part: _config_file(name_or_path, directory, part) for part in PARTS if part not in elsewhere}
+    return _read(tuple((own | elsewhere).items()))
+
+
+def native_size(name_or_path: str) -> int:
+    """The pixels a side that a model is made for, as its VAE's config has it; 0 where that is not at hand."""
+    directory = _directory(name_or_path)
+    file = directory / "vae" / "config.json" if directory else None
+    if file is None or not file.is_file():
+        return 0
+    return int(json.loads(file.read_text("utf-8")).get("sample_size", 0))
+
+
+@lru_cache
+def _with_transformer(architecture: Architecture, config: Path) -> Architecture:
+    return replace(architecture, transformer=json.loads(config.read_text("utf-8")))
+
+
+@lru_cache
+def _random(name_or_path: str) -> Architecture:
+    """ "random:NAME", or "random:NAME:D+S" for D double and S single blocks of such a size."""
+    name, _, depth = name_or_path.removeprefix("random:").partition(":")
+    blocks = re.fullmatch(r"(\d+)\+(\d+)", depth)
+    if name not in KNOWN or (depth and not blocks):
+        known = [f"random:{each}" for each in KNOWN]
+        raise ValueError(
+            f"model.name_or_path = {name_or_path!r}: there are {', '.join(known)}{suggestion(name_or_path, known)}; "
+            "random:flux-dev:2+4 has 2 double and 4 single blocks"
+        )
+    if not blocks:
+        return KNOWN[name]
+    layers = {"num_layers": int(blocks[1]), "num_single_layers": int(blocks[2])}
+    return replace(KNOWN[name], transformer={**KNOWN[name].transformer, **layers})
+
+
+def _directory(name_or_path: str) -> Path | None:
+    if name_or_path == "shapes":
+        from ngrpo_train.shapes.world import shapes_pipeline_dir
+
+        return shapes_pipeline_dir()
+    directory = Path(name_or_path).expanduser()
+    return directory if directory.is_dir() else None
+
+
+def _config_file(name_or_path: str, directory: Path | None, part: str) -> Path | None:
+    """None for a text encoder that is not there: encoded prompts need none."""
+    if directory is not None:
+        path = directory / part / "config.json"
+        if path.is_file():
+            return path
+        if part.startswith("text_encoder"):
+            return None
+        raise ValueError(f"model.name_or_path = {name_or_path!r} has no {part}/config.json, as FLUX.1's layout has")
+    cached = None
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path):  # a hub id
+        cached = try_to_load_from_cache(name_or_path, f"{part}/config.json")
+    if isinstance(cached, str):
+        return Path(cached)
+    if part.startswith("text_encoder"):
+        return None
+    raise ValueError(
+        f"model.name_or_path = {name_or_path!r} is no directory, and its configs are not in the hub's cache here"
+        f"{suggestion(name_or_path, [*_HUB_IDS, 'shapes'])}. "
+        f"`hf download {name_or_path} --include '*/config.json'` brings them; random:flux-dev has FLUX.1-dev's size"
+    )
+
+
+@lru_cache
+def _read(files: tuple[tuple[str, Path | None], ...]) -> Architecture:
+    configs = {part: json.loads(path.read_text("utf-8")) if path else {} for part, path in files}
+    kind = configs["transformer"].get("_class_name", FluxTransformer2DModel.__name__)
+    if kind != FluxTransformer2DModel.__name__:
+        raise ValueError(f"model.name_or_path: {dict(files)['transformer']} is of a {kind} where FLUX has its own")
+    return Architecture(**configs)
+
+
+# -- Modules without memory --------------------------------------------------------------------------------------------
+
+
+def transformer_on(
+    architecture: Architecture,
+    device: str = "meta",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    layers: tuple[int, int] | None = None,
+    lora_rank: int = 0,
+) -> Any:
+    """A FluxTransformer2DModel, of other `layers` (double, single) if given; with adapters the base is frozen."""
+    config = dict(architecture.transformer)
+    if layers is not None:
+        config["num_layers"], config["num_single_layers"] = layers
+    transformer: Any = _build(lambda: FluxTransformer2DModel.from_config(config), device, dtype)
+    if lora_rank:
+        from peft import LoraConfig
+
+        transformer.requires_grad_(False)
+        adapters = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA_TARGETS)
+        _build(lambda: transformer.add_adapter(adapters), device, dtype)
+    return transformer
+
+
+def vae_on(architecture: Architecture, device: str = "meta", dtype: torch.dtype = torch.bfloat16) -> Any:
+    return _build(lambda: AutoencoderKL.from_config(dict(architecture.vae)), device, dtype).eval()
+
+
+def text_encoders_on(
+    architecture: Architecture, device: str = "meta", dtype: torch.dtype = torch.bfloat16
+) -> tuple[Any, Any]:
+    """CLIP and T5. Raises ValueError for a model that has come without them."""
+    if not (architecture.text_encoder and architecture.text_encoder_2):
+        raise ValueError("model.name_or_path has no text encoders: prompts.embeddings must name encoded prompts")
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    clip = _build(lambda: CLIPTextModel(CLIPTextConfig(**architecture.text_encoder)), device, dtype)
+    t5 = _build(lambda: T5EncoderModel(T5Config(**architecture.text_encoder_2)), device, dtype)
+    return clip.eval(), t5.eval()
+
+
+def _build(make: Callable[[], Any], device: str, dtype: torch.dtype) -> Any:
+    """In `dtype` from the start: a float32 T5 alone would take 19 GB before it is cast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return make()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def transformer_inputs(
+    architecture: Architecture, pictures: int, image_tokens: int, text_tokens: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
+    """Arguments of the transformer's forward, on "meta"."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    config = architecture.transformer
+    return {
+        "hidden_states": empty(pictures, image_tokens, architecture.channels),
+        "timestep": empty(pictures, dtype=torch.float32),
+        "guidance": empty(pictures, dtype=torch.float32) if config["guidance_embeds"] else None,
+        "encoder_hidden_states": empty(pictures, text_tokens, config["joint_attention_dim"]),
+        "pooled_projections": empty(pictures, config["pooled_projection_dim"]),
+        "txt_ids": empty(text_tokens, 3, dtype=torch.float32),
+        "img_ids": empty(image_tokens, 3, dtype=torch.float32),
+        "return_dict": False,
+    }
+
+
+# -- Parameters --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """How many, by part. The transformer is its blocks and what lies around them."""
+
+    transformer: int
+    double_block: int
+    single_block: int
+    around_blocks: int
+    block_matrices: int
+    """In the linear layers of all blocks, biases aside."""
+    vae: int
+    clip: int
+    t5: int
+    t5_block: int
+
+    @property
+    def largest_block(self) -> int:
+        return max(self.double_block, self.single_block)
+
+    @property
+    def last_block(self) -> int:
+        return self.single_block or self.double_block
+
+
+@lru_cache
+def parameters(architecture: Architecture) -> Parameters:
+    transformer = transformer_on(architecture)
+    doubles, singles = transformer.transformer_blocks, transformer.single_transformer_blocks
+    total, blocks = _count(transformer), _count(doubles) + _count(singles)
+    clip = t5 = t5_block = 0
+    if architecture.text_encoder:
+        encoders = text_encoders_on(architecture)
+        (clip, t5), t5_block = map(_count, encoders), _count(encoders[1].encoder.block[0])
+    return Parameters(
+        transformer=total,
+        double_block=_count(doubles[0]) if len(doubles) else 0,
+        single_block=_count(singles[0]) if len(singles) else 0,
+        around_blocks=total - blocks,
+        block_matrices=sum(p.numel() for part in (doubles, singles) for p in part.parameters() if p.ndim == 2),
+        vae=_count(vae_on(architecture)),
+        clip=clip,
+        t5=t5,
+        t5_block=t5_block,
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def lora_parameters(architecture: Architecture, rank: int) -> tuple[int, int]:
+    """Of the adapters of one double and of one single block: r * (inputs + outputs) of every target."""
+    h = architecture.width
+    double = 8 * (h + h) + 4 * (h + 4 * h)  # q, k, v, out and the two layers of a feed-forward, for picture and text
+    single = 3 * (h + h) + (h + 4 * h) + (5 * h + h)  # q, k, v; the feed-forward's first; its second with attention's
+    return rank * double, rank * single
+
+
+def lora_total(architecture: Architecture, rank: int) -> int:
+    return sum(n * layers for n, layers in zip(lora_parameters(architecture, rank), architecture.layers, strict=True))

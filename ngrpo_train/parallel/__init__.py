@@ -1,0 +1,1 @@
+"""Processes and devices: who takes part, what is sharded, recomputed and compiled, and which attention computes."""

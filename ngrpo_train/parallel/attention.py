@@ -1,0 +1,124 @@
+"""Which of diffusers' attention backends computes: named by the recipe, or the fastest here at the run's own shapes.
+
+Rollout and training use the same one, or the policy ratio would compare two roundings.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ngrpo_train.parallel import processes
+from ngrpo_train.recipe.parsing import suggestion
+
+logger = logging.getLogger(__name__)
+
+# Tried in this order where the recipe says "auto": exact attention with a gradient, and no download.
+CANDIDATES = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3", "xformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Of one iteration's attention: `tokens` of text and image together; pictures per forward in rollout and update."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    rollout_batch: int
+    update_batch: int
+    rollout_forwards: int
+    """Forwards per iteration, to weigh them against the update's."""
+    update_forwards: int
+
+
+def refuse(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Raise ValueError for a backend that is unknown, not installed, or has no gradient here in this arithmetic."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    known = [backend.value for backend in AttentionBackendName]
+    if name not in known:
+        there = f"there are auto, {', '.join(known)}{suggestion(name, known)}"
+        raise ValueError(f"parallel.attention = {name!r} is unknown; {there}")
+    try:
+        _run(name, _inputs(Shapes(128, 2, 64, dtype, 1, 1, 1, 1), 1, device), backward=True)
+    except Exception as error:  # each backend refuses in its own way
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"parallel.attention = {name!r} cannot be trained through on {device.type} in {str(dtype)[6:]}: {reason}"
+        ) from error
+
+
+def choose(shapes: Shapes, device: torch.device) -> str:
+    """The fastest backend for an iteration of these shapes: rank 0 measures, all ranks get its choice."""
+    if device.type != "cuda":
+        return "native"
+    chosen = [_fastest(shapes, device) if processes.rank() == 0 else ""]
+    if processes.world_size() > 1:
+        dist.broadcast_object_list(chosen, src=0, device=device)
+    if not chosen[0]:  # said on every rank: the others would wait for one that raised alone
+        raise ValueError(f"parallel.attention: none of {', '.join(CANDIDATES)} works on {device}; see ngrpo doctor")
+    return chosen[0]
+
+
+def _fastest(shapes: Shapes, device: torch.device) -> str:
+    seconds: dict[str, float] = {}
+    for name in CANDIDATES:
+        try:
+            seconds[name] = measure(name, shapes, device)
+        except Exception as error:  # not installed, or not for this device: the others remain
+            logger.debug("attention backend %s: %s", name, error)
+    ranked = sorted(seconds, key=lambda name: seconds[name])
+    logger.info("attention, ms per layer and iteration: %s", ", ".join(f"{n} {1e3 * seconds[n]:.2f}" for n in ranked))
+    return ranked[0] if ranked else ""
+
+
+def measure(name: str, shapes: Shapes, device: torch.device, repeats: int = 10) -> float:
+    """Median seconds of one layer's attention in one iteration: the rollout's forwards, the update's with backward."""
+    total = 0.0
+    for batch, forwards, backward in (
+        (shapes.rollout_batch, shapes.rollout_forwards, False),
+        (shapes.update_batch, shapes.update_forwards, True),
+    ):
+        inputs = _inputs(shapes, batch, device)
+        _run(name, inputs, backward=backward)  # the first call may compile or tune
+        total += forwards * statistics.median(_timed(name, inputs, backward, device) for _ in range(repeats))
+    return total
+
+
+def _timed(name: str, inputs: list[Tensor], backward: bool, device: torch.device) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    _run(name, inputs, backward=backward)
+    stop.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(stop) / 1e3
+
+
+def _inputs(shapes: Shapes, batch: int, device: torch.device) -> list[Tensor]:
+    """Query, key and value as diffusers passes them: [batch, tokens, heads, head_dim]."""
+    shape = (batch, shapes.tokens, shapes.heads, shapes.head_dim)
+    return [torch.randn(shape, device=device, dtype=shapes.dtype, requires_grad=True) for _ in range(3)]
+
+
+def _run(name: str, inputs: list[Tensor], *, backward: bool) -> None:
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    with torch.set_grad_enabled(backward):
+        out = dispatch_attention_fn(*inputs, backend=_backend(name))
+        if backward:
+            torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+
+def _backend(name: str) -> Any:
+    from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
+
+    backend = AttentionBackendName(name)
+    _check_attention_backend_requirements(backend)
+    return backend

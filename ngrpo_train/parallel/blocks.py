@@ -1,0 +1,91 @@
+"""What is done to each of the transformer's blocks before it is sharded: recompute in backward, then compile.
+
+Both replace a block's `forward`, so that parameters keep their names and FSDP's hooks stay outside of what is compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ngrpo_train.recipe.sections import Model, Parallel
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[..., Any]
+
+_COSTLY = {  # what selective checkpointing keeps: results of matrix products and attention
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+}
+
+
+def compiles(settings: Parallel, device: torch.device) -> bool:
+    return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
+
+
+def prepare(blocks: Sequence[nn.Module], model: Model, settings: Parallel, device: torch.device) -> None:
+    """Make blocks recompute and compile as the recipe says; nothing is compiled before it is called."""
+    compiled = compiles(settings, device)
+    if compiled:
+        _configure_compiler(model, settings)
+    elif not isinstance(model.gradient_checkpointing, str):
+        logger.warning(
+            "model.gradient_checkpointing = %g is a setting of the compiler and does nothing: nothing is compiled here",
+            model.gradient_checkpointing,
+        )
+    for block in blocks:
+        forward = recomputing(block.forward, model.gradient_checkpointing)
+        block.forward = torch.compile(forward, fullgraph=True, dynamic=False) if compiled else forward
+
+
+def recomputing(forward: Forward, what: str | float) -> Forward:
+    """`forward` that keeps less for its backward pass and computes it again there."""
+    if what == "none" or not isinstance(what, str):  # a number is the compiler's own budget
+        return forward
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # FLUX draws nothing
+    if what == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_what_is_costly)
+
+    @functools.wraps(forward)
+    def recomputed(*arguments: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*arguments, **named)
+        return checkpoint(forward, *arguments, **options, **named)
+
+    return recomputed
+
+
+def _keep_what_is_costly(_: object, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _configure_compiler(model: Model, settings: Parallel) -> None:
+    # Two kinds of blocks, with and without gradients, at the few batch sizes of training, sampling and evaluation.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    if not isinstance(model.gradient_checkpointing, str):
+        import torch._functorch.config as functorch
+
+        functorch.activation_memory_budget = float(model.gradient_checkpointing)
+    if settings.compile_cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = settings.compile_cache  # read whenever something is compiled
+
+
+def graphs_compiled() -> int:
+    """Graphs that this process has compiled so far: a later iteration should add none."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

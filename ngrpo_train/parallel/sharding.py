@@ -1,0 +1,152 @@
+"""How the transformer's weights lie over processes: FSDP2 in full, in groups with a copy each (HSDP), or whole copies.
+
+Every form goes through `fully_shard`, on a mesh of [copies, processes that share one], or of the latter alone. So one
+process too keeps float32 master weights beside bfloat16 arithmetic, and can keep them in host memory.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ngrpo_train.parallel import processes
+from ngrpo_train.recipe.sections import Model, Parallel
+
+
+def share_size(settings: Parallel, world_size: int, node_size: int) -> int:
+    """Processes that share one copy of the weights. Raises ValueError where nodes and groups do not fit together."""
+    if settings.sharding == "none" or world_size == 1:
+        return 1
+    if settings.sharding != "hybrid":
+        return world_size
+    size = settings.shard_size or min(node_size, world_size)
+    if world_size % size:
+        raise ValueError(f"parallel.shard_size = {size} must divide the {world_size} processes")
+    return size
+
+
+def node_size() -> int:
+    """Processes of this node, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size()))
+
+
+def is_plain(model: Model, settings: Parallel, world_size: int) -> bool:
+    """Whether one process trains ordinary modules: nothing to share, and weights are stored as they compute."""
+    stored = settings.master_dtype if model.tuning == "full" else "float32"
+    alike = stored == settings.compute_dtype
+    return world_size == 1 and settings.sharding != "full" and alike and not settings.offload
+
+
+def shard(
+    module: nn.Module, blocks: Sequence[nn.Module], model: Model, settings: Parallel, device: torch.device
+) -> None:
+    """FSDP2 in place, block by block, reducing gradients in float32. `module` may still be on the meta device."""
+    if is_plain(model, settings, processes.world_size()):
+        return
+    mesh = _mesh(settings, device)
+    # With nothing to share, LoRA's frozen base is left alone: gathering would only copy it.
+    shares = mesh["shard"].size()
+    frozen = {p for p in module.parameters() if not p.requires_grad} if shares == 1 else set()
+    dtype = getattr(torch, settings.compute_dtype)
+    # Inputs are cast by whoever makes them: FSDP would round the rotary embeddings too, which diffusers keeps float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype, cast_forward_inputs=False
+    )
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.offload else OffloadPolicy()
+    # FLUX's blocks return slices, which is harmless as long as nothing writes into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    for part in (*blocks, module):
+        # The root too gives its gathered weights up after a forward, which by default it keeps until a backward: what
+        # optimizer, clipping and EMA hold are the shards, and the next forward must see what they made of them.
+        fully_shard(
+            part,
+            mesh=mesh,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=True,
+            ignored_params={p for p in part.parameters() if p in frozen},
+        )
+    for block, following in pairwise(blocks):
+        assert isinstance(block, FSDPModule)
+        assert isinstance(following, FSDPModule)
+        block.set_modules_to_forward_prefetch([following])
+
+
+def _mesh(settings: Parallel, device: torch.device) -> DeviceMesh:
+    if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    ranks = processes.world_size()
+    size = share_size(settings, ranks, node_size())
+    mesh = init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("copies", "shard"))
+    # With one copy there is nobody to average with, which FSDP would do all the same. Offloaded, that is welcome: what
+    # it has reduced waits on the device for the last batch, and crosses to the host once.
+    return mesh["shard"] if ranks == size and not settings.offload else mesh
+
+
+def keep_gathered(module: nn.Module, kept: bool) -> None:
+    """Leave weights gathered from their next use on, or give them up now and after every use."""
+    if isinstance(module, FSDPModule):
+        module.set_reshard_after_forward(not kept)
+        module.set_reshard_after_backward(not kept)
+        if not kept:
+            release(module)
+
+
+def release(module: nn.Module) -> None:
+    """Give up gathered weights, because the shards have changed; the next use gathers them anew."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, values: Tensor) -> None:
+    """Set a parameter to whole `values`, which every process has: each takes its shard."""
+    if isinstance(parameter, DTensor):
+        # Cut on the host, without a collective: the mesh only says who takes which rows.
+        mesh = parameter.device_mesh["shard"]
+        size, rank = mesh.size(), mesh.get_local_rank()
+        parts = values.chunk(size)
+        values = parts[rank] if rank < len(parts) else values[:0]
+    processes.local(parameter).copy_(values)
+
+
+def sync_gradients(module: nn.Module, settings: Parallel, *, last: bool) -> None:
+    """Say before a backward pass whether it is the last of its optimizer step, after which gradients are summed up.
+
+    Otherwise gradients only accumulate: whole, or already reduced where `reduce_gradients` is "batch".
+    """
+    if isinstance(module, FSDPModule):
+        by_batch = settings.reduce_gradients == "batch"
+        module.set_requires_gradient_sync(last or by_batch)
+        module.set_requires_all_reduce(last)  # over copies, where there are any
+        module.set_is_last_backward(last)
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float, device: torch.device) -> Tensor:
+    """Scale gradients to a norm of at most `max_norm`; returns their norm before, float32, on `device`.
+
+    Like `torch.nn.utils.clip_grad_norm_`, but sums in float32 whatever the gradients' dtype, and takes shards that lie
+    in host memory, whose collectives need the device.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    shards = [processes.local(gradient) for gradient in gradients]
+    squares = torch.stack(torch._foreach_norm(shards, 2, dtype=torch.float32)).square().sum().to(device)
+    if isinstance(gradients[0], DTensor):
+        group = gradients[0].device_mesh.get_group("shard")
+        dist.all_reduce(squares, group=group)
+    norm = squares.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    torch._foreach_mul_(shards, scale.to(shards[0].device))
+    return norm

@@ -1,0 +1,47 @@
+"""What an iteration costs the machine: utilisation, memory, compilations. Read on the host, without synchronising."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Mapping
+
+import torch
+
+from ngrpo_train.parallel import blocks
+
+
+class Cost:
+    """Figures of the iterations of one process.
+
+    `model_flops` and `hardware_flops` are an iteration's on this process, the second with what is computed twice to
+    save memory; `peak_flops` is the device's datasheet rate for dense bfloat16 per second, 0 where it is not known.
+    """
+
+    def __init__(self, device: torch.device, model_flops: float, hardware_flops: float, peak_flops: float) -> None:
+        self._device = device
+        self._flops = {"mfu": model_flops, "hfu": hardware_flops}
+        self._peak_flops = peak_flops
+        self._graphs, self._retries = blocks.graphs_compiled(), 0
+
+    def figures(self, seconds: float) -> dict[str, float]:
+        """Of an iteration that took `seconds`; `compile/graphs` and `memory/alloc_retries` since the last call."""
+        figures: dict[str, float] = {}
+        if self._peak_flops:
+            figures |= {f"compute/{name}": flops / seconds / self._peak_flops for name, flops in self._flops.items()}
+        graphs, self._graphs = blocks.graphs_compiled() - self._graphs, blocks.graphs_compiled()
+        figures["compile/graphs"] = float(graphs)
+        if self._device.type != "cuda":
+            return figures | {"memory/peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        stats = torch.cuda.memory_stats(self._device)
+        retries, self._retries = stats["num_alloc_retries"] - self._retries, stats["num_alloc_retries"]
+        return figures | {
+            "memory/peak_gib": stats["allocated_bytes.all.peak"] / 2**30,
+            "memory/reserved_gib": stats["reserved_bytes.all.peak"] / 2**30,
+            "memory/alloc_retries": float(retries),
+        }
+
+    def line(self, figures: Mapping[str, float]) -> str:
+        """For the progress line: utilisation and memory, where they mean something."""
+        if "compute/mfu" not in figures:
+            return ""
+        return f"MFU {100 * figures['compute/mfu']:.0f} %  {figures['memory/peak_gib']:.0f} GiB  "

@@ -1,0 +1,99 @@
+"""GPUs by name: how much they hold, compute and send. Bytes and seconds in plain units, speeds as their names say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ngrpo_train.recipe.parsing import suggestion
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One GPU of a node, and its way to the others."""
+
+    name: str
+    memory_bytes: int
+    """What torch reports as total_memory: less than is sold, for error correction and the driver take some."""
+    tflops: float
+    """Dense bfloat16, of the datasheet: what MFU is a share of."""
+    matmul_tflops: float
+    """What a large bfloat16 matrix product reaches."""
+    float8_speedup: float
+    """Of a float8 product over a bfloat16 one; 1 where there is no float8."""
+    memory_gbps: float
+    nvlink_gbps: float
+    """Gigabytes per second to the other GPUs of a node, one direction."""
+    network_gbps: float
+    """Gigabytes per second to other nodes, for each GPU: one network adapter beside each, a site's own may differ."""
+    host_gbps: float
+    """Gigabytes per second to and from host memory, over PCIe."""
+
+
+MEASURED_H200_TFLOPS = 790.0  # the best of large bfloat16 products on one H200, of 989 in the datasheet
+ASSUMED_SHARE = 0.8  # of the datasheet, on GPUs that nobody has measured for this table: as the H200 does
+
+
+def _gpu(
+    name: str,
+    memory_gib: float,
+    tflops: float,
+    memory_gbps: float,
+    nvlink_gbps: float,
+    *,
+    network_gbps: float = 50.0,  # 400 Gbit/s: ConnectX-7, as in DGX H100, H200 and B200
+    host_gbps: float = 50.0,  # PCIe 5 x16 carries 63 at most
+    float8_speedup: float = 2.0,
+    matmul_tflops: float = 0.0,
+) -> Machine:
+    return Machine(
+        name=name,
+        memory_bytes=int(memory_gib * GIB),
+        tflops=tflops,
+        matmul_tflops=matmul_tflops or ASSUMED_SHARE * tflops,
+        float8_speedup=float8_speedup,
+        memory_gbps=memory_gbps,
+        nvlink_gbps=nvlink_gbps,
+        network_gbps=network_gbps,
+        host_gbps=host_gbps,
+    )
+
+
+# Compute, memory speed and NVLink (there in both directions, here in one): NVIDIA's datasheets of the SXM modules; the
+# H800 is an H100 with NVLink cut to 400 GB/s. Memory: the capacity that torch names in its messages on such a GPU,
+# rounded down. Nodes of A100s: PCIe 4 x16 carries 31 GB/s at most, and DGX A100 has adapters of 200 Gbit/s.
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        _gpu("a100-40", 39.3, 312, 1555, 300, network_gbps=25, host_gbps=25, float8_speedup=1),
+        _gpu("a100-80", 79.1, 312, 2039, 300, network_gbps=25, host_gbps=25, float8_speedup=1),
+        _gpu("h100-80", 79.1, 989, 3350, 450),
+        _gpu("h800-80", 79.1, 989, 3350, 200),
+        _gpu("h200-141", 139.7, 989, 4800, 450, matmul_tflops=MEASURED_H200_TFLOPS),
+        _gpu("b200-192", 178.3, 2250, 8000, 900),
+    )
+}
+
+
+def find_machine(name: str) -> Machine:
+    """Raises ValueError with the known names, and the nearest one."""
+    if name not in MACHINES:
+        raise ValueError(f"no GPU {name!r}: there are {', '.join(MACHINES)}{suggestion(name.lower(), MACHINES)}")
+    return MACHINES[name]
+
+
+def machine_of(device_name: str, total_bytes: int) -> Machine | None:
+    """The table's entry for a GPU as torch's device properties describe it; None where it is not one of these.
+
+    PCIe and NVL cards and slices of a GPU (MIG) are other machines than the SXM module of their name.
+    """
+    words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
+    if words & {"PCIE", "NVL", "MIG"}:
+        return None
+    for machine in MACHINES.values():
+        family = machine.name.partition("-")[0].upper()
+        if family in words and abs(total_bytes / machine.memory_bytes - 1) < 0.05:
+            return machine
+    return None

@@ -1,0 +1,111 @@
+"""What a recipe leaves to the machine, decided once at the start, alike on every process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from ngrpo_train import plan
+from ngrpo_train.models.loading import TEXT_PARTS, load_architecture
+from ngrpo_train.models.sizes import Architecture
+from ngrpo_train.parallel import attention, processes, sharding
+from ngrpo_train.plan.cost import Cost
+from ngrpo_train.plan.layout import Batches
+from ngrpo_train.plan.machines import Machine, machine_of
+from ngrpo_train.recipe.sections import Parallel, Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def settle_attention(recipe: Recipe, device: torch.device, kept: str = "") -> Recipe:
+    """The recipe with an attention backend by name: its own, else the one a resumed run has `kept`, else the fastest.
+
+    Raises ValueError for one that cannot be trained through here.
+    """
+    name = recipe.parallel.attention
+    if name == "auto":
+        name = kept or attention.choose(_attention_shapes(recipe), device)
+    attention.refuse(name, device, getattr(torch, recipe.parallel.compute_dtype))
+    return replace(recipe, parallel=replace(recipe.parallel, attention=name))
+
+
+def settle_memory(recipe: Recipe, device: torch.device) -> Parallel:
+    """The recipe's [parallel] with what "auto" and batches of 0 mean on this device: the fastest choice that fits."""
+    settings = recipe.parallel
+    if device.type != "cuda":
+        keep = "rollout" if settings.keep_gathered == "auto" else settings.keep_gathered
+        reduce = "step" if settings.reduce_gradients == "auto" else settings.reduce_gradients
+        return replace(settings, keep_gathered=keep, reduce_gradients=reduce)
+    smallest = -processes.max_over_ranks(-torch.cuda.get_device_properties(device).total_memory)
+    settled = plan.settle(recipe, _architecture(recipe), smallest, processes.world_size(), sharding.node_size())
+    logger.info(
+        "settled for %.0f GiB: keep_gathered %s, reduce_gradients %s, %d pictures per rollout forward, %d per decode",
+        smallest / 2**30,
+        settled.keep_gathered,
+        settled.reduce_gradients,
+        settled.rollout_batch,
+        settled.decode_batch,
+    )
+    return replace(
+        settings,
+        keep_gathered=settled.keep_gathered,
+        reduce_gradients=settled.reduce_gradients,
+        rollout_batch=settled.rollout_batch,
+        decode_batch=settled.decode_batch,
+    )
+
+
+def cost_of(recipe: Recipe, device: torch.device) -> Cost:
+    """What to count an iteration's cost by; without utilisation where the device's peak is not known."""
+    machine = _machine(device)
+    flops = plan.iteration_flops(recipe, _architecture(recipe))
+    return Cost(device, flops.model, flops.hardware, machine.tflops * 1e12 if machine else 0.0)
+
+
+@contextmanager
+def explained_out_of_memory(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Where memory runs out, say what takes it and the setting that helps most, then raise on."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        logger.error(
+            "%s",
+            plan.explain_out_of_memory(
+                recipe,
+                _architecture(recipe),
+                torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
+                processes.world_size(),
+                sharding.node_size(),
+            ),
+        )
+        raise
+
+
+def _architecture(recipe: Recipe) -> Architecture:
+    return load_architecture(recipe.model, TEXT_PARTS if recipe.prompts.embeddings else ())
+
+
+def _machine(device: torch.device) -> Machine | None:
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return machine_of(properties.name, properties.total_memory)
+
+
+def _attention_shapes(recipe: Recipe) -> attention.Shapes:
+    sampling, batches = recipe.sampling, Batches.of(recipe)
+    config = _architecture(recipe).transformer
+    return attention.Shapes(
+        tokens=sampling.height // 16 * (sampling.width // 16) + sampling.max_sequence_length,
+        heads=config["num_attention_heads"],
+        head_dim=config["attention_head_dim"],
+        dtype=getattr(torch, recipe.parallel.compute_dtype),
+        rollout_batch=batches.rollout,
+        update_batch=batches.update,
+        rollout_forwards=batches.forwards,
+        update_forwards=batches.updates * batches.count,
+    )

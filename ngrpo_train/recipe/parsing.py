@@ -1,0 +1,310 @@
+"""Recipes (TOML) and flags into dataclasses, by one parser.
+
+A recipe is flattened into flags, so both are checked by the same rules and a misspelt name is answered with the nearest
+right one wherever it stands. The recipe's values are then the defaults of the user's own flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from ngrpo_train.recipe.sections import (
+    Algorithm,
+    Recipe,
+    Reward,
+    as_dict,
+    carried_over,
+    has_field,
+    refuse_foreign,
+    with_present_names,
+)
+
+T = TypeVar("T")
+
+
+def find_recipe(name: str, beside: Path = Path()) -> Path:
+    """A packaged recipe by bare name, or a TOML file, relative to `beside`. Raises ValueError where there is none."""
+    packaged = {path.name.removesuffix(".toml"): path for path in (files("ngrpo_train.recipe") / "packaged").iterdir()}
+    if name in packaged:
+        return Path(str(packaged[name]))
+    path = beside / name
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    close = suggestion(name, packaged)
+    raise ValueError(f"no recipe {name!r}: not a TOML file, nor one of {', '.join(sorted(packaged))}{close}")
+
+
+def is_run(name: str) -> bool:
+    """Whether it is the directory of a run: one with a recipe in it."""
+    return bool(name) and (Path(name) / "recipe.toml").exists()
+
+
+def suggestion(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
+    """'; did you mean X?' where one of `known` is near `name`, else ''."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe, on top of the one that it `extends`. Raises ValueError where that is not to be had, or is itself."""
+    try:
+        with path.open("rb") as file:
+            own = tomllib.load(file)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path}: not valid TOML: {error}") from error
+    name = own.pop("extends", None)
+    if name is None:
+        return own
+    if not isinstance(name, str):
+        raise ValueError(f"recipe {path}: extends = {name!r} must be the name of a recipe")
+    try:
+        base = find_recipe(name, beside=path.parent)
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: extends: {error}") from error
+    if base.resolve() in (path.resolve(), *within):
+        raise ValueError(f"recipe {path}: extends = {name!r} leads back to itself")
+    return overlay(read_recipe(base, (path.resolve(), *within)), own)
+
+
+def overlay(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe `own` over the recipe `base`, table by table.
+
+    Where `own` names another algorithm, what `base` says of its algorithm alone is left behind: published settings of
+    one are none of another's.
+    """
+    name = _algorithm(own).get("name")
+    if name is not None and name != _algorithm(base).get("name", Algorithm().name):
+        base = {**base, "algorithm": carried_over(_algorithm(base), str(name))}
+    return _on_top(base, own)
+
+
+def _algorithm(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    section = recipe.get("algorithm", {})
+    return section if isinstance(section, Mapping) else {}
+
+
+def _on_top(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        below = merged.get(key)
+        merged[key] = _on_top(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+# As a field of a command: its flags without a prefix, true and false written out as in TOML.
+RecipeFlags = Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+
+
+def parse(
+    command: type[T],
+    recipe: Mapping[str, Any],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    name: str = "",
+    quiet: bool = False,
+) -> T:
+    """`command`, a dataclass with a field `recipe: RecipeFlags`, from a recipe called `name` and flags.
+
+    Exits with code 2 on a wrong key, flag or value; a recipe's is said to be of `name`.
+    """
+    if algorithm := _flags_of(arguments, "algorithm").get("name"):
+        refuse_foreign(algorithm, ())
+        changed = overlay(recipe, {"algorithm": {"name": algorithm}})
+        if (left := sorted({*_algorithm(recipe)} - {*_algorithm(changed)})) and not quiet:
+            print(f"{algorithm} in place of the recipe's algorithm, without its {', '.join(left)}", file=sys.stderr)
+        recipe = changed
+    resolved = resolve(recipe, name=name, quiet=quiet)
+    refuse_foreign(resolved.algorithm.name, _flags_of(arguments, "algorithm"))
+    rewards, arguments = take_rewards(arguments, resolved.rewards)
+    resolved = replace(resolved, rewards=rewards)
+    # Rewards are a table of any names; the parser only knows flags of names that it has seen in its defaults.
+    mentioned = [match[1] for argument in arguments if (match := re.match(r"--rewards\.([^.=]+)\.", argument))]
+    default = command(recipe=_with_rewards(resolved, mentioned))  # type: ignore[call-arg]
+    return parse_flags(default, list(_with_pythons_booleans(arguments)), prog=prog, quiet=quiet)
+
+
+def _flags_of(arguments: Sequence[str], section: str) -> dict[str, str]:
+    """The fields of a section that flags give, with the first word of what they give."""
+    found = {}
+    for argument, following in pairwise([*arguments, ""]):
+        if match := re.match(rf"--{section}\.([\w-]+)(?:=(.*))?$", argument):
+            found[match[1].replace("-", "_")] = following if match[2] is None else match[2]
+    return found
+
+
+def _with_pythons_booleans(arguments: Sequence[str]) -> Iterator[str]:
+    """The parser takes True and False only; here a recipe's fields take TOML's words too."""
+    sections = [Reward, *(type(getattr(Recipe(), section.name)) for section in dataclasses.fields(Recipe))]
+    fields = {
+        entry.name
+        for section in sections
+        if dataclasses.is_dataclass(section)
+        for entry in dataclasses.fields(section)
+        if entry.type == "bool"
+    }
+    before = ""
+    for argument in arguments:
+        flag, _, value = argument.rpartition("=") if argument.startswith("--") else (before, "", argument)
+        is_boolean = flag.startswith("--") and flag.rpartition(".")[2].replace("-", "_") in fields
+        yield (
+            f"{argument.removesuffix(value)}{value.title()}" if is_boolean and value in ("true", "false") else argument
+        )
+        before = argument
+
+
+def resolve(recipe: Mapping[str, Any], *, name: str, quiet: bool = False) -> Recipe:
+    """A recipe as read from TOML, complete; exits with code 2, saying where and what, on a wrong key or value.
+
+    Raises ValueError where the shape of the TOML is wrong, which the parser of flags could not explain.
+    """
+    if section := _algorithm(recipe):
+        recipe = {**recipe, "algorithm": with_present_names(section)}
+    _refuse_misshapen(recipe, name)
+    algorithm = str(_algorithm(recipe).get("name", Algorithm().name))
+    try:
+        refuse_foreign(algorithm, _algorithm(recipe))
+    except ValueError as error:
+        raise ValueError(f"recipe {name}: {error}") from error
+    default = _with_rewards(Recipe(algorithm=Algorithm.of(algorithm)), recipe.get("rewards", {}))
+    try:
+        return _cli(RecipeFlags, as_flags(recipe), default, "ngrpo train", quiet)
+    except SystemExit:
+        if not quiet:
+            print(f"in the recipe {name}", file=sys.stderr)
+        raise
+
+
+def _refuse_misshapen(recipe: Mapping[str, Any], name: str) -> None:
+    types = {
+        f"{section.name}.{entry.name}": str(entry.type)
+        for section in dataclasses.fields(Recipe)
+        if section.name != "rewards"
+        for entry in dataclasses.fields(getattr(Recipe(), section.name))
+    }
+    for section, values in recipe.items():
+        if not isinstance(values, Mapping):
+            raise ValueError(f"recipe {name}: {section} = {values!r} must be a section of its own or stand inside one")
+        for key, value in values.items():
+            expected = types.get(f"{section}.{key}", "...")
+            pair = "tuple[float, float]" in expected
+            if isinstance(value, list) and "..." not in expected and not (pair and len(value) == 2):
+                raise ValueError(
+                    f"recipe {name}: {section}.{key} = {value!r} must be {'two numbers' if pair else 'one value'}"
+                )
+
+
+def parse_flags(defaults: T, arguments: Sequence[str], *, prog: str, quiet: bool = False) -> T:
+    """A command's dataclass with flags over its values; exits with code 2 on a wrong flag or value."""
+    return _cli(type(defaults), arguments, defaults, prog, quiet)
+
+
+def _cli(kind: Any, arguments: Iterable[str], default: T, prog: str, quiet: bool) -> T:
+    result: T = tyro.cli(
+        kind,
+        prog=prog,
+        args=list(arguments),
+        default=default,
+        config=(tyro.conf.AvoidSubcommands,),
+        console_outputs=not quiet,
+    )
+    return result
+
+
+def take_rewards(arguments: Sequence[str], known: Mapping[str, Reward]) -> tuple[dict[str, Reward], list[str]]:
+    """The rewards that `--rewards NAME,NAME ...` chooses, with the settings `known` has for them, and the other flags.
+
+    Without that flag, all that are known. "package.module:callable" goes by the callable's name. Raises ValueError for
+    a flag without names.
+    """
+    chosen: list[str] = []
+    rest: list[str] = []
+    taking = False
+    for argument in arguments:
+        if argument == "--rewards" or argument.startswith("--rewards="):
+            chosen += filter(None, argument.removeprefix("--rewards").removeprefix("=").split(","))
+            taking = argument == "--rewards"
+        elif taking and not argument.startswith("-"):
+            chosen += filter(None, argument.split(","))
+        elif "." not in argument and _nearly_rewards(argument):
+            raise ValueError(f"no flag {argument!r}; did you mean --rewards?")
+        else:
+            taking = False
+            rest.append(argument)
+    if not chosen:
+        if len(rest) < len(arguments):
+            raise ValueError("--rewards must name at least one reward, or package.module:callable")
+        return dict(known), rest
+    rewards: dict[str, Reward] = {}
+    for path in dict.fromkeys(chosen):
+        name = path.rpartition(":")[2] if ":" in path else path.replace("-", "_")
+        if name in rewards:
+            raise ValueError(f"--rewards: {path} would be called {name}, as another one is: rename one of them")
+        own = Reward(path=path) if ":" in path else None
+        rewards[name] = own or known.get(name) or Reward()
+    return rewards, rest
+
+
+def _nearly_rewards(argument: str) -> bool:
+    return bool(difflib.get_close_matches(argument.partition("=")[0], ["--rewards"], cutoff=0.75))
+
+
+def _with_rewards(recipe: Recipe, names: Iterable[str]) -> Recipe:
+    """The recipe with rewards of these names too, at their defaults."""
+    wanted = {name.replace("-", "_"): Reward() for name in names}
+    return replace(recipe, rewards={**recipe.rewards, **{n: r for n, r in wanted.items() if n not in recipe.rewards}})
+
+
+def as_flags(recipe: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
+    """{"model": {"ema": 0.9}} -> "--model.ema=0.9"; the values of a list stand alone, after the name."""
+    for key, value in recipe.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from as_flags(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            yield name
+            yield from map(str, value)
+        else:
+            yield f"{name}={value}"
+
+
+def as_toml(recipe: Recipe) -> str:
+    """The resolved recipe as a file that `ngrpo train` takes back."""
+    lines: list[str] = []
+
+    def table(name: str, values: Mapping[str, Any]) -> None:
+        plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
+        if plain:
+            lines.extend([f"[{name}]", *(f"{k} = {_toml_value(v)}" for k, v in plain.items()), ""])
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                table(f"{name}.{key}", value)
+
+    for section, values in as_dict(recipe).items():
+        if section == "algorithm":
+            values = {key: value for key, value in values.items() if has_field(recipe.algorithm.name, key)}
+        table(section, values)
+    return "\n".join(lines)
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's but for DEL
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return repr(value)

@@ -1,0 +1,117 @@
+"""The before/after report of a run: the same prompts and noise for the base model and the trained one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.parallel import processes
+from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.rewards import Rewards
+from ngrpo_train.sampling.evaluate import Evaluation, evaluate, pictures, plus_minus, save_picture, tile
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Evaluations by prompt set ("test", "train")."""
+
+    evaluations: Mapping[str, Evaluation]
+
+    @staticmethod
+    def make(
+        flux: Flux, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[str]], picture_path: Path
+    ) -> Report:
+        """Score every prompt set and draw the first pictures of the first one; a collective."""
+        evaluations = {name: evaluate(flux, recipe, rewards, texts) for name, texts in prompts.items()}
+        shown = next(iter(prompts.values()))[: recipe.log.num_images]
+        per_prompt = recipe.evaluation.num_images_per_prompt
+        images = pictures(flux, recipe, shown, [i * per_prompt for i in range(len(shown))])
+        if processes.rank() == 0:
+            scale = max(1, 128 // images.shape[-1])
+            save_picture(tile(images.cpu(), columns=min(4, len(shown)), scale=scale), picture_path)
+        return Report(evaluations)
+
+    def save(self, path: Path) -> None:
+        record = {
+            name: {"names": e.names, "prompts": e.prompts, "scores": e.scores_RN.tolist()}
+            for name, e in self.evaluations.items()
+        }
+        path.write_text(json.dumps(record))
+
+    @staticmethod
+    def is_made(path: Path, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[str]]) -> bool:
+        """Whether the report at `path` is of these prompts and rewards, as when a run resumes unchanged."""
+        if not path.exists():
+            return False
+        per_prompt = recipe.evaluation.num_images_per_prompt
+        made = {name: (e.names, e.prompts, e.scores_RN.shape[1]) for name, e in Report.load(path).evaluations.items()}
+        return made == {name: (rewards.names, tuple(texts), len(texts) * per_prompt) for name, texts in prompts.items()}
+
+    @staticmethod
+    def load(path: Path) -> Report:
+        record = json.loads(path.read_text())
+        return Report(
+            {
+                name: Evaluation(tuple(e["names"]), tuple(e["prompts"]), torch.tensor(e["scores"]))
+                for name, e in record.items()
+            }
+        )
+
+
+def before_after(before: Report, after: Report, log_only: frozenset[str]) -> Table:
+    """A row per prompt set and reward; differences are paired by prompt, +- their standard error."""
+    table = Table(title="Before and after", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("prompts", "score", "role"):
+        table.add_column(column)
+    for column in ("before", "after", "difference"):
+        table.add_column(column, justify="right")
+    for name, late in after.evaluations.items():
+        early = before.evaluations[name]
+        paired = Evaluation(late.names, late.prompts, late.scores_RN - early.scores_RN)
+        difference, error = paired.mean(), paired.standard_error()
+        for score in late.names:
+            table.add_row(
+                f"{name} ({len(late.prompts)})",
+                score,
+                "out of domain" if score in log_only else "reward",
+                f"{early.mean()[score]:.3f}",
+                f"{late.mean()[score]:.3f}",
+                f"{difference[score]:+.3f}{plus_minus(error[score])}",
+            )
+    return table
+
+
+def side_by_side(before: Path, after: Path, out: Path) -> None:
+    """Two grids in one picture, labelled."""
+    panels = [Image.open(path) for path in (before, after)]
+    font = ImageFont.load_default(size=20)
+    label, gap = 30, 24
+    width = sum(panel.width for panel in panels) + gap
+    canvas = Image.new("RGB", (width, panels[0].height + label), (255, 255, 255))
+    left = 0
+    for panel, title in zip(panels, ("before", "after"), strict=True):
+        ImageDraw.Draw(canvas).text((left, 3), title, fill=(0, 0, 0), font=font)
+        canvas.paste(panel, (left, label))
+        left += panel.width + gap
+    canvas.save(out)
+
+
+def conclude(after: Report, run: Path, recipe: Recipe) -> None:
+    """Write and print the table and the picture that set the trained model beside the base model."""
+    after.save(run / "after.json")
+    side_by_side(run / "before.png", run / "after.png", run / "before_after.png")
+    log_only = frozenset(name for name, reward in recipe.rewards.items() if reward.log_only)
+    table = before_after(Report.load(run / "before.json"), after, log_only)
+    Console().print(table)
+    with (run / "before_after.txt").open("w") as file:
+        Console(file=file, width=100).print(table)
+    print(f"pictures: {run / 'before_after.png'}")

@@ -1,0 +1,239 @@
+"""Checkpoints that a run resumes from bitwise: weights, optimizer, EMA, RNG, prompt cursor, step and recipe.
+
+A checkpoint is written aside as `step_000050.partial` and renamed when every rank is done. So one that has its final
+name is complete, whenever the process was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.parallel import processes
+from ngrpo_train.prompts import PromptCursor
+from ngrpo_train.recipe.checks import refuse_changed
+from ngrpo_train.recipe.sections import Recipe, as_dict
+from ngrpo_train.update.ema import EMA
+
+logger = logging.getLogger(__name__)
+
+_PARTIAL = ".partial"
+_OPTIONS = StateDictOptions(ignore_frozen_params=True)
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Everything that moves during training. `step` counts finished iterations."""
+
+    flux: Flux
+    optimizer: torch.optim.Optimizer
+    cursor: PromptCursor
+    ema: EMA | None = None
+    step: int = 0
+    best_score: float = float("-inf")
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it, the model has its averaged weights where an EMA is kept."""
+        return self.ema.applied() if self.ema else nullcontext()
+
+    def tensors(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.flux.transformer, self.optimizer, options=_OPTIONS)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        if self.ema:
+            state["ema"] = self.ema.state_dict()
+        return state
+
+    def load(self, path: Path) -> None:
+        """Restore everything from a checkpoint."""
+        record = read_record(path)
+        # In place, and the settings that an optimizer's state dict has too are the recipe's. Its `load_state_dict`
+        # would cast states to their weights' dtype, which may be coarser.
+        _load_tensors(self.tensors(), path)
+        self.cursor.load_state_dict(record["cursor"])
+        self.step, self.best_score = record["step"], record["best_score"]
+        random_state = path / f"random_{processes.rank()}.safetensors"
+        if random_state.exists():
+            _restore_random_state(load_file(random_state))
+
+
+class Checkpointer:
+    """Writes the checkpoints of one run below `directory` and keeps the last few and the best."""
+
+    def __init__(self, directory: Path, recipe: Recipe) -> None:
+        self.directory, self.recipe = directory, recipe
+        self._saved_step = -1
+
+    def refuse_full_disk(self, state: TrainState) -> None:
+        """Raise ValueError where the disk cannot hold one checkpoint; warn where it cannot hold all that are kept."""
+        size = sum(_bytes(tensor) for tensor in _leaves(state.tensors())) / 2**30
+        free = shutil.disk_usage(self.directory.parent).free / 2**30
+        room = f"log.output_dir = {str(self.directory.parent)!r} has {free:.2f} GiB free"
+        if processes.any_rank(free < size):
+            raise ValueError(f"{room}, and a checkpoint takes {size:.2f} GiB")
+        best = bool(self.recipe.evaluation.validation)
+        more = self.recipe.checkpoint.keep + best + 1 - len(checkpoints(self.directory))  # one is not removed yet
+        if free < more * size:
+            logger.warning("%s, and %d more checkpoints take %.2f GiB: lower checkpoint.keep", room, more, more * size)
+
+    def go_on_after(self, step: int) -> None:
+        """Remove what a resumed run makes again: checkpoints of later iterations, and a save that was cut short."""
+        if processes.rank() == 0:
+            kept = [path.name for path in checkpoints(self.directory) if _step_of(path) <= step]
+            self._remove_all_but(kept)
+        processes.barrier()
+
+    def save_if_due(self, state: TrainState, *, best: bool = False) -> None:
+        every = self.recipe.checkpoint.every
+        if best or state.step % every == 0 or state.step == self.recipe.train.steps:
+            self.save(state, best=best)
+
+    def save(self, state: TrainState, *, best: bool = False) -> Path:
+        """Write a checkpoint, unless this iteration has one, and remove those no longer kept; a collective."""
+        final = self.directory / f"step_{state.step:06d}"
+        if self._saved_step == state.step:
+            return final
+        partial = final.with_name(final.name + _PARTIAL)
+        main = processes.rank() == 0
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        processes.barrier()
+        _save_tensors(state.tensors(), partial)
+        save_file(_random_state(), partial / f"random_{processes.rank()}.safetensors")
+        if main:
+            record = {
+                "step": state.step,
+                "best_score": state.best_score,
+                "is_best": best,
+                "cursor": state.cursor.state_dict(),
+                "recipe": as_dict(self.recipe),
+            }
+            (partial / "record.json").write_text(json.dumps(record, indent=2))
+        processes.barrier()
+        if main:
+            os.replace(partial, final)
+            complete = checkpoints(self.directory)
+            self._remove_all_but([path.name for path in complete[-self.recipe.checkpoint.keep :] + _best_of(complete)])
+        processes.barrier()
+        self._saved_step = state.step
+        return final
+
+    def _remove_all_but(self, kept: Collection[str]) -> None:
+        for path in self.directory.glob("step_*"):
+            if path.name not in kept:
+                (path / "record.json").unlink(missing_ok=True)  # first, so that half of one never passes for complete
+                shutil.rmtree(path)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints below a directory, oldest first."""
+    complete = (path for path in directory.glob("step_*[0-9]") if (path / "record.json").exists())
+    return sorted(complete, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _best_of(complete: Sequence[Path]) -> list[Path]:
+    """The last of these that was the best so far by validation when it was written, if any was."""
+    return [path for path in complete if read_record(path)["is_best"]][-1:]
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """A checkpoint of a run: "latest", "best", or a step's number. Raises ValueError if there is none."""
+    directory = run / "checkpoints"
+    found = checkpoints(directory)
+    if which == "best" and (best := _best_of(found)):
+        return best[0]
+    if which == "latest" and found:
+        return found[-1]
+    if which.isdigit() and directory / f"step_{int(which):06d}" in found:
+        return directory / f"step_{int(which):06d}"
+    have = ", ".join(str(int(path.name[5:])) for path in found) or "none"
+    raise ValueError(f"no checkpoint {which!r} in {run}; steps there: {have}")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads((path / "record.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a complete checkpoint: {error}") from error
+    return record
+
+
+def refuse_unlike(path: Path, recipe: Recipe, cursor: PromptCursor) -> None:
+    """Raise ValueError, naming the field, for a checkpoint whose recipe or prompts would have given other numbers."""
+    record = read_record(path)
+    refuse_changed(record["recipe"], json.loads(json.dumps(as_dict(recipe))))
+    cursor.load_state_dict(record["cursor"])
+
+
+def load_weights(flux: Flux, path: Path) -> None:
+    """Load a checkpoint's trained weights, the averaged ones where an EMA was kept, for sampling or export."""
+    averaged = bool(read_record(path)["recipe"]["model"]["ema"])
+    weights = {name: parameter.detach() for name, parameter in flux.trainable.items()}
+    _load_tensors({"ema" if averaged else "model": weights}, path)  # in place, cast to the weights' dtype
+
+
+def _save_tensors(state: dict[str, Any], path: Path) -> None:
+    with _one_process_is_fine():
+        dcp.save(state, checkpoint_id=path / "tensors", no_dist=not processes.distributed())
+
+
+def _load_tensors(state: dict[str, Any], path: Path) -> None:
+    """Overwrite the tensors of `state` with those of a checkpoint."""
+    with _one_process_is_fine():
+        dcp.load(state, checkpoint_id=path / "tensors", no_dist=not processes.distributed())
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """Silence torch's warning of every checkpoint that is not distributed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _leaves(state: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    for value in state.values():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
+
+
+def _bytes(tensor: torch.Tensor) -> float:
+    """Of all its shards. A quantised one takes less than its dtype says: what its parts take."""
+    shard: Any = processes.local(tensor)
+    if hasattr(shard, "__tensor_flatten__") and shard.numel():
+        parts = [getattr(shard, name) for name in shard.__tensor_flatten__()[0]]
+        return tensor.numel() / shard.numel() * sum(part.numel() * part.element_size() for part in parts)
+    return tensor.numel() * tensor.element_size()
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,261 @@
+"""The watch for reward hacking: fixed prompts and noise, at every evaluation held against the base model's pictures.
+
+A policy can please its reward in ways that nobody wants. So beside the rewards it is not trained on, a few measures of
+the pictures themselves are followed: how different a prompt's pictures are, how flat its rewards, whether a grid grows
+at the latents' patch period, and how far colours drift.
+"""
+
+# R rewards, P prompts, n pictures of each, N = P * n, E columns of what is seen in a picture,
+# C of them its colours.
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngrpo_kernels import quasi_norm_advantages
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.parallel import processes
+from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.rewards import Rewards, combined
+from ngrpo_train.rewards.scorer import ModelScorer
+from ngrpo_train.run import artifacts
+from ngrpo_train.run.metrics import advantage_figures
+from ngrpo_train.run.symptoms import exploration
+from ngrpo_train.sampling.evaluate import Evaluation, evaluate, standard_error
+
+_CERTAIN = 3.0  # standard errors, over prompts, that a change must be away from zero to be spoken of
+_LEAST_DIVERSITY = 0.7  # of the base model's
+_MOST_GRID = 1.5  # times the base model's
+_MOST_CAST = 8.0  # CIELAB units that all pictures' colours shifted together; an eye sees 2 or 3
+_SMALLEST_WITH_GRID = 64  # pixels: below it there are too few patches to tell
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What an evaluation showed."""
+
+    figures: dict[str, float]
+    warnings: list[str]  # each symptom once in a run
+    score: float  # of the rewards trained on: the larger the better
+
+
+class Watch:
+    """Evaluations of one run's validation prompts, each held against the base model's."""
+
+    def __init__(self, recipe: Recipe, rewards: Rewards, base: Sight) -> None:
+        self.recipe, self.rewards, self.base = recipe, rewards, base
+        self._said: set[str] = set()
+
+    @staticmethod
+    def begin(path: Path, flux: Flux, recipe: Recipe, rewards: Rewards, prompts: list[str]) -> Watch:
+        """Look at the untrained model, or read at `path` what an earlier part of the run saw; a collective."""
+        seen = Sight.read(path)
+        known = seen is not None and seen.is_of(rewards.names, prompts, recipe.evaluation.num_images_per_prompt)
+        if processes.any_rank(not known):  # all have looked before one of them writes
+            seen = Sight.of(evaluate(flux, recipe, rewards, prompts, _observer(rewards)))
+            if processes.rank() == 0:
+                seen.write(path)
+        assert seen is not None
+        return Watch(recipe, rewards, seen)
+
+    def look(self, flux: Flux) -> Look:
+        """Evaluate the model as it is; a collective."""
+        prompts = self.base.evaluation.prompts
+        now = Sight.of(evaluate(flux, self.recipe, self.rewards, prompts, _observer(self.rewards)))
+        found = {symptom: text for symptom, text in self.warnings(now) if symptom not in self._said}
+        self._said |= found.keys()
+        return Look(self.figures(now), list(found.values()), self._score(now))
+
+    def figures(self, now: Sight) -> dict[str, float]:
+        """`validation/REWARD` is its mean; `watch/...` are measures of the pictures."""
+        figures = {f"validation/{name}": mean for name, mean in now.evaluation.mean().items()}
+        if now.grid_P.isfinite().all():
+            figures["watch/grid"] = now.grid_P.mean().item()
+        shift = artifacts.colour_shift(now.colour_NC, self.base.colour_NC)
+        figures["watch/colour_shift"] = shift.distance.item()
+        figures["watch/colour_cast"] = shift.cast.item()
+        figures["watch/chroma"] = shift.chroma.item()
+        if now.diversity_P.isfinite().all():
+            figures["watch/diversity"] = now.diversity_P.mean().item()
+            of_groups = advantage_figures(self._advantages(now.evaluation))
+            for name in ("flat_groups", "flatness"):
+                if f"advantage/{name}" in of_groups:  # without any signal there is no flatness
+                    figures[f"watch/{name}"] = of_groups[f"advantage/{name}"]
+        return figures
+
+    def warnings(self, now: Sight) -> Iterator[tuple[str, str]]:
+        """The ways of pleasing a reward that nobody wants: a symptom's name, and what to do about it."""
+        change = self._changes(now.evaluation)
+        trained = self.recipe.trained_rewards()
+        rose = [name for name in trained if change[name].certainly_rose]
+        fell = [name for name in self.rewards.names if name not in trained and change[name].certainly_fell]
+        if rose and fell:
+            yield (
+                "hacking",
+                f"reward hacking: {_listed(rose, change)} while {_listed(fell, change)}: go back to an earlier "
+                "checkpoint, lower optimizer.learning_rate, or train on what fell as well",
+            )
+        kept = (now.diversity_P.mean() / self.base.diversity_P.mean()).item()
+        if kept < _LEAST_DIVERSITY:
+            yield (
+                "diversity",
+                f"pictures of one prompt grow alike (diversity {kept:.0%} of the base model's): if the prompts leave "
+                f"anything open, lower optimizer.learning_rate or raise {exploration(self.recipe.algorithm)}",
+            )
+        grown = (now.grid_P.mean() / self.base.grid_P.mean()).item()
+        if grown > _MOST_GRID and Change.of(now.grid_P - self.base.grid_P).certainly_rose:
+            yield (
+                "grid",
+                f"a grid grows in the pictures ({grown:.1f} times the base model's spectral peaks at the patch "
+                "period): look at samples/, and leave out the last solver steps (algorithm.step_range)",
+            )
+        cast = artifacts.colour_shift(now.colour_NC, self.base.colour_NC).cast.item()
+        if cast > _MOST_CAST:
+            yield (
+                "cast",
+                f"pictures take on a cast (all colours moved {cast:.0f} CIELAB units from the base model's): look at "
+                "samples/, and lower optimizer.learning_rate if it is not what the prompts ask for",
+            )
+
+    def _changes(self, now: Evaluation) -> dict[str, Change]:
+        difference_RN = now.scores_RN - self.base.evaluation.scores_RN
+        difference_RP = difference_RN.view(len(now.names), len(now.prompts), -1).mean(2)
+        return {name: Change.of(row) for name, row in zip(now.names, difference_RP, strict=True)}
+
+    def _score(self, now: Sight) -> float:
+        """The weighted sum of each trained reward's gain, in units of its spread over the base model's pictures."""
+        total = 0.0
+        for name in self.recipe.trained_rewards():
+            row = now.evaluation.names.index(name)
+            before, after = self.base.evaluation.scores_RN[row], now.evaluation.scores_RN[row]
+            gain = (after.mean() - before.mean()) / (before.std(correction=0) or 1.0)
+            total += self.recipe.rewards[name].weight * gain.item()
+        return total
+
+    def _advantages(self, now: Evaluation) -> Tensor:
+        """Of each prompt's pictures as a group [P, n]: what an update would be told."""
+        rows = [now.names.index(name) for name in self.recipe.trained_rewards()]
+        groups_RPn = now.scores_RN[rows].view(len(rows), len(now.prompts), -1)
+        groups_RPn, weights = combined(groups_RPn, self.rewards.weights, self.recipe.algorithm.combine)
+        return quasi_norm_advantages(
+            groups_RPn,
+            p=self.recipe.algorithm.p,
+            weights=weights,
+            min_reward_std=self.recipe.algorithm.min_reward_std,
+            backend="reference",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Of a mean over prompts, and its standard error."""
+
+    mean: float
+    error: float
+
+    @staticmethod
+    def of(difference_P: Tensor) -> Change:
+        return Change(difference_P.mean().item(), standard_error(difference_P).item())
+
+    @property
+    def certainly_rose(self) -> bool:
+        return self.mean > _CERTAIN * self.error
+
+    @property
+    def certainly_fell(self) -> bool:
+        return -self.mean > _CERTAIN * self.error
+
+
+def _listed(names: list[str], change: Mapping[str, Change]) -> str:
+    verb = "rose" if change[names[0]].mean > 0 else "fell"
+    return " and ".join(f"{name} {verb} by {abs(change[name].mean):.3g}" for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """The scores of an evaluation, and what its pictures show."""
+
+    evaluation: Evaluation
+    grid_P: Tensor  # strength of a grid at the patch period; NaN for pictures too small to tell
+    colour_NC: Tensor  # as `artifacts.colour_balance` has it
+    diversity_P: Tensor  # NaN for one picture of a prompt
+
+    @staticmethod
+    def of(evaluation: Evaluation) -> Sight:
+        assert evaluation.observed_NE is not None
+        grid, colour, embedding = evaluation.observed_NE.tensor_split([1, 1 + _COLOURS], dim=1)
+        prompts = len(evaluation.prompts)
+        embedding_PnE = embedding.reshape(prompts, -1, embedding.shape[1])
+        alone = embedding_PnE.shape[1] == 1
+        return Sight(
+            replace(evaluation, observed_NE=None),
+            grid.reshape(prompts, -1).mean(1),
+            colour,
+            torch.full((prompts,), torch.nan) if alone else artifacts.diversity(embedding_PnE),
+        )
+
+    def is_of(self, names: Sequence[str], prompts: Sequence[str], per_prompt: int) -> bool:
+        evaluation = self.evaluation
+        made = (evaluation.names, evaluation.prompts, evaluation.scores_RN.shape[1])
+        return made == (tuple(names), tuple(prompts), len(prompts) * per_prompt)
+
+    def write(self, path: Path) -> None:
+        evaluation = self.evaluation
+        record = {
+            "names": evaluation.names,
+            "prompts": evaluation.prompts,
+            "scores": evaluation.scores_RN.tolist(),
+            "grid": self.grid_P.tolist(),
+            "colour": self.colour_NC.tolist(),
+            "diversity": self.diversity_P.tolist(),
+        }
+        path.write_text(json.dumps(record))
+
+    @staticmethod
+    def read(path: Path) -> Sight | None:
+        if not path.exists():
+            return None
+        record = json.loads(path.read_text())
+        evaluation = Evaluation(tuple(record["names"]), tuple(record["prompts"]), torch.tensor(record["scores"]))
+        seen = (torch.tensor(record[name]) for name in ("grid", "colour", "diversity"))
+        return Sight(evaluation, *seen)
+
+
+_COLOURS = 4  # columns of `artifacts.colour_balance`
+
+
+def _observer(rewards: Rewards) -> Callable[[Tensor], Tensor]:
+    """Pictures to float32 [N, E]: grid, colours, and an embedding in which their diversity is measured.
+
+    It is that of the recipe's first scorer that has one (a CLIP), else small pictures.
+    """
+    embedders = [scorer for scorer in rewards.scorers.values() if hasattr(scorer, "embed_images")]
+
+    def observe(images: Tensor) -> Tensor:
+        if embedders:
+            embedding = _embedded(embedders[0], images)
+        else:
+            embedding = artifacts.pixel_embedding(images)
+        big_enough = min(images.shape[-2:]) >= _SMALLEST_WITH_GRID
+        grid = artifacts.grid_strength(images) if big_enough else torch.full((len(images),), torch.nan)
+        return torch.cat([grid[:, None].to(images.device), artifacts.colour_balance(images), embedding], dim=1)
+
+    return observe
+
+
+@torch.no_grad()
+def _embedded(scorer: Any, images: Tensor) -> Tensor:
+    assert isinstance(scorer, ModelScorer)
+    with scorer.on_device():
+        parts = [
+            scorer.embed_images(part.to(scorer.device).float() / 255)  # type: ignore[operator]
+            for part in images.split(scorer.settings.batch)
+        ]
+    return torch.cat(parts).float().to(images.device)

@@ -1,0 +1,113 @@
+"""A trained model put to use: found, loaded, and for `ngrpo sample` and `ngrpo export` drawn from and written out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ngrpo_train.models.export import export
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.loading import is_transformer
+from ngrpo_train.parallel import processes
+from ngrpo_train.plan.settle import settle_attention, settle_memory
+from ngrpo_train.prompts import load_prompts
+from ngrpo_train.recipe.parsing import is_run
+from ngrpo_train.recipe.sections import Model, Recipe
+from ngrpo_train.run.checkpoint import find_checkpoint, load_weights
+from ngrpo_train.sampling.evaluate import pictures, save_picture, tile
+
+logger = logging.getLogger(__name__)
+
+FLUX_DEV = "black-forest-labs/FLUX.1-dev"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a command's RUN_OR_MODEL means: a model, and the checkpoint of a run of it."""
+
+    name: str
+    model: Model
+    checkpoint: Path | None = None
+
+    @staticmethod
+    def find(name: str, recipe: Recipe, checkpoint: str = "latest", base: str = FLUX_DEV) -> Source:
+        """A run, a pipeline, or a transformer alone, which takes the rest of `base`.
+
+        `recipe` is the run's, or that of `--model` settings. Raises ValueError where there is no such thing.
+        """
+        if is_run(name):
+            return Source(name, recipe.model, find_checkpoint(Path(name), checkpoint))
+        if checkpoint != "latest":
+            raise ValueError(f"--checkpoint = {checkpoint!r} is for a run, and {name!r} is none: it has no recipe.toml")
+        if is_transformer(name):
+            return Source(name, Model(name_or_path=base, transformer=name))
+        return Source(name, replace(recipe.model, name_or_path=name))
+
+    @contextmanager
+    def loaded(self, recipe: Recipe, device: torch.device) -> Iterator[Flux]:
+        """The model with text encoders, for prompts of any kind, and the checkpoint's weights."""
+        recipe = _settled(replace(recipe, model=self.model), device)
+        flux = Flux(self.model, recipe.sampling, settle_memory(recipe, device), device)
+        if self.checkpoint:
+            load_weights(flux, self.checkpoint)
+        yield flux
+
+
+@contextmanager
+def trained_model(name: str, recipe: Recipe, checkpoint: str) -> Iterator[Flux]:
+    """A run's model at a checkpoint, or a model as it stands. Raises ValueError where there is no such thing."""
+    source = Source.find(name, recipe, checkpoint)
+    with processes.joined(recipe.parallel) as launch, source.loaded(recipe, launch.device) as flux:
+        yield flux
+
+
+def _settled(recipe: Recipe, device: torch.device) -> Recipe:
+    """For pictures alone, maybe on another machine than trained it: no float8 copy, attention that works here.
+
+    Weights are held as they compute, on the device, for nobody adds to them: bfloat16 ones take half of what a full
+    fine-tune holds.
+    """
+    settings = replace(recipe.parallel, rollout_dtype="same", offload=False)
+    if recipe.model.tuning == "full":
+        settings = replace(settings, master_dtype=settings.compute_dtype)
+    recipe = replace(recipe, parallel=settings)
+    try:
+        return settle_attention(recipe, device)
+    except ValueError as error:
+        logger.warning("%s; native attention takes its place", error)
+        return replace(recipe, parallel=replace(recipe.parallel, attention="native"))
+
+
+def sample(source: str, recipe: Recipe, prompts: Sequence[str], per_prompt: int, checkpoint: str, out: Path) -> int:
+    """Write `per_prompt` pictures of each prompt and a grid of all; without prompts, of the recipe's first eight."""
+    prompts = list(prompts) or load_prompts(recipe.prompts.source)[:8]
+    each = [prompt for prompt in prompts for _ in range(per_prompt)]
+    with trained_model(source, recipe, checkpoint) as flux:
+        batch = recipe.evaluation.batch or 64
+        slots = range(len(each))
+        images = torch.cat(
+            [
+                pictures(flux, recipe, each[start : start + batch], slots[start : start + batch]).cpu()
+                for start in range(0, len(each), batch)
+            ]
+        )
+        if processes.rank() == 0:
+            for i, image in enumerate(images):
+                save_picture(tile(image[None], 1), out / f"{i // per_prompt:03d}_{i % per_prompt:02d}.png")
+            save_picture(tile(images, per_prompt, scale=max(1, 128 // images.shape[-1])), out / "grid.png")
+            (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+            print(f"{len(images)} pictures in {out}; all of them in {out / 'grid.png'}, a row for each prompt")
+    return 0
+
+
+def export_run(run: Path, recipe: Recipe, checkpoint: str, out: Path) -> int:
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out = {str(out)!r} exists and is not empty")
+    with trained_model(str(run), recipe, checkpoint) as flux:
+        print(f"exported to {export(flux, out)}")
+    return 0

@@ -1,0 +1,69 @@
+"""The SDE of a flow that has the ODE's marginals, one step at a time, and the Gaussian policy it defines.
+
+Equations are of arXiv 2511.16955 (Eqs. 4, 5, 12 to 16). A flow state is `x = (1 - sigma) * data + sigma * noise`, and
+`eps_hat = x + (1 - sigma) * v` the noise that a velocity implies. A step from sigma to sigma - dt draws
+
+    x' ~ N(mean, std^2 I),   mean = x - dt * v - std^2 / (2 sigma) * eps_hat   (Eq. 5)
+
+so `mean` is linear in v, and all that a policy gradient needs of it is its `slope` d mean / d v.
+"""
+# N steps of a schedule, so N + 1 sigmas; D latent elements of a picture, the last two dimensions of a state.
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ngrpo_train.sampling.solvers import Sigmas
+
+NoiseLevel = Literal["flow", "constant"]
+
+
+def step_std(level: NoiseLevel, eta: float, sigmas: Sigmas, index: int) -> float:
+    """Standard deviation of the step from `sigmas[index]` to the next: the level there times sqrt(dt).
+
+    The level is `eta` ("constant", DanceGRPO, arXiv 2505.07818) or `eta * sqrt(sigma / (1 - sigma))` ("flow",
+    Flow-GRPO, arXiv 2505.05470). Where that is infinite, at sigma = 1, the denominator takes the next sigma.
+    """
+    sigma, following = float(sigmas[index]), float(sigmas[index + 1])
+    if level == "flow":
+        eta *= math.sqrt(sigma / (1 - (following if sigma == 1 else sigma)))
+    return eta * math.sqrt(sigma - following)
+
+
+def mean_slope(sigma: float, sigma_next: float, std: float) -> float:
+    """d mean / d v of a step (Eq. 5): -dt of the ODE's step, and the share of the drift that keeps the marginals."""
+    return sigma_next - sigma - std**2 * (1 - sigma) / (2 * sigma)
+
+
+def sde_mean(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float, std: float) -> Tensor:
+    """Where the step from `x` leads on average (Eq. 5 without its noise), in the dtype of `x`."""
+    slope = mean_slope(sigma, sigma_next, std)
+    return torch.add(x * (1 - std**2 / (2 * sigma)), velocity, alpha=slope)
+
+
+def sde_step(x: Tensor, velocity: Tensor, noise: Tensor, sigma: float, sigma_next: float, std: float) -> Tensor:
+    """One Euler-Maruyama step (Eq. 5); with std = 0 it is the ODE's."""
+    return torch.add(sde_mean(x, velocity, sigma, sigma_next, std), noise, alpha=std)
+
+
+def gaussian_log_prob(sample: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
+    """log N(sample; mean, std^2 I) as its mean over D (Eq. 16 divided by D), [...] of [..., T, C].
+
+    The peers' clip ranges, 1e-4 and 1e-3, are for ratios of these means.
+    """
+    std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
+    square = ((sample - mean) / std[..., None, None]).square().mean((-2, -1))
+    return -square / 2 - std.log() - math.log(2 * math.pi) / 2
+
+
+def gaussian_log_ratio(shift: Tensor, noise: Tensor, std: Tensor) -> Tensor:
+    """log pi_theta - log pi_old at a sample that stands `std * noise` from the old mean, as its mean over D: [...].
+
+    `shift` [..., T, C] is the way from the old mean to the new one, `std` is [...]. Formed from the shift, never as a
+    difference of two log-probabilities, which would lose changes smaller than their rounding:
+    `<shift, noise> / std - |shift|^2 / (2 std^2)`.
+    """
+    steps = shift / std[..., None, None]
+    return (steps * (noise - steps / 2)).mean((-2, -1))

@@ -1,0 +1,175 @@
+"""The policy update: explored states through the model with gradients, a policy's loss, a guarded optimizer step."""
+
+# P prompts of this rank; rows r with b states each, see `rows`.
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.parallel import processes, sharding
+from ngrpo_train.recipe.sections import Algorithm
+from ngrpo_train.update.optimizer import guarded_step
+from ngrpo_train.update.rows import Explored, Rows, batches_of_rows
+
+LOG_RATIO_LIMIT = 20.0  # as the kernels': beyond it a ratio is clamped, and its gradient zero
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """A policy's loss of a batch of r rows, each with b states, and what to watch of them."""
+
+    loss: Tensor  # mean over rows and states
+    log_ratio: Tensor  # [r, ...]
+    velocity_grad_norm_rb: Tensor  # of the loss, at each state
+    figures: Mapping[str, Tensor]  # [r] each, of the policy's FIGURES
+
+
+class Policy(Protocol):
+    """How likely what was explored is, by the model that is trained against the one that explored it."""
+
+    FIGURES: ClassVar[tuple[str, ...]]
+    """Names of `Terms.figures`, alike for every batch: all ranks report the same."""
+
+    def terms(self, rows: Any, velocity: Tensor, old_velocity: Tensor | None, advantages: Tensor) -> Terms:
+        """Of rows that count. `old_velocity` is given where theta has moved since the rollout."""
+        ...
+
+    def tether(self, rows: Any, velocity: Tensor, base_velocity: Tensor) -> Tensor:
+        """How far the model is from the untrained one; mean over rows and states."""
+        ...
+
+
+class Tally:
+    """Sums of an iteration's statistics on the device, read once at its end. `num_steps` counts solver steps."""
+
+    def __init__(self, figures: Sequence[str], num_steps: int, device: torch.device) -> None:
+        self.rows = torch.zeros((), device=device)
+        self.sums = {name: torch.zeros((), device=device) for name in figures}
+        self.ratio_min = torch.full((), torch.inf, device=device)
+        self.ratio_max = torch.zeros((), device=device)
+        self.velocity_grad_norm_by_step = torch.zeros(num_steps, device=device)
+        self.rows_by_step = torch.zeros(num_steps, device=device)
+
+    def add(self, rows: Rows, terms: Terms) -> None:
+        """Statistics of one forward pass, of rows that count."""
+        ratio_r = terms.log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().flatten(1)
+        for name, total in self.sums.items():
+            total += (ratio_r.mean(1) if name == "ratio_mean" else terms.figures[name]).sum()
+        self.rows += rows.real
+        self.ratio_min = torch.minimum(self.ratio_min, ratio_r.min())
+        self.ratio_max = torch.maximum(self.ratio_max, ratio_r.max())
+        # The norms are of a mean over rows and states. Each term's own does not depend on their number.
+        own_grad_norm = terms.velocity_grad_norm_rb * terms.velocity_grad_norm_rb.numel()
+        self.velocity_grad_norm_by_step.index_add_(0, rows.step_r, own_grad_norm.mean(1))
+        self.rows_by_step.index_add_(0, rows.step_r, torch.ones_like(own_grad_norm[:, 0]))
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """What an update reports; device tensors, one value each unless their name says otherwise."""
+
+    loss: Tensor  # mean over optimizer steps
+    grad_norm: Tensor  # of the parameters, before clipping: mean over optimizer steps
+    skipped: Tensor  # optimizer steps left out for a gradient that was not finite
+    first: Tally  # at theta_old, up to the first optimizer step
+    last: Tally  # of the last optimizer step: where clip and KL act
+
+
+def update(
+    flux: Flux,
+    optimizer: torch.optim.Optimizer,
+    explored: Explored,
+    advantages: Tensor,
+    policy: Policy,
+    settings: Algorithm,
+    max_grad_norm: float,
+) -> UpdateStats | None:
+    """Make `updates_per_iteration` optimizer steps on this rank's P groups; None if no group of any rank has signal.
+
+    `advantages` [P, ...] is on the CPU and holds all ranks' prompts, so that every rank knows how many rows the others
+    have. The loss is the mean over all prompts, rows and states of an optimizer step. Groups without signal count in it
+    and add nothing, neither KL nor tether.
+    """
+    signal = Signal.of(advantages)
+    if signal.most_active == 0:
+        return None
+    device, P = explored.final_PGTC.device, len(explored.final_PGTC)
+    blocks = explored.blocks(settings.updates_per_iteration)
+    most_rows = blocks[0].rows_per_prompt
+    if flux.settings.update_batch:
+        rows_per_batch = max(1, flux.settings.update_batch // blocks[0].states_per_row)
+    else:  # compiled, always as many, for another number would have to be compiled for
+        rows_per_batch = (P if flux.compiled else signal.most_active) * most_rows
+    num_batches = -(-signal.most_active * most_rows // rows_per_batch)
+    local = signal.local.to(device, non_blocking=True)
+
+    def batches(block: Explored) -> Iterator[Rows]:
+        return batches_of_rows(block, signal.active_P, num_batches, rows_per_batch)
+
+    # theta moves after the first block: the old policy of the others is computed before, by the forward that trains.
+    old_velocity: list[list[Tensor | None]] = [[None] * num_batches for _ in blocks]
+    if settings.old_policy == "exact":
+        with torch.no_grad():
+            old_velocity[1:] = [[rows.velocity(flux) for rows in batches(block)] for block in blocks[1:]]
+
+    totals = {name: torch.zeros((), device=device) for name in ("loss", "grad_norm", "skipped")}
+    tallies: list[Tally] = []
+    for block, old in zip(blocks, old_velocity, strict=True):
+        tally = Tally(("ratio_mean", *policy.FIGURES), flux.sampling.num_inference_steps, device)
+        for batch, rows in enumerate(batches(block)):
+            sharding.sync_gradients(flux.transformer, flux.settings, last=batch == num_batches - 1)
+            velocity = rows.velocity(flux)
+            base = base_velocity(flux, rows) if settings.reference_coef else None
+            if rows.real == 0:
+                (0 * velocity.sum()).backward()  # the other ranks' backward waits for this one's
+                continue
+            counted, velocity, share = rows.counted(), velocity[: rows.real], rows.real / (P * block.rows_per_prompt)
+            then = old[batch]
+            terms = policy.terms(counted, velocity, None if then is None else then[: rows.real], local)
+            loss = terms.loss
+            if base is not None:
+                loss = loss + settings.reference_coef * policy.tether(counted, velocity, base[: rows.real])
+            (loss * share).backward()
+            totals["loss"] += loss.detach() * share / len(blocks)
+            tally.add(counted, terms)
+        grad_norm, skipped = guarded_step(optimizer, max_grad_norm, device)
+        sharding.release(flux.transformer)
+        totals["grad_norm"] += grad_norm / len(blocks)
+        totals["skipped"] += skipped
+        tallies.append(tally)
+    return UpdateStats(totals["loss"], totals["grad_norm"], totals["skipped"], tallies[0], tallies[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Who has any: advantages of this rank, and the number of active prompts on the rank that has the most."""
+
+    local: Tensor
+    active_P: Tensor
+    most_active: int
+
+    @staticmethod
+    def of(all_advantages: Tensor) -> Signal:
+        by_rank = all_advantages.chunk(processes.world_size())
+        active = [(chunk != 0).any(1) for chunk in by_rank]
+        local = processes.rank()
+        return Signal(by_rank[local], active[local], max(int(a.sum()) for a in active))
+
+
+def drift_figure(rows: Rows, velocity: Tensor) -> Tensor:
+    """Per row [r], the relative error of the rollout's velocity against the training forward's."""
+    drift = (velocity.float() - rows.rollout_velocity_rbTC).flatten(1).norm(dim=1)
+    return drift / rows.rollout_velocity_rbTC.flatten(1).norm(dim=1)
+
+
+@torch.no_grad()
+def base_velocity(flux: Flux, rows: Rows) -> Tensor:
+    """What the untrained model gives at all rows, in float32: a collective, like every forward."""
+    with flux.base_model():
+        return rows.velocity(flux).float()
