@@ -16,7 +16,7 @@ from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.update.optimizer import make_optimizer
 
-from .runs import Run, figures, observed
+from ..runs import Run, figures, observed
 
 pytestmark = pytest.mark.gpu
 ON_GPU = {"parallel.device": "cuda", "parallel.compile": "off", "parallel.attention": "native"}

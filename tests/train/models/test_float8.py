@@ -24,7 +24,7 @@ from ngrpo_train.rewards import Rewards
 from ngrpo_train.run.stopwatch import Stopwatch
 from ngrpo_train.run.trainer import Trainer
 
-from .conftest import PROMPTS, SIZE
+from ..conftest import PROMPTS, SIZE
 
 CPU = torch.device("cpu")
 TOKENS = 4

@@ -20,7 +20,7 @@ from ngrpo_train.commands.embed import embed, embed_command, training_prompts
 from ngrpo_train.models.encoders import EmbeddingCache, Manifest, TextEncoders, encoder_hash
 from ngrpo_train.recipe.sections import Evaluation, Model, Parallel, Prompts, Recipe, Sampling
 
-from .runs import environment, finish, free_ports, start
+from ..runs import environment, finish, free_ports, start
 
 LENGTH = 16
 CPU = torch.device("cpu")

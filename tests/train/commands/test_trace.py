@@ -23,7 +23,7 @@ from ngrpo_train.commands.trace import (
 )
 
 STAGES = ("rollout", "update")
-KERNELS = Path(__file__).parents[2] / "ngrpo_kernels" / "_triton"
+KERNELS = Path(__file__).parents[3] / "ngrpo_kernels" / "_triton"
 
 
 def us(start: float, stop: float) -> tuple[int, int]:

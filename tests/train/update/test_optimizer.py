@@ -19,7 +19,7 @@ from ngrpo_train.run import checkpoint
 from ngrpo_train.run.checkpoint import Checkpointer, TrainState
 from ngrpo_train.update.optimizer import guarded_step, make_optimizer
 
-from .runs import assert_same_run, saved
+from ..runs import assert_same_run, saved
 
 CPU = torch.device("cpu")
 NO_CLIPPING = float("inf")

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ngrpo_train.parallel import blocks
 from ngrpo_train.recipe.sections import Model, Parallel
 
-from .conftest import PROMPTS
+from ..conftest import PROMPTS
 
 TOKENS = 4
 

@@ -7,7 +7,7 @@ import torch
 
 from ngrpo_kernels import available_backends
 
-from .runs import TOLERANCE, Run, assert_close, figures, observed
+from ..runs import TOLERANCE, Run, assert_close, figures, observed
 
 # Kernels for the CPU on a machine without a GPU, where Triton's run in its interpreter.
 BACKENDS = [name for name in available_backends() if name != ("cpp" if torch.cuda.is_available() else None)]

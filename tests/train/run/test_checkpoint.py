@@ -19,7 +19,7 @@ from ngrpo_train.run import checkpoint
 from ngrpo_train.run.checkpoint import find_checkpoint
 from ngrpo_train.run.hacking import Look, Watch
 
-from .runs import (
+from ..runs import (
     TWO_PROMPTS,
     Run,
     assert_same_run,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .runs import TOLERANCE, TWO_PROMPTS, Run, assert_close, assert_close_figures, figures, observed, on_ranks
+from ..runs import TOLERANCE, TWO_PROMPTS, Run, assert_close, assert_close_figures, figures, observed, on_ranks
 
 PROMPTS = [*TWO_PROMPTS, "a large blue star on a white background", "a small red circle on a purple background"]
 # Several forward-backwards for each optimizer step, and every forward of the same size however many processes share the

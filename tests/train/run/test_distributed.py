@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ngrpo_train.parallel.processes import refuse_foreign_launch
 
-from .runs import (
+from ..runs import (
     TOLERANCE,
     TWO_PROMPTS,
     Run,
