@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.train_model import NO_COMPILER, ROUNDS, Inputs, build, peak_tflops, skipping, with_compiler
 from benchmarks.train_recipes import settings_of
 from benchmarks.train_rows import Case, Session, Skip, clock, peak_memory, seconds_of
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.models.sizes import find_architecture
 from ngrpo_train.parallel import attention
 from ngrpo_train.plan import iteration_flops
@@ -28,13 +28,13 @@ def forward(session: Session, recipe: Recipe) -> None:
         built = build(session, "forward", how, of_how)
         if built is None:
             continue
-        flux, inputs = built
+        model, inputs = built
         for batch in batches:
-            _forward_case(session, flux, inputs, of_how, batch, "native", how, seen)
-        _gradient_case(session, flux, inputs, of_how, how, seen)
+            _forward_case(session, model, inputs, of_how, batch, "native", how, seen)
+        _gradient_case(session, model, inputs, of_how, how, seen)
         for backend in attention.CANDIDATES[1:]:
-            _forward_case(session, flux, inputs, of_how, G, backend, how, seen)
-        del flux, inputs, built
+            _forward_case(session, model, inputs, of_how, G, backend, how, seen)
+        del model, inputs, built
         B = recipe.algorithm.num_anchors
         pairs = [(f"{how}, batch {batch}", f"{how}, batch {G}") for batch in batches[:-1]]
         pairs += [(f"{how}, {backend}, batch {G}", f"{how}, batch {G}") for backend in attention.CANDIDATES[1:]]
@@ -46,7 +46,7 @@ def forward(session: Session, recipe: Recipe) -> None:
 
 def _forward_case(
     session: Session,
-    flux: Flux,
+    model: FlowModel,
     inputs: Inputs,
     recipe: Recipe,
     batch: int,
@@ -58,23 +58,23 @@ def _forward_case(
     name = f"{how}, batch {batch}" if backend == "native" else f"{how}, {backend}, batch {batch}"
 
     def measure(case: Case) -> None:
-        _use_backend(flux, backend)
-        flux.settings = replace(flux.settings, rollout_batch=batch)
+        _use_backend(model, backend)
+        model.settings = replace(model.settings, rollout_batch=batch)
         part = inputs.first(batch)
-        _speed(case, recipe, batch, lambda: flux.sampling_velocity(*part))
+        _speed(case, recipe, batch, lambda: model.sampling_velocity(*part))
         everything = inputs.first(len(inputs.x_NTC))
-        seen[name] = flux.sampling_velocity(*everything).float().cpu()
+        seen[name] = model.sampling_velocity(*everything).float().cpu()
 
     settings = replace(recipe.parallel, rollout_batch=batch, attention=backend)
     session.case("forward", name, measure, settings_of(replace(recipe, parallel=settings)), keep_compiled=True)
 
 
-def _use_backend(flux: Flux, backend: str) -> None:
+def _use_backend(model: FlowModel, backend: str) -> None:
     try:
-        attention.refuse(backend, flux.device)
+        attention.refuse(backend, model.device)
     except ValueError as error:
         raise Skip(str(error)) from None
-    flux.transformer.set_attention_backend(backend)
+    model.transformer.set_attention_backend(backend)
 
 
 def _speed(case: Case, recipe: Recipe, batch: int, call: Callable[[], object]) -> None:
@@ -100,17 +100,17 @@ def forward_flops(recipe: Recipe) -> float:
 
 
 def _gradient_case(
-    session: Session, flux: Flux, inputs: Inputs, recipe: Recipe, how: str, seen: dict[str, Tensor]
+    session: Session, model: FlowModel, inputs: Inputs, recipe: Recipe, how: str, seen: dict[str, Tensor]
 ) -> None:
     """The forward that trains, on as many pictures as an update takes."""
     B = recipe.algorithm.num_anchors
     name = f"{how}, with gradient, batch {B}"
 
     def measure(case: Case) -> None:
-        _use_backend(flux, "native")
+        _use_backend(model, "native")
         part = inputs.first(B)
-        _speed(case, recipe, B, lambda: flux.velocity(*part))
-        seen[name] = flux.velocity(*part).detach().float().cpu()
+        _speed(case, recipe, B, lambda: model.velocity(*part))
+        seen[name] = model.velocity(*part).detach().float().cpu()
 
     session.case("forward", name, measure, settings_of(recipe), keep_compiled=True)
 
@@ -120,20 +120,20 @@ def _float8(session: Session, recipe: Recipe, seen: dict[str, Tensor], G: int) -
     built = build(session, "forward", "float8", recipe)
     if built is None:
         return
-    (flux, inputs), name = built, f"float8, batch {G}"
+    (model, inputs), name = built, f"float8, batch {G}"
 
     def measure(case: Case) -> None:
         def quantise() -> None:
-            with flux.exploring():
+            with model.exploring():
                 pass
 
-        _use_backend(flux, "native")
+        _use_backend(model, "native")
         quantise()
         case.add("quantise", "s", *seconds_of(quantise, session.device, 2))
         part = inputs.first(G)
-        with flux.exploring():
-            _speed(case, recipe, G, lambda: flux.sampling_velocity(*part, explore=True))
-            seen[name] = flux.sampling_velocity(*part, explore=True).float().cpu()
+        with model.exploring():
+            _speed(case, recipe, G, lambda: model.sampling_velocity(*part, explore=True))
+            seen[name] = model.sampling_velocity(*part, explore=True).float().cpu()
 
     session.case("forward", name, measure, settings_of(recipe))
     _differences(session, "float8", seen, [(name, f"compiled, batch {G}")])

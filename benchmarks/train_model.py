@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.train_recipes import settings_of, with_depth
 from benchmarks.train_rows import Case, Session, Skip, clock, peak_memory, seconds_of
 from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.models.sizes import find_architecture, transformer_on
 from ngrpo_train.parallel import blocks
 from ngrpo_train.plan.machines import machine_of
@@ -36,29 +36,29 @@ class Inputs:
     conditioning: Conditioning
 
     @staticmethod
-    def make(flux: Flux, recipe: Recipe) -> "Inputs":
+    def make(model: FlowModel, recipe: Recipe) -> "Inputs":
         count = recipe.algorithm.num_generations
-        x = torch.randn(count, *flux.latent_shape, generator=torch.Generator().manual_seed(0)).to(flux.device)
+        x = torch.randn(count, *model.latent_shape, generator=torch.Generator().manual_seed(0)).to(model.device)
         prompts = load_prompts(recipe.prompts.source)[:count]
-        return Inputs(x, torch.full((count,), 0.9, device=flux.device), flux.encode(prompts))
+        return Inputs(x, torch.full((count,), 0.9, device=model.device), model.encode(prompts))
 
     def first(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
         rows = torch.arange(count, device=self.x_NTC.device)
         return self.x_NTC[:count], self.sigma_N[:count], self.conditioning.rows(rows)
 
 
-def build(session: Session, part: str, name: str, recipe: Recipe) -> tuple[Flux, Inputs] | None:
+def build(session: Session, part: str, name: str, recipe: Recipe) -> tuple[FlowModel, Inputs] | None:
     """The model of a recipe and inputs for it; None where they cannot be made, which is then a row."""
-    made: list[tuple[Flux, Inputs]] = []
+    made: list[tuple[FlowModel, Inputs]] = []
 
     def measure(case: Case) -> None:
         # So that every build has the same text encoders and VAE; the transformer's weights have seeds of their own.
         torch.manual_seed(recipe.train.seed)
         stop = clock(session.device)
-        flux = Flux(recipe.model, recipe.sampling, recipe.parallel, session.device)
+        model = FlowModel(recipe.model, recipe.sampling, recipe.parallel, session.device)
         case.add("build", "s", stop())
         stop = clock(session.device)
-        made.append((flux, Inputs.make(flux, recipe)))
+        made.append((model, Inputs.make(model, recipe)))
         case.add("encode", "s", stop(), note=f"{recipe.algorithm.num_generations} prompts, the first time")
 
     session.case(part, f"building: {name}", measure, settings_of(recipe), always=True)
@@ -93,41 +93,41 @@ def activations(session: Session, recipe: Recipe) -> None:
     built = build(session, "activations", "the model", with_compiler(recipe, False))
     if built is None:
         return
-    flux, part = built[0], built[1].first(recipe.algorithm.num_anchors)
+    model, part = built[0], built[1].first(recipe.algorithm.num_anchors)
     keeps: list[tuple[Any, bool]] = [(keep, True) for keep in ("full", 0.9, "none", 0.7, 0.5, "selective")]
     keeps += [(keep, False) for keep in ("full", "selective", "none")]
 
     for keep, compiled in keeps:
-        model = replace(recipe.model, gradient_checkpointing=keep)
-        of_keep = replace(with_compiler(recipe, compiled), model=model)
+        spec = replace(recipe.model, gradient_checkpointing=keep)
+        of_keep = replace(with_compiler(recipe, compiled), model=spec)
 
         def measure(case: Case, recipe: Recipe = of_keep, compiled: bool = compiled) -> None:
             if compiled and not session.compiles:
                 raise Skip(NO_COMPILER)
-            _prepare_again(flux, recipe)
-            _forward_backward(case, flux, part)
+            _prepare_again(model, recipe)
+            _forward_backward(case, model, part)
 
         session.case("activations", f"{keep}, {'compiled' if compiled else 'eager'}", measure, settings_of(of_keep))
 
 
-def _prepare_again(flux: Flux, recipe: Recipe) -> None:
+def _prepare_again(model: FlowModel, recipe: Recipe) -> None:
     """Blocks that recompute and compile by another recipe."""
     import torch._functorch.config as functorch
 
     functorch.activation_memory_budget = 1.0
-    repeated = [*flux.transformer.transformer_blocks, *flux.transformer.single_transformer_blocks]
+    repeated = [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]
     for block in repeated:
         block.__dict__.pop("forward", None)
-    blocks.prepare(repeated, recipe.model, recipe.parallel, flux.device)
+    blocks.prepare(repeated, recipe.model, recipe.parallel, model.device)
 
 
-def _forward_backward(case: Case, flux: Flux, part: tuple[Tensor, Tensor, Conditioning]) -> None:
+def _forward_backward(case: Case, model: FlowModel, part: tuple[Tensor, Tensor, Conditioning]) -> None:
     device, taken = case.session.device, []
-    direction = torch.randn(part[0].shape, generator=torch.Generator().manual_seed(1)).to(device, flux.compute_dtype)
+    direction = torch.randn(part[0].shape, generator=torch.Generator().manual_seed(1)).to(device, model.compute_dtype)
 
     def both() -> None:
         stop = clock(device)
-        velocity = flux.velocity(*part)
+        velocity = model.velocity(*part)
         taken.append(stop())
         stop = clock(device)
         velocity.backward(direction)
@@ -205,8 +205,8 @@ def decode(session: Session, recipe: Recipe) -> None:
     built = build(session, "decode", "the VAE", recipe)
     if built is None:
         return
-    flux, G = built[0], recipe.algorithm.num_generations
-    latents_NTC = torch.randn(G, *flux.latent_shape, generator=torch.Generator().manual_seed(0)).to(session.device)
+    model, G = built[0], recipe.algorithm.num_generations
+    latents_NTC = torch.randn(G, *model.latent_shape, generator=torch.Generator().manual_seed(0)).to(session.device)
     batches = list(dict.fromkeys(n for n in (4, G, 1) if n <= G))
     choices = [(batch, False, last) for last in (True, False) for batch in batches]
     choices += [(batch, True, True) for batch in batches] + [(batches[0], True, False)]
@@ -218,13 +218,13 @@ def decode(session: Session, recipe: Recipe) -> None:
         ) -> None:
             if compiled and not session.compiles:
                 raise Skip(NO_COMPILER)
-            _set_decoder(flux, compiled, channels_last)
-            flux.settings = replace(flux.settings, decode_batch=batch)
+            _set_decoder(model, compiled, channels_last)
+            model.settings = replace(model.settings, decode_batch=batch)
             stop = clock(session.device)
-            flux.decode(latents_NTC)
+            model.decode(latents_NTC)
             case.add("first_call", "s", stop())
             with peak_memory(case):
-                case.add("decode", "s", *seconds_of(lambda: flux.decode(latents_NTC), session.device, 4))
+                case.add("decode", "s", *seconds_of(lambda: model.decode(latents_NTC), session.device, 4))
 
         layout = "channels last" if channels_last else "channels first"
         name = f"{batch} at once, {'compiled' if compiled else 'eager'}, {layout}"
@@ -233,10 +233,10 @@ def decode(session: Session, recipe: Recipe) -> None:
         session.case("decode", name, measure, settings_of(of_case))
 
 
-def _set_decoder(flux: Flux, compiled: bool, channels_last: bool) -> None:
-    vae = flux.pipeline.vae
+def _set_decoder(model: FlowModel, compiled: bool, channels_last: bool) -> None:
+    vae = model.pipeline.vae
     vae.decoder.__dict__.pop("forward", None)
     vae.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    flux.compiled = compiled
+    model.compiled = compiled
     if compiled:
         vae.decoder.forward = torch.compile(vae.decoder.forward, dynamic=False)

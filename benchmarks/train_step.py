@@ -97,7 +97,7 @@ def measure(
         trainer = Trainer.make(recipe, recipe.parallel, rewards, device, watch)
         cost = cost_of(recipe, device)
         case.add("build", "s", building())
-        trained = sum(parameter.numel() for parameter in trainer.flux.trainable.values())
+        trained = sum(parameter.numel() for parameter in trainer.model.trainable.values())
         case.add("trained_parameters", "count", trained)
         cost.figures(1.0)  # what was compiled before is not this recipe's
 

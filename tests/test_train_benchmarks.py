@@ -347,7 +347,7 @@ def test_the_peer_computes_the_same_gradient(tmp_path: Path) -> None:
     recipe = tiny(on_gpu=False)
     prompt = "a large red circle on a blue background"
     trainer = Trainer.make(recipe, settle_memory(recipe, CPU), Rewards(recipe.rewards), CPU, Stopwatch(CPU))
-    flux, keep = trainer.flux, Keep(trainer.flux.trainable)
+    flux, keep = trainer.model, Keep(trainer.model.trainable)
     groups = trainer.algorithm.explore(flux, [Prompt(prompt, 0)], 0)
     scores = trainer.rewards(flux.decode(groups.final_PGTC.flatten(0, 1)), [Prompt(prompt, 0)])
     advantages_PG = trainer.algorithm.advantages(scores, 0)

@@ -13,7 +13,7 @@ from ngrpo_train.algorithms.dance_grpo import DanceGRPO
 from ngrpo_train.algorithms.flow_grpo import FlowGRPO
 from ngrpo_train.algorithms.mix_grpo import MixGRPO, MixGRPOFlash
 from ngrpo_train.algorithms.neighbor import NeighborGRPO, refuse_backend
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards, Scores
@@ -23,14 +23,14 @@ from ngrpo_train.update.policy import UpdateStats
 class GRPO(Protocol):
     """What the loop asks of an algorithm. What it explores is its own, but for `rows.Explored`."""
 
-    def explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Any: ...
+    def explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Any: ...
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Of all ranks' prompts, on the CPU: [P, X], X = G but for a tree."""
         ...
 
     def update(
-        self, flux: Flux, optimizer: torch.optim.Optimizer, groups: Any, advantages: Tensor
+        self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Any, advantages: Tensor
     ) -> UpdateStats | None: ...
 
 

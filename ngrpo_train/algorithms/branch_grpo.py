@@ -18,7 +18,7 @@ from ngrpo_train.algorithms.advantages import group_rewards, standardised
 from ngrpo_train.algorithms.stochastic import StochasticGRPO, Transitions, draw_noise, step_constants
 from ngrpo_train.draws import NOISE, stream
 from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Recipe
@@ -39,13 +39,13 @@ class BranchGRPO(StochasticGRPO):
     level: ClassVar[NoiseLevel] = "constant"
 
     @torch.no_grad()
-    def _explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Transitions:
+    def _explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Transitions:
         draws = [{"seed": self.seed, "step": step, "slot": prompt.slot} for prompt in prompts]
         trained, splits = tree_steps(self.recipe, step), branch_steps(self.recipe)
         last = len(self.sigmas) - 2
         stds = self.stds(self.sigmas, range(last))
-        conditioning = flux.encode([prompt.text for prompt in prompts])
-        of_prompt = torch.arange(len(prompts), device=flux.device)
+        conditioning = model.encode([prompt.text for prompt in prompts])
+        of_prompt = torch.arange(len(prompts), device=model.device)
         order_PX = torch.stack(
             [
                 torch.randperm(
@@ -54,23 +54,25 @@ class BranchGRPO(StochasticGRPO):
                 for draw in draws
             ]
         )  # in which optimizer steps take the edges: a share of all depths each
-        x_PnTC = draw_noise(flux, draws, 1, NOISE)
+        x_PnTC = draw_noise(model, draws, 1, NOISE)
         kept: dict[str, list[Tensor]] = {"before": [], "noise": [], "velocity": []}
         for index in range(last + 1):
             sigma, following = float(self.sigmas[index]), float(self.sigmas[index + 1])
             P, n = x_PnTC.shape[:2]
             rows = conditioning.rows(of_prompt.repeat_interleave(n))
             flat = x_PnTC.flatten(0, 1)
-            velocity = flux.sampling_velocity(flat, torch.full((P * n,), sigma, device=flat.device), rows, explore=True)
+            velocity = model.sampling_velocity(
+                flat, torch.full((P * n,), sigma, device=flat.device), rows, explore=True
+            )
             velocity_PnTC = velocity.view_as(x_PnTC)
             if index == last:
                 x_PnTC, _ = euler_step(x_PnTC, velocity_PnTC, self.sigmas, index)
                 break
             if index in splits:
                 x_PnTC, velocity_PnTC = (both.repeat_interleave(2, dim=1) for both in (x_PnTC, velocity_PnTC))
-                noise = sibling_noise(flux, draws, n, self.settings.branch_spread, index)
+                noise = sibling_noise(model, draws, n, self.settings.branch_spread, index)
             else:
-                noise = draw_noise(flux, draws, n, f"{NOISE}/{index}")
+                noise = draw_noise(model, draws, n, f"{NOISE}/{index}")
             if index in trained:
                 for name, value in (("before", x_PnTC), ("noise", noise), ("velocity", velocity_PnTC)):
                     kept[name].append(value.float())
@@ -112,12 +114,12 @@ class BranchGRPO(StochasticGRPO):
         return torch.cat([standardised(fused(rewards_RPG, n), weights, settings) for n in edges], dim=1)
 
     def update(
-        self, flux: Flux, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor
+        self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor
     ) -> UpdateStats | None:
         if self.settings.width_pruning != "none":
             local_PX = advantages.chunk(processes.world_size())[processes.rank()]
             groups = groups.take(self._unpruned(groups, local_PX))
-        return super().update(flux, optimizer, groups, advantages)
+        return super().update(model, optimizer, groups, advantages)
 
     def _unpruned(self, groups: Transitions, advantages_PX: Tensor) -> Tensor:
         """Which transitions width pruning leaves, [P, M] on the CPU, in the order they have."""
@@ -157,11 +159,13 @@ def kept_leaves(advantages_PG: Tensor, pruning: str) -> Tensor:
     return torch.ones_like(advantages_PG, dtype=torch.bool)
 
 
-def sibling_noise(flux: Flux, draws: Sequence[dict[str, int]], branches: int, spread: float, index: int) -> Tensor:
+def sibling_noise(
+    model: FlowModel, draws: Sequence[dict[str, int]], branches: int, spread: float, index: int
+) -> Tensor:
     """Noise of both children of each branch, [P, 2 * branches, T, C]: standard normal, siblings correlated.
 
     `(common + spread * own) / sqrt(1 + spread^2)`.
     """
-    common = draw_noise(flux, draws, branches, f"{NOISE}/{index}/common").repeat_interleave(2, dim=1)
-    own = draw_noise(flux, draws, 2 * branches, f"{NOISE}/{index}")
+    common = draw_noise(model, draws, branches, f"{NOISE}/{index}/common").repeat_interleave(2, dim=1)
+    own = draw_noise(model, draws, 2 * branches, f"{NOISE}/{index}")
     return (common + spread * own) / math.sqrt(1 + spread**2)

@@ -15,7 +15,7 @@ from ngrpo_kernels import leaping_log_ratio, neighbor_grpo_loss_from_velocity, p
 from ngrpo_train.algorithms.advantages import group_rewards, quasi_norm
 from ngrpo_train.draws import draw_anchors, draw_train_steps
 from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Algorithm, Recipe
 from ngrpo_train.recipe.workload import num_train_steps, trainable_steps
@@ -103,34 +103,34 @@ class NeighborGRPO:
         self.sigmas = flow_sigmas(recipe.sampling.num_inference_steps, recipe.sampling.shift)
         self.policy = LeapingPolicy(recipe.algorithm)
 
-    def explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Neighborhoods:
+    def explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Neighborhoods:
         """A neighborhood for each prompt, `prompts.per_rank` of them at a time."""
-        return in_parts(prompts, self.recipe.prompts.per_rank, lambda part: self._explore(flux, part, step))
+        return in_parts(prompts, self.recipe.prompts.per_rank, lambda part: self._explore(model, part, step))
 
-    def _explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Neighborhoods:
+    def _explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Neighborhoods:
         settings, K = self.settings, num_train_steps(self.recipe)
         trainable = trainable_steps(self.recipe)
         draws = [{"seed": self.seed, "step": step, "slot": prompt.slot} for prompt in prompts]
-        noise = [neighborhood(flux.latent_shape, settings.num_generations, settings.sigma, **draw) for draw in draws]
+        noise = [neighborhood(model.latent_shape, settings.num_generations, settings.sigma, **draw) for draw in draws]
         anchors = [draw_anchors(settings.num_generations, settings.num_anchors, **draw) for draw in draws]
         steps = [draw_train_steps((trainable.start, trainable.stop), K, **draw) for draw in draws]
-        noise_PGTC = torch.stack(noise).to(flux.device)
-        return explored(flux, prompts, noise_PGTC, self.sigmas, torch.stack(steps), torch.stack(anchors))
+        noise_PGTC = torch.stack(noise).to(model.device)
+        return explored(model, prompts, noise_PGTC, self.sigmas, torch.stack(steps), torch.stack(anchors))
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Of all ranks' prompts, on the CPU: standardised, weighted, summed, divided by the quasi-norm [P, G]."""
         return quasi_norm(*group_rewards(self.recipe, self.rewards, scores, step), self.settings)
 
     def update(
-        self, flux: Flux, optimizer: torch.optim.Optimizer, groups: Neighborhoods, advantages_PG: Tensor
+        self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Neighborhoods, advantages_PG: Tensor
     ) -> UpdateStats | None:
         limit = self.recipe.optimizer.max_grad_norm
-        return update(flux, optimizer, groups, advantages_PG, self.policy, self.settings, limit)
+        return update(model, optimizer, groups, advantages_PG, self.policy, self.settings, limit)
 
 
 @torch.no_grad()
 def explored(
-    flux: Flux,
+    model: FlowModel,
     prompts: list[Prompt],
     noise_PGTC: Tensor,
     sigmas: Tensor,
@@ -141,7 +141,7 @@ def explored(
     P, G = noise_PGTC.shape[:2]
     K, B = step_PK.shape[1], anchor_PB.shape[1]
     shape_TC = noise_PGTC.shape[2:]
-    conditioning = flux.encode([prompt.text for prompt in prompts])
+    conditioning = model.encode([prompt.text for prompt in prompts])
     of_picture = torch.arange(P, device=noise_PGTC.device).repeat_interleave(G)
     anchor_PB = anchor_PB.to(noise_PGTC.device)
 
@@ -149,7 +149,7 @@ def explored(
     after = noise_PGTC.new_empty(P, K, G, *shape_TC)
     velocity = noise_PGTC.new_empty(P, K, B, *shape_TC)
     final = noise_PGTC
-    for step in generate(flux, noise_PGTC.flatten(0, 1), conditioning.rows(of_picture), sigmas, explore=True):
+    for step in generate(model, noise_PGTC.flatten(0, 1), conditioning.rows(of_picture), sigmas, explore=True):
         final = step.after_NTC.view_as(noise_PGTC)
         for p, k in (step_PK == step.index).nonzero().tolist():  # a CPU tensor: no synchronisation
             before[p, k] = step.before_NTC.view_as(noise_PGTC)[p, anchor_PB[p]]

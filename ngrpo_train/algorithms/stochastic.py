@@ -15,7 +15,7 @@ from torch import Tensor
 from ngrpo_train.algorithms.advantages import group_rewards, standardised
 from ngrpo_train.draws import NOISE, draw_train_steps, stream
 from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Algorithm, Recipe
 from ngrpo_train.recipe.workload import num_train_steps, trainable_steps
@@ -193,40 +193,40 @@ class StochasticGRPO:
         steps = range(len(sigmas) - 1)
         return tuple(step_std(self.level, self.settings.eta, sigmas, i) if i in random else 0.0 for i in steps)
 
-    def explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Transitions:
+    def explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Transitions:
         """Walks for each prompt, `prompts.per_rank` of them at a time."""
-        return in_parts(prompts, self.recipe.prompts.per_rank, lambda part: self._explore(flux, part, step))
+        return in_parts(prompts, self.recipe.prompts.per_rank, lambda part: self._explore(model, part, step))
 
-    def _explore(self, flux: Flux, prompts: list[Prompt], step: int) -> Transitions:
+    def _explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Transitions:
         walk, G = self.walk(step), self.settings.num_generations
         draws = [{"seed": self.seed, "step": step, "slot": prompt.slot} for prompt in prompts]
         bounds = walk.trained.start, walk.trained.stop
         step_PK = torch.stack([draw_train_steps(bounds, walk.num_train_steps, **draw) for draw in draws])
         order_PG = torch.stack([torch.randperm(G, generator=stream(**draw, purpose="order")) for draw in draws])
-        start = draw_noise(flux, draws, 1 if self.shares_noise else G, NOISE).expand(-1, G, -1, -1)
-        return random_walk(flux, prompts, draws, start, walk, step_PK, order_PG)
+        start = draw_noise(model, draws, 1 if self.shares_noise else G, NOISE).expand(-1, G, -1, -1)
+        return random_walk(model, prompts, draws, start, walk, step_PK, order_PG)
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Of all ranks' prompts, on the CPU: standardised, weighted, summed, clipped [P, G]."""
         return standardised(*group_rewards(self.recipe, self.rewards, scores, step), self.settings)
 
     def update(
-        self, flux: Flux, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor
+        self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor
     ) -> UpdateStats | None:
         limit = self.recipe.optimizer.max_grad_norm
-        return update(flux, optimizer, groups, advantages, self.policy, self.settings, limit)
+        return update(model, optimizer, groups, advantages, self.policy, self.settings, limit)
 
 
-def draw_noise(flux: Flux, draws: Sequence[dict[str, int]], count: int, purpose: str) -> Tensor:
+def draw_noise(model: FlowModel, draws: Sequence[dict[str, int]], count: int, purpose: str) -> Tensor:
     """Standard normal [P, count, T, C] on the device, of a stream of its own for each of the P `draws`."""
-    shape = (count, *flux.latent_shape)
+    shape = (count, *model.latent_shape)
     drawn = [torch.randn(shape, generator=stream(**draw, purpose=purpose)) for draw in draws]
-    return torch.stack(drawn).to(flux.device)
+    return torch.stack(drawn).to(model.device)
 
 
 @torch.no_grad()
 def random_walk(
-    flux: Flux,
+    model: FlowModel,
     prompts: list[Prompt],
     draws: Sequence[dict[str, int]],
     start_PGTC: Tensor,
@@ -246,20 +246,20 @@ def random_walk(
         x: Tensor, velocity: Tensor, sigmas: Sigmas, index: int, previous: Previous | None
     ) -> tuple[Tensor, Previous | None]:
         if std := walk.std[index]:
-            noises[index] = draw_noise(flux, draws, G, f"{NOISE}/{index}")
+            noises[index] = draw_noise(model, draws, G, f"{NOISE}/{index}")
             sigma, following = float(sigmas[index]), float(sigmas[index + 1])
             return sde_step(x, velocity, noises[index].flatten(0, 1), sigma, following, std), None
         second = walk.second_order_from is not None and index >= walk.second_order_from
         step: SolverStep = dpmpp_2m_step if second else euler_step
         return step(x, velocity, sigmas, index, previous)  # a random step leaves nothing to extrapolate from
 
-    conditioning = flux.encode([prompt.text for prompt in prompts])
+    conditioning = model.encode([prompt.text for prompt in prompts])
     of_picture = torch.arange(P, device=device).repeat_interleave(G)
     kept = {name: start_PGTC.new_empty(P, G, K, *shape_TC) for name in ("before", "noise", "velocity")}
     order = order_PG.to(device)
     final = start_PGTC
     for step in generate(
-        flux, start_PGTC.flatten(0, 1), conditioning.rows(of_picture), walk.sigmas, explore=True, solver=solver
+        model, start_PGTC.flatten(0, 1), conditioning.rows(of_picture), walk.sigmas, explore=True, solver=solver
     ):
         noise = noises.pop(step.index, None)
         for p, k in (step_PK == step.index).nonzero().tolist():  # a CPU tensor: no synchronisation

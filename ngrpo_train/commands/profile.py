@@ -33,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ngrpo_train.algorithms import refuse_backend
 from ngrpo_train.commands.trace import ELSEWHERE, ITERATION, OPTIMIZER, Sum, Trace, read
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import blocks, processes
 from ngrpo_train.plan.settle import cost_of, explained_out_of_memory, settle_attention, settle_memory
 from ngrpo_train.prompts import PromptCursor, load_prompts
@@ -86,7 +86,7 @@ def profile(
             settings = settle_memory(recipe, device)
             ranges = Ranges(Stopwatch(device), mark)
             trainer = Trainer.make(recipe, settings, rewards, device, ranges)
-            with ranges.inside(trainer.flux, trainer.optimizer):
+            with ranges.inside(trainer.model, trainer.optimizer):
                 before = [Iteration.make(trainer, ranges, cursor, step) for step in range(warmup)]
                 with _recording(out, device, trace=trace, memory=memory):
                     made = [Iteration.make(trainer, ranges, cursor, warmup + step) for step in range(iterations)]
@@ -130,8 +130,8 @@ class Iteration:
         ranges.watch.restart()
         with ranges.mark(ITERATION):
             outcome = trainer.iterate(cursor.next(), step)
-            if trainer.flux.device.type == "cuda":
-                torch.cuda.synchronize(trainer.flux.device)  # training waits too, to read an iteration's figures
+            if trainer.model.device.type == "cuda":
+                torch.cuda.synchronize(trainer.model.device)  # training waits too, to read an iteration's figures
         times = ranges.watch.read()
         signal_P = (outcome.advantages != 0).any(1)
         return Iteration(
@@ -160,7 +160,7 @@ class Ranges:
             self._end(depth)
 
     @contextmanager
-    def inside(self, flux: Flux, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def inside(self, model: FlowModel, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Within it the model's passes, its blocks and the optimizer's steps have ranges too.
 
         Hooks make them, around a block's call and so outside of what is compiled.
@@ -169,7 +169,7 @@ class Ranges:
             optimizer.register_step_pre_hook(lambda *_: self._begin(OPTIMIZER)),
             optimizer.register_step_post_hook(lambda *_: self._end()),
         ]
-        for transformer in flux.transformers:
+        for transformer in model.transformers:
             # After FSDP's hook, which queues what it does at the end of a backward pass: ours is to end after that.
             handles += self._hook(transformer, "forward", self._begin_backward, timed=True, first=False)
             for kind, repeated in (

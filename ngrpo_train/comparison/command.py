@@ -219,10 +219,10 @@ def _draw(
     """The model is loaded only if pictures are missing, and gone afterwards."""
     if gallery.missing():
         processes.barrier()
-        with source.loaded(recipe, device) as flux:
-            tail = base_tail(flux, base.model, tail_steps) if base and tail_steps else None
-            generate_missing(flux, recipe, gallery, _label(source), tail)
-        del flux, tail
+        with source.loaded(recipe, device) as model:
+            tail = base_tail(model, base.model, tail_steps) if base and tail_steps else None
+            generate_missing(model, recipe, gallery, _label(source), tail)
+        del model, tail
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ngrpo_train.comparison.gallery import Gallery
 from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.progress import progress
 from ngrpo_train.recipe.sections import Model, Recipe
@@ -17,7 +17,7 @@ from ngrpo_train.sampling.evaluate import pictures
 from ngrpo_train.sampling.rollout import Tail
 
 
-def generate_missing(flux: Flux, recipe: Recipe, gallery: Gallery, what: str, tail: Tail | None = None) -> None:
+def generate_missing(model: FlowModel, recipe: Recipe, gallery: Gallery, what: str, tail: Tail | None = None) -> None:
     """A collective: every process makes as many batches as every other, for a sharded forward needs them all."""
     missing = set(gallery.missing())
     processes.barrier()  # all have looked before one of them writes
@@ -33,7 +33,7 @@ def generate_missing(flux: Flux, recipe: Recipe, gallery: Gallery, what: str, ta
     mine = [batches[place % len(batches)] for place in places]
     with progress(f"{what}: pictures", sum(map(len, mine))) as advance:
         for place, slots in zip(places, mine, strict=True):
-            images = pictures(flux, recipe, [gallery.prompt(slot).text for slot in slots], slots, tail).cpu()
+            images = pictures(model, recipe, [gallery.prompt(slot).text for slot in slots], slots, tail).cpu()
             if place < len(batches):  # the rest is another process's, made only because all must make as many
                 for slot, image in zip(slots, images, strict=True):
                     if slot in missing:
@@ -42,20 +42,20 @@ def generate_missing(flux: Flux, recipe: Recipe, gallery: Gallery, what: str, ta
     processes.barrier()
 
 
-def base_tail(flux: Flux, base: Model, steps: int) -> Tail | None:
+def base_tail(model: FlowModel, base: Model, steps: int) -> Tail | None:
     """The base model for the last `steps` solver steps: LoRA's adapters off, else its own transformer beside."""
     if steps == 0:
         return None
-    is_own_base = flux.model.tuning == "lora" and replace(flux.model, tuning="full") == replace(base, tuning="full")
-    return Tail(_WithoutAdapters(flux) if is_own_base else flux.beside(base), steps)
+    is_own_base = model.spec.tuning == "lora" and replace(model.spec, tuning="full") == replace(base, tuning="full")
+    return Tail(_WithoutAdapters(model) if is_own_base else model.beside(base), steps)
 
 
 @dataclass(frozen=True, slots=True)
 class _WithoutAdapters:
-    flux: Flux
+    model: FlowModel
 
     def sampling_velocity(
         self, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning, *, explore: bool = False
     ) -> Any:
-        with self.flux.base_model():
-            return self.flux.sampling_velocity(x_NTC, sigma_N, conditioning, explore=explore)
+        with self.model.base_model():
+            return self.model.sampling_velocity(x_NTC, sigma_N, conditioning, explore=explore)

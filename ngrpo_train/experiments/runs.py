@@ -57,8 +57,8 @@ class Yardstick:
         """Of a model on the test prompts, by name; a collective."""
         prompts = load_prompts(self.recipe.evaluation.test, "evaluation.test")
         rewards = Rewards(self.recipe.rewards, device)
-        with source.loaded(self.recipe, device) as flux:
-            return evaluate(flux, self.recipe, rewards, prompts).mean()
+        with source.loaded(self.recipe, device) as model:
+            return evaluate(model, self.recipe, rewards, prompts).mean()
 
     def judged(self, scores: Mapping[str, float], trained_on: Sequence[str]) -> dict[str, float]:
         """An evaluation's columns of the CSV."""

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards
@@ -28,13 +28,13 @@ class Report:
 
     @staticmethod
     def make(
-        flux: Flux, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[str]], picture_path: Path
+        model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[str]], picture_path: Path
     ) -> Report:
         """Score every prompt set and draw the first pictures of the first one; a collective."""
-        evaluations = {name: evaluate(flux, recipe, rewards, texts) for name, texts in prompts.items()}
+        evaluations = {name: evaluate(model, recipe, rewards, texts) for name, texts in prompts.items()}
         shown = next(iter(prompts.values()))[: recipe.log.num_images]
         per_prompt = recipe.evaluation.num_images_per_prompt
-        images = pictures(flux, recipe, shown, [i * per_prompt for i in range(len(shown))])
+        images = pictures(model, recipe, shown, [i * per_prompt for i in range(len(shown))])
         if processes.rank() == 0:
             scale = max(1, 128 // images.shape[-1])
             save_picture(tile(images.cpu(), columns=min(4, len(shown)), scale=scale), picture_path)

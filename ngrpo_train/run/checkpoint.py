@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import PromptCursor
 from ngrpo_train.recipe.checks import refuse_changed
@@ -39,7 +39,7 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 class TrainState:
     """Everything that moves during training. `step` counts finished iterations."""
 
-    flux: Flux
+    model: FlowModel
     optimizer: torch.optim.Optimizer
     cursor: PromptCursor
     ema: EMA | None = None
@@ -51,7 +51,7 @@ class TrainState:
         return self.ema.applied() if self.ema else nullcontext()
 
     def tensors(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.flux.transformer, self.optimizer, options=_OPTIONS)
+        model, optimizer = get_state_dict(self.model.transformer, self.optimizer, options=_OPTIONS)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         if self.ema:
             state["ema"] = self.ema.state_dict()
@@ -183,10 +183,10 @@ def refuse_unlike(path: Path, recipe: Recipe, cursor: PromptCursor) -> None:
     cursor.load_state_dict(record["cursor"])
 
 
-def load_weights(flux: Flux, path: Path) -> None:
+def load_weights(model: FlowModel, path: Path) -> None:
     """Load a checkpoint's trained weights, the averaged ones where an EMA was kept, for sampling or export."""
     averaged = bool(read_record(path)["recipe"]["model"]["ema"])
-    weights = {name: parameter.detach() for name, parameter in flux.trainable.items()}
+    weights = {name: parameter.detach() for name, parameter in model.trainable.items()}
     _load_tensors({"ema" if averaged else "model": weights}, path)  # in place, cast to the weights' dtype
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_kernels import quasi_norm_advantages
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards, combined
@@ -54,21 +54,21 @@ class Watch:
         self._said: set[str] = set()
 
     @staticmethod
-    def begin(path: Path, flux: Flux, recipe: Recipe, rewards: Rewards, prompts: list[str]) -> Watch:
+    def begin(path: Path, model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: list[str]) -> Watch:
         """Look at the untrained model, or read at `path` what an earlier part of the run saw; a collective."""
         seen = Sight.read(path)
         known = seen is not None and seen.is_of(rewards.names, prompts, recipe.evaluation.num_images_per_prompt)
         if processes.any_rank(not known):  # all have looked before one of them writes
-            seen = Sight.of(evaluate(flux, recipe, rewards, prompts, _observer(rewards)))
+            seen = Sight.of(evaluate(model, recipe, rewards, prompts, _observer(rewards)))
             if processes.rank() == 0:
                 seen.write(path)
         assert seen is not None
         return Watch(recipe, rewards, seen)
 
-    def look(self, flux: Flux) -> Look:
+    def look(self, model: FlowModel) -> Look:
         """Evaluate the model as it is; a collective."""
         prompts = self.base.evaluation.prompts
-        now = Sight.of(evaluate(flux, self.recipe, self.rewards, prompts, _observer(self.rewards)))
+        now = Sight.of(evaluate(model, self.recipe, self.rewards, prompts, _observer(self.rewards)))
         found = {symptom: text for symptom, text in self.warnings(now) if symptom not in self._said}
         self._said |= found.keys()
         return Look(self.figures(now), list(found.values()), self._score(now))

@@ -16,7 +16,7 @@ from accelerate import Accelerator, PartialState
 from ngrpo_train.algorithms import refuse_backend
 from ngrpo_train.models.encoders import EmbeddingCache
 from ngrpo_train.models.export import export
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.plan.settle import cost_of, explained_out_of_memory, settle_attention, settle_memory
 from ngrpo_train.prompts import PromptCursor, load_prompts, prompts_per_iteration
@@ -53,7 +53,7 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
             torch.manual_seed(recipe.train.seed)  # for scorers that draw; every draw of ours has a stream of its own
             stopwatch = Stopwatch(device)
             trainer = Trainer.make(recipe, settle_memory(recipe, device), rewards, device, stopwatch)
-            state = TrainState(trainer.flux, trainer.optimizer, inputs.cursor, trainer.ema)
+            state = TrainState(trainer.model, trainer.optimizer, inputs.cursor, trainer.ema)
             checkpointer = Checkpointer(run / "checkpoints", recipe)
             watch = _begin(inputs, run, launch, state, checkpointer, overwrite)
             accelerator, cost = _accelerator(run, recipe, launch), cost_of(recipe, device)
@@ -127,25 +127,25 @@ def _begin(
     overwrite: bool,
 ) -> Watch | None:
     """The table of before and the watch's first look, the checkpoint to go on from, the resolved recipe."""
-    flux, recipe = state.flux, inputs.recipe
-    if isinstance(flux.text, EmbeddingCache):
-        flux.text.refuse_missing([*inputs.texts, *inputs.validation, *inputs.test])
+    model, recipe = state.model, inputs.recipe
+    if isinstance(model.text, EmbeddingCache):
+        model.text.refuse_missing([*inputs.texts, *inputs.validation, *inputs.test])
     if overwrite:
         clear(run, launch)
     checkpointer.refuse_full_disk(state)
     if inputs.report_prompts and not Report.is_made(run / "before.json", recipe, inputs.rewards, inputs.report_prompts):
-        before = Report.make(flux, recipe, inputs.rewards, inputs.report_prompts, run / "before.png")
+        before = Report.make(model, recipe, inputs.rewards, inputs.report_prompts, run / "before.png")
         if launch.is_main_process:
             before.save(run / "before.json")
     watch = None
     if inputs.validation:
-        watch = Watch.begin(run / "watch.json", flux, recipe, inputs.rewards, inputs.validation)
+        watch = Watch.begin(run / "watch.json", model, recipe, inputs.rewards, inputs.validation)
     if inputs.resume_from:
         state.load(inputs.resume_from)
         checkpointer.go_on_after(state.step)
     if launch.is_main_process:
         (run / "recipe.toml").write_text(as_toml(recipe))
-    launch.print(_summary(flux, recipe, run, len(inputs.texts), launch))
+    launch.print(_summary(model, recipe, run, len(inputs.texts), launch))
     return watch
 
 
@@ -154,22 +154,22 @@ def _end(inputs: _Inputs, run: Path, launch: PartialState, state: TrainState) ->
     recipe = inputs.recipe
     with state.averaged():
         if inputs.report_prompts:
-            after = Report.make(state.flux, recipe, inputs.rewards, inputs.report_prompts, run / "after.png")
+            after = Report.make(state.model, recipe, inputs.rewards, inputs.report_prompts, run / "after.png")
             if launch.is_main_process:
                 conclude(after, run, recipe)
         if recipe.log.export:
-            exported = export(state.flux, run / "export")
+            exported = export(state.model, run / "export")
             launch.print(f"exported to {exported}")
 
 
-def _summary(flux: Flux, recipe: Recipe, run: Path, prompts: int, launch: PartialState) -> str:
+def _summary(model: FlowModel, recipe: Recipe, run: Path, prompts: int, launch: PartialState) -> str:
     ranks: int = launch.num_processes
     per_iteration = prompts_per_iteration(recipe, ranks)
-    trainable = sum(parameter.numel() for parameter in flux.trainable.values())
+    trainable = sum(parameter.numel() for parameter in model.trainable.values())
     work = Workload.of(recipe)
     return (
         f"{recipe.algorithm.name} on {recipe.model.name_or_path}: {trainable / 1e6:,.1f} M trainable parameters "
-        f"({recipe.model.tuning}), {ranks} process{'es' if ranks > 1 else ''} on {flux.device.type}\n"
+        f"({recipe.model.tuning}), {ranks} process{'es' if ranks > 1 else ''} on {model.device.type}\n"
         f"{prompts} prompts, {per_iteration} per iteration; G {work.generations}, B {work.num_anchors:g}, "
         f"K {work.num_train_steps}; {recipe.train.steps} iterations into {run}"
     )
@@ -186,7 +186,7 @@ def _accelerator(run: Path, recipe: Recipe, launch: PartialState) -> Accelerator
 def _validate(recorder: Recorder, state: TrainState, watch: Watch) -> bool:
     """Record what an evaluation shows; whether the rewards trained on are the best so far."""
     with state.averaged():
-        look = watch.look(state.flux)
+        look = watch.look(state.model)
     recorder.write_evaluation(state.step, look.figures, look.warnings)
     best = look.score > state.best_score
     state.best_score = max(look.score, state.best_score)
@@ -199,7 +199,7 @@ def _draw(
     """A grid at fixed prompts and noise, and the group that this iteration's first prompt explored."""
     shown = [texts[i % len(texts)] for i in range(recipe.log.num_images)]
     with state.averaged():
-        grid = pictures(state.flux, recipe, shown, range(len(shown))).cpu()
+        grid = pictures(state.model, recipe, shown, range(len(shown))).cpu()
     recorder.write_pictures(f"samples/step_{step:06d}", grid, columns=min(4, len(shown)))
     group = images[: recipe.algorithm.num_generations].cpu()
     recorder.write_pictures(f"groups/step_{step:06d}", group, columns=min(6, len(group)))

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ngrpo_train.models.export import export
-from ngrpo_train.models.flux import Flux
 from ngrpo_train.models.loading import is_transformer
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.plan.settle import settle_attention, settle_memory
 from ngrpo_train.prompts import load_prompts
@@ -49,21 +49,21 @@ class Source:
         return Source(name, replace(recipe.model, name_or_path=name))
 
     @contextmanager
-    def loaded(self, recipe: Recipe, device: torch.device) -> Iterator[Flux]:
+    def loaded(self, recipe: Recipe, device: torch.device) -> Iterator[FlowModel]:
         """The model with text encoders, for prompts of any kind, and the checkpoint's weights."""
         recipe = _settled(replace(recipe, model=self.model), device)
-        flux = Flux(self.model, recipe.sampling, settle_memory(recipe, device), device)
+        model = FlowModel(self.model, recipe.sampling, settle_memory(recipe, device), device)
         if self.checkpoint:
-            load_weights(flux, self.checkpoint)
-        yield flux
+            load_weights(model, self.checkpoint)
+        yield model
 
 
 @contextmanager
-def trained_model(name: str, recipe: Recipe, checkpoint: str) -> Iterator[Flux]:
+def trained_model(name: str, recipe: Recipe, checkpoint: str) -> Iterator[FlowModel]:
     """A run's model at a checkpoint, or a model as it stands. Raises ValueError where there is no such thing."""
     source = Source.find(name, recipe, checkpoint)
-    with processes.joined(recipe.parallel) as launch, source.loaded(recipe, launch.device) as flux:
-        yield flux
+    with processes.joined(recipe.parallel) as launch, source.loaded(recipe, launch.device) as model:
+        yield model
 
 
 def _settled(recipe: Recipe, device: torch.device) -> Recipe:
@@ -87,12 +87,12 @@ def sample(source: str, recipe: Recipe, prompts: Sequence[str], per_prompt: int,
     """Write `per_prompt` pictures of each prompt and a grid of all; without prompts, of the recipe's first eight."""
     prompts = list(prompts) or load_prompts(recipe.prompts.source)[:8]
     each = [prompt for prompt in prompts for _ in range(per_prompt)]
-    with trained_model(source, recipe, checkpoint) as flux:
+    with trained_model(source, recipe, checkpoint) as model:
         batch = recipe.evaluation.batch or 64
         slots = range(len(each))
         images = torch.cat(
             [
-                pictures(flux, recipe, each[start : start + batch], slots[start : start + batch]).cpu()
+                pictures(model, recipe, each[start : start + batch], slots[start : start + batch]).cpu()
                 for start in range(0, len(each), batch)
             ]
         )
@@ -108,6 +108,6 @@ def sample(source: str, recipe: Recipe, prompts: Sequence[str], per_prompt: int,
 def export_run(run: Path, recipe: Recipe, checkpoint: str, out: Path) -> int:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out = {str(out)!r} exists and is not empty")
-    with trained_model(str(run), recipe, checkpoint) as flux:
-        print(f"exported to {export(flux, out)}")
+    with trained_model(str(run), recipe, checkpoint) as model:
+        print(f"exported to {export(model, out)}")
     return 0

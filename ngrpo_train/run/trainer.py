@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_train.algorithms import GRPO, make_algorithm
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Parallel, Recipe
 from ngrpo_train.rewards import Rewards, Scores
@@ -39,7 +39,7 @@ class Outcome:
 class Trainer:
     """What an iteration moves, and by which rules. `stage` stands around each stage of it, for clocks and profilers."""
 
-    flux: Flux
+    model: FlowModel
     rewards: Rewards
     algorithm: GRPO
     optimizer: torch.optim.Optimizer
@@ -52,7 +52,7 @@ class Trainer:
 
         Raises ValueError for a model, embeddings or optimizer that cannot be used.
         """
-        flux = Flux(
+        model = FlowModel(
             recipe.model,
             recipe.sampling,
             settings,
@@ -61,26 +61,26 @@ class Trainer:
             seed=recipe.train.seed,
         )
         return Trainer(
-            flux=flux,
+            model=model,
             rewards=rewards,
             algorithm=make_algorithm(recipe, rewards),
-            optimizer=make_optimizer(list(flux.trainable.values()), recipe.optimizer),
-            ema=EMA(flux.trainable, recipe.model.ema) if recipe.model.ema else None,
+            optimizer=make_optimizer(list(model.trainable.values()), recipe.optimizer),
+            ema=EMA(model.trainable, recipe.model.ema) if recipe.model.ema else None,
             stage=stage,
         )
 
     def iterate(self, prompts: list[Prompt], step: int) -> Outcome:
-        flux, algorithm, stage = self.flux, self.algorithm, self.stage
-        with flux.gathered("iteration"):
-            with stage("rollout"), flux.exploring():
-                groups = algorithm.explore(flux, prompts, step)
+        model, algorithm, stage = self.model, self.algorithm, self.stage
+        with model.gathered("iteration"):
+            with stage("rollout"), model.exploring():
+                groups = algorithm.explore(model, prompts, step)
             with stage("decode"):
-                images = flux.decode(groups.final_PGTC.flatten(0, 1))
+                images = model.decode(groups.final_PGTC.flatten(0, 1))
             with stage("reward"):
                 scores = self.rewards(images, prompts)
             advantages = algorithm.advantages(scores, step)
             with stage("update"):
-                stats = algorithm.update(flux, self.optimizer, groups, advantages)
+                stats = algorithm.update(model, self.optimizer, groups, advantages)
         if self.ema:
             self.ema.update()
         return Outcome(groups, images, scores, advantages, stats)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ngrpo_train.draws import stream
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards, refuse_non_finite
@@ -55,22 +55,22 @@ def plus_minus(error: float) -> str:
 
 @torch.no_grad()
 def pictures(
-    flux: Flux, recipe: Recipe, prompts: Sequence[str], slots: Sequence[int], tail: Tail | None = None
+    model: FlowModel, recipe: Recipe, prompts: Sequence[str], slots: Sequence[int], tail: Tail | None = None
 ) -> Tensor:
     """One picture per prompt, uint8 [N, 3, H, W]; `slots` [N] choose the noise."""
-    shape = flux.latent_shape
+    shape = model.latent_shape
     noise = [torch.randn(shape, generator=stream(_NOISE_SEED, 0, slot, "evaluation")) for slot in slots]
     sigmas = flow_sigmas(recipe.sampling.num_inference_steps, recipe.sampling.shift)
     distinct = list(dict.fromkeys(prompts))
-    rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=flux.device)
-    latents = torch.stack(noise).to(flux.device)
-    for step in generate(flux, latents, flux.encode(distinct).rows(rows), sigmas, tail=tail):
+    rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=model.device)
+    latents = torch.stack(noise).to(model.device)
+    for step in generate(model, latents, model.encode(distinct).rows(rows), sigmas, tail=tail):
         latents = step.after_NTC
-    return flux.decode(latents)
+    return model.decode(latents)
 
 
 def evaluate(
-    flux: Flux,
+    model: FlowModel,
     recipe: Recipe,
     rewards: Rewards,
     prompts: Sequence[str],
@@ -90,7 +90,7 @@ def evaluate(
     for start in range(0, share, batch):
         slots = mine[start : start + batch]
         wanted = [prompts[slot // per_prompt] for slot in slots]
-        images = pictures(flux, recipe, wanted, slots)
+        images = pictures(model, recipe, wanted, slots)
         scores = rewards.score(images, wanted)
         refuse_non_finite(rewards.names, scores.cpu(), wanted)
         parts.append(torch.cat([scores, observe(images).T]) if observe else scores)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.sampling.solvers import SOLVERS, Previous, SolverStep
 
 
@@ -43,7 +43,7 @@ class Step:
 
 @torch.no_grad()
 def generate(
-    flux: Flux,
+    model: FlowModel,
     noise_NTC: Tensor,
     conditioning: Conditioning,
     sigmas: Tensor,
@@ -56,10 +56,10 @@ def generate(
 
     To `explore`, the model may compute coarser, in `parallel.rollout_dtype`. Without a `solver`, the recipe's.
     """
-    solver = solver or SOLVERS[flux.sampling.solver]
+    solver = solver or SOLVERS[model.sampling.solver]
     x_NTC, previous = noise_NTC, None
     for index in range(steps := len(sigmas) - 1):
-        sampler: Sampler = tail.sampler if tail and index >= steps - tail.steps else flux
+        sampler: Sampler = tail.sampler if tail and index >= steps - tail.steps else model
         sigma_N = torch.full((len(x_NTC),), float(sigmas[index]), device=x_NTC.device)
         velocity_NTC = sampler.sampling_velocity(x_NTC, sigma_N, conditioning, explore=explore)
         step = Step(index, x_NTC, velocity_NTC, *solver(x_NTC, velocity_NTC, sigmas, index, previous))

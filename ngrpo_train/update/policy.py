@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes, sharding
 from ngrpo_train.recipe.sections import Algorithm
 from ngrpo_train.update.optimizer import guarded_step
@@ -82,7 +82,7 @@ class UpdateStats:
 
 
 def update(
-    flux: Flux,
+    model: FlowModel,
     optimizer: torch.optim.Optimizer,
     explored: Explored,
     advantages: Tensor,
@@ -102,10 +102,10 @@ def update(
     device, P = explored.final_PGTC.device, len(explored.final_PGTC)
     blocks = explored.blocks(settings.updates_per_iteration)
     most_rows = blocks[0].rows_per_prompt
-    if flux.settings.update_batch:
-        rows_per_batch = max(1, flux.settings.update_batch // blocks[0].states_per_row)
+    if model.settings.update_batch:
+        rows_per_batch = max(1, model.settings.update_batch // blocks[0].states_per_row)
     else:  # compiled, always as many, for another number would have to be compiled for
-        rows_per_batch = (P if flux.compiled else signal.most_active) * most_rows
+        rows_per_batch = (P if model.compiled else signal.most_active) * most_rows
     num_batches = -(-signal.most_active * most_rows // rows_per_batch)
     local = signal.local.to(device, non_blocking=True)
 
@@ -116,16 +116,16 @@ def update(
     old_velocity: list[list[Tensor | None]] = [[None] * num_batches for _ in blocks]
     if settings.old_policy == "exact":
         with torch.no_grad():
-            old_velocity[1:] = [[rows.velocity(flux) for rows in batches(block)] for block in blocks[1:]]
+            old_velocity[1:] = [[rows.velocity(model) for rows in batches(block)] for block in blocks[1:]]
 
     totals = {name: torch.zeros((), device=device) for name in ("loss", "grad_norm", "skipped")}
     tallies: list[Tally] = []
     for block, old in zip(blocks, old_velocity, strict=True):
-        tally = Tally(("ratio_mean", *policy.FIGURES), flux.sampling.num_inference_steps, device)
+        tally = Tally(("ratio_mean", *policy.FIGURES), model.sampling.num_inference_steps, device)
         for batch, rows in enumerate(batches(block)):
-            sharding.sync_gradients(flux.transformer, flux.settings, last=batch == num_batches - 1)
-            velocity = rows.velocity(flux)
-            base = base_velocity(flux, rows) if settings.reference_coef else None
+            sharding.sync_gradients(model.transformer, model.settings, last=batch == num_batches - 1)
+            velocity = rows.velocity(model)
+            base = base_velocity(model, rows) if settings.reference_coef else None
             if rows.real == 0:
                 (0 * velocity.sum()).backward()  # the other ranks' backward waits for this one's
                 continue
@@ -139,7 +139,7 @@ def update(
             totals["loss"] += loss.detach() * share / len(blocks)
             tally.add(counted, terms)
         grad_norm, skipped = guarded_step(optimizer, max_grad_norm, device)
-        sharding.release(flux.transformer)
+        sharding.release(model.transformer)
         totals["grad_norm"] += grad_norm / len(blocks)
         totals["skipped"] += skipped
         tallies.append(tally)
@@ -169,7 +169,7 @@ def drift_figure(rows: Rows, velocity: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def base_velocity(flux: Flux, rows: Rows) -> Tensor:
+def base_velocity(model: FlowModel, rows: Rows) -> Tensor:
     """What the untrained model gives at all rows, in float32: a collective, like every forward."""
-    with flux.base_model():
-        return rows.velocity(flux).float()
+    with model.base_model():
+        return rows.velocity(model).float()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.prompts import Prompt
 
 
@@ -29,10 +29,10 @@ class Rows:
     rollout_velocity_rbTC: Tensor  # what the rollout's forward gave there
     conditioning: Conditioning  # r * b rows
 
-    def velocity(self, flux: Flux) -> Tensor:
+    def velocity(self, model: FlowModel) -> Tensor:
         """v_theta of all rows, [r, b, T, C]."""
         sigma = self.sigma_before_r.repeat_interleave(self.before_rbTC.shape[1])
-        return flux.velocity(self.before_rbTC.flatten(0, 1), sigma, self.conditioning).view_as(self.before_rbTC)
+        return model.velocity(self.before_rbTC.flatten(0, 1), sigma, self.conditioning).view_as(self.before_rbTC)
 
     def counted(self) -> Self:
         """Only the rows that count, for the loss."""

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from ngrpo_train.__main__ import main
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.recipe.sections import Model, Parallel, Sampling
 from ngrpo_train.shapes.pipeline import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 
@@ -106,10 +106,10 @@ def tiny_schnell(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def load_flux() -> Callable[..., Flux]:
+def load_flux() -> Callable[..., FlowModel]:
     """Loads a pipeline for training at a tiny size; keywords are fields of Model, Sampling or Parallel."""
 
-    def load(directory: str, **changes: object) -> Flux:
+    def load(directory: str, **changes: object) -> FlowModel:
         sections = []
         defaults = {
             Model: {"name_or_path": directory, "gradient_checkpointing": "none", "lora_rank": 4, "lora_alpha": 4},
@@ -120,7 +120,7 @@ def load_flux() -> Callable[..., Flux]:
             names = section.__dataclass_fields__.keys() & changes.keys()
             sections.append(section(**values | {name: changes.pop(name) for name in names}))
         assert not changes, changes
-        return Flux(*sections, torch.device("cpu"))
+        return FlowModel(*sections, torch.device("cpu"))
 
     return load
 

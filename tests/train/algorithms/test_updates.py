@@ -10,7 +10,7 @@ import torch
 from torch.distributions import Normal
 
 from ngrpo_train.algorithms import make_algorithm, stochastic
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Algorithm, Optimizer, Prompts, Recipe, Reward, Sampling
@@ -177,13 +177,13 @@ def test_groups_without_signal_take_no_forward(flux, name, monkeypatch):
     algorithm = algorithm_of(name)
     groups = algorithm.explore(flux, PROMPTS, 0)
     [block] = trained_blocks(algorithm, flux, groups, advantages_of(algorithm), monkeypatch)
-    sizes, velocity = [], Flux.velocity
+    sizes, velocity = [], FlowModel.velocity
 
     def counted(self, x_NTC, *rest):
         sizes.append(len(x_NTC))
         return velocity(self, x_NTC, *rest)
 
-    monkeypatch.setattr(Flux, "velocity", counted)
+    monkeypatch.setattr(FlowModel, "velocity", counted)
     spy = Spy(flux)
     assert algorithm.update(flux, spy, groups, advantages_of(algorithm, flat=[0, 1, 2])) is None
     assert (sizes, spy.seen) == ([], [])

@@ -26,7 +26,7 @@ def no_model(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(train_module, "Flux", load)
+    monkeypatch.setattr(train_module, "FlowModel", load)
 
 
 # --- help

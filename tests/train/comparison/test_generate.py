@@ -97,7 +97,7 @@ def test_the_last_steps_are_the_base_models(two_models, solver):
     flux, base, trained = two_models(solver)
     ends = {}
     for tail_steps in (0, 1, 2, STEPS):
-        ends[tail_steps] = solved(flux, base_tail(flux, flux.model, tail_steps))
+        ends[tail_steps] = solved(flux, base_tail(flux, flux.spec, tail_steps))
         want = by_hand(flux, trained, base, tail_steps, solver)
         torch.testing.assert_close(ends[tail_steps], want, rtol=0, atol=2e-5 * want.abs().max().item())
     for one, other in ((0, 1), (1, 2), (2, STEPS)):
@@ -119,8 +119,8 @@ def test_without_a_tail_or_with_nothing_else_it_is_one_model_bitwise(tiny_dev, l
     base = load_flux(tiny_dev, num_inference_steps=STEPS, solver="euler", compute_dtype=compute_dtype)
     own, bases = (pictures(each, recipe, PROMPTS, [0, 1]) for each in (flux, base))
     assert not torch.equal(own, bases)
-    assert base_tail(flux, flux.model, 0) is None
-    assert torch.equal(pictures(flux, recipe, PROMPTS, [0, 1], base_tail(flux, flux.model, STEPS)), bases)
+    assert base_tail(flux, flux.spec, 0) is None
+    assert torch.equal(pictures(flux, recipe, PROMPTS, [0, 1], base_tail(flux, flux.spec, STEPS)), bases)
     assert torch.equal(pictures(flux, recipe, PROMPTS, [0, 1]), own), "the adapters are on again"
 
 

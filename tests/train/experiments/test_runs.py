@@ -17,7 +17,7 @@ from ngrpo_train.experiments.command import ExperimentCommand, experiment_comman
 from ngrpo_train.experiments.grid import CONTROL, packaged
 from ngrpo_train.experiments.results import BASE_MODEL, Row, read_rows
 from ngrpo_train.experiments.runs import Experiment, Yardstick, course, identity
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.parsing import parse, read_recipe, resolve
 from ngrpo_train.recipe.sections import Algorithm, Evaluation, Log, Prompts, Recipe, Reward, Sampling, Train
@@ -225,7 +225,7 @@ def test_an_experiment_from_end_to_end(
     assert recipe.trained_rewards() == ("redness",)
     base = resolve(read_recipe(Path("tiny.toml")), name="tiny")
     rewards = Rewards(base.rewards)
-    flux = Flux(base.model, base.sampling, base.parallel, torch.device("cpu"))
+    flux = FlowModel(base.model, base.sampling, base.parallel, torch.device("cpu"))
     before = evaluate(flux, base, rewards, PROMPTS).mean()
     load_weights(flux, deleted["euler_seed7"] / "step_000001")
     after = evaluate(flux, base, rewards, PROMPTS).mean()

@@ -16,7 +16,7 @@ from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 from ngrpo_train.models import float8
 from ngrpo_train.models.float8 import Float8Copy
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import blocks, processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Algorithm, Model, Parallel, Prompts, Recipe, Reward, Sampling
@@ -44,14 +44,14 @@ def blocks_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def quantised(flux: Flux, dtype: torch.dtype) -> Any:
+def quantised(flux: FlowModel, dtype: torch.dtype) -> Any:
     """The truth: peft merges adapters, diffusers casts, torchao quantises a model that nobody trains."""
-    theirs = FluxPipeline.from_pretrained(flux.model.name_or_path, local_files_only=True).transformer
-    if flux.model.tuning == "lora":
+    theirs = FluxPipeline.from_pretrained(flux.spec.name_or_path, local_files_only=True).transformer
+    if flux.spec.tuning == "lora":
         theirs.add_adapter(next(iter(flux.transformer.peft_config.values())))
     ours = {name: processes.whole(p.detach()) for name, p in flux.transformer.named_parameters()}
     theirs.load_state_dict(ours)
-    if flux.model.tuning == "lora":
+    if flux.spec.tuning == "lora":
         theirs.fuse_lora()  # in float32, so that merging rounds once
         theirs.unload_lora()
     theirs = theirs.to(dtype).requires_grad_(False)
@@ -60,7 +60,7 @@ def quantised(flux: Flux, dtype: torch.dtype) -> Any:
     return theirs
 
 
-def move(flux: Flux, by: float = 0.05) -> None:
+def move(flux: FlowModel, by: float = 0.05) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in flux.trainable.values():
@@ -68,7 +68,7 @@ def move(flux: Flux, by: float = 0.05) -> None:
 
 
 @torch.no_grad()
-def velocities(flux: Flux, transformer: Any) -> Tensor:
+def velocities(flux: FlowModel, transformer: Any) -> Tensor:
     x = torch.randn(len(PROMPTS), TOKENS, 64, generator=torch.Generator().manual_seed(0))
     return flux._velocity(transformer, x, torch.full((len(PROMPTS),), 0.6), flux.encode(PROMPTS)).float()
 
@@ -83,7 +83,7 @@ def error(x: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_it_follows_the_trained_weights(
-    tiny_dev: str, load_flux: Callable[..., Flux], tuning: str, compute: str
+    tiny_dev: str, load_flux: Callable[..., FlowModel], tuning: str, compute: str
 ) -> None:
     """Bias for bias and code for code those of a model that others merged and quantised; no adapter is left."""
     flux = load_flux(tiny_dev, tuning=tuning, compute_dtype=compute, lora_alpha=12)
@@ -115,7 +115,7 @@ def test_it_follows_the_trained_weights(
     assert error(seen[1], truth) < 0.5 * error(seen[0], truth), "the second refresh followed"
 
 
-def test_it_has_tensors_of_its_own(tiny_dev: str, load_flux: Callable[..., Flux]) -> None:
+def test_it_has_tensors_of_its_own(tiny_dev: str, load_flux: Callable[..., FlowModel]) -> None:
     """Nothing that is done to it reaches what is trained."""
     flux = load_flux(tiny_dev)
     before = {name: p.detach().clone() for name, p in flux.trainable.items()}
@@ -130,7 +130,7 @@ def test_it_has_tensors_of_its_own(tiny_dev: str, load_flux: Callable[..., Flux]
 
 
 def test_a_refresh_compiles_nothing_anew(
-    tiny_dev: str, load_flux: Callable[..., Flux], monkeypatch: pytest.MonkeyPatch
+    tiny_dev: str, load_flux: Callable[..., FlowModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     flux = load_flux(tiny_dev)
@@ -153,7 +153,7 @@ def test_a_refresh_compiles_nothing_anew(
 # --- what it is for
 
 
-def test_only_exploring_goes_through_it(tiny_dev: str, load_flux: Callable[..., Flux], weight_only: None) -> None:
+def test_only_exploring_goes_through_it(tiny_dev: str, load_flux: Callable[..., FlowModel], weight_only: None) -> None:
     flux = load_flux(tiny_dev, rollout_dtype="float8")
     conditioning = flux.encode(PROMPTS)
     x, sigma = torch.randn(len(PROMPTS), TOKENS, 64), torch.full((len(PROMPTS),), 0.7)
@@ -230,7 +230,7 @@ def test_the_ratio_never_sees_it(
 # --- where it cannot be had
 
 
-def test_a_cpu_has_no_float8_products(tiny_dev: str, load_flux: Callable[..., Flux]) -> None:
+def test_a_cpu_has_no_float8_products(tiny_dev: str, load_flux: Callable[..., FlowModel]) -> None:
     with pytest.raises(
         ValueError, match=r"^parallel\.rollout_dtype = 'float8' needs a GPU with float8 products: .* 8\.9"
     ):

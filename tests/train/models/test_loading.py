@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ngrpo_train.commands.embed import embed_command
 from ngrpo_train.models import loading, sizes
 from ngrpo_train.models.export import export
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.sections import Model, Parallel, Recipe, Sampling
 from ngrpo_train.run.trainer import Trainer
@@ -70,7 +70,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def velocities(flux: Flux, transformer: nn.Module) -> Tensor:
+def velocities(flux: FlowModel, transformer: nn.Module) -> Tensor:
     """Of PROMPTS at four times."""
     x = torch.randn(len(PROMPTS), TOKENS, 64, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([1.0, 0.9545, 0.6, 0.1])
@@ -85,7 +85,12 @@ def velocities(flux: Flux, transformer: nn.Module) -> Tensor:
     [*(("tiny_dev", *each) for each in ARITHMETIC), *(("sharded_files", *ARITHMETIC[i]) for i in (1, 3))],
 )
 def test_weights_and_velocities_are_diffusers_own(
-    request: pytest.FixtureRequest, load_flux: Callable[..., Flux], files: str, tuning: str, master: str, compute: str
+    request: pytest.FixtureRequest,
+    load_flux: Callable[..., FlowModel],
+    files: str,
+    tuning: str,
+    master: str,
+    compute: str,
 ) -> None:
     """To the bit: nothing is rounded that diffusers does not round, the rotary embeddings least of all."""
     directory = request.getfixturevalue(files)
@@ -103,7 +108,7 @@ def test_weights_and_velocities_are_diffusers_own(
     assert ours_of.float().std() > 0.1
 
 
-def test_frozen_parts_are_diffusers_own(tiny_dev: str, load_flux: Callable[..., Flux]) -> None:
+def test_frozen_parts_are_diffusers_own(tiny_dev: str, load_flux: Callable[..., FlowModel]) -> None:
     flux, pipeline = load_flux(tiny_dev), stock(tiny_dev)
     for part in PARTS:
         theirs = dict(getattr(pipeline, part).named_parameters())
@@ -113,7 +118,7 @@ def test_frozen_parts_are_diffusers_own(tiny_dev: str, load_flux: Callable[..., 
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_adapters_begin_as_pefts_gaussian(tiny_dev: str, load_flux: Callable[..., Flux], compute: str) -> None:
+def test_adapters_begin_as_pefts_gaussian(tiny_dev: str, load_flux: Callable[..., FlowModel], compute: str) -> None:
     """In float32, whatever the base computes in: the steps of training are smaller than bfloat16's last digit."""
     flux = load_flux(tiny_dev, tuning="lora", lora_rank=8, compute_dtype=compute)
     theirs = stock(tiny_dev).transformer
@@ -139,13 +144,13 @@ def test_adapters_are_a_function_of_the_seed(tiny_dev: str) -> None:
         torch.manual_seed(len(drawn))
         sections = Model(name_or_path=tiny_dev, tuning="lora", lora_rank=4), Sampling(height=SIZE, width=SIZE)
         settings = Parallel(device="cpu", compute_dtype="float32")
-        flux = Flux(*sections, settings, torch.device("cpu"), seed=seed)
+        flux = FlowModel(*sections, settings, torch.device("cpu"), seed=seed)
         drawn.append(torch.cat([p.detach().flatten() for p in flux.trainable.values()]))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
 
 
-def test_random_draws_of_others_are_left_alone(tiny_dev: str, load_flux: Callable[..., Flux]) -> None:
+def test_random_draws_of_others_are_left_alone(tiny_dev: str, load_flux: Callable[..., FlowModel]) -> None:
     torch.manual_seed(3)
     load_flux(tiny_dev)
     after = torch.rand(1)
@@ -197,7 +202,9 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", BREAKS)
-def test_what_cannot_be_loaded_is_refused_in_one_line(broken: Path, load_flux: Callable[..., Flux], case: str) -> None:
+def test_what_cannot_be_loaded_is_refused_in_one_line(
+    broken: Path, load_flux: Callable[..., FlowModel], case: str
+) -> None:
     break_it, message = BREAKS[case]
     break_it(broken)
     with pytest.raises(ValueError, match=re.escape(f"model.name_or_path = '{broken}' {message}")) as raised:
@@ -206,7 +213,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(broken: Path, load_flux: C
     assert str(raised.value).startswith("model.name_or_path = ")
 
 
-def test_a_config_without_a_class_is_taken_for_flux(broken: Path, load_flux: Callable[..., Flux]) -> None:
+def test_a_config_without_a_class_is_taken_for_flux(broken: Path, load_flux: Callable[..., FlowModel]) -> None:
     """As `ngrpo plan` does, which reads the same file."""
     path = broken / "transformer" / "config.json"
     config = json.loads(path.read_text())
@@ -264,7 +271,7 @@ def shrunken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_random_weights_keep_activations_sane(
-    shrunken: None, load_flux: Callable[..., Flux], name: str, tuning: str, master: str, compute: str
+    shrunken: None, load_flux: Callable[..., FlowModel], name: str, tuning: str, master: str, compute: str
 ) -> None:
     flux = load_flux(name, tuning=tuning, master_dtype=master, compute_dtype=compute, max_sequence_length=24)
     base = {p.dtype for n, p in flux.transformer.named_parameters() if ".lora_" not in n}
@@ -282,7 +289,7 @@ def test_random_weights_keep_activations_sane(
     assert pictures.float().std() > 1
 
 
-def test_random_weights_are_the_same_each_time(shrunken: None, load_flux: Callable[..., Flux]) -> None:
+def test_random_weights_are_the_same_each_time(shrunken: None, load_flux: Callable[..., FlowModel]) -> None:
     made = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -297,7 +304,7 @@ def test_random_weights_are_the_same_each_time(shrunken: None, load_flux: Callab
 
 
 def test_random_weights_without_text_encoders(
-    shrunken: None, load_flux: Callable[..., Flux], monkeypatch: pytest.MonkeyPatch
+    shrunken: None, load_flux: Callable[..., FlowModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = loading.load_parts("random:flux-dev", None, torch.device("cpu"), torch.bfloat16, text=False)
     assert parts.text_encoder is parts.text_encoder_2 is parts.tokenizer is None
@@ -308,7 +315,7 @@ def test_random_weights_without_text_encoders(
 @pytest.mark.parametrize(
     "name, answer", [("random:flux-dv", "did you mean random:flux-dev?"), ("random:", "there are random:flux-dev")]
 )
-def test_an_unknown_random_model_is_answered(load_flux: Callable[..., Flux], name: str, answer: str) -> None:
+def test_an_unknown_random_model_is_answered(load_flux: Callable[..., FlowModel], name: str, answer: str) -> None:
     with pytest.raises(ValueError, match=rf"^model\.name_or_path = '{name}': there are random:flux-dev, ") as raised:
         load_flux(name)
     assert answer in str(raised.value)
@@ -350,7 +357,7 @@ def test_a_model_is_downloaded_once_and_without_the_parts_nobody_reads(
 
 @pytest.mark.parametrize("master, compute", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
 def test_an_export_is_the_trained_weights_and_the_frozen_parts(
-    sharded_files: str, load_flux: Callable[..., Flux], tmp_path: Path, master: str, compute: str
+    sharded_files: str, load_flux: Callable[..., FlowModel], tmp_path: Path, master: str, compute: str
 ) -> None:
     flux = load_flux(sharded_files, master_dtype=master, compute_dtype=compute)
     with torch.no_grad():
@@ -375,7 +382,7 @@ def test_an_export_is_the_trained_weights_and_the_frozen_parts(
 @pytest.mark.parametrize("at_hand", [True, False], ids=["text encoders at hand", "only their embeddings"])
 def test_an_export_of_a_run_on_embeddings(
     tiny_dev: str,
-    load_flux: Callable[..., Flux],
+    load_flux: Callable[..., FlowModel],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     at_hand: bool,
@@ -395,7 +402,7 @@ def test_an_export_of_a_run_on_embeddings(
         for part in loading.TEXT_PARTS:
             shutil.rmtree(model / part)
     trainer = Trainer.make(recipe, recipe.parallel, rewards=None, device=torch.device("cpu"), stage=None)
-    export(trainer.flux, tmp_path / "export")
+    export(trainer.model, tmp_path / "export")
     assert ("lacks ['text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2']" in caplog.text) is not at_hand
     absent = {} if at_hand else dict.fromkeys(loading.TEXT_PARTS)  # which diffusers asks for by name
     pipeline = FluxPipeline.from_pretrained(tmp_path / "export", local_files_only=True, **absent)
@@ -405,7 +412,9 @@ def test_an_export_of_a_run_on_embeddings(
         assert (getattr(pipeline, part) is None) is not at_hand
 
 
-def test_random_weights_export_what_was_trained(shrunken: None, load_flux: Callable[..., Flux], tmp_path: Path) -> None:
+def test_random_weights_export_what_was_trained(
+    shrunken: None, load_flux: Callable[..., FlowModel], tmp_path: Path
+) -> None:
     flux = load_flux("random:flux-dev")
     export(flux, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["transformer", "vae"]

@@ -25,7 +25,7 @@ from ngrpo_train.__main__ import TrainCommand
 from ngrpo_train.algorithms import make_algorithm
 from ngrpo_train.algorithms.stochastic import GaussianPolicy, TransitionRows
 from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.models.sizes import (
     KNOWN,
     Architecture,
@@ -601,7 +601,7 @@ REAL = {
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[Recipe, Flux]:
+def small() -> tuple[Recipe, FlowModel]:
     tiny = train_recipes.tiny(on_gpu=False)
     parallel = replace(tiny.parallel, update_batch=3, rollout_batch=3, attention="native")
     small = replace(
@@ -610,12 +610,12 @@ def small() -> tuple[Recipe, Flux]:
         sampling=replace(tiny.sampling, num_inference_steps=6),
         parallel=parallel,
     )
-    return small, Flux(small.model, small.sampling, parallel, torch.device("cpu"))
+    return small, FlowModel(small.model, small.sampling, parallel, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_an_iteration_does_what_is_counted(
-    name: str, small: tuple[Recipe, Flux], monkeypatch: pytest.MonkeyPatch
+    name: str, small: tuple[Recipe, FlowModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, flux = small
     algorithm = replace(Algorithm.of(name), num_generations=4, step_range=(0.0, 1.0), **REAL[name])

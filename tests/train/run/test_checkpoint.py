@@ -176,7 +176,7 @@ def refused(straight: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
     def check(changes: dict[str, str], message: str, resume: str = "latest", directory: Path = straight) -> None:
         before = snapshot(straight)
-        with mock.patch("ngrpo_train.run.loop.Flux", side_effect=AssertionError("work began")):
+        with mock.patch("ngrpo_train.run.loop.FlowModel", side_effect=AssertionError("work began")):
             assert Run(directory, changes, resume).make() == 2
         line = capsys.readouterr().err
         assert message in line

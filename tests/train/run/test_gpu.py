@@ -8,7 +8,7 @@ import torch
 
 from ngrpo_train.__main__ import TrainCommand
 from ngrpo_train.algorithms import make_algorithm
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import PromptCursor, load_prompts
 from ngrpo_train.recipe.parsing import find_recipe, parse, read_recipe
@@ -72,7 +72,7 @@ def test_the_host_waits_for_the_device_once_between_rollout_and_update(compute_d
 
 
 def _iterate_twice(recipe: Recipe, device: torch.device) -> None:
-    flux = Flux(recipe.model, recipe.sampling, recipe.parallel, device)
+    flux = FlowModel(recipe.model, recipe.sampling, recipe.parallel, device)
     optimizer = make_optimizer(list(flux.trainable.values()), recipe.optimizer)
     rewards = Rewards(recipe.rewards)
     algorithm = make_algorithm(recipe, rewards)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes, sharding
 from ngrpo_train.recipe.sections import Model, Parallel
 from ngrpo_train.update.ema import EMA
@@ -93,7 +93,7 @@ def test_applied_gives_the_weights_back_to_the_bit(dtype: torch.dtype, layout: s
 @pytest.mark.parametrize("master", ["float32", "bfloat16"])
 @pytest.mark.parametrize("keep", ["never", "iteration"])
 def test_a_model_computes_by_the_averages_while_they_are_applied(
-    tiny_dev: str, load_flux: Callable[..., Flux], master: str, keep: str
+    tiny_dev: str, load_flux: Callable[..., FlowModel], master: str, keep: str
 ) -> None:
     """Gathered copies of other weights do not survive on the way in or out."""
     flux = load_flux(tiny_dev, compute_dtype="bfloat16", master_dtype=master, sharding="full", keep_gathered=keep)

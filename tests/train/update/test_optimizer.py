@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes, sharding
 from ngrpo_train.prompts import PromptCursor
 from ngrpo_train.recipe.sections import Model, Optimizer, Parallel, Recipe
@@ -276,7 +276,7 @@ def test_bfloat16_gradients_are_summed_in_float32() -> None:
 # --- through a checkpoint
 
 
-def trained(flux: Flux, steps: int) -> torch.optim.Optimizer:
+def trained(flux: FlowModel, steps: int) -> torch.optim.Optimizer:
     """8-bit AdamW after so many steps on gradients that depend on the step alone."""
     optimizer = make_optimizer(list(flux.trainable.values()), EIGHT_BIT)
     for step in range(steps):
@@ -284,7 +284,7 @@ def trained(flux: Flux, steps: int) -> torch.optim.Optimizer:
     return optimizer
 
 
-def go_on(flux: Flux, optimizer: torch.optim.Optimizer, step: int) -> None:
+def go_on(flux: FlowModel, optimizer: torch.optim.Optimizer, step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for parameter in flux.trainable.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -295,7 +295,7 @@ def go_on(flux: Flux, optimizer: torch.optim.Optimizer, step: int) -> None:
 
 @pytest.mark.parametrize("master, layout", [("bfloat16", "none"), ("bfloat16", "full"), ("float32", "full")])
 def test_8_bit_states_survive_a_checkpoint_to_the_bit(
-    tiny_dev: str, load_flux: Callable[..., Flux], tmp_path: Path, master: str, layout: str
+    tiny_dev: str, load_flux: Callable[..., FlowModel], tmp_path: Path, master: str, layout: str
 ) -> None:
     """On plain weights and on shards, where a step after it is the step without it too."""
     recipe = Recipe()
@@ -324,7 +324,7 @@ def test_8_bit_states_survive_a_checkpoint_to_the_bit(
     assert not same(after, before)
 
 
-def test_the_room_that_8_bit_states_take(tiny_dev: str, load_flux: Callable[..., Flux], tmp_path: Path) -> None:
+def test_the_room_that_8_bit_states_take(tiny_dev: str, load_flux: Callable[..., FlowModel], tmp_path: Path) -> None:
     flux = load_flux(tiny_dev, master_dtype="bfloat16", compute_dtype="bfloat16")
     optimizer = make_optimizer(list(flux.trainable.values()), EIGHT_BIT)
     state = TrainState(flux, optimizer, PromptCursor(["a", "b"], seed=0, per_iteration=1))

@@ -8,7 +8,7 @@ import torch
 
 from ngrpo_train.algorithms import NeighborGRPO
 from ngrpo_train.algorithms.neighbor import LeapingPolicy
-from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Algorithm, Prompts, Recipe, Reward, Sampling
@@ -163,7 +163,7 @@ def test_gradient_is_that_of_the_paper(tiny_dev, load_flux, tuning, old_policy, 
 
 def moved(flux):
     """LoRA begins at zero, where half of its gradients are."""
-    if flux.model.tuning == "lora":
+    if flux.spec.tuning == "lora":
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in flux.trainable.values():
@@ -296,13 +296,13 @@ def test_flat_groups_are_skipped_before_any_forward(tiny_dev, load_flux, monkeyp
     algorithm = algorithm_of()
     groups = algorithm.explore(flux, PROMPTS, step=0)
     sizes = []
-    velocity = Flux.velocity
+    velocity = FlowModel.velocity
 
     def counted(self, x_NTC, *rest):
         sizes.append(len(x_NTC))
         return velocity(self, x_NTC, *rest)
 
-    monkeypatch.setattr(Flux, "velocity", counted)
+    monkeypatch.setattr(FlowModel, "velocity", counted)
     spy = Spy(flux)
     assert update(flux, spy, groups, torch.zeros(P, G), algorithm.policy, algorithm.settings, 1.0) is None
     assert (sizes, spy.seen) == ([], [])
@@ -318,13 +318,13 @@ def test_ranks_with_fewer_rows_make_as_many_forwards(tiny_dev, load_flux, monkey
     groups = algorithm.explore(flux, PROMPTS, step=0)
     advantages = torch.cat([advantages_of(algorithm), advantages_of(algorithm, flat=[0, 2])])
     sizes = {0: [], 1: []}
-    velocity = Flux.velocity
+    velocity = FlowModel.velocity
 
     def counted(self, x_NTC, *rest):
         sizes[processes.rank()].append((len(x_NTC), torch.is_grad_enabled()))
         return velocity(self, x_NTC, *rest)
 
-    monkeypatch.setattr(Flux, "velocity", counted)
+    monkeypatch.setattr(FlowModel, "velocity", counted)
     monkeypatch.setattr(processes, "world_size", lambda: 2)
     found = []
     for rank in (0, 1):

@@ -43,12 +43,12 @@ from ngrpo_train.parallel import blocks, sharding
 from ngrpo_train.recipe.sections import Model, Parallel, Sampling
 
 
-class Flux:
+class FlowModel:
     """A FLUX pipeline on one device whose transformer is trained, sharded over processes where there are several."""
 
     def __init__(
         self,
-        model: Model,
+        spec: Model,
         sampling: Sampling,
         settings: Parallel,
         device: torch.device,
@@ -60,13 +60,13 @@ class Flux:
 
         `settings.attention` is a backend's name, or "auto" for diffusers' choice. `seed` draws LoRA's first weights.
         """
-        self.model, self.sampling, self.settings, self.device = model, sampling, settings, device
-        self.directory = find_directory(model.name_or_path, absent_of(model, TEXT_PARTS if embeddings else ()))
-        self.transformer_directory = find_transformer(model, self.directory)
+        self.spec, self.sampling, self.settings, self.device = spec, sampling, settings, device
+        self.directory = find_directory(spec.name_or_path, absent_of(spec, TEXT_PARTS if embeddings else ()))
+        self.transformer_directory = find_transformer(spec, self.directory)
         self.compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
         self.compiled = blocks.compiles(settings, device)
         self.pipeline = load_parts(
-            model.name_or_path,
+            spec.name_or_path,
             self.directory,
             device,
             frozen_dtype(device),
@@ -114,14 +114,14 @@ class Flux:
     def _prepare_transformer(self, seed: int) -> None:
         """On the meta device up to the sharding, then filled shard by shard."""
         transformer, settings = self.transformer, self.settings
-        if self.model.tuning == "lora":
+        if self.spec.tuning == "lora":
             from peft import LoraConfig
 
             _store_as(transformer.requires_grad_(False), self.compute_dtype)
             transformer.add_adapter(
                 LoraConfig(
-                    r=self.model.lora_rank,
-                    lora_alpha=self.model.lora_alpha,
+                    r=self.spec.lora_rank,
+                    lora_alpha=self.spec.lora_alpha,
                     init_lora_weights=False,
                     target_modules=LORA_TARGETS,
                 )
@@ -133,21 +133,21 @@ class Flux:
         transformer.train()  # FLUX has no dropout, but diffusers loads models for evaluation
         self._set_attention(transformer)
         repeated = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-        blocks.prepare(repeated, self.model, settings, self.device)
-        sharding.shard(transformer, repeated, self.model, settings, self.device)
+        blocks.prepare(repeated, self.spec, settings, self.device)
+        sharding.shard(transformer, repeated, self.spec, settings, self.device)
         transformer.to_empty(device="cpu" if settings.offload else self.device)
-        fill(transformer, self.model, self.transformer_directory)
+        fill(transformer, self.spec, self.transformer_directory)
         for name, adapter in self.trainable.items():
             if ".lora_" in name:
                 _draw_adapter(name, adapter, seed)
 
-    def beside(self, model: Model) -> Flux:
+    def beside(self, spec: Model) -> FlowModel:
         """Another model's transformer, whole, with this one's encoders and VAE: two models in one memory."""
         other = copy.copy(self)
-        other.model = replace(model, tuning="full")
-        other.directory = find_directory(model.name_or_path, absent_of(model, (*TEXT_PARTS, "vae")))
-        other.transformer_directory = find_transformer(model, other.directory)
-        other.transformer = empty_transformer(model.name_or_path, other.transformer_directory)
+        other.spec = replace(spec, tuning="full")
+        other.directory = find_directory(spec.name_or_path, absent_of(spec, (*TEXT_PARTS, "vae")))
+        other.transformer_directory = find_transformer(spec, other.directory)
+        other.transformer = empty_transformer(spec.name_or_path, other.transformer_directory)
         other._float8 = None
         other._prepare_transformer(seed=0)
         return other
@@ -159,7 +159,7 @@ class Flux:
 
     def _float8_copy(self) -> Float8Copy:
         def prepare(repeated: Sequence[nn.Module]) -> None:
-            blocks.prepare(repeated, replace(self.model, gradient_checkpointing="none"), self.settings, self.device)
+            blocks.prepare(repeated, replace(self.spec, gradient_checkpointing="none"), self.settings, self.device)
 
         copy = Float8Copy(self.transformer, self.compute_dtype, self.device, prepare=prepare)
         self._set_attention(copy.model)
