@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -23,6 +22,7 @@ from ngrpo_train.recipe.checks import check_sections
 from ngrpo_train.recipe.parsing import (
     RecipeFlags,
     find_recipe,
+    flag_value,
     is_run,
     parse,
     parse_flags,
@@ -328,7 +328,7 @@ def _eval(arguments: list[str]) -> int:
     trained = recipe.trained_rewards() if is_run(source) else ()
     defaults = EvalCommand(
         rewards=rewards,
-        sampling=_benchmark_sampling(recipe, _value_of("--base", arguments)),
+        sampling=_benchmark_sampling(recipe, flag_value(arguments, "--base")),
         parallel=replace(recipe.parallel, sharding="none"),
     )
     prog = "ngrpo eval RUN_OR_MODEL"
@@ -367,16 +367,6 @@ def _experiment(arguments: list[str]) -> int:
 
 def _evaluation_directory(command: EvalCommand, subject: Path) -> Path:
     return Path(command.out or Path("evaluations") / subject.resolve().name).expanduser()
-
-
-def _value_of(flag: str, arguments: Sequence[str]) -> str:
-    """Of a flag that the defaults of others depend on; empty where it is not given."""
-    for argument, following in pairwise([*arguments, ""]):
-        if argument == flag:
-            return following
-        if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
-    return ""
 
 
 def _benchmark_sampling(recipe: Recipe, base: str) -> Sampling:

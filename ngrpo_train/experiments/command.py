@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +16,7 @@ from ngrpo_train.experiments.grid import Grid, Variant, find_grid, packaged
 from ngrpo_train.experiments.results import Row, read_rows
 from ngrpo_train.experiments.tuning import Best, best_trials, find_tuning
 from ngrpo_train.recipe.checks import check
-from ngrpo_train.recipe.parsing import RecipeFlags, as_flags, find_recipe, overlay, parse, read_recipe
+from ngrpo_train.recipe.parsing import RecipeFlags, as_flags, find_recipe, flag_value, overlay, parse, read_recipe
 from ngrpo_train.recipe.sections import Recipe
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ class _Asked:
 
     @staticmethod
     def of(grid: Grid, flags: Sequence[str]) -> _Asked:
-        base = _value_of("--base", flags) or grid.base
+        base = flag_value(flags, "--base") or grid.base
         if grid.only_own_base and base != grid.base:
             raise ValueError(f"--base = {base!r}: {grid.name} is about rewards of {grid.base} and runs on that alone")
         if grid.timed and any(flag.partition("=")[0] == "--reuse" for flag in flags):
@@ -232,17 +231,6 @@ def _read_existing(path: Path, what: str) -> list[Row]:
     if not path.is_file():
         raise ValueError(f"{what} is not a file: name the CSV of an experiment")
     return read_rows(path)
-
-
-def _value_of(flag: str, arguments: Sequence[str]) -> str:
-    """Of a flag that the defaults of others depend on, the last time it is given; empty where it is not."""
-    value = ""
-    for argument, following in pairwise([*arguments, ""]):
-        if argument == flag:
-            value = following
-        elif argument.startswith(f"{flag}="):
-            value = argument.partition("=")[2]
-    return value
 
 
 def _rank() -> int:

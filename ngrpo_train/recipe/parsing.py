@@ -121,14 +121,14 @@ def parse(
 
     Exits with code 2 on a wrong key, flag or value; a recipe's is said to be of `name`.
     """
-    if algorithm := _flags_of(arguments, "algorithm").get("name"):
+    if algorithm := flag_value(arguments, "--algorithm.name"):
         refuse_foreign(algorithm, ())
         changed = overlay(recipe, {"algorithm": {"name": algorithm}})
         if (left := sorted({*_algorithm(recipe)} - {*_algorithm(changed)})) and not quiet:
             print(f"{algorithm} in place of the recipe's algorithm, without its {', '.join(left)}", file=sys.stderr)
         recipe = changed
     resolved = resolve(recipe, name=name, quiet=quiet)
-    refuse_foreign(resolved.algorithm.name, _flags_of(arguments, "algorithm"))
+    refuse_foreign(resolved.algorithm.name, _fields_given(arguments, "algorithm"))
     rewards, arguments = take_rewards(arguments, resolved.rewards)
     resolved = replace(resolved, rewards=rewards)
     # Rewards are a table of any names; the parser only knows flags of names that it has seen in its defaults.
@@ -137,13 +137,29 @@ def parse(
     return parse_flags(default, list(_with_pythons_booleans(arguments)), prog=prog, quiet=quiet)
 
 
-def _flags_of(arguments: Sequence[str], section: str) -> dict[str, str]:
-    """The fields of a section that flags give, with the first word of what they give."""
+def flag_value(arguments: Sequence[str], flag: str) -> str:
+    """The value of a flag such as "--base", as `--base VALUE` or `--base=VALUE`; empty where it is not given.
+
+    For what must be known before the parser runs. Given twice, the last one counts, as it does for the parser; and
+    underscores and dashes are alike.
+    """
+    return _given(arguments).get(flag.replace("_", "-"), "")
+
+
+def _given(arguments: Sequence[str]) -> dict[str, str]:
+    """Every flag, spelt with dashes, and the first word of its value."""
     found = {}
     for argument, following in pairwise([*arguments, ""]):
-        if match := re.match(rf"--{section}\.([\w-]+)(?:=(.*))?$", argument):
-            found[match[1].replace("-", "_")] = following if match[2] is None else match[2]
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            found[name.replace("_", "-")] = value if equals else following
     return found
+
+
+def _fields_given(arguments: Sequence[str], section: str) -> list[str]:
+    """The fields of a section that flags give."""
+    prefix = f"--{section}."
+    return [flag.removeprefix(prefix).replace("-", "_") for flag in _given(arguments) if flag.startswith(prefix)]
 
 
 def _with_pythons_booleans(arguments: Sequence[str]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ngrpo_train.__main__ import TrainCommand
 from ngrpo_train.recipe import checks
 from ngrpo_train.recipe.checks import check, refuse_changed
-from ngrpo_train.recipe.parsing import as_toml, find_recipe, parse, read_recipe, resolve
+from ngrpo_train.recipe.parsing import as_toml, find_recipe, flag_value, parse, read_recipe, resolve
 from ngrpo_train.recipe.sections import (
     Algorithm,
     AlgorithmName,
@@ -100,6 +100,35 @@ def test_a_flag_may_add_a_reward():
 @pytest.mark.parametrize("spelling", ["--algorithm.num-train-steps", "--algorithm.num_train_steps"])
 def test_underscores_and_dashes_are_alike(spelling):
     assert parsed({}, spelling, "3").algorithm.num_train_steps == 3
+
+
+@pytest.mark.parametrize(
+    "words, value",
+    [
+        ("--base a", "a"),
+        ("--base=a", "a"),
+        ("--base a --out b", "a"),
+        ("--base a --base=b", "b"),
+        ("--base=a --base b", "b"),
+        ("--base= --out a", ""),
+        ("--based a --out b", ""),
+        ("--base", ""),
+        ("", ""),
+    ],
+)
+def test_the_value_of_a_flag_is_the_last_that_is_given(words, value):
+    assert flag_value(words.split(), "--base") == value
+
+
+@pytest.mark.parametrize("spelling", ["--base-tail", "--base_tail"])
+def test_a_flag_is_found_in_either_spelling(spelling):
+    assert flag_value([spelling, "3"], "--base_tail") == flag_value([f"{spelling}=3"], "--base-tail") == "3"
+
+
+def test_of_an_algorithm_given_twice_the_last_counts_as_for_every_flag():
+    flags = ["--algorithm.name", "flow_grpo", "--algorithm.name=dance_grpo", "--train.steps=3", "--train.steps", "4"]
+    recipe = parsed({"algorithm": {"sigma": 0.2}}, *flags)
+    assert (recipe.algorithm, recipe.train.steps) == (Algorithm.of("dance_grpo"), 4)
 
 
 @pytest.mark.parametrize(
