@@ -276,7 +276,7 @@ def _plan(arguments: list[str]) -> int:
 
 def _profile(arguments: list[str]) -> int:
     name, command = _with_recipe(ProfileCommand, "profile", arguments)
-    from ngrpo_train.commands.profile import profile
+    from ngrpo_train.profiling.measure import profile
 
     return profile(
         command.recipe,
@@ -294,7 +294,7 @@ def _embed(arguments: list[str]) -> int:
     out = command.out or command.recipe.prompts.embeddings
     if not out:
         raise ValueError("--out must name a directory")
-    from ngrpo_train.commands.embed import embed_command
+    from ngrpo_train.models.embed import embed_command
 
     return embed_command(command.recipe, Path(out).expanduser(), command.batch)
 
@@ -340,7 +340,7 @@ def _eval(arguments: list[str]) -> int:
         raise ValueError(f"--batch = {command.batch} must be positive")
     evaluation = replace(recipe.evaluation, num_images_per_prompt=command.per_prompt, batch=command.batch)
     recipe = replace(recipe, evaluation=evaluation, rewards=command.rewards)
-    from ngrpo_train.comparison.command import evaluate_images, evaluate_model
+    from ngrpo_train.comparison.compare import evaluate_images, evaluate_model
 
     if command.images:
         for flag in ("base", "base_tail", "checkpoint", "as_trained"):
@@ -360,7 +360,7 @@ def _eval(arguments: list[str]) -> int:
 
 
 def _experiment(arguments: list[str]) -> int:
-    from ngrpo_train.experiments.command import experiment_command
+    from ngrpo_train.commands.experiment import experiment_command
 
     return experiment_command(arguments)
 

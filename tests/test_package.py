@@ -46,6 +46,7 @@ ORDER = {
         update
         algorithms
         run
+        profiling
         comparison
         experiments
         commands

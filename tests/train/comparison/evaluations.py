@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from ngrpo_train.__main__ import main
-from ngrpo_train.comparison.command import evaluate_model
+from ngrpo_train.comparison.compare import evaluate_model
 from ngrpo_train.comparison.scores import ScoreFiles
 from ngrpo_train.shapes import verifier
 

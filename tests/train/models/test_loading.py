@@ -19,8 +19,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ngrpo_train.commands.embed import embed_command
 from ngrpo_train.models import loading, sizes
+from ngrpo_train.models.embed import embed_command
 from ngrpo_train.models.export import export
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ngrpo_train.commands import trace as tracing
-from ngrpo_train.commands.trace import (
+from ngrpo_train.profiling import trace as tracing
+from ngrpo_train.profiling.trace import (
     COMMUNICATION,
     COPIES,
     LOSS,

@@ -15,8 +15,8 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
-from ngrpo_train.commands import embed as embed_module
-from ngrpo_train.commands.embed import embed, embed_command, training_prompts
+from ngrpo_train.models import embed as embed_module
+from ngrpo_train.models.embed import embed, embed_command, training_prompts
 from ngrpo_train.models.encoders import EmbeddingCache, Manifest, TextEncoders, encoder_hash
 from ngrpo_train.recipe.sections import Evaluation, Model, Parallel, Prompts, Recipe, Sampling
 
@@ -231,9 +231,9 @@ def test_a_damaged_shard_is_refused_and_mended(counted, manifest, out, two_in_a_
         with pytest.raises(ValueError, match=refusal):
             read(out, manifest)
     counted.again()
-    with caplog.at_level(logging.WARNING, "ngrpo_train.commands.embed"):
+    with caplog.at_level(logging.WARNING, "ngrpo_train.models.embed"):
         embed(counted, PROMPTS, out, manifest, batch=1)
-    warnings = [record.getMessage() for record in caplog.records if record.name == "ngrpo_train.commands.embed"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "ngrpo_train.models.embed"]
     assert [shard.name in warning for warning in warnings] == [True] * (damage != "gone")
     assert counted.prompts == PROMPTS[2:4]
     assert_holds(out, manifest, PROMPTS, counted)
@@ -393,10 +393,10 @@ import sys
 from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
-from ngrpo_train.commands import embed as embed_module
+from ngrpo_train.models import embed as embed_module
 from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.sections import Parallel
-from ngrpo_train.commands.embed import embed
+from ngrpo_train.models.embed import embed
 from ngrpo_train.models.encoders import Manifest, TextEncoders
 
 embed_module._SHARD_PROMPTS = 2

@@ -599,7 +599,7 @@ def test_a_transformer_alone_is_drawn_at_its_bases_size(ngrpo, here, monkeypatch
         seen[name] = (recipe.sampling.height, recipe.sampling.width)
         return 0
 
-    monkeypatch.setattr("ngrpo_train.comparison.command.evaluate_model", evaluate_model)
+    monkeypatch.setattr("ngrpo_train.comparison.compare.evaluate_model", evaluate_model)
     flags = ["--prompts.source", "styled.json", *BRIGHTNESS]
     assert ngrpo("eval", "exported/transformer", "--base", "shapes", *flags)[0] == 0
     assert ngrpo("eval", "some/transformer", *flags)[0] == 0

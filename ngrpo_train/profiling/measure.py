@@ -32,10 +32,10 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
 from ngrpo_train.algorithms import refuse_backend
-from ngrpo_train.commands.trace import ELSEWHERE, ITERATION, OPTIMIZER, Sum, Trace, read
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import blocks, processes
 from ngrpo_train.plan.settle import cost_of, explained_out_of_memory, settle_attention, settle_memory
+from ngrpo_train.profiling.trace import ELSEWHERE, ITERATION, OPTIMIZER, Sum, Trace, read
 from ngrpo_train.prompts import PromptCursor, load_prompts
 from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.parsing import as_toml

@@ -18,9 +18,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from ngrpo_train.commands import profile as profiling
-from ngrpo_train.commands.profile import Iteration, Profile, Ranges, nsight_commands, profile
-from ngrpo_train.commands.trace import Event, Trace, read
+from ngrpo_train.profiling import measure as profiling
+from ngrpo_train.profiling.measure import Iteration, Profile, Ranges, nsight_commands, profile
+from ngrpo_train.profiling.trace import Event, Trace, read
 from ngrpo_train.recipe import parsing
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.run.stopwatch import Stopwatch
