@@ -16,7 +16,7 @@ from ngrpo_train.algorithms.neighbor import NeighborGRPO, refuse_backend
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Recipe
-from ngrpo_train.rewards import Rewards, Scores
+from ngrpo_train.rewards import Scores
 from ngrpo_train.update.policy import UpdateStats
 
 
@@ -34,7 +34,7 @@ class GRPO(Protocol):
     ) -> UpdateStats | None: ...
 
 
-_ALGORITHMS: dict[str, Callable[[Recipe, Rewards], GRPO]] = {
+_ALGORITHMS: dict[str, Callable[[Recipe], GRPO]] = {
     "neighbor": NeighborGRPO,
     "flow_grpo": FlowGRPO,
     "dance_grpo": DanceGRPO,
@@ -44,8 +44,8 @@ _ALGORITHMS: dict[str, Callable[[Recipe, Rewards], GRPO]] = {
 }
 
 
-def make_algorithm(recipe: Recipe, rewards: Rewards) -> GRPO:
-    return _ALGORITHMS[recipe.algorithm.name](recipe, rewards)
+def make_algorithm(recipe: Recipe) -> GRPO:
+    return _ALGORITHMS[recipe.algorithm.name](recipe)
 
 
 __all__ = [

@@ -12,16 +12,15 @@ from torch import Tensor
 from ngrpo_kernels import quasi_norm_advantages
 from ngrpo_train.draws import stream
 from ngrpo_train.recipe.sections import Algorithm, Recipe
-from ngrpo_train.rewards import Rewards, Scores, combined
+from ngrpo_train.rewards import Scores
 
 
-def group_rewards(recipe: Recipe, rewards: Rewards, scores: Scores, step: int) -> tuple[Tensor, Sequence[float]]:
+def group_rewards(recipe: Recipe, scores: Scores, step: int) -> tuple[Tensor, Sequence[float]]:
     """The rewards that are trained on, [R, P, G] on the CPU, and their weights.
 
     With `algorithm.shuffle_rewards`, each group's are dealt to its candidates anew, those of one picture together.
     """
-    trained_RPG = scores.all_RPG[list(rewards.trained)]
-    trained_RPG, weights = combined(trained_RPG, rewards.weights, recipe.algorithm.combine)
+    trained_RPG, weights = scores.combined(recipe.algorithm.combine)
     if recipe.algorithm.shuffle_rewards:
         trained_RPG = trained_RPG.clone()
         for slot in range(trained_RPG.shape[1]):

@@ -77,11 +77,10 @@ class BranchGRPO(StochasticGRPO):
                 for name, value in (("before", x_PnTC), ("noise", noise), ("velocity", velocity_PnTC)):
                     kept[name].append(value.float())
             x_PnTC = sde_step(x_PnTC, velocity_PnTC, noise, sigma, following, stds[index])
-        return self._transitions(prompts, conditioning, trained, kept, x_PnTC, order_PX)
+        return self._transitions(conditioning, trained, kept, x_PnTC, order_PX)
 
     def _transitions(
         self,
-        prompts: list[Prompt],
         conditioning: Conditioning,
         trained: Sequence[int],
         kept: Mapping[str, Sequence[Tensor]],
@@ -89,13 +88,12 @@ class BranchGRPO(StochasticGRPO):
         order_PX: Tensor,
     ) -> Transitions:
         edges = torch.tensor([branches(self.recipe, index) for index in trained])
-        step_PX = torch.tensor(trained).repeat_interleave(edges).expand(len(prompts), -1)
+        step_PX = torch.tensor(trained).repeat_interleave(edges).expand(len(final_PGTC), -1)
         stds = self.stds(self.sigmas, trained)
         return Transitions(
-            prompts=prompts,
             conditioning=conditioning,
             step_PM=step_PX,
-            advantage_PM=torch.arange(step_PX.shape[1]).expand(len(prompts), -1),
+            advantage_PM=torch.arange(step_PX.shape[1]).expand(len(final_PGTC), -1),
             **step_constants(self.sigmas, stds, step_PX, final_PGTC.device),
             before_PMTC=torch.cat(list(kept["before"]), dim=1),
             noise_PMTC=torch.cat(list(kept["noise"]), dim=1),
@@ -105,7 +103,7 @@ class BranchGRPO(StochasticGRPO):
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Of the edges of all ranks' trees, on the CPU [P, X]: leaf rewards fused, standardised step by step."""
-        rewards_RPG, weights = group_rewards(self.recipe, self.rewards, scores, step)
+        rewards_RPG, weights = group_rewards(self.recipe, scores, step)
         # Means over leaves spread less the nearer they are to the root: whether a group spreads is said of its leaves.
         flat_RP1 = rewards_RPG.std(2, keepdim=True) < self.settings.min_reward_std
         rewards_RPG = torch.where(flat_RP1, rewards_RPG[:, :, :1], rewards_RPG)

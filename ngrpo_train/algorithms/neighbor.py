@@ -19,7 +19,7 @@ from ngrpo_train.models.model import FlowModel
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Algorithm, Recipe
 from ngrpo_train.recipe.workload import num_train_steps, trainable_steps
-from ngrpo_train.rewards import Rewards, Scores
+from ngrpo_train.rewards import Scores
 from ngrpo_train.sampling.perturb import neighborhood
 from ngrpo_train.sampling.rollout import generate
 from ngrpo_train.sampling.solvers import flow_sigmas
@@ -43,7 +43,6 @@ class Neighborhoods:
     `step_PK` counts solver steps, `anchor_PB` candidates.
     """
 
-    prompts: list[Prompt]
     conditioning: Conditioning  # P rows
     step_PK: Tensor  # int64 on the CPU
     anchor_PB: Tensor  # int64 on the device
@@ -97,8 +96,8 @@ class Neighborhoods:
 
 
 class NeighborGRPO:
-    def __init__(self, recipe: Recipe, rewards: Rewards) -> None:
-        self.recipe, self.settings, self.rewards = recipe, recipe.algorithm, rewards
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.settings = recipe, recipe.algorithm
         self.seed = recipe.train.seed
         self.sigmas = flow_sigmas(recipe.sampling.num_inference_steps, recipe.sampling.shift)
         self.policy = LeapingPolicy(recipe.algorithm)
@@ -119,7 +118,7 @@ class NeighborGRPO:
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Of all ranks' prompts, on the CPU: standardised, weighted, summed, divided by the quasi-norm [P, G]."""
-        return quasi_norm(*group_rewards(self.recipe, self.rewards, scores, step), self.settings)
+        return quasi_norm(*group_rewards(self.recipe, scores, step), self.settings)
 
     def update(
         self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Neighborhoods, advantages_PG: Tensor
@@ -156,7 +155,6 @@ def explored(
             velocity[p, k] = step.velocity_NTC.view_as(noise_PGTC)[p, anchor_PB[p]]
             after[p, k] = final[p]
     return Neighborhoods(
-        prompts=prompts,
         conditioning=conditioning,
         step_PK=step_PK,
         anchor_PB=anchor_PB,

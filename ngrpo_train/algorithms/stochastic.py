@@ -19,7 +19,7 @@ from ngrpo_train.models.model import FlowModel
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Algorithm, Recipe
 from ngrpo_train.recipe.workload import num_train_steps, trainable_steps
-from ngrpo_train.rewards import Rewards, Scores
+from ngrpo_train.rewards import Scores
 from ngrpo_train.sampling.rollout import generate
 from ngrpo_train.sampling.sde import NoiseLevel, gaussian_log_ratio, mean_slope, sde_step, step_std
 from ngrpo_train.sampling.solvers import Previous, Sigmas, SolverStep, dpmpp_2m_step, euler_step, flow_sigmas
@@ -41,7 +41,6 @@ class TransitionRows(Rows):
 class Transitions:
     """P explored groups of random walks: the M transitions of each that are trained. States are float32."""
 
-    prompts: list[Prompt]
     conditioning: Conditioning  # P rows
     step_PM: Tensor  # int64 on the CPU, solver steps
     advantage_PM: Tensor  # int64 on the CPU: which of the prompt's advantages each takes
@@ -176,8 +175,8 @@ class StochasticGRPO:
     level: ClassVar[NoiseLevel]
     shares_noise: ClassVar[bool] = True  # whether the candidates of a prompt start from one noise
 
-    def __init__(self, recipe: Recipe, rewards: Rewards) -> None:
-        self.recipe, self.settings, self.rewards = recipe, recipe.algorithm, rewards
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.settings = recipe, recipe.algorithm
         self.seed = recipe.train.seed
         self.sigmas = flow_sigmas(recipe.sampling.num_inference_steps, recipe.sampling.shift)
         self.policy = GaussianPolicy(recipe.algorithm)
@@ -208,7 +207,7 @@ class StochasticGRPO:
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Of all ranks' prompts, on the CPU: standardised, weighted, summed, clipped [P, G]."""
-        return standardised(*group_rewards(self.recipe, self.rewards, scores, step), self.settings)
+        return standardised(*group_rewards(self.recipe, scores, step), self.settings)
 
     def update(
         self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor
@@ -270,7 +269,6 @@ def random_walk(
         final = step.after_NTC.view_as(start_PGTC)
     step_PM = step_PK[:, None].expand(P, G, K).flatten(1)
     return Transitions(
-        prompts=prompts,
         conditioning=conditioning,
         step_PM=step_PM,
         advantage_PM=order_PG.repeat_interleave(K, dim=1),

@@ -242,6 +242,11 @@ class Reward:
         """Whether `path` is "package.module:callable", which is neither a hub id nor a likely file."""
         return bool(re.fullmatch(r"[\w.]*:\w*", self.path))
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the policy is trained on it, and not merely scored by it."""
+        return bool(self.weight) and not (self.log_only or self.watch_only)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer:
@@ -361,11 +366,7 @@ class Recipe:
     log: Log = field(default_factory=Log)
 
     def trained_rewards(self) -> tuple[str, ...]:
-        return tuple(
-            name
-            for name, reward in self.rewards.items()
-            if reward.weight and not (reward.log_only or reward.watch_only)
-        )
+        return tuple(name for name, reward in self.rewards.items() if reward.is_trained)
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:

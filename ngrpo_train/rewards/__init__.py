@@ -29,7 +29,6 @@ __all__ = [
     "Rewards",
     "Scorer",
     "Scores",
-    "combined",
     "find_scorer",
     "refuse_non_finite",
 ]
@@ -51,14 +50,35 @@ _REMOTE = "ngrpo_train.rewards.remote:load"
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """One iteration's rewards: of this rank's prompts and of all ranks', on the CPU."""
+    """The scores of all ranks' groups, on the CPU, and which of the rewards the policy is trained on."""
 
     names: tuple[str, ...]
-    all_RPG: Tensor  # float32, ranks in order along P
+    trained: tuple[str, ...]
+    """Of `names`, in their order."""
+    weights: tuple[float, ...]
+    """One for each trained reward."""
+    all_RPG: Tensor
+    """Float32, ranks in order along P."""
 
     @property
     def local_RPG(self) -> Tensor:
+        """The groups of this rank."""
         return self.all_RPG.chunk(processes.world_size(), dim=1)[processes.rank()]
+
+    @property
+    def trained_RPG(self) -> Tensor:
+        """The trained rewards alone."""
+        return self.all_RPG[[self.names.index(name) for name in self.trained]]
+
+    def combined(self, how: Literal["standardized", "raw_sum"]) -> tuple[Tensor, tuple[float, ...]]:
+        """Rewards [R, P, G] to standardise one by one, and their weights: what advantages are made of.
+
+        Standardised, each trained reward counts by its weight, whatever its spread. As a "raw_sum" they become one,
+        [1, P, G], in which a reward of wide spread outweighs the others.
+        """
+        if how == "standardized":
+            return self.trained_RPG, self.weights
+        return torch.einsum("rpg,r->pg", self.trained_RPG, torch.tensor(self.weights))[None], (1.0,)
 
 
 class Rewards:
@@ -69,9 +89,8 @@ class Rewards:
         device = device or torch.device("cpu")
         self.names = tuple(settings)
         self.in_training = tuple(name for name, reward in settings.items() if not reward.watch_only)
-        trained = [name for name in self.in_training if settings[name].weight and not settings[name].log_only]
-        self.trained = tuple(self.in_training.index(name) for name in trained)  # in an iteration's scores
-        self.weights = tuple(settings[name].weight for name in trained)
+        self.trained = tuple(name for name, reward in settings.items() if reward.is_trained)
+        self.weights = tuple(settings[name].weight for name in self.trained)
         self.scorers = {name: find_scorer(name, reward, device) for name, reward in settings.items()}
         # Answers from elsewhere are awaited together, while this machine computes its own.
         self._elsewhere = [name for name, reward in settings.items() if reward.remote]
@@ -110,24 +129,12 @@ class Rewards:
         names = self.in_training
         each = [prompt.text for prompt in prompts for _ in range(len(images) // len(prompts))]
         scores_RPG = self.score(images, each, names).view(len(names), len(prompts), -1)
-        scores = Scores(names, torch.cat(list(processes.all_gather(scores_RPG)), dim=1).cpu())
+        all_RPG = torch.cat(list(processes.all_gather(scores_RPG)), dim=1).cpu()
+        scores = Scores(names, self.trained, self.weights, all_RPG)
         refuse_non_finite(names, scores.local_RPG.flatten(1), each)
         if not scores.all_RPG.isfinite().all():
             raise RewardError("a reward was not finite on another rank, which names it")
         return scores
-
-
-def combined(
-    trained_RPG: Tensor, weights: Sequence[float], how: Literal["standardized", "raw_sum"]
-) -> tuple[Tensor, tuple[float, ...]]:
-    """What advantages are made of: rewards [R, P, G] to standardise one by one, and their weights.
-
-    Standardised, each reward counts by its weight, whatever its spread. As a "raw_sum" they become one, [1, P, G], in
-    which a reward of wide spread outweighs the others.
-    """
-    if how == "standardized":
-        return trained_RPG, tuple(weights)
-    return torch.einsum("rpg,r->pg", trained_RPG, torch.tensor(weights))[None], (1.0,)
 
 
 def refuse_non_finite(names: Sequence[str], scores_RN: Tensor, prompts: Sequence[str]) -> None:

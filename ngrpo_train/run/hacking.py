@@ -23,7 +23,7 @@ from ngrpo_kernels import quasi_norm_advantages
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.sections import Recipe
-from ngrpo_train.rewards import Rewards, combined
+from ngrpo_train.rewards import Rewards, Scores
 from ngrpo_train.rewards.scorer import ModelScorer
 from ngrpo_train.run import artifacts
 from ngrpo_train.run.metrics import advantage_figures
@@ -93,7 +93,7 @@ class Watch:
     def warnings(self, now: Sight) -> Iterator[tuple[str, str]]:
         """The ways of pleasing a reward that nobody wants: a symptom's name, and what to do about it."""
         change = self._changes(now.evaluation)
-        trained = self.recipe.trained_rewards()
+        trained = self.rewards.trained
         rose = [name for name in trained if change[name].certainly_rose]
         fell = [name for name in self.rewards.names if name not in trained and change[name].certainly_fell]
         if rose and fell:
@@ -132,18 +132,18 @@ class Watch:
     def _score(self, now: Sight) -> float:
         """The weighted sum of each trained reward's gain, in units of its spread over the base model's pictures."""
         total = 0.0
-        for name in self.recipe.trained_rewards():
+        for name, weight in zip(self.rewards.trained, self.rewards.weights, strict=True):
             row = now.evaluation.names.index(name)
             before, after = self.base.evaluation.scores_RN[row], now.evaluation.scores_RN[row]
             gain = (after.mean() - before.mean()) / (before.std(correction=0) or 1.0)
-            total += self.recipe.rewards[name].weight * gain.item()
+            total += weight * gain.item()
         return total
 
     def _advantages(self, now: Evaluation) -> Tensor:
         """Of each prompt's pictures as a group [P, n]: what an update would be told."""
-        rows = [now.names.index(name) for name in self.recipe.trained_rewards()]
-        groups_RPn = now.scores_RN[rows].view(len(rows), len(now.prompts), -1)
-        groups_RPn, weights = combined(groups_RPn, self.rewards.weights, self.recipe.algorithm.combine)
+        all_RPn = now.scores_RN.view(len(now.names), len(now.prompts), -1)
+        scores = Scores(now.names, self.rewards.trained, self.rewards.weights, all_RPn)
+        groups_RPn, weights = scores.combined(self.recipe.algorithm.combine)
         return quasi_norm_advantages(
             groups_RPn,
             p=self.recipe.algorithm.p,

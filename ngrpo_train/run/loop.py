@@ -65,7 +65,7 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
                     stopwatch.restart()
                     outcome = trainer.iterate(inputs.cursor.next(), step)
                     state.step = step + 1
-                    recorder.write(step, outcome, rewards.trained, stopwatch)
+                    recorder.write(step, outcome, stopwatch)
 
                     if step % recipe.log.images_every == 0:
                         _draw(recorder, state, recipe, validation or inputs.texts, outcome.images, step)

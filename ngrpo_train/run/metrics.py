@@ -70,12 +70,9 @@ class Recorder:
         if self.main:
             self._metrics.close()
 
-    def write(self, step: int, outcome: Outcome, trained: tuple[int, ...], watch: Stopwatch) -> dict[str, float]:
-        """Record a finished iteration and return its figures. Its one synchronisation reads the device's, packed.
-
-        `trained` says which rewards count into the mean.
-        """
-        figures = reward_figures(outcome.scores, trained) | advantage_figures(outcome.advantages)
+    def write(self, step: int, outcome: Outcome, watch: Stopwatch) -> dict[str, float]:
+        """Record a finished iteration and return its figures. Its one synchronisation reads the device's, packed."""
+        figures = reward_figures(outcome.scores) | advantage_figures(outcome.advantages)
         figures |= _reduced(device_figures(outcome.groups, outcome.stats))
         figures |= watch.read()
         figures |= self._cost.figures(figures["time/iteration_s"])
@@ -127,17 +124,15 @@ class Recorder:
         (self._progress.console.print if not self._progress.disable else print)(line)
 
 
-def reward_figures(scores: Scores, trained: tuple[int, ...]) -> dict[str, float]:
-    """Of all ranks' groups; `reward/mean` and `reward/std_in_group` average the rewards trained on."""
-    mean_R = scores.all_RPG.mean((1, 2))
-    spread_R = scores.all_RPG.std(2).mean(1)
-    chosen = list(trained)
+def reward_figures(scores: Scores) -> dict[str, float]:
+    """Means over all ranks' groups; `reward/mean` and the spreads are averages of the rewards trained on."""
+    trained_RPG = scores.trained_RPG
     figures = {
-        "reward/mean": mean_R[chosen].mean().item(),
-        "reward/std_in_group": spread_R[chosen].mean().item(),
-        "reward/std_of_prompts": scores.all_RPG[chosen].mean((0, 2)).std(correction=0).item(),
+        "reward/mean": trained_RPG.mean((1, 2)).mean().item(),
+        "reward/std_in_group": trained_RPG.std(2).mean(1).mean().item(),
+        "reward/std_of_prompts": trained_RPG.mean((0, 2)).std(correction=0).item(),
     }
-    for name, mean in zip(scores.names, mean_R.tolist(), strict=True):
+    for name, mean in zip(scores.names, scores.all_RPG.mean((1, 2)).tolist(), strict=True):
         figures[f"reward/{name}"] = mean
     return figures
 

@@ -63,7 +63,7 @@ class Trainer:
         return Trainer(
             model=model,
             rewards=rewards,
-            algorithm=make_algorithm(recipe, rewards),
+            algorithm=make_algorithm(recipe),
             optimizer=make_optimizer(list(model.trainable.values()), recipe.optimizer),
             ema=EMA(model.trainable, recipe.model.ema) if recipe.model.ema else None,
             stage=stage,

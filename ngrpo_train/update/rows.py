@@ -80,7 +80,7 @@ def in_parts(prompts: Sequence[Prompt], at_once: int, explore: Callable[[list[Pr
 def _joined(values: Sequence[Any]) -> Any:
     if isinstance(values[0], Tensor):
         return torch.cat(list(values))
-    return Conditioning.cat(values) if isinstance(values[0], Conditioning) else [one for many in values for one in many]
+    return Conditioning.cat(values)
 
 
 def batches_of_rows(block: Explored, active_P: Tensor, num_batches: int, rows_per_batch: int) -> Iterator[Rows]:

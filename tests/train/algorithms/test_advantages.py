@@ -8,7 +8,7 @@ import torch
 
 from ngrpo_train.algorithms.advantages import group_rewards, quasi_norm, standardised
 from ngrpo_train.recipe.sections import Algorithm, Recipe, Reward, Train
-from ngrpo_train.rewards import Rewards, Scores
+from ngrpo_train.rewards import Scores
 
 FLOW = Algorithm.of("flow_grpo")
 NAMES = ("a", "watched", "b")
@@ -21,12 +21,12 @@ SETTINGS = {
 
 def scores_of(P=4, G=6):
     values = torch.rand(3, P, G, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5, 20])[:, None, None]
-    return Scores(NAMES, values)
+    return Scores(NAMES, ("a", "b"), (2.0, -0.5), values)
 
 
 def grouped(algorithm, scores, step=0, seed=0):
     recipe = Recipe(algorithm=algorithm, rewards=SETTINGS, train=Train(seed=seed))
-    return group_rewards(recipe, Rewards(SETTINGS), scores, step)
+    return group_rewards(recipe, scores, step)
 
 
 def test_by_hand():

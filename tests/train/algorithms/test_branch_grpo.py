@@ -12,22 +12,22 @@ from ngrpo_train.algorithms.branch_grpo import fused, kept_leaves, sibling_noise
 from ngrpo_train.draws import stream
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Algorithm, Prompts, Recipe, Reward, Sampling
-from ngrpo_train.rewards import Rewards, Scores
+from ngrpo_train.rewards import Scores
 
 N, G, SHIFT, SPLITS = 6, 8, 3.0, (0, 2, 3)
 EDGES = [2, 2, 4, 8, 8]  # of the steps 0 to 4; step 5 is the ODE's
 PROMPTS = [Prompt("a large red circle on a blue background", 0), Prompt("a dog", 1)]
 
 
-def algorithm_of(per_rank=2, rewards=None, **settings):
+def algorithm_of(per_rank=2, **settings):
     tree = {"num_generations": G, "branch_steps": SPLITS, "step_range": (0.0, 1.0)}
     recipe = Recipe(
         prompts=Prompts(per_rank=per_rank),
         sampling=Sampling(num_inference_steps=N, shift=SHIFT),
         algorithm=replace(Algorithm.of("branch_grpo"), **tree | settings),
-        rewards=rewards or {"shapes_verifier": Reward()},
+        rewards={"shapes_verifier": Reward()},
     )
-    return BranchGRPO(recipe, Rewards(recipe.rewards))
+    return BranchGRPO(recipe)
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +146,9 @@ def test_leaf_rewards_are_fused_by_their_mean():
 TREE_OF_FOUR = {"num_generations": 4, "branch_steps": (0, 2)}  # edges 2, 2, 4, 4, 4
 
 
-def scores_of(*rewards):
-    return Scores(tuple("ab"[: len(rewards)]), torch.tensor(rewards))
+def scores_of(*rewards, weights=(1.0,)):
+    names = tuple("ab"[: len(rewards)])
+    return Scores(names, names, weights, torch.tensor(rewards))
 
 
 def test_advantages_are_standardised_depth_by_depth():
@@ -171,9 +172,8 @@ def test_whether_a_group_spreads_is_said_of_its_leaves():
 
 
 def test_several_rewards_are_fused_and_standardised_one_by_one():
-    rewards = {"a": Reward(path="math:sqrt", weight=2.0), "b": Reward(path="math:sqrt", weight=-1.0)}
-    algorithm = algorithm_of(rewards=rewards, **TREE_OF_FOUR)
-    advantages = algorithm.advantages(scores_of([[1.0, 3, 2, 8]], [[10.0, 10, 10, 40]]), 0)
+    scores = scores_of([[1.0, 3, 2, 8]], [[10.0, 10, 10, 40]], weights=(2.0, -1.0))
+    advantages = algorithm_of(**TREE_OF_FOUR).advantages(scores, 0)
     half = math.sqrt(0.5)
     torch.testing.assert_close(advantages[0, :4], torch.tensor([-2 * half + half, 2 * half - half] * 2))
     a, b = ((each - each.mean()) / each.std() for each in torch.tensor([[1.0, 3, 2, 8], [10, 10, 10, 40]]))

@@ -14,7 +14,7 @@ from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Algorithm, Optimizer, Prompts, Recipe, Reward, Sampling
-from ngrpo_train.rewards import Rewards, Scores
+from ngrpo_train.rewards import Scores
 from ngrpo_train.update.policy import update
 
 from ..runs import Run, assert_same_run, figures
@@ -44,7 +44,7 @@ def algorithm_of(name, **settings):
         rewards={"shapes_verifier": Reward()},
         optimizer=Optimizer(max_grad_norm=NO_CLIPPING),
     )
-    return make_algorithm(recipe, Rewards(recipe.rewards))
+    return make_algorithm(recipe)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def flux(tiny_dev, load_flux):
 def advantages_of(algorithm, prompts=P, flat=()):
     rewards = torch.rand(1, prompts, G, generator=torch.Generator().manual_seed(5))
     rewards[:, list(flat)] = 0.5
-    return algorithm.advantages(Scores(("shapes_verifier",), rewards), step=0)
+    return algorithm.advantages(Scores(("shapes_verifier",), ("shapes_verifier",), (1.0,), rewards), step=0)
 
 
 class Spy(torch.optim.SGD):

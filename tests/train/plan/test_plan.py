@@ -49,7 +49,7 @@ from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.parsing import as_toml, find_recipe, parse, read_recipe, resolve
 from ngrpo_train.recipe.sections import Algorithm, Model, Parallel, Recipe, Reward
 from ngrpo_train.recipe.workload import Workload
-from ngrpo_train.rewards import Rewards, Scores
+from ngrpo_train.rewards import Scores
 
 DEV = KNOWN["flux-dev"]
 N = 11_901_408_320  # parameters of FLUX.1-dev's transformer
@@ -629,12 +629,13 @@ def test_an_iteration_does_what_is_counted(
         return forward(transformer, x, *rest)
 
     monkeypatch.setattr(flux, "_velocity", counted)
-    running = make_algorithm(recipe, Rewards(recipe.rewards))
+    running = make_algorithm(recipe)
     prompts = [Prompt("a red circle", slot) for slot in range(2)]
     groups = running.explore(flux, prompts, 0)
     rollout = [pictures for _, pictures in calls]
     calls.clear()
-    scores = Scores(tuple(recipe.rewards), torch.rand(1, 2, 4, generator=torch.Generator().manual_seed(0)))
+    values = torch.rand(1, 2, 4, generator=torch.Generator().manual_seed(0))
+    scores = Scores(tuple(recipe.rewards), recipe.trained_rewards(), (1.0,), values)
     optimizer = torch.optim.SGD(flux.trainable.values(), lr=0.0, fused=True)
     assert running.update(flux, optimizer, groups, running.advantages(scores, 0)) is not None
 

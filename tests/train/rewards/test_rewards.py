@@ -8,7 +8,7 @@ import torch
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Reward
-from ngrpo_train.rewards import RewardError, Rewards, Scores, combined, find_scorer, refuse_non_finite
+from ngrpo_train.rewards import RewardError, Rewards, Scores, find_scorer, refuse_non_finite
 from ngrpo_train.shapes.judge import judge
 from ngrpo_train.shapes.verifier import score
 
@@ -94,7 +94,7 @@ def test_weights_are_those_of_trained_rewards():
         }
     )
     assert rewards.names == ("shapes_verifier", "watched", "off", "shapes_judge")
-    assert rewards.trained == (0, 3)
+    assert rewards.trained == ("shapes_verifier", "shapes_judge")
     assert rewards.weights == (2.0, -0.5)
 
 
@@ -151,22 +151,24 @@ def test_a_failure_elsewhere_stops_this_rank_too(monkeypatch):
 
 def test_finite_scores_pass():
     refuse_non_finite(("a",), torch.tensor([[0.0, -3e38]]), ["x", "y"])
-    assert Scores(("a",), torch.zeros(1, 2, 3)).local_RPG.shape == (1, 2, 3)
+    assert Scores(("a",), ("a",), (1.0,), torch.zeros(1, 2, 3)).local_RPG.shape == (1, 2, 3)
 
 
 # --- combining several
 
+THREE = torch.tensor([[[0.0, 1.0]], [[9.0, -9.0]], [[5.0, 7.0]]])
+
 
 def test_standardised_rewards_keep_their_own_rows_and_weights():
-    rewards = torch.tensor([[[0.0, 1.0]], [[5.0, 7.0]]])
-    together, weights = combined(rewards, (1.0, 0.5), "standardized")
-    assert torch.equal(together, rewards)
+    scores = Scores(("a", "off", "b"), ("a", "b"), (1.0, 0.5), THREE)
+    together, weights = scores.combined("standardized")
+    assert together.tolist() == [[[0.0, 1.0]], [[5.0, 7.0]]]
     assert weights == (1.0, 0.5)
 
 
 def test_a_raw_sum_is_one_reward():
     """0 + 0.5 * 5 = 2.5 and 1 + 0.5 * 7 = 4.5."""
-    together, weights = combined(torch.tensor([[[0.0, 1.0]], [[5.0, 7.0]]]), (1.0, 0.5), "raw_sum")
+    together, weights = Scores(("a", "off", "b"), ("a", "b"), (1.0, 0.5), THREE).combined("raw_sum")
     assert together.tolist() == [[[2.5, 4.5]]]
     assert weights == (1.0,)
 
@@ -186,7 +188,7 @@ def test_what_is_only_watched_is_not_scored_in_training(monkeypatch):
     )
     scores = rewards(IMAGES, PROMPTS)
     assert scores.names == ("fast",)
-    assert (rewards.trained, rewards.weights) == ((0,), (3.0,))
+    assert (rewards.trained, rewards.weights) == (("fast",), (3.0,))
     with pytest.raises(RewardError, match=r"^rewards\.slow failed"):
         rewards.score(IMAGES, ["x"] * 6)
 

@@ -75,7 +75,7 @@ def _iterate_twice(recipe: Recipe, device: torch.device) -> None:
     flux = FlowModel(recipe.model, recipe.sampling, recipe.parallel, device)
     optimizer = make_optimizer(list(flux.trainable.values()), recipe.optimizer)
     rewards = Rewards(recipe.rewards)
-    algorithm = make_algorithm(recipe, rewards)
+    algorithm = make_algorithm(recipe)
     cursor = PromptCursor.of(recipe, load_prompts(recipe.prompts.source), 0, 1)
     for step in range(2):  # the first may allocate, and ask libraries what they have
         prompts = cursor.next()

@@ -47,7 +47,7 @@ def stats_of(rows, **sums):
 
 def test_reward_figures():
     scores = torch.tensor([[[0.0, 1, 2], [2, 4, 6]], [[10, 10, 10], [10, 10, 40]]])
-    figures = reward_figures(Scores(("a", "watched"), scores), trained=(0,))
+    figures = reward_figures(Scores(("a", "watched"), ("a",), (1.0,), scores))
     assert figures == {
         "reward/mean": pytest.approx(2.5),
         "reward/std_in_group": pytest.approx(1.5),  # of 1 and 2

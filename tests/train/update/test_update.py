@@ -12,7 +12,7 @@ from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Algorithm, Prompts, Recipe, Reward, Sampling
-from ngrpo_train.rewards import Rewards, Scores
+from ngrpo_train.rewards import Scores
 from ngrpo_train.update.policy import update
 
 P, G, B, K, STEPS = 3, 4, 2, 2, 5
@@ -27,13 +27,13 @@ def algorithm_of(**settings):
         algorithm=Algorithm(num_generations=G, num_anchors=B, num_train_steps=K, step_range=(0.0, 0.8), **settings),
         rewards={"shapes_verifier": Reward()},
     )
-    return NeighborGRPO(recipe, Rewards(recipe.rewards))
+    return NeighborGRPO(recipe)
 
 
 def advantages_of(algorithm, flat=()):
     rewards = torch.rand(1, P, G, generator=torch.Generator().manual_seed(5))
     rewards[:, list(flat)] = 0.5
-    return algorithm.advantages(Scores(("shapes_verifier",), rewards), step=0)
+    return algorithm.advantages(Scores(("shapes_verifier",), ("shapes_verifier",), (1.0,), rewards), step=0)
 
 
 class Spy(torch.optim.SGD):
@@ -358,7 +358,8 @@ def test_flat_groups_add_nothing_and_count_in_the_mean(tiny_dev, load_flux):
 
 
 def test_shuffled_rewards_permute_the_advantages_of_each_group(tiny_dev):
-    scores = Scores(("shapes_verifier",), torch.rand(1, 5, 12, generator=torch.Generator().manual_seed(0)))
+    values = torch.rand(1, 5, 12, generator=torch.Generator().manual_seed(0))
+    scores = Scores(("shapes_verifier",), ("shapes_verifier",), (1.0,), values)
     kept = algorithm_of().advantages(scores, step=3)
     shuffled = algorithm_of(shuffle_rewards=True).advantages(scores, step=3)
     # another order of the same rewards rounds their mean otherwise
