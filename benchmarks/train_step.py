@@ -25,6 +25,7 @@ from benchmarks.train_recipes import as_measured, settings_of
 from benchmarks.train_rows import Case, Session, clock
 from ngrpo_train.algorithms import refuse_backend
 from ngrpo_train.parallel import processes
+from ngrpo_train.parallel.launch import rank_at_launch
 from ngrpo_train.plan.settle import cost_of, settle_attention, settle_memory
 from ngrpo_train.prompts import PromptCursor, load_prompts, prompts_per_iteration
 from ngrpo_train.recipe.checks import check
@@ -138,11 +139,11 @@ def _record(case: Case, runs: Sequence[Sequence[dict[str, float]]], prompts: int
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.INFO if processes.rank_at_launch() == 0 else logging.ERROR, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if rank_at_launch() == 0 else logging.ERROR, format="%(message)s")
     name, rest = (arguments[0], arguments[1:]) if arguments and arguments[0][:1] != "-" else ("shapes_cpu", arguments)
     try:
         source = read_recipe(find_recipe(name))
-        step = parse(Step, source, rest, prog="train_step [RECIPE]", name=name, quiet=processes.rank_at_launch() != 0)
+        step = parse(Step, source, rest, prog="train_step [RECIPE]", name=name, quiet=rank_at_launch() != 0)
         recipe, notes = as_measured(step.recipe, step.depth)
     except ValueError as error:
         print(f"train_step: {error}", file=sys.stderr)

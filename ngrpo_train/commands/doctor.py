@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -67,8 +67,11 @@ def report() -> list[Row]:
         ]
 
 
-def main() -> int:
-    """Print the report. Returns 0 if everything required is in order, 1 otherwise."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """Print the report. Returns 0 if everything required is in order, 1 otherwise, and 2 for an argument."""
+    if arguments:
+        print(f"usage: ngrpo doctor [-h]\n\n{__doc__}")
+        return 0 if arguments[0] in ("-h", "--help") else 2
     rows, console = report(), Console()
     colours: dict[str, str] = {"ok": "green", "absent": "yellow"}
     for section in dict.fromkeys(row.section for row in rows):

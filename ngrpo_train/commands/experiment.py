@@ -1,9 +1,8 @@
-"""`ngrpo experiment`: a grid, what its flags make of it, and what it leaves."""
+"""`ngrpo experiment`: the runs of a grid side by side."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ import tyro
 from ngrpo_train.experiments.grid import Grid, Variant, find_grid, packaged
 from ngrpo_train.experiments.results import Row, read_rows
 from ngrpo_train.experiments.tuning import Best, best_trials, find_tuning
+from ngrpo_train.parallel.launch import rank_at_launch, world_size_at_launch
 from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.parsing import RecipeFlags, as_flags, find_recipe, flag_value, overlay, parse, read_recipe
 from ngrpo_train.recipe.sections import Recipe
@@ -54,7 +54,7 @@ class ExperimentCommand:
     """Make no runs: write table and figures from the CSV that is there."""
 
 
-def experiment_command(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """`[NAME] [FLAGS]`; returns the exit code. Exits with code 2 on a wrong flag.
 
     Raises ValueError, before any run, for a grid, recipe, variant, CSV or setting that cannot be used.
@@ -71,7 +71,7 @@ def experiment_command(arguments: Sequence[str]) -> int:
         code = asked.experiment(best).make()
         if code:
             return code
-    if _rank() == 0:
+    if rank_at_launch() == 0:
         _report(asked.grid, read_rows(asked.out / f"{asked.grid.name}.csv"), best, asked.out)
     return 0
 
@@ -144,7 +144,7 @@ class _Asked:
             for seed, runs in by_seed.items():
                 seeded = replace(resolved, train=replace(resolved.train, seed=seed))
                 try:
-                    check(seeded, int(os.environ.get("WORLD_SIZE", "1")))
+                    check(seeded, world_size_at_launch())
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
                 runs.append(Run(variant, json.dumps(settings), seeded))
@@ -194,7 +194,7 @@ class _Asked:
 
 
 def _parsed(recipe: Mapping[str, Any], flags: Sequence[str], name: str) -> ExperimentCommand:
-    return parse(ExperimentCommand, recipe, flags, prog="ngrpo experiment NAME", name=name, quiet=_rank() != 0)
+    return parse(ExperimentCommand, recipe, flags, prog="ngrpo experiment NAME", name=name, quiet=rank_at_launch() != 0)
 
 
 def _as_run(command: ExperimentCommand, steps: int) -> Recipe:
@@ -231,7 +231,3 @@ def _read_existing(path: Path, what: str) -> list[Row]:
     if not path.is_file():
         raise ValueError(f"{what} is not a file: name the CSV of an experiment")
     return read_rows(path)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))  # as a launcher sets it; importing torch to ask would cost seconds

@@ -68,6 +68,10 @@ class RewardServerCommand:
     """Serve other machines without a token."""
 
 
+def main(arguments: Sequence[str]) -> int:
+    return serve_command(command_of(arguments))
+
+
 def command_of(arguments: Sequence[str]) -> RewardServerCommand:
     """`[RECIPE] --rewards NAMES ...` as a command. Exits with code 2 on a wrong flag; ValueError for a recipe."""
     recipe = Recipe()

@@ -1,4 +1,4 @@
-"""`ngrpo eval`: what is asked, the two steps in order, and what they leave."""
+"""A model beside its base: pictures of both, then scores of both, and the table, CSV and summary that they leave."""
 
 from __future__ import annotations
 
@@ -50,8 +50,6 @@ def evaluate_model(
     model's. Raises ValueError, before any picture is made, for rewards, prompts, models and directories that cannot be
     used.
     """
-    _refuse_sampling(recipe, tail_steps)
-    _refuse_file(out)
     prompts = load_tagged(recipe.prompts.source)
     with processes.joined(recipe.parallel) as launch:
         _refuse_scorers(recipe.rewards)
@@ -81,7 +79,6 @@ def evaluate_model(
 
 def evaluate_images(images: Path, recipe: Recipe, out: Path) -> int:
     """Score existing pictures; returns the exit code, 1 where one of them cannot be read."""
-    _refuse_file(out)
     prompts = load_tagged(recipe.prompts.source)
     with processes.joined(recipe.parallel) as launch:
         _refuse_scorers(recipe.rewards)
@@ -130,19 +127,6 @@ def _score_and_report(
         for why in broken.values():
             print(f"not scored: {why}")
     return 1 if broken else 0
-
-
-def _refuse_sampling(recipe: Recipe, tail_steps: int) -> None:
-    if not 0 <= tail_steps <= recipe.sampling.num_inference_steps:
-        raise ValueError(
-            f"--base-tail = {tail_steps} must be between 0 and the {recipe.sampling.num_inference_steps} steps of "
-            "--sampling.num-inference-steps"
-        )
-
-
-def _refuse_file(out: Path) -> None:
-    if out.is_file():
-        raise ValueError(f"--out = {str(out)!r} is a file: give a directory")
 
 
 def _refuse_scorers(rewards: Mapping[str, Reward]) -> None:

@@ -51,10 +51,6 @@ def refuse_foreign_launch(environment: Mapping[str, str] = os.environ) -> None:
         )
 
 
-def rank_at_launch() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 @contextmanager
 def joined(settings: Parallel) -> Iterator[PartialState]:
     """The process state of a run; a process group that it opens is closed on the way out, one that stood stays."""

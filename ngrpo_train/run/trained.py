@@ -1,25 +1,22 @@
-"""A trained model put to use: found, loaded, and for `ngrpo sample` and `ngrpo export` drawn from and written out."""
+"""A trained model put to use: what a command's RUN_OR_MODEL names, found and loaded with its trained weights."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ngrpo_train.models.export import export
 from ngrpo_train.models.loading import is_transformer
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.plan.settle import settle_attention, settle_memory
-from ngrpo_train.prompts import load_prompts
 from ngrpo_train.recipe.parsing import is_run
 from ngrpo_train.recipe.sections import Model, Recipe
 from ngrpo_train.run.checkpoint import find_checkpoint, load_weights
-from ngrpo_train.sampling.evaluate import pictures, save_picture, tile
 
 logger = logging.getLogger(__name__)
 
@@ -81,33 +78,3 @@ def _settled(recipe: Recipe, device: torch.device) -> Recipe:
     except ValueError as error:
         logger.warning("%s; native attention takes its place", error)
         return replace(recipe, parallel=replace(recipe.parallel, attention="native"))
-
-
-def sample(source: str, recipe: Recipe, prompts: Sequence[str], per_prompt: int, checkpoint: str, out: Path) -> int:
-    """Write `per_prompt` pictures of each prompt and a grid of all; without prompts, of the recipe's first eight."""
-    prompts = list(prompts) or load_prompts(recipe.prompts.source)[:8]
-    each = [prompt for prompt in prompts for _ in range(per_prompt)]
-    with trained_model(source, recipe, checkpoint) as model:
-        batch = recipe.evaluation.batch or 64
-        slots = range(len(each))
-        images = torch.cat(
-            [
-                pictures(model, recipe, each[start : start + batch], slots[start : start + batch]).cpu()
-                for start in range(0, len(each), batch)
-            ]
-        )
-        if processes.rank() == 0:
-            for i, image in enumerate(images):
-                save_picture(tile(image[None], 1), out / f"{i // per_prompt:03d}_{i % per_prompt:02d}.png")
-            save_picture(tile(images, per_prompt, scale=max(1, 128 // images.shape[-1])), out / "grid.png")
-            (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
-            print(f"{len(images)} pictures in {out}; all of them in {out / 'grid.png'}, a row for each prompt")
-    return 0
-
-
-def export_run(run: Path, recipe: Recipe, checkpoint: str, out: Path) -> int:
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out = {str(out)!r} exists and is not empty")
-    with trained_model(str(run), recipe, checkpoint) as model:
-        print(f"exported to {export(model, out)}")
-    return 0

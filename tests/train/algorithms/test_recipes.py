@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from ngrpo_train.__main__ import TrainCommand
+from ngrpo_train.commands.train import TrainCommand
 from ngrpo_train.recipe.checks import check, refuse_changed
 from ngrpo_train.recipe.parsing import as_toml, find_recipe, overlay, parse, read_recipe, resolve
 from ngrpo_train.recipe.sections import Algorithm, AlgorithmName, Prompts, Recipe, Reward, as_dict

@@ -36,7 +36,7 @@ def no_model(monkeypatch):
 def test_help_lists_commands_and_recipes(ngrpo, arguments):
     code, out, err = ngrpo(*arguments)
     assert (code, err) == (0, "")
-    for name in COMMANDS:
+    for name in command.COMMANDS:
         assert f"\n  {name} " in out
     assert "shapes_cpu" in out
     assert max(map(len, out.splitlines())) <= 120
@@ -73,11 +73,19 @@ def test_version(ngrpo, monkeypatch):
 def test_asking_for_help_does_not_import_torch():
     program = (
         "import sys; from ngrpo_train.__main__ import main\n"
-        "for arguments in ([], ['--version'], ['trian'], ['train', 'nosuch']): main(arguments)\n"
+        "for arguments in ([], ['--version'], ['trian']): main(arguments)\n"
+        "for name in ('train', 'plan', 'profile', 'embed', 'experiment'): main([name, 'nosuch'])\n"
+        "for name in ('sample', 'eval', 'export'): main([name, '--out', 'x'])\n"
         "sys.exit('torch' in sys.modules)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, env=os.environ, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_every_file_in_commands_is_a_command_or_what_they_share():
+    """So that a new one is found, and is on the page of `ngrpo --help`."""
+    files = {path.stem for path in Path(command.__file__).parent.glob("commands/*.py")}
+    assert files - {"__init__", "arguments"} == {name.replace("-", "_") for name in command.COMMANDS}
 
 
 # --- spelling mistakes

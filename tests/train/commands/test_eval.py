@@ -592,11 +592,11 @@ def test_a_model_beside_pictures_is_refused(ngrpo, here):
 
 
 def test_a_transformer_alone_is_drawn_at_its_bases_size(ngrpo, here, monkeypatch):
-    """The shapes VAE says 64; nothing is known of a transformer by itself."""
+    """The shapes VAE says 64; nothing is known of a transformer by itself. Of two bases, the last is the base."""
     seen = {}
 
-    def evaluate_model(name, recipe, **_):
-        seen[name] = (recipe.sampling.height, recipe.sampling.width)
+    def evaluate_model(name, recipe, *, base, **_):
+        seen[name] = (base, recipe.sampling.height, recipe.sampling.width)
         return 0
 
     monkeypatch.setattr("ngrpo_train.comparison.compare.evaluate_model", evaluate_model)
@@ -604,4 +604,12 @@ def test_a_transformer_alone_is_drawn_at_its_bases_size(ngrpo, here, monkeypatch
     assert ngrpo("eval", "exported/transformer", "--base", "shapes", *flags)[0] == 0
     assert ngrpo("eval", "some/transformer", *flags)[0] == 0
     assert ngrpo("eval", "shapes", *flags)[0] == 0
-    assert seen == {"exported/transformer": (64, 64), "some/transformer": (1024, 1024), "shapes": (64, 64)}
+    assert ngrpo("eval", "of/shapes", "--base", "some/transformer", "--base", "shapes", *flags)[0] == 0
+    assert ngrpo("eval", "of/another", "--base", "shapes", "--base=some/transformer", *flags)[0] == 0
+    assert seen == {
+        "exported/transformer": ("shapes", 64, 64),
+        "some/transformer": ("", 1024, 1024),
+        "shapes": ("", 64, 64),
+        "of/shapes": ("shapes", 64, 64),
+        "of/another": ("some/transformer", 1024, 1024),
+    }

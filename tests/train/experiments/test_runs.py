@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 import torch
 
-from ngrpo_train.commands.experiment import ExperimentCommand, experiment_command
+from ngrpo_train.commands.experiment import ExperimentCommand
+from ngrpo_train.commands.experiment import main as experiment_command
 from ngrpo_train.experiments import runs
 from ngrpo_train.experiments.grid import CONTROL, packaged
 from ngrpo_train.experiments.results import BASE_MODEL, Row, read_rows

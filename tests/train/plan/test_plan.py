@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import train_recipes
-from ngrpo_train.__main__ import TrainCommand
 from ngrpo_train.algorithms import make_algorithm
 from ngrpo_train.algorithms.stochastic import GaussianPolicy, TransitionRows
+from ngrpo_train.commands.train import TrainCommand
 from ngrpo_train.models.encoders import Conditioning
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.models.sizes import (

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import train_scorers
-from ngrpo_train.__main__ import TrainCommand
+from ngrpo_train.commands.train import TrainCommand
 from ngrpo_train.models.sizes import KNOWN
 from ngrpo_train.plan import explain_out_of_memory, iteration_flops, make_plan, plan_command, remedies, speedups
 from ngrpo_train.plan.activations import decode_pass, measuring

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngrpo_train.__main__ import TrainCommand
+from ngrpo_train.commands.train import TrainCommand
 from ngrpo_train.recipe import checks
 from ngrpo_train.recipe.checks import check, refuse_changed
 from ngrpo_train.recipe.parsing import as_toml, find_recipe, flag_value, parse, read_recipe, resolve

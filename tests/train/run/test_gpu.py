@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ngrpo_train.__main__ import TrainCommand
 from ngrpo_train.algorithms import make_algorithm
+from ngrpo_train.commands.train import TrainCommand
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import PromptCursor, load_prompts

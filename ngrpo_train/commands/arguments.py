@@ -1,0 +1,72 @@
+"""Arguments that several commands share: what the first one names, a recipe under flags, the prompts to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ngrpo_train.parallel.launch import rank_at_launch
+from ngrpo_train.recipe.checks import check_sections
+from ngrpo_train.recipe.parsing import find_recipe, is_run, parse, read_recipe, resolve
+from ngrpo_train.recipe.sections import Model, Recipe
+
+if TYPE_CHECKING:
+    from ngrpo_train.commands.eval import EvalCommand
+    from ngrpo_train.commands.sample import SampleCommand
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptChoice:
+    source: str = ""
+    """A file, "hub:ID", "hpdv2:benchmark", "shapes:test", ...; empty takes the run's evaluation.test, or its training
+    prompts. Their order fixes the noise, so that any two models can be compared."""
+
+
+def first_argument(arguments: Sequence[str], default: str = "") -> tuple[str, list[str]]:
+    """The leading argument that is no flag, or the default, and the flags. Raises ValueError where there is neither."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], list(arguments[1:])
+    if not default and not {"-h", "--help"} & {*arguments}:
+        raise ValueError("the first argument must name a run directory or a model")
+    return default, list(arguments)
+
+
+def with_recipe(kind: type[T], command: str, arguments: Sequence[str], default: str = "shapes_cpu") -> tuple[str, T]:
+    """`[RECIPE] [FLAGS]` of a command that works by a recipe: the recipe's name, and the flags over its values."""
+    name, flags = first_argument(arguments, default)
+    recipe = read_recipe(find_recipe(name))
+    return name, parse(kind, recipe, flags, prog=f"ngrpo {command} [RECIPE]", name=name, quiet=rank_at_launch() != 0)
+
+
+def recipe_of(source: str) -> Recipe:
+    """The recipe of a run directory; for the shapes pipeline the shapes recipe; for any other model the defaults."""
+    if is_run(source):
+        path = Path(source) / "recipe.toml"
+        return resolve(read_recipe(path), name=str(path))
+    if source == "shapes":
+        return resolve(read_recipe(find_recipe("shapes_cpu")), name="shapes_cpu")
+    return Recipe(model=Model(name_or_path=source))
+
+
+def generating(recipe: Recipe, command: SampleCommand | EvalCommand) -> Recipe:
+    """The recipe with a command's own settings; prompts are by default those that the run was tested on.
+
+    Raises ValueError, naming the flag, where there are no prompts or a setting cannot be used.
+    """
+    source = command.prompts.source or recipe.evaluation.test or recipe.prompts.source
+    recipe = replace(
+        recipe,
+        sampling=command.sampling,
+        parallel=command.parallel,
+        prompts=replace(recipe.prompts, source=source),
+    )
+    if not source and not getattr(command, "prompt", ()):
+        raise ValueError("--prompts.source must name a prompt source: a file, hpdv2:benchmark, smoke, shapes:test, ...")
+    if command.per_prompt < 1:
+        raise ValueError(f"--per-prompt = {command.per_prompt} must be positive")
+    check_sections(recipe, ["sampling", "parallel"])
+    return recipe

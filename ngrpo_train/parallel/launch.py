@@ -1,0 +1,16 @@
+"""Which process this is, as its launcher says in the environment: known before torch is imported, which takes seconds.
+
+Once a process group stands, `processes` knows.
+"""
+
+import os
+
+
+def rank_at_launch() -> int:
+    """This process's number among those that were started together; 0 where it was started alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size_at_launch() -> int:
+    """The number of processes that were started together; 1 where this one was started alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
