@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,7 +46,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _BODY_S = 60.0  # for a request to arrive
-_STOP_S = 300.0  # for requests in flight when the server is told to stop
 _ADMITTED = 64  # requests that arrive, wait or are scored; each holds its body in memory
 
 
@@ -66,6 +67,8 @@ class RewardServerCommand:
     """MiB of a request; a larger one is refused."""
     allow_anyone: bool = False
     """Serve other machines without a token."""
+    drain_s: int = 300
+    """Seconds for requests in flight when SIGTERM or Ctrl-C comes; then the server ends without their answers."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -83,8 +86,10 @@ def command_of(arguments: Sequence[str]) -> RewardServerCommand:
 
 
 def serve_command(command: RewardServerCommand) -> int:
-    """Serve until SIGINT or SIGTERM; requests in flight are then answered. Returns the exit code.
+    """Serve until SIGINT or SIGTERM; requests in flight are then answered, for `drain_s` at most.
 
+    Returns 0, the exit code. If a scorer still computes when this time is over, it is named, and this
+    process exits with 1.
     Raises ValueError for an address, device or reward that cannot be used.
     """
     if not command.rewards:
@@ -97,11 +102,13 @@ def serve_command(command: RewardServerCommand) -> int:
         )
     if command.max_body_mb < 1:
         raise ValueError(f"--max-body-mb = {command.max_body_mb} must be positive")
+    if command.drain_s < 0:
+        raise ValueError(f"--drain-s = {command.drain_s} must not be negative")
     device = _device(command.device)
     with _bound(command.host, command.port) as listener:  # before scorers load, so that a taken port is known at once
         rewards = Rewards(command.rewards, device)
         application = make_application(rewards, device, token=token, body_limit=command.max_body_mb * 2**20)
-        server = uvicorn.Server(server_settings(application))
+        server = uvicorn.Server(server_settings(application, drain_s=command.drain_s))
 
         def stop(*_: object) -> None:
             server.should_exit = True
@@ -117,7 +124,19 @@ def serve_command(command: RewardServerCommand) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+    if unanswered := rewards.running or application.state.scoring:
+        _exit_without(sorted(unanswered))
     return 0
+
+
+def _exit_without(scorers: Sequence[str]) -> NoReturn:
+    """End this process although `scorers` still compute in a thread, which Python would wait for at a usual exit."""
+    names = ", ".join(f"rewards.{name}" for name in scorers)
+    print(f"ngrpo reward-server: stopped without an answer from {names}, still computing", file=sys.stderr)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def make_application(
@@ -125,7 +144,7 @@ def make_application(
 ) -> Starlette:
     """The server as an ASGI application. `token`, where given, is asked of every request; `body_limit` is in bytes."""
     service = _Service(rewards, device, token=token, body_limit=body_limit, admitted=admitted)
-    return Starlette(
+    application = Starlette(
         routes=[
             Route("/health", service.health, methods=["GET"]),
             Route("/score", service.score, methods=["POST"]),
@@ -133,9 +152,11 @@ def make_application(
         exception_handlers={HTTPException: _explained},
         lifespan=service.lifespan,
     )
+    application.state.scoring = service.scoring
+    return application
 
 
-def server_settings(application: Starlette) -> uvicorn.Config:
+def server_settings(application: Starlette, *, drain_s: int = RewardServerCommand.drain_s) -> uvicorn.Config:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     return uvicorn.Config(
         application,
@@ -146,7 +167,7 @@ def server_settings(application: Starlette) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(_STOP_S),
+        timeout_graceful_shutdown=drain_s,
     )
 
 
@@ -154,14 +175,18 @@ class _Service:
     def __init__(self, rewards: Rewards, device: torch.device, *, token: str, body_limit: int, admitted: int) -> None:
         self._rewards, self._device, self._token, self._body_limit = rewards, device, token, body_limit
         self._free = admitted
+        self.scoring: set[str] = set()  # names of the rewards of the request that is computed now
         self._scorer, self._decoder = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         # Pictures take more memory than their files: those of the next request are decoded while one is scored.
         self._decoded, self._turn = asyncio.Semaphore(2), asyncio.Lock()
 
     @asynccontextmanager
     async def lifespan(self, application: Starlette) -> AsyncIterator[None]:
-        with self._scorer, self._decoder:
+        try:
             yield
+        finally:
+            for executor in (self._scorer, self._decoder):
+                executor.shutdown(wait=False, cancel_futures=True)  # a scorer that hangs would be waited for for ever
 
     async def health(self, request: Request) -> Response:
         self._refuse_stranger(request)
@@ -185,6 +210,8 @@ class _Service:
             return await self._answer(request, names)
         except ClientDisconnect:
             return Response(status_code=400)  # to nobody
+        except asyncio.CancelledError as error:  # by uvicorn, when the server has been told to stop and time is over
+            raise HTTPException(503, "the server stopped before the scores were there") from error
         finally:
             self._free += 1
 
@@ -211,7 +238,11 @@ class _Service:
         return Response(wire.encode_scores(scores), media_type=wire.JSON)
 
     def _scores(self, names: Sequence[str], images: Tensor, prompts: Sequence[str]) -> dict[str, list[float]]:
-        scores_RN = self._rewards.score(images.to(self._device), prompts, names).cpu()
+        self.scoring.update(names)
+        try:
+            scores_RN = self._rewards.score(images.to(self._device), prompts, names).cpu()
+        finally:
+            self.scoring.clear()
         refuse_non_finite(names, scores_RN, prompts)
         return dict(zip(names, scores_RN.tolist(), strict=True))
 

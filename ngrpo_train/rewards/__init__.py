@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Reward
+from ngrpo_train.rewards import threads
 from ngrpo_train.rewards.scorer import RewardError, Scorer
 
 __all__ = [
@@ -94,7 +95,7 @@ class Rewards:
         self.scorers = {name: find_scorer(name, reward, device) for name, reward in settings.items()}
         # Answers from elsewhere are awaited together, while this machine computes its own.
         self._elsewhere = [name for name, reward in settings.items() if reward.remote]
-        self._pool = ThreadPoolExecutor(len(self._elsewhere)) if self._elsewhere else None
+        self.running: set[str] = set()  # names of the scorers that compute now; where one hangs, it stays
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None) -> Tensor:
@@ -104,22 +105,26 @@ class Rewards:
         """
         names = self.names if names is None else names
         images = images.contiguous()  # else sums over a channels_last picture round otherwise than over the same bytes
-        pending: dict[str, Future[Tensor]] = {}
-        if self._pool and (elsewhere := [name for name in names if name in self._elsewhere]):
-            on_host = images.cpu()
-            pending = {name: self._pool.submit(self.score_with, name, on_host, prompts) for name in elsewhere}
-        computed = {name: self.score_with(name, images, prompts) for name in names if name not in pending}
-        answered = {name: future.result().to(images.device) for name, future in pending.items()}
+        elsewhere = [name for name in names if name in self._elsewhere]
+        on_host = images.cpu() if elsewhere else images
+        asked = [partial(self.score_with, name, on_host, prompts) for name in elsewhere]
+        pending = threads.start(asked, at_once=len(asked))
+        computed = {name: self.score_with(name, images, prompts) for name in names if name not in elsewhere}
+        answers = (answer.to(images.device) for answer in threads.results(pending))
+        answered = dict(zip(elsewhere, answers, strict=True))
         return torch.stack([(computed | answered)[name] for name in names])
 
     def score_with(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
         pictures = f"{len(prompts)} pictures, the first for {prompts[0]!r}"
+        self.running.add(name)
         try:
             scores = torch.as_tensor(self.scorers[name](images, prompts), device=images.device, dtype=torch.float32)
         except RewardError:  # a judge's, which names prompt and answer
             raise
         except Exception as error:
             raise RewardError(f"rewards.{name} failed on {pictures}: {type(error).__name__}: {error}") from error
+        finally:
+            self.running.discard(name)
         if scores.shape != (len(prompts),):
             raise RewardError(f"rewards.{name} returned a tensor of shape {list(scores.shape)} for {pictures}")
         return scores

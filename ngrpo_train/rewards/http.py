@@ -10,17 +10,17 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
-from threading import Thread
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 import requests
 from urllib3.exceptions import InvalidHeader
 from urllib3.util.retry import Retry
+
+from ngrpo_train.rewards import threads
 
 T = TypeVar("T")
 
@@ -157,15 +157,7 @@ def _within(seconds: float, work: Callable[[], T]) -> T | _Failure:
 
     Work that is late is left to itself, until the server or this process ends.
     """
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
+    (future,) = threads.start([work], at_once=1)
     try:
         return future.result(timeout=max(0.0, seconds))
     except TimeoutError:

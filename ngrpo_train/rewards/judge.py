@@ -14,8 +14,8 @@ import re
 import tomllib
 import unicodedata
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Reward
+from ngrpo_train.rewards import threads
 from ngrpo_train.rewards.http import Endpoint, HttpError, check_url, token_from
 from ngrpo_train.rewards.scorer import RewardError, Scorer
 
@@ -105,18 +106,11 @@ class Judge:
 
     def __init__(self, name: str, endpoint: Endpoint, model: str, template: Template, in_flight: int) -> None:
         self.name, self.endpoint, self.model, self.template = name, endpoint, model, template
-        self._pool = ThreadPoolExecutor(in_flight)
+        self._in_flight = in_flight
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        pictures = zip(images.cpu(), prompts, strict=True)
-        futures = [self._pool.submit(self._score, picture, prompt) for picture, prompt in pictures]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        finally:
-            for future in futures:  # after a failure, what has not been asked is not
-                future.cancel()
-        return torch.tensor([future.result() for future in futures], dtype=torch.float32)
+        questions = [partial(self._score, *pair) for pair in zip(images.cpu(), prompts, strict=True)]
+        return torch.tensor(threads.results(threads.start(questions, at_once=self._in_flight)), dtype=torch.float32)
 
     def _score(self, picture: Tensor, prompt: str) -> float:
         messages = _messages(self.template, _data_url(picture), prompt)

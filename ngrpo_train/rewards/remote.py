@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Reward
-from ngrpo_train.rewards import wire
+from ngrpo_train.rewards import threads, wire
 from ngrpo_train.rewards.http import Endpoint, HttpError, check_url, token_from
 from ngrpo_train.rewards.scorer import Scorer
 
@@ -79,16 +79,8 @@ class _Remote:
                 f"request, {self._body_limit} bytes: start the server with a larger --max-body-mb"
             )
         starts = range(0, len(images), size)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            parts = [pool.submit(self._score, images[i : i + size], prompts[i : i + size]) for i in starts]
-            try:
-                ended, _ = wait(parts, return_when=FIRST_EXCEPTION)
-            finally:
-                for part in parts:  # after a failure, those not yet begun would each wait for the server in turn
-                    part.cancel()
-            for part in ended:
-                part.result()  # raises what made it end
-            return torch.cat([part.result() for part in parts])
+        parts = [partial(self._score, images[i : i + size], prompts[i : i + size]) for i in starts]
+        return torch.cat(threads.results(threads.start(parts, at_once=_AT_ONCE)))
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         path = f"/score?rewards={quote(self._reward, safe='')}"

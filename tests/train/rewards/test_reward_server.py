@@ -298,6 +298,7 @@ def workplace(tmp_path):
         "    while not (here / 'go').exists():\n"
         "        time.sleep(0.01)\n"
         "    return images.float().mean((1, 2, 3)) / 3\n"
+        "never_asked = held\n"
     )
     return tmp_path
 
@@ -343,6 +344,21 @@ def test_a_request_in_flight_is_answered_before_the_server_ends(workplace):
             assert asked.result().json() == {"scores": {"held": brightness(IMAGES, PROMPTS).tolist()}}
         assert server.wait(20) == 0
         assert "Traceback" not in server.stdout.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_scorer_that_hangs_is_named_and_does_not_keep_the_server(workplace, number):
+    """Nobody ever lets the scorer go, so that the server can end by itself alone."""
+    flags = ["--rewards", "patient:held", "patient:never_asked", "--port=0", "--device=cpu", "--drain-s=1"]
+    with process(str(workplace), *flags) as server, ThreadPoolExecutor(1) as client:
+        asked = client.submit(requests.post, f"{ready(server)}/score?rewards=held", json=as_json(), timeout=60)
+        wait_for(lambda: calls(workplace))
+        server.send_signal(number)
+        assert server.wait(60) == 1
+        said = server.stdout.read()
+    assert "the server stopped" in error_of(asked.result(), 503)
+    assert "Traceback" not in said
+    assert "ngrpo reward-server: stopped without an answer from rewards.held, still computing\n" in said
 
 
 def _refuses(host, port):
@@ -423,6 +439,7 @@ def test_the_command_without_rewards(ngrpo):
         ({"host": "256.1.1.1", "allow_anyone": True}, "--host 256.1.1.1 --port 0 cannot be listened at: "),
         ({"port": 65536}, "--port = 65536 must be 0 to 65535"),
         ({"max_body_mb": 0}, "--max-body-mb = 0 must be positive"),
+        ({"drain_s": -1}, "--drain-s = -1 must not be negative"),
         (
             {"rewards": {"shapes_juge": Reward()}},
             r"rewards\.shapes_juge: no reward of that name; did you mean shapes_judge",
