@@ -1,6 +1,7 @@
 # A fresh machine needs Python 3.11 or newer and make; everything else goes into .venv, made on first use.
 #   ARGS="..."         more arguments for the command a target runs: make test ARGS="-k solvers -x"
 #   WORKERS=N          tests at once, by default 2; each takes one core and up to 3 GiB of memory
+#   ONLY=NAME          make check: only the tests of one folder, such as kernels, rewards, recipe
 #   RUN=DIRECTORY      where make train puts its run
 #   PYTHON=...         the Python that .venv is made from
 #   TORCH_INDEX=URL    one more package index, such as that of PyTorch's builds for CPU or for one CUDA version
@@ -10,6 +11,7 @@ PYTHON      ?=
 TORCH_INDEX ?=
 PIP_ARGS    ?=
 ARGS        ?=
+ONLY        ?=
 WORKERS     ?= 2
 RUN         ?= runs/shapes_cpu-$(shell date +%Y%m%d-%H%M%S)
 
@@ -22,7 +24,7 @@ INSIDE    := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test slow lint types wheel clean
+.PHONY: help train check test slow portable lint types wheel clean
 
 help:                ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -32,13 +34,28 @@ help:                ## this list
 train: $(INSTALLED)  ## train the shipped small recipe on this machine's CPU and show before and after
 	@$(INSIDE) $(BIN)/ngrpo train shapes_cpu --log.output-dir "$(RUN)" $(ARGS)
 
-PYTEST := OMP_NUM_THREADS=1 $(INSIDE) $(PY) -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
+PYTEST   := OMP_NUM_THREADS=1 $(INSIDE) $(PY) -m pytest
+PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
+# Of tests that ARGS choose, a lane may hold none, which pytest calls an error, 5.
+OR_NONE   = $(if $(ARGS)$(ONLY),|| [ $$? = 5 ])
+WING      = $(or $(wildcard tests/train/$(ONLY) tests/$(ONLY) tests/test_$(ONLY).py),$(error ONLY=$(ONLY): tests has \
+no folder of that name))
 
-test: $(INSTALLED)   ## run the tests
-	@$(PYTEST) $(ARGS)
+check: lint types    ## lint, types and the light tests, in about 90 s; ONLY=rewards (kernels, ...): one folder's tests
+	@$(PYTEST) $(PARALLEL) -m 'light and not slow' $(if $(ONLY),$(WING)) $(ARGS) $(OR_NONE)
+
+# A lane after the other, the light one first. What starts processes has the cores to itself: one worker.
+test: $(INSTALLED)   ## run the tests, lane by lane
+	@$(PYTEST) $(PARALLEL) -m 'light and not slow' $(ARGS) $(OR_NONE)
+	@$(PYTEST) $(PARALLEL) -m 'compilers and not slow' $(ARGS) $(OR_NONE)
+	@$(PYTEST) -m 'processes and not slow' $(ARGS) $(OR_NONE)
 
 slow: $(INSTALLED)   ## run the tests that make test leaves out: bugs planted in the kernels, inductor's code
-	@$(PYTEST) -m slow $(ARGS)
+	@$(PYTEST) $(PARALLEL) -m slow $(ARGS)
+
+portable: $(INSTALLED) ## run the kernels' and the distributed tests with the smallest instruction set
+	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(PARALLEL) \
+	    tests/kernels tests/train/run/test_distributed.py $(ARGS)
 
 lint: $(INSTALLED)   ## ruff
 	@$(PY) -m ruff check $(ARGS) .

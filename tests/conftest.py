@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from .lanes import LANES, lane_of
+
 # Read when huggingface_hub and triton are first imported, and inherited by the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
@@ -35,13 +37,25 @@ def _no_process_group_is_left() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+LANE_OF_TEST = pytest.StashKey[dict[str, str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for lane in LANES:
+        config.addinivalue_line("markers", f"{lane}: set by tests/lanes.py, from what a test is made of")
+
+
 # Modules whose fixtures take longest. Several workers end together if these come first, and each on another worker.
-_LONGEST = ("test_sharding.py", "test_distributed.py", "test_compile.py")
+_LONGEST = ("test_compile.py", "test_blocks.py", "test_backends.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# First, for what `-m` leaves out is gone from the list afterwards.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    lanes = config.stash.setdefault(LANE_OF_TEST, {})
+    for item in items:
+        lanes[item.nodeid] = lane = lane_of(item)
+        item.add_marker(lane)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
