@@ -71,10 +71,11 @@ clean:               ## remove .venv, caches and builds; runs/ stays
 	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The first Python that is new enough and can make environments. Remade whenever pyproject.toml changes.
+# The first Python that is new enough and can make environments. Remade whenever pyproject.toml or
+# constraints.txt changes.
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt
 	@if ! $(PY) -c 'import pip; $(SUITABLE)' 2>/dev/null; then \
 	    for python in $(or $(PYTHON),python3.13 python3.12 python3.11 python3) ""; do \
 	        if [ -n "$$python" ] && "$$python" -c '$(SUITABLE)' 2>/dev/null; then break; fi; \
@@ -90,6 +91,6 @@ $(INSTALLED): pyproject.toml
 	    echo "No NVIDIA GPU here. If pip picks a CUDA build of torch (some GB), TORCH_INDEX can point at CPU builds."; \
 	fi
 	@echo "Installing ngrpo and its tools into .venv (minutes, the first time)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check \
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	    $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") $(PIP_ARGS) --editable ".[dev]"
 	@touch $@

@@ -4,6 +4,8 @@ import ast
 import importlib.metadata
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,9 +15,11 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import ngrpo_kernels
+from ngrpo_train.commands.doctor import TESTED_TORCH
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,6 +162,42 @@ def test_what_is_imported_is_declared() -> None:
                 if not providers & (core if at_top else everything):
                     undeclared.add((module, name))
     assert not undeclared
+
+
+def test_development_stays_on_the_newest_torch_that_was_tested_and_users_need_not() -> None:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    constraints = {
+        each.name: each.specifier for each in map(Requirement, filter(None, (_bare(line) for line in lines)))
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    required = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
+    assert constraints["torch"] == SpecifierSet(f"=={TESTED_TORCH}")
+    assert TESTED_TORCH in required["torch"]
+    assert "999.0" in required["torch"], "no upper bound"
+    assert constraints.keys() <= required.keys()
+
+
+def _bare(line: str) -> str:
+    return line.partition("#")[0].strip()
+
+
+def test_make_installs_by_the_constraints_and_again_when_they_change(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".installed").touch()
+
+    def installs(*changed: str) -> bool:
+        what_if = [flag for name in changed for flag in ("--what-if", name)]
+        command = ["make", "--dry-run", *what_if, ".venv/.installed"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return (
+            re.search(r"-m pip install .*--constraint constraints\.txt.*--editable", done.stdout, re.DOTALL) is not None
+        )
+
+    assert not installs()
+    assert installs("constraints.txt")
+    assert installs("pyproject.toml")
 
 
 # -- The wheel ---------------------------------------------------------------------------------------------------------

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,9 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from diffusers.models.attention_dispatch import AttentionBackendName
+
+TESTED_TORCH = "2.13.0"
+"""The newest PyTorch that the whole test suite has passed on; constraints.txt holds development and CI to it."""
 
 Status = Literal["ok", "absent", "missing", "too old", "too new", "broken"]  # absent: optional, and not here
 
@@ -36,27 +40,27 @@ class Row:
     found: str
     status: Status = "ok"
     note: str = ""
-    """What it is for, why it cannot be used, or the command that puts it right."""
+    """What it is for, why it cannot be used, or the command that installs or repairs it."""
     required: bool = False
 
 
-# Distributions that nothing needs until their feature is asked for: name, purpose, how to get it.
+# Packages that ngrpo needs for one feature only: name, purpose, how to install it.
 OPTIONAL = (
-    ("ftfy", "mends prompts as CLIP's own tokenizer does", 'pip install "ngrpo[rewards]"'),
-    ("starlette", "ngrpo reward-server", 'pip install "ngrpo[server]"'),
-    ("xformers", "attention backend xformers", 'pip install "ngrpo[xformers]"'),
-    ("flash-attn", "attention backend flash, built with nvcc", "pip install flash-attn --no-build-isolation"),
-    ("torchao", "8-bit AdamW, float8 rollouts", 'pip install "ngrpo[torchao]"'),
-    ("nvtx", "named ranges in Nsight", 'pip install "ngrpo[profile]"'),
-    ("wandb", "Weights & Biases tracker", 'pip install "ngrpo[wandb]"'),
-    ("pyarrow", "prompts from parquet files", 'pip install "ngrpo[parquet]"'),
+    ("ftfy", "for prompts repaired as CLIP's own tokenizer repairs them", 'pip install "ngrpo[rewards]"'),
+    ("starlette", "for ngrpo reward-server", 'pip install "ngrpo[server]"'),
+    ("xformers", "for the attention backend xformers", 'pip install "ngrpo[xformers]"'),
+    ("flash-attn", "for the attention backend flash; needs nvcc", "pip install flash-attn --no-build-isolation"),
+    ("torchao", "for 8-bit AdamW and float8 rollouts", 'pip install "ngrpo[torchao]"'),
+    ("nvtx", "for named ranges in Nsight", 'pip install "ngrpo[profile]"'),
+    ("wandb", "for the Weights & Biases tracker", 'pip install "ngrpo[wandb]"'),
+    ("pyarrow", "for prompts from parquet files", 'pip install "ngrpo[parquet]"'),
 )
 
 
 def report() -> list[Row]:
-    """Everything that `main` prints, collected without printing."""
+    """All rows that `main` prints."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a driver or a backend complains about becomes a row
+        warnings.simplefilter("ignore")  # a driver's or a backend's complaint becomes a row
         return [
             *_packages(),
             *_optional_packages(),
@@ -86,7 +90,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     for row in problems:
         console.print(Text(f"{row.name} is {row.status}: {row.note}", style="red"), soft_wrap=True)
     if not problems:
-        console.print(Text("Everything required is in order.", style="green"))
+        console.print(Text("Everything that ngrpo requires is in order.", style="green"))
     return 1 if problems else 0
 
 
@@ -100,6 +104,16 @@ def compare(requirement: Requirement, version: str | None, section: str = "Packa
             status: Status = "too new" if bound.operator.startswith("<") else "too old"
             return Row(section, requirement.name, version, status, install, required=True)
     return Row(section, requirement.name, version, note=str(requirement.specifier), required=True)
+
+
+def beside_tested(torch_row: Row) -> Row:
+    """The row of torch, and beside it the version that was tested. A newer one is no problem, but the row says so."""
+    if torch_row.status != "ok":
+        return torch_row
+    # Without the build's name: 2.13.0+cpu is 2.13.0.
+    newer = Version(Version(torch_row.found).base_version) > Version(TESTED_TORCH)
+    tested = f"newer than {TESTED_TORCH}, the newest that ngrpo was tested with" if newer else f"tested: {TESTED_TORCH}"
+    return replace(torch_row, note=f"{torch_row.note}; {tested}")
 
 
 def _version(distribution: str) -> str | None:
@@ -122,7 +136,8 @@ def _packages() -> Iterator[Row]:
         yield Row(section, "ngrpo", version, required=True)
         for requirement in map(Requirement, importlib.metadata.requires("ngrpo") or ()):
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                yield compare(requirement, _version(requirement.name), section)
+                row = compare(requirement, _version(requirement.name), section)
+                yield beside_tested(row) if requirement.name == "torch" else row
     cuda, rocm = torch.version.cuda, torch.version.hip
     yield Row(section, "torch build", f"CUDA {cuda}" if cuda else f"ROCm {rocm}" if rocm else "CPU")
     if importlib.util.find_spec("torchvision") is not None:
@@ -134,7 +149,7 @@ def _torchvision() -> Row:
     row = ("Packages", "torchvision", _version("torchvision") or "unknown version")
     imported = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True)
     if imported.returncode == 0:
-        return Row(*row, note="not needed")
+        return Row(*row, note="ngrpo does not use it")
     error = imported.stderr.strip().rpartition("\n")[2]
     return Row(*row, "broken", f"pip uninstall torchvision (it breaks the text encoders: {error})", required=True)
 
@@ -157,11 +172,19 @@ def _devices() -> Iterator[Row]:
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
             found = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, capability {gpu.major}.{gpu.minor}"
-            yield Row(section, f"GPU {index}", found, note="" if gpu.major >= 8 else "no bf16 tensor cores")
+            yield Row(section, f"GPU {index}", found, note="" if gpu.major >= 8 else "slow: no bfloat16 tensor cores")
     elif torch.version.cuda is None and shutil.which("nvidia-smi"):
-        yield Row(section, "GPU", "not visible to torch", "absent", "torch is a CPU build: install a CUDA build of it")
+        yield Row(
+            section,
+            "GPU",
+            "not visible to torch",
+            "absent",
+            "this torch is built for the CPU only: install a CUDA build",
+        )
     elif torch.version.cuda is not None:
-        yield Row(section, "GPU", "none", "absent", f"no device that CUDA {torch.version.cuda} can use: see nvidia-smi")
+        yield Row(
+            section, "GPU", "none", "absent", f"CUDA {torch.version.cuda} finds no GPU that it can use: see nvidia-smi"
+        )
     else:
         yield Row(section, "GPU", "none", "absent", "the shapes recipes run on the CPU; FLUX.1-dev needs a GPU")
 
@@ -172,7 +195,7 @@ def _loss_backends() -> Iterator[Row]:
         from ngrpo_kernels import available_backends
 
         backends = available_backends()
-    except Exception as error:  # whatever it is, it is the finding
+    except Exception as error:  # any error is what this command looks for
         yield Row(section, "ngrpo_kernels", "", "broken", f"{type(error).__name__}: {error}", required=True)
         return
     for index, backend in enumerate(backends):
@@ -196,7 +219,7 @@ def _loss_backends() -> Iterator[Row]:
 def _attention_backends() -> Iterator[Row]:
     """Every backend that diffusers knows, tried forward and backward; those unusable for one reason share a row."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    section = f"Attention backends of diffusers, tried on {device}"
+    section = f"Attention backends of diffusers, tried on the {'GPU' if device == 'cuda' else 'CPU'}"
     try:
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
@@ -217,12 +240,12 @@ def _attention_backends() -> Iterator[Row]:
 
 
 def _reward_weights() -> Iterator[Row]:
-    """What each shipped scorer reads from the hub, and whether its cache has it."""
+    """For each shipped scorer, the files that it reads from the hub, and whether they are in its cache."""
     from huggingface_hub import try_to_load_from_cache
 
     from ngrpo_train.rewards.files import HUB_FILES, download_command
 
-    section = "Weights of rewards, in the hub's cache"
+    section = "Weights of the rewards, in the cache of the Hugging Face hub"
     for reward, repositories in HUB_FILES.items():
         for repository, names in repositories:
             cached = all(isinstance(try_to_load_from_cache(repository, name), str) for name in names)

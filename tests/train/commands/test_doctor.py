@@ -35,11 +35,34 @@ def test_a_version_is_held_against_its_range(requirement: str, version: str | No
     assert status == "ok" or row.note == f'pip install "{requirement}"'
 
 
+@pytest.mark.parametrize(
+    "found, said",
+    [
+        ("2.11.0", "tested: 2.13.0"),
+        ("2.13.0+cu130", "tested: 2.13.0"),
+        ("2.13.1", "newer than 2.13.0, the newest that ngrpo was tested with"),
+        ("2.15.0.dev20261101+cpu", "newer than 2.13.0, the newest that ngrpo was tested with"),
+    ],
+)
+def test_a_torch_newer_than_the_tested_one_is_in_order_and_said(
+    found: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "TESTED_TORCH", "2.13.0")
+    row = doctor.beside_tested(doctor.compare(Requirement("torch>=2.11"), found))
+    assert (row.status, row.note) == ("ok", f">=2.11; {said}")
+
+
+def test_a_torch_that_is_too_old_is_named_with_the_command_alone() -> None:
+    row = doctor.compare(Requirement("torch>=2.11"), "2.10.0")
+    assert doctor.beside_tested(row) == row
+
+
 def test_this_environment_is_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main() == 0
     shown = capsys.readouterr().out
     for name in ("Python", "torch", "diffusers", "transformers", "xformers", "CPU", "C++ compiler", "native"):
         assert f"  {name} " in shown
+    assert f"; tested: {doctor.TESTED_TORCH}" in shown or f"newer than {doctor.TESTED_TORCH}" in shown
 
 
 def test_what_is_wrong_is_named_with_the_command_that_mends_it(
