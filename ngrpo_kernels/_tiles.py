@@ -56,10 +56,6 @@ def finish_tile(anchors: int, group: int) -> FinishTile:
     return FinishTile(min(triton.next_power_of_2(anchors), ANCHORS), block_g, max(1, 4096 // block_g**2))
 
 
-# Whether the last program of a row to arrive finishes it, instead of a second launch. Off until a GPU has passed the
-# 10,000 repeats of tests/kernels/test_gpu.py: the interpreter runs programs one by one and proves no barrier.
-ONE_LAUNCH = False
-
 # Elements of D that a program of the backward pass writes for ANCHORS anchors, and candidates whose loads it has in
 # flight at a time.
 WRITTEN = 1024

@@ -66,12 +66,8 @@ def finish_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
     EPS: tl.constexpr,
-    part=None,
-    p=None,
 ):
-    """BLOCK_B anchors of a row: those of this program, unless another kernel says which part of which row it is."""
-    if part is None:
-        part, p = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    part, p = tl.program_id(0), tl.program_id(1).to(tl.int64)  # BLOCK_B anchors of a row
     b = part * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
     i = tl.arange(0, BLOCK_G)[None, :]
     k = tl.arange(0, BLOCK_G)[:, None]
@@ -102,14 +98,12 @@ def finish_kernel(
         at, there = sums_ptr + chunk * SUMS, chunk < chunks
         of_anchors = (real & valid)[None] & there
         if not LITERAL:
-            toward += tl.sum(tl.load(at + (2 * b * G + i)[None], of_anchors, 0, cache_modifier=".cg"), axis=0)
+            toward += tl.sum(tl.load(at + (2 * b * G + i)[None], of_anchors, 0), axis=0)
         if LITERAL or HAS_OLD:
-            along += tl.sum(tl.load(at + ((2 * b + 1) * G + i)[None], of_anchors, 0, cache_modifier=".cg"), axis=0)
-        own_at = at + pair_at(own, i, B, G)[None]
-        own_sqdist += tl.sum(tl.load(own_at, of_anchors & (i != own)[None], 0, cache_modifier=".cg"), axis=0)
-        sqdist += tl.sum(
-            tl.load(at + pair_at(i, k, B, G)[None], is_pair[None] & there, 0, cache_modifier=".cg"), axis=0
-        )
+            along += tl.sum(tl.load(at + ((2 * b + 1) * G + i)[None], of_anchors, 0), axis=0)
+        of_own = of_anchors & (i != own)[None]
+        own_sqdist += tl.sum(tl.load(at + pair_at(own, i, B, G)[None], of_own, 0), axis=0)
+        sqdist += tl.sum(tl.load(at + pair_at(i, k, B, G)[None], is_pair[None] & there, 0), axis=0)
 
     # -- the two policies
     mean_sqdist = row_sum(tl.sum(sqdist, axis=0, keep_dims=True)) / tl.maximum(count * (count - 1), 1)

@@ -8,7 +8,6 @@ Run on its own, since Triton's compiler and its interpreter cannot be had in one
 # P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened).
 
 import collections
-import itertools
 import json
 import os
 import re
@@ -54,7 +53,6 @@ class Case(NamedTuple):
     G: int
     D: int = FLUX_720
     masked: bool = False
-    one_launch: bool = False
     calls: tuple[str, ...] = ()  # all, unless named
 
 
@@ -68,7 +66,6 @@ CASES = {
     "one anchor": Case(torch.bfloat16, torch.bfloat16, 1, 16, calls=OFTEN),
     "two anchors": Case(torch.float32, torch.bfloat16, 2, 12, calls=OFTEN),
     "ragged": Case(torch.float32, torch.float32, 3, 7, 4099, masked=True, calls=OFTEN),
-    "one launch": Case(torch.float32, torch.bfloat16, 4, 12, one_launch=True, calls=OFTEN[:1]),
 }
 TABLE = {
     "float32": CASES["every call"],
@@ -120,10 +117,9 @@ def compile_for(gpu: GPUTarget, kernel: JITFunction, arguments: dict[str, Any], 
 LOADS = {  # from global memory, by the bytes that a thread reads
     16: r"LDG\..*\.128\b.*|(global|buffer)_load_dwordx4",
     8: r"LDG\..*\.64\b.*|(global|buffer)_load_dwordx2",
-    4: r"LDG\.E(\.(CONSTANT|STRONG\.GPU))?|(global|buffer)_load_dword",
+    4: r"LDG\.E(\.CONSTANT)?|(global|buffer)_load_dword",
     1: r"LDG\..*\.U8.*|(global|buffer)_load_ubyte",
 }
-ORDERED = r"\b(st\.global|bar\.sync|atom\.global|ld\.global)"
 
 
 def describe(compiled: Any) -> dict[str, Any]:
@@ -152,7 +148,6 @@ def describe(compiled: Any) -> dict[str, Any]:
             "local_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
             "ptx_fp64": len(re.findall(r"\.f64\b", asm["ptx"])),
             "to_bf16": collections.Counter(mode for mode, pair in to_bf16 for _ in range(2 if pair else 1)),
-            "order": [name for name, _ in itertools.groupby(re.findall(ORDERED, asm["ptx"]))],
         }
     widths = [next((width for width, names in LOADS.items() if re.fullmatch(names, name)), None) for name in code]
     result["loads"] = collections.Counter(width for width in widths if width)
@@ -191,7 +186,6 @@ def calls(case: Case) -> dict[str, Callable[[], object]]:
 
 def described(case: Case, gpus: list[str]) -> Iterator[dict[str, Any]]:
     """Each kernel of a case, once."""
-    _tiles.ONE_LAUNCH = case.one_launch
     done = set()
     for call_name, call in calls(case).items():
         for kernel, arguments, options in launches(call):

@@ -21,7 +21,7 @@ ROOT = SCRIPT.parents[2]
 NVIDIA = "sm_80,sm_90,sm_100"
 WHAT = [  # by process
     [f"float32:{NVIDIA}", f"mixed:{NVIDIA}"],
-    [f"{case}:sm_90" for case in ("every call", "bfloat16", "one anchor", "two anchors", "ragged", "one launch")],
+    [f"{case}:sm_90" for case in ("every call", "bfloat16", "one anchor", "two anchors", "ragged")],
 ]
 AMD = "mixed:gfx942"
 ANCHORS = {"every call": 4, "float32": 4, "bfloat16": 4, "mixed": 4, "one anchor": 1, "two anchors": 2}  # D = 64 T
@@ -59,7 +59,7 @@ def test_every_gpu_gets_every_kernel_of_the_loss(compiled: Rows) -> None:
     names = {(row["gpu"], row["kernel"].strip("_")) for row in compiled}
     kernels = "sums_kernel", "finish_kernel", "weighted_kernel", "distances_kernel"
     assert names >= {(gpu, kernel) for gpu in NVIDIA.split(",") for kernel in kernels}
-    assert names >= {("sm_90", "advantages_kernel"), ("sm_90", "one_launch_kernel")}
+    assert ("sm_90", "advantages_kernel") in names
 
 
 def test_no_register_is_spilled(compiled: Rows) -> None:
@@ -108,12 +108,10 @@ def test_bfloat16_gradients_are_rounded_to_nearest(compiled: Rows) -> None:
             assert not row["to_bf16"]
 
 
-def test_arrival_is_fenced_where_one_launch_finishes_the_loss(compiled: Rows) -> None:
-    """Sums, a barrier, the atomic, a barrier, and only then what other programs have stored."""
-    (row,) = of(compiled, "one_launch_kernel")
-    assert "st.global bar.sync atom.global bar.sync ld.global" in " ".join(row["order"])
-    assert row["order"].count("atom.global") == 1
-    assert all("atom.global" not in other["order"] for other in compiled if other is not row)
+def test_nothing_is_atomic(compiled: Rows) -> None:
+    """What makes results the same to the bit, whatever the order of programs."""
+    opcodes = {name.split(".")[0] for row in compiled for name in row["instructions"]}
+    assert not {name for name in opcodes if re.fullmatch(r"U?ATOM[A-Z]*|U?RED[GS]?", name)}
 
 
 def test_amd(tmp_path: Path) -> None:
@@ -134,4 +132,4 @@ def test_the_table_in_the_documentation_names_the_kernels(compiled: Rows) -> Non
     page = (ROOT / "docs" / "kernels.md").read_text()
     table = re.search(r"<!-- kernels: .* -->\n(.*)<!-- end of kernels -->", page, re.S)
     assert table
-    assert set(re.findall(r"`(\w+)`", table[1])) == {row["kernel"] for row in compiled if row["case"] != "one launch"}
+    assert set(re.findall(r"`(\w+)`", table[1])) == {row["kernel"] for row in compiled}

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from ngrpo_kernels import (
     LossOutput,
     _registry,
-    _tiles,
     available_backends,
     leaping_log_ratio,
     neighbor_grpo_loss_from_velocity,
@@ -45,12 +44,6 @@ DTYPES = {  # of latents and candidates, of velocities
     "mixed": (torch.float32, torch.bfloat16),
     "float16": (torch.float16, torch.float16),
 }
-
-
-@pytest.fixture(params=[False, True], ids=["two launches", "one launch"])
-def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(_tiles, "ONE_LAUNCH", request.param)
-    return request.param
 
 
 @pytest.fixture
@@ -86,18 +79,14 @@ def test_auto_is_triton() -> None:
 
 # Every combination is a kernel to compile, some seconds of a GPU's time: all of two factors, a few of the rest.
 AT_REAL_SIZES = [
-    *(pytest.param(FLUX_720, dtypes, old, False, False) for dtypes in DTYPES for old in OLD),
-    *(pytest.param(FLUX_720, "mixed", old, True, False) for old in OLD),
-    *(pytest.param(FLUX_720, "float32", old, False, True) for old in OLD),
-    pytest.param(FLUX_1024, "mixed", "tensor", False, False),
+    *(pytest.param(FLUX_720, dtypes, old, False) for dtypes in DTYPES for old in OLD),
+    *(pytest.param(FLUX_720, "mixed", old, True) for old in OLD),
+    pytest.param(FLUX_1024, "mixed", "tensor", False),
 ]
 
 
-@pytest.mark.parametrize("dim, dtypes, old, masked, one_launch", AT_REAL_SIZES)
-def test_loss_at_real_sizes(
-    dim: int, dtypes: str, old: str, masked: bool, one_launch: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_tiles, "ONE_LAUNCH", one_launch)
+@pytest.mark.parametrize("dim, dtypes, old, masked", AT_REAL_SIZES)
+def test_loss_at_real_sizes(dim: int, dtypes: str, old: str, masked: bool) -> None:
     case = mixed(on_gpu(make_case(P=4, B=4, G=12, D=dim, change=1e-3)), DTYPES[dtypes])
     mask = keep_some(case.map(Tensor.cpu)).cuda() if masked else None
     settings: dict[str, Any] = {"temperature": "neighborhood", "kl_coef": 0.25, "clip_range": 0.5}
@@ -105,21 +94,18 @@ def test_loss_at_real_sizes(
 
 
 @pytest.mark.parametrize(
-    "shape, form, old, one_launch",
+    "shape, form, old",
     [
-        ((1, 1, 2, 1), run, "tensor", False),
-        ((2, 5, 7, 48), run_from_anchors, "tensor", False),
-        ((2, 5, 7, 48), run_from_anchors, "literal", True),
-        ((3, 4, 12, 4099), run, "detach", True),
-        ((2, 17, 17, 1000), run, "tensor", True),
-        ((1, 2, 33, 5000), run, "tensor", False),
-        ((2, 64, 64, 999), run, "tensor", False),
+        ((1, 1, 2, 1), run, "tensor"),
+        ((2, 5, 7, 48), run_from_anchors, "tensor"),
+        ((2, 5, 7, 48), run_from_anchors, "literal"),
+        ((3, 4, 12, 4099), run, "detach"),
+        ((2, 17, 17, 1000), run, "tensor"),
+        ((1, 2, 33, 5000), run, "tensor"),
+        ((2, 64, 64, 999), run, "tensor"),
     ],
 )
-def test_loss_at_odd_sizes(
-    shape: tuple[int, ...], form: Any, old: str, one_launch: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_tiles, "ONE_LAUNCH", one_launch)
+def test_loss_at_odd_sizes(shape: tuple[int, ...], form: Any, old: str) -> None:
     case = on_gpu(make_case(*shape, change=0.1)).to(torch.float32)
     mask = keep_some(case.map(Tensor.cpu)).cuda()
     settings: dict[str, Any] = {"temperature": "neighborhood", "kl_coef": 0.25, "clip_range": 0.5}
@@ -209,7 +195,6 @@ def test_gradcheck() -> None:
 # -- The same bits, whatever else runs ---------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("launches")
 def test_200_repeats_give_the_same_bits() -> None:
     case = on_gpu(make_case(P=4, B=4, G=12, D=FLUX_720, change=1e-2)).to(torch.float32)
     want = run(case, temperature="neighborhood", backend="triton")
@@ -218,8 +203,8 @@ def test_200_repeats_give_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 12, FLUX_720), (16, 4, 12, 4096), (2, 5, 33, 1000)], ids=str)
-def test_10_000_single_launches_give_the_bits_of_two(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What allows `_tiles.ONE_LAUNCH`: a sum read before it was stored would be seen here."""
+def test_10_000_repeats_give_the_same_bits(shape: tuple[int, ...]) -> None:
+    """A sum that is read before it is stored would be seen here."""
     case = on_gpu(make_case(*shape, change=1e-2)).to(torch.float32)
     settings: dict[str, Any] = {"temperature": "neighborhood", "kl_coef": 0.1, "backend": "triton"}
 
@@ -236,7 +221,6 @@ def test_10_000_single_launches_give_the_bits_of_two(shape: tuple[int, ...], mon
         )
 
     want = outputs()
-    monkeypatch.setattr(_tiles, "ONE_LAUNCH", True)
     differences = torch.zeros((), dtype=torch.int64, device="cuda")
     noise = torch.randn(2**22, device="cuda")
     for repeat in range(10_000):
@@ -247,7 +231,6 @@ def test_10_000_single_launches_give_the_bits_of_two(shape: tuple[int, ...], mon
     assert differences.item() == 0
 
 
-@pytest.mark.usefixtures("launches")
 def test_two_streams_at_once() -> None:
     cases = [on_gpu(make_case(P=2, B=4, G=12, D=FLUX_720, change=1e-2, seed=seed)).to(torch.float32) for seed in (0, 1)]
     want = [run(case, temperature="neighborhood", backend="triton") for case in cases]
@@ -264,7 +247,6 @@ def test_two_streams_at_once() -> None:
             assert_identical(result, expected)
 
 
-@pytest.mark.usefixtures("launches")
 def test_cuda_graph() -> None:
     """A graph, replayed on new values in the same tensors, computes what eager does."""
     first, second = (
@@ -290,7 +272,7 @@ def test_cuda_graph() -> None:
 # -- What a step may not do --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_no_synchronisation", "launches")
+@pytest.mark.usefixtures("_no_synchronisation")
 def test_never_synchronises() -> None:
     case = on_gpu(make_case(change=0.1)).to(torch.bfloat16)
     mask, steps = torch.ones(2, 5, dtype=torch.bool, device="cuda"), torch.full((2,), 0.0455, device="cuda")
@@ -360,7 +342,6 @@ def test_composes(through: str) -> None:
     torch.testing.assert_close(grad, want_grad, rtol=0, atol=0)
 
 
-@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("index", [5, -1, 10**12, -(10**12), 2**32 + 1])
 def test_an_index_outside_the_group_gives_nan_in_its_own_row(index: int) -> None:
     case = on_gpu(make_case(D=4096, change=0.1)).to(torch.float32)

@@ -175,13 +175,6 @@ BUGS = [
         "test_backends.py::test_extreme_distances[triton-1e-06-tensor]",
     ),
     Bug(
-        "the last program to arrive finishes the first anchors only",
-        "_triton/objective.py",
-        "range((B + FINISH_B - 1) // FINISH_B)",
-        "range(1)",
-        "test_triton.py::test_one_launch_gives_the_bits_of_two[(2, 5, 7, 48)-tensor]",
-    ),
-    Bug(
         "equal rewards are divided by their rounding",
         "_triton/maths.py",
         "(std <= 8 * EPS * row_max(tl.abs(rewards), valid)) | ",

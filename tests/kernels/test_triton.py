@@ -25,9 +25,8 @@ from ngrpo_kernels import (
     quasi_norm_advantages,
 )
 
-from .cases import Case, assert_identical, keep_some, make_case, run, run_from_anchors
+from .cases import Case, assert_identical, make_case, run
 
-SHAPES = [(1, 1, 2, 1), (2, 5, 7, 48), (2, 3, 17, 70), (1, 2, 33, 40), (2, 6, 12, 200)]
 BY_ROW = ("log_ratio", "clip_fraction", "clamp_fraction", "kl", "entropy", "mean_sqdist", "advantages")
 
 interpreted = pytest.mark.skipif(
@@ -57,22 +56,6 @@ def test_a_row_does_not_depend_on_those_beside_it() -> None:
         assert grad[p : p + 1].equal(grad_alone / 4)
         for name in BY_ROW:
             assert getattr(together, name)[p : p + 1].equal(getattr(alone, name)), name
-
-
-@interpreted
-@pytest.mark.parametrize("old", ["tensor", "detach", "literal"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_one_launch_gives_the_bits_of_two(shape: tuple[int, ...], old: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(*shape, change=0.1).to(torch.float32)
-    form = run_from_anchors if old == "detach" else run
-    settings: dict[str, Any] = {"temperature": "neighborhood", "kl_coef": 0.1, "backend": "triton"}
-    if old != "literal":
-        settings["candidate_mask"] = keep_some(case)
-    results = []
-    for one_launch in (False, True):
-        monkeypatch.setattr(_tiles, "ONE_LAUNCH", one_launch)
-        results.append(form(case, old, **settings))
-    assert_identical(*results)
 
 
 # -- Addresses ---------------------------------------------------------------------------------------------------------
