@@ -8,12 +8,16 @@ would break the graph. There an index outside the group or a step size that is n
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ngrpo_kernels import reference
-from ngrpo_kernels.reference import OldPolicy, Temperature
+from ngrpo_kernels.reference import Points
+
+OldPolicy = Tensor | Literal["detach", "literal"]
+Temperature = float | Literal["dim", "neighborhood"]
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 OLD_POLICIES = ("detach", "literal")
@@ -81,20 +85,52 @@ class Group:
         self._check_shape(name, tensor, (*self.anchor_index.shape, *self.latent_shape), "anchor_index and the latents")
         return (tensor if self.has_prompts else tensor[None]).flatten(2)
 
-    def candidate_values(self, name: str, tensor: Tensor) -> Tensor:
+    def candidate_values(self, name: str, tensor: Tensor | None) -> Tensor | None:
         """A tensor with one number per candidate, as [P, G]."""
+        if tensor is None:
+            return None
         check_tensor(name, tensor, like=("candidates", self.candidates))
         self._check_shape(name, tensor, self.candidates.shape[:2], "candidates")
         return (tensor if self.has_prompts else tensor[None]).detach()
 
-    def old_policy(self, name: str, old: Tensor | str) -> OldPolicy:
+    def points_of_velocity(
+        self, velocity: Tensor, latents: Tensor, dt: float | Tensor, old_velocity: OldPolicy, **values: Tensor | None
+    ) -> Points:
+        """`Points` of an Euler step from `latents`; `values` are those of the candidates, by field."""
+        moving = self.anchor_rows("velocity", velocity)
+        old, literal = self._old_point("old_velocity", old_velocity)
+        start = self.anchor_rows("latents", latents).detach()
+        slope = self.slope(dt).to(reference.compute_dtype(moving, old, start, self.candidates))
+        values = {name: self.candidate_values(name, tensor) for name, tensor in values.items()}
+        return Points(moving, old, literal, start, slope, self.candidates, self.anchor_index, mask=self.mask, **values)
+
+    def points_of_anchors(self, anchors: Tensor, old_anchors: OldPolicy, **values: Tensor | None) -> Points:
+        """`Points` of states after a step of any solver; `values` are those of the candidates, by field."""
+        moving = self.anchor_rows("anchors", anchors)
+        old, literal = self._old_point("old_anchors", old_anchors)
+        slope = self.slope(None).to(reference.compute_dtype(moving, old, self.candidates))
+        values = {name: self.candidate_values(name, tensor) for name, tensor in values.items()}
+        return Points(moving, old, literal, None, slope, self.candidates, self.anchor_index, mask=self.mask, **values)
+
+    def _old_point(self, name: str, old: Tensor | str) -> tuple[Tensor | None, bool]:
+        """`old` and `literal` of `Points`."""
         if isinstance(old, Tensor):
-            return self.anchor_rows(name, old).detach()
-        if old == "detach":
-            return "detach"
-        if old == "literal":
-            return "literal"
-        raise ValueError(f"{name} must be a tensor or one of {OLD_POLICIES}, got {old!r}")
+            return self.anchor_rows(name, old).detach(), False
+        if old not in OLD_POLICIES:
+            raise ValueError(f"{name} must be a tensor or one of {OLD_POLICIES}, got {old!r}")
+        return None, old == "literal"
+
+    def temperature(self, temperature: Temperature) -> float | None:
+        """The number that divides squared distances; None for the group's mean squared distance."""
+        if temperature == "neighborhood":
+            return None
+        if temperature == "dim":
+            return float(self.candidates.shape[-1])
+        if isinstance(temperature, str):
+            raise ValueError(f"temperature must be a number or one of {TEMPERATURES}, got {temperature!r}")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        return temperature
 
     def slope(self, dt: float | Tensor | None) -> Tensor:
         """d x_theta / d moving as [P, B, 1]: -dt, or 1 where the anchors themselves move."""
@@ -147,30 +183,24 @@ def check_tensor(
         raise ValueError(f"{name} is on {tensor.device}, {like[0]} on {like[1].device}; they must be together")
 
 
-def check_p(p: float) -> None:
+def check_p(p: float) -> float:
     if not 0 < p <= 2:
         raise ValueError(f"p must be in (0, 2], got {p}")
+    return p
 
 
 def check_clip_range(clip_range: float | tuple[float, float]) -> tuple[float, float]:
-    """The pair (low, high) of the clip range [1 - low, 1 + high]."""
+    """The bounds of the ratio, 1 - low and 1 + high."""
     bounds = tuple(clip_range) if isinstance(clip_range, Sequence) else (clip_range, clip_range)
     if len(bounds) != 2 or not all(bound > 0 for bound in bounds):
         raise ValueError(f"clip_range must be a positive number or a pair (low, high) of them, got {clip_range}")
-    return bounds[0], bounds[1]
+    return 1 - bounds[0], 1 + bounds[1]
 
 
-def check_temperature(temperature: Temperature) -> None:
-    if isinstance(temperature, str):
-        if temperature not in TEMPERATURES:
-            raise ValueError(f"temperature must be a number or one of {TEMPERATURES}, got {temperature!r}")
-    elif not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-
-
-def check_kl_coef(kl_coef: float) -> None:
+def check_kl_coef(kl_coef: float) -> float:
     if not (math.isfinite(kl_coef) and kl_coef >= 0):
         raise ValueError(f"kl_coef must be finite and not negative, got {kl_coef}")
+    return kl_coef
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], source: str) -> None:

@@ -7,19 +7,12 @@ activation checkpointing and CUDA graphs treat it as any other. Gradients are th
 # P prompts (or prompt-step rows), B anchors, G candidates, R rewards, D latent elements (tokens x channels, flattened).
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-from ngrpo_kernels.reference import (
-    LogRatio,
-    Objective,
-    OldPolicy,
-    Temperature,
-    compute_dtype,
-    temperature_rows,
-)
+from ngrpo_kernels.reference import LogRatio, Objective, Points, Settings, compute_dtype, temperature_rows
 
 
 class Backend(NamedTuple):
@@ -49,49 +42,14 @@ def define_backend(namespace: str, launchers: dict[str, Callable[..., Any]] | No
     def pairwise_sqdist_grad_anchors(grad: Tensor, anchors: Tensor, candidates: Tensor) -> Tensor:
         return ops["weighted_sum_from"](-2 * grad, anchors, candidates)
 
-    def objective(
-        moving: Tensor,
-        old: OldPolicy,
-        latents: Tensor | None,
-        slope: Tensor,
-        candidates: Tensor,
-        anchor_index: Tensor,
-        advantages: Tensor | None,
-        rewards: Tensor | None,
-        mask: Tensor | None,
-        *,
-        p: float,
-        clip_range: tuple[float, float],
-        temperature: Temperature,
-        kl_coef: float,
-    ) -> Objective:
-        old_point = old if isinstance(old, Tensor) else None
-        literal = isinstance(old, str) and old == "literal"
-        slope = slope.to(compute_dtype(moving, old_point, latents, candidates))
-        ratio_bounds = 1 - clip_range[0], 1 + clip_range[1]
-        if temperature == "dim":
-            temperature = float(candidates.shape[-1])
-        tau = None if temperature == "neighborhood" else temperature
-        points = moving, old_point, literal, latents, slope, candidates, anchor_index
-        return Objective(*ops["objective"](*points, advantages, rewards, mask, p, *ratio_bounds, tau, kl_coef))
+    def objective(points: Points, settings: Settings) -> Objective:
+        return Objective(*ops["objective"](*points, *settings))
 
-    def leaping_log_ratio(
-        moving: Tensor,
-        old: OldPolicy,
-        latents: Tensor | None,
-        slope: Tensor,
-        candidates: Tensor,
-        anchor_index: Tensor,
-        temperature: Temperature,
-        mask: Tensor | None,
-    ) -> LogRatio:
-        # what the objective computes on the way, whatever the advantages
-        points = moving, old, latents, slope, candidates, anchor_index
-        result = objective(
-            *points, None, None, mask, p=1.0, clip_range=(1.0, 1.0), temperature=temperature, kl_coef=0.0
-        )
-        tau = temperature_rows(temperature, candidates.shape[-1], result.mean_sqdist)
-        return LogRatio(result.log_ratio, result.policy, 2 * slope.to(tau.dtype) / tau)
+    def leaping_log_ratio(points: Points, temperature: float | None) -> LogRatio:
+        # what the objective computes on the way, whatever the advantages and all other settings
+        result = objective(points, Settings(p=1.0, ratio_low=0.0, ratio_high=2.0, temperature=temperature, kl_coef=0.0))
+        tau = temperature_rows(temperature, result.mean_sqdist)
+        return LogRatio(result.log_ratio, result.policy, 2 * points.slope / tau)
 
     return Backend(
         pairwise_sqdist=pairwise_sqdist,
@@ -113,21 +71,32 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return launch_there
 
 
+# -- Bundles, which schemas do not know: an op takes their fields one after the other ----------------------------------
+
+
+def from_fields(function: Callable[[Points, Settings], Any]) -> Callable[..., Any]:
+    """`function` as PyTorch calls an op: with the fields of `Points`, then those of `Settings`."""
+
+    def call(*fields: Any) -> Any:
+        number = len(Points._fields)
+        return function(Points(*fields[:number]), Settings(*fields[number:]))
+
+    return call
+
+
+def _parameters(*bundles: type) -> str:
+    """The fields of `bundles` as a schema lists them."""
+    types = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", float: "float", float | None: "float?"}
+    return ", ".join(f"{types[hint]} {name}" for bundle in bundles for name, hint in get_type_hints(bundle).items())
+
+
 # -- What ops return, for tracing and for the launchers alike ----------------------------------------------------------
 
 
-def alloc_objective(
-    moving: Tensor,
-    old: Tensor | None,
-    literal: bool,
-    latents: Tensor | None,
-    slope: Tensor,
-    candidates: Tensor,
-    anchor_index: Tensor,
-    *values_and_settings: object,
-) -> tuple[Tensor, ...]:
+def alloc_objective(points: Points, settings: Settings) -> tuple[Tensor, ...]:
     """The fields of `Objective`, in order."""
-    prompts, anchors, group = *anchor_index.shape, candidates.shape[1]
+    slope = points.slope
+    prompts, anchors, group = *points.anchor_index.shape, points.candidates.shape[1]
     loss = slope.new_empty(prompts, anchors)
     of_candidates = [slope.new_empty(prompts, anchors, group) for _ in ("weights", "log_ratio", "policy")]
     of_anchors = [torch.empty_like(loss) for _ in ("clip_fraction", "clamp_fraction", "kl", "entropy", "grad_norm")]
@@ -160,13 +129,9 @@ def alloc_quasi_norm_advantages(
 
 
 OPS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "objective": (  # in the dtype of slope; no temperature stands for the group's mean squared distance
-        "(Tensor moving, Tensor? old, bool literal, Tensor? latents, Tensor slope, Tensor candidates, "
-        "Tensor anchor_index, Tensor? advantages, Tensor? rewards, Tensor? mask, float p, float ratio_low, "
-        "float ratio_high, float? temperature, float kl_coef) -> ("
-        + ", ".join(["Tensor"] * len(Objective._fields))
-        + ")",
-        alloc_objective,
+    "objective": (
+        f"({_parameters(Points, Settings)}) -> ({', '.join(['Tensor'] * len(Objective._fields))})",
+        from_fields(alloc_objective),
     ),
     "weighted_differences": (
         "(Tensor weights, Tensor? scale, Tensor candidates, Tensor anchor_index, Tensor? mask, ScalarType dtype) "

@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ngrpo_kernels import reference
-from ngrpo_kernels._inputs import Group, check_temperature
+from ngrpo_kernels._inputs import Group, OldPolicy, Temperature
 from ngrpo_kernels._registry import backend_ops, pick
-from ngrpo_kernels.reference import OldPolicy, Temperature
 
 
 class _LogRatio(torch.autograd.Function):
@@ -81,7 +80,6 @@ def leaping_log_ratio(
     Raises:
         ValueError: an incomplete or mixed form, and whatever `neighbor_grpo_loss_from_velocity` refuses.
     """
-    check_temperature(temperature)
     group = Group.check(candidates, anchor_index, candidate_mask)
     by_velocity = {"velocity": velocity, "latents": latents, "dt": dt, "old_velocity": old_velocity}
     by_anchor = {"anchors": anchors, "old_anchors": old_anchors}
@@ -89,18 +87,15 @@ def leaping_log_ratio(
     if given not in (list(by_velocity), list(by_anchor)):
         names = ", ".join(given) or "neither"
         raise ValueError(f"give either {', '.join(by_velocity)} or {', '.join(by_anchor)}; got {names}")
-    if velocity is not None and latents is not None and old_velocity is not None:
-        moving = group.anchor_rows("velocity", velocity)
-        start = group.anchor_rows("latents", latents).detach()
-        old = group.old_policy("old_velocity", old_velocity)
+    if velocity is not None and latents is not None and dt is not None and old_velocity is not None:
+        points = group.points_of_velocity(velocity, latents, dt, old_velocity)
     else:
         assert anchors is not None
         assert old_anchors is not None
-        moving, start = group.anchor_rows("anchors", anchors), None
-        old = group.old_policy("old_anchors", old_anchors)
-    name = pick(backend, moving.device.type)
+        points = group.points_of_anchors(anchors, old_anchors)
+    tau = group.temperature(temperature)
+    name = pick(backend, points.moving.device.type)
     with torch.no_grad():
-        result = backend_ops(name).leaping_log_ratio(
-            moving, old, start, group.slope(dt), group.candidates, group.anchor_index, temperature, group.mask
-        )
-    return group.drop_prompts(_LogRatio.apply(moving, *result, group.candidates, group.anchor_index, group.mask, name))
+        result = backend_ops(name).leaping_log_ratio(points, tau)
+    read_again = points.candidates, points.anchor_index, points.mask
+    return group.drop_prompts(_LogRatio.apply(points.moving, *result, *read_again, name))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ngrpo_kernels._inputs import Group, check_clip_range, check_kl_coef, check_p, check_temperature
+from ngrpo_kernels._inputs import Group, OldPolicy, Temperature, check_clip_range, check_kl_coef, check_p
 from ngrpo_kernels._registry import backend_ops, pick
-from ngrpo_kernels.reference import OldPolicy, Temperature
+from ngrpo_kernels.reference import Points, Settings
 
 
 class LossOutput(NamedTuple):
@@ -127,20 +127,11 @@ def neighbor_grpo_loss_from_velocity(
             not positive. On a GPU and under torch.compile these two give NaN in that row's loss and gradient.
     """
     group = Group.check(candidates, anchor_index, candidate_mask)
-    return _loss(
-        group,
-        moving=group.anchor_rows("velocity", velocity),
-        old=group.old_policy("old_velocity", old_velocity),
-        latents=group.anchor_rows("latents", latents).detach(),
-        slope=group.slope(dt),
-        advantages=advantages,
-        rewards=rewards,
-        p=p,
-        clip_range=clip_range,
-        temperature=temperature,
-        kl_coef=kl_coef,
-        backend=backend,
+    points = group.points_of_velocity(velocity, latents, dt, old_velocity, advantages=advantages, rewards=rewards)
+    settings = Settings(
+        check_p(p), *check_clip_range(clip_range), group.temperature(temperature), check_kl_coef(kl_coef)
     )
+    return _loss(group, points, settings, backend)
 
 
 def neighbor_grpo_loss(
@@ -171,60 +162,22 @@ def neighbor_grpo_loss(
     All other arguments, the result and the errors are those of `neighbor_grpo_loss_from_velocity`.
     """
     group = Group.check(candidates, anchor_index, candidate_mask)
-    return _loss(
-        group,
-        moving=group.anchor_rows("anchors", anchors),
-        old=group.old_policy("old_anchors", old_anchors),
-        latents=None,
-        slope=group.slope(None),
-        advantages=advantages,
-        rewards=rewards,
-        p=p,
-        clip_range=clip_range,
-        temperature=temperature,
-        kl_coef=kl_coef,
-        backend=backend,
+    points = group.points_of_anchors(anchors, old_anchors, advantages=advantages, rewards=rewards)
+    settings = Settings(
+        check_p(p), *check_clip_range(clip_range), group.temperature(temperature), check_kl_coef(kl_coef)
     )
+    return _loss(group, points, settings, backend)
 
 
-def _loss(
-    group: Group,
-    moving: Tensor,
-    old: OldPolicy,
-    latents: Tensor | None,
-    slope: Tensor,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    p: float,
-    clip_range: float | tuple[float, float],
-    temperature: Temperature,
-    kl_coef: float,
-    backend: str,
-) -> LossOutput:
-    if (advantages is None) == (rewards is None):
-        raise ValueError(f"give either advantages or rewards, got {'neither' if rewards is None else 'both'}")
-    check_p(p)
-    check_temperature(temperature)
-    check_kl_coef(kl_coef)
-    bounds = check_clip_range(clip_range)
-    name = pick(backend, moving.device.type)
+def _loss(group: Group, points: Points, settings: Settings, backend: str) -> LossOutput:
+    if (points.advantages is None) == (points.rewards is None):
+        given = "neither" if points.rewards is None else "both"
+        raise ValueError(f"give either advantages or rewards, got {given}")
+    name = pick(backend, points.moving.device.type)
     with torch.no_grad():
-        result = backend_ops(name).objective(
-            moving,
-            old,
-            latents,
-            slope,
-            group.candidates,
-            group.anchor_index,
-            None if advantages is None else group.candidate_values("advantages", advantages),
-            None if rewards is None else group.candidate_values("rewards", rewards),
-            group.mask,
-            p=p,
-            clip_range=bounds,
-            temperature=temperature,
-            kl_coef=kl_coef,
-        )
-    loss = _Loss.apply(moving, result.loss, result.weights, group.candidates, group.anchor_index, group.mask, name)
+        result = backend_ops(name).objective(points, settings)
+    read_again = points.candidates, points.anchor_index, points.mask
+    loss = _Loss.apply(points.moving, result.loss, result.weights, *read_again, name)
     return LossOutput(
         loss=loss,
         log_ratio=group.drop_prompts(result.log_ratio),

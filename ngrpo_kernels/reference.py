@@ -10,15 +10,41 @@ float64, by element-wise products and sums, which neither autocast nor tf32 touc
 # tau temperature; pi the leaping policy over candidates (Eq. 8); rho = pi_theta / pi_old (Eq. 10).
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 LOG_RATIO_LIMIT = 20.0
 
-OldPolicy = Tensor | Literal["detach", "literal"]
-Temperature = float | Literal["dim", "neighborhood"]
+
+class Points(NamedTuple):
+    """The tensors of the loss: where both policies stand, the group around them, and what its candidates are worth.
+
+    The new policy's point is x_theta = latents + slope * moving: `moving` is the velocity with slope -dt, or the anchor
+    itself with slope 1 and no latents, which stands for zero.
+    """
+
+    moving: Tensor  # [P, B, D]
+    old: Tensor | None  # [P, B, D], a = latents + slope * old; without it a is x_j if `literal`, else x_theta
+    literal: bool
+    latents: Tensor | None  # [P, B, D]
+    slope: Tensor  # [P, B, 1], in the dtype of the sums
+    candidates: Tensor  # [P, G, D]
+    anchor_index: Tensor  # [P, B] int64, the number j of each anchor's own candidate
+    advantages: Tensor | None = None  # [P, G]; the loss reads these or `rewards`
+    rewards: Tensor | None = None  # [P, G]
+    mask: Tensor | None = None  # [P, G] bool; False leaves the group
+
+
+class Settings(NamedTuple):
+    """The numbers of the loss."""
+
+    p: float  # exponent of the quasi-norm for `rewards`
+    ratio_low: float  # lower bound of the ratio in the clipped surrogate, 1 - eps in Eq. 9
+    ratio_high: float  # upper bound, 1 + eps
+    temperature: float | None  # None stands for the group's mean squared distance
+    kl_coef: float
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -114,20 +140,20 @@ def anchor_is_valid(anchor_index: Tensor, members: int, mask: Tensor | None) -> 
     return inside if mask is None else inside & mask.take_along_dim(anchor_index.clamp(0, members - 1), dim=1)
 
 
-def displacement(moving: Tensor, old: OldPolicy, own: Tensor, latents: Tensor | None, slope: Tensor) -> Displacement:
-    """Offset and delta of x_theta = latents + slope * moving; no `latents` means zero.
+def displacement(points: Points, own: Tensor) -> Displacement:
+    """Offset and delta of each anchor, whose own candidate is `own`.
 
-    `moving` is the velocity with slope -dt, or the anchor itself with slope 1. Latents and own candidate, two states of
-    one trajectory, are subtracted first; delta comes from velocities, never from two rounded points.
+    Latents and own candidate, two states of one trajectory, are subtracted first; delta comes from velocities, never
+    from two rounded points.
     """
-    base = -own if latents is None else latents.to(own.dtype) - own
-    moving = moving.to(own.dtype)
-    if isinstance(old, Tensor):
-        old = old.to(own.dtype)
+    slope, moving = points.slope, points.moving.to(own.dtype)
+    base = -own if points.latents is None else points.latents.to(own.dtype) - own
+    if points.old is not None:
+        old = points.old.to(own.dtype)
         return Displacement(offset=base + slope * old, delta=slope * (moving - old))
-    if old == "detach":
-        return Displacement(offset=base + slope * moving, delta=None)
-    return Displacement(offset=None, delta=base + slope * moving)
+    if points.literal:
+        return Displacement(offset=None, delta=base + slope * moving)
+    return Displacement(offset=base + slope * moving, delta=None)
 
 
 class Measured(NamedTuple):
@@ -143,28 +169,21 @@ class Measured(NamedTuple):
     sqdist: Tensor  # |x_i - x_k|^2, [P, G, G]
 
 
-def measure(
-    moving: Tensor,
-    old: OldPolicy,
-    latents: Tensor | None,
-    slope: Tensor,
-    candidates: Tensor,
-    anchor_index: Tensor,
-    mask: Tensor | None,
-) -> Measured:
-    """The sums of a group for x_theta = latents + slope * moving; no `latents` means zero. `slope` is [P, B, 1]."""
-    dtype = compute_dtype(moving, old if isinstance(old, Tensor) else None, latents, candidates)
-    own = own_candidate(candidates, anchor_index, dtype)
-    moved = displacement(moving, old, own, latents, slope.to(dtype))
+def measure(points: Points) -> Measured:
+    """The sums over D of every group, in the dtype of the slope."""
+    dtype = points.slope.dtype
+    own = own_candidate(points.candidates, points.anchor_index, dtype)
+    moved = displacement(points, own)
     logits, projections = [], []
-    for difference in _differences(candidates, own, mask):
+    for difference in _differences(points.candidates, own, points.mask):
         toward = difference if moved.offset is None else difference - 2 * moved.offset
         logits.append(-_dot(difference, toward))
         projections.append(torch.zeros_like(logits[-1]) if moved.delta is None else _dot(difference, moved.delta))
-    return Measured(torch.stack(logits, dim=-1), torch.stack(projections, dim=-1), group_sqdist(candidates, dtype))
+    sqdist = group_sqdist(points.candidates, dtype)
+    return Measured(torch.stack(logits, dim=-1), torch.stack(projections, dim=-1), sqdist)
 
 
-def leaping_policy(measured: Measured, temperature: Tensor, anchor_index: Tensor, mask: Tensor | None) -> LeapingPolicy:
+def leaping_policy(measured: Measured, points: Points, temperature: Tensor) -> LeapingPolicy:
     """The exact form: log rho_i = u_i - log sum_k pi_old(k) exp(u_k), u_i = 2 <delta, y_i> / tau (Eqs. 8, 10).
 
     `temperature` is [P, 1, 1]. An anchor that is not a valid candidate gives a row of NaN.
@@ -172,7 +191,8 @@ def leaping_policy(measured: Measured, temperature: Tensor, anchor_index: Tensor
     old_logits = measured.old_logits / temperature
     shift = 2 * measured.projections / temperature
 
-    valid = anchor_is_valid(anchor_index, shift.shape[-1], mask)
+    mask = points.mask
+    valid = anchor_is_valid(points.anchor_index, shift.shape[-1], mask)
     old_logits = old_logits.masked_fill(~valid[:, :, None], float("nan"))
     if mask is not None:
         old_logits = old_logits.masked_fill(~mask[:, None], float("-inf"))
@@ -230,15 +250,15 @@ def weighted_norm(weights: Tensor, sqdist: Tensor, anchor_index: Tensor, mask: T
     return torch.where(square < 0, 0, square).sqrt()  # rounding may leave less than zero; NaN stays
 
 
-def temperature_rows(temperature: Temperature, dim: int, group_sqdist: Tensor) -> Tensor:
-    """The temperature of every row as [P, 1, 1]: a number, "dim" (= D) or "neighborhood" (the group's mean sqdist).
+def temperature_rows(temperature: float | None, group_sqdist: Tensor) -> Tensor:
+    """The temperature of every row as [P, 1, 1]: a number, or None for the group's mean squared distance, [P].
 
     A group of identical candidates has a uniform policy at any temperature; 1 stands in for its zero.
     """
-    if temperature == "neighborhood":
+    if temperature is None:
         rows = torch.where(group_sqdist == 0, 1, group_sqdist)
     else:
-        rows = torch.full_like(group_sqdist, dim if temperature == "dim" else temperature)
+        rows = torch.full_like(group_sqdist, temperature)
     return rows[:, None, None]
 
 
@@ -250,21 +270,12 @@ class LogRatio(NamedTuple):
     scale: Tensor  # d x_theta / d moving times 2 / tau, [P, B, 1]
 
 
-def leaping_log_ratio(
-    moving: Tensor,
-    old: OldPolicy,
-    latents: Tensor | None,
-    slope: Tensor,
-    candidates: Tensor,
-    anchor_index: Tensor,
-    temperature: Temperature,
-    mask: Tensor | None,
-) -> LogRatio:
-    """log rho (Eqs. 8, 10) for x_theta = latents + slope * moving."""
-    measured = measure(moving, old, latents, slope, candidates, anchor_index, mask)
-    tau = temperature_rows(temperature, candidates.shape[-1], mean_sqdist(measured.sqdist, mask))
-    policy = leaping_policy(measured, tau, anchor_index, mask)
-    return LogRatio(policy.log_ratio, policy.new(), 2 * slope.to(tau.dtype) / tau)
+def leaping_log_ratio(points: Points, temperature: float | None) -> LogRatio:
+    """log rho (Eqs. 8, 10)."""
+    measured = measure(points)
+    tau = temperature_rows(temperature, mean_sqdist(measured.sqdist, points.mask))
+    policy = leaping_policy(measured, points, tau)
+    return LogRatio(policy.log_ratio, policy.new(), 2 * points.slope / tau)
 
 
 def leaping_log_ratio_weights(grad: Tensor, new_policy: Tensor, mask: Tensor | None) -> Tensor:
@@ -325,36 +336,21 @@ class Objective(NamedTuple):
     advantages: Tensor  # [P, G]
 
 
-def objective(
-    moving: Tensor,
-    old: OldPolicy,
-    latents: Tensor | None,
-    slope: Tensor,
-    candidates: Tensor,
-    anchor_index: Tensor,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    mask: Tensor | None,
-    *,
-    p: float,
-    clip_range: tuple[float, float],
-    temperature: Temperature,
-    kl_coef: float,
-) -> Objective:
+def objective(points: Points, settings: Settings) -> Objective:
     """-J + kl_coef KL(pi_old || pi_theta) of every anchor, J the clipped surrogate (Eq. 9); the gradient of their mean.
 
     With g_i = dJ / dlog rho_i, the weights are those of
     dJ / dx_theta = (2 / tau) sum_i (g_i - (sum g) pi_theta(i) - kl_coef (pi_theta(i) - pi_old(i))) x_i.
     """
-    measured = measure(moving, old, latents, slope, candidates, anchor_index, mask)
+    mask, low, high, kl_coef = points.mask, settings.ratio_low, settings.ratio_high, settings.kl_coef
+    measured = measure(points)
     spread = mean_sqdist(measured.sqdist, mask)
-    tau = temperature_rows(temperature, candidates.shape[-1], spread)
-    policy = leaping_policy(measured, tau, anchor_index, mask)
+    tau = temperature_rows(settings.temperature, spread)
+    policy = leaping_policy(measured, points, tau)
     log_ratio, change, pi_old = policy.log_ratio, policy.change(), policy.old()
-    advantages = _used_advantages(advantages, rewards, p, mask, log_ratio.dtype)
+    advantages = _used_advantages(points, settings.p)
     gain = advantages[:, None]
 
-    low, high = 1 - clip_range[0], 1 + clip_range[1]
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     surrogate = torch.minimum(gain * ratio, gain * ratio.clamp(low, high)).sum(-1)
     kl = -(pi_old * log_ratio).sum(-1)
@@ -363,7 +359,7 @@ def objective(
     clipped = torch.where(gain > 0, ratio > high, ratio < low)
     surrogate_grad = gain * ratio.masked_fill(clamped | clipped, 0)  # a NaN advantage stays NaN
     ascent = surrogate_grad - surrogate_grad.sum(-1, keepdim=True) * (pi_old + change) - kl_coef * change
-    weights = ascent * (-2 * slope.to(tau.dtype) / tau / surrogate.numel())
+    weights = ascent * (-2 * points.slope / tau / surrogate.numel())
 
     log_new = _zero_unless(None if mask is None else mask[:, None], policy.log_old + log_ratio)
     return Objective(
@@ -375,21 +371,20 @@ def objective(
         clamp_fraction=_share(clamped, log_ratio, mask),
         kl=kl,
         entropy=-((pi_old + change) * log_new).sum(-1),
-        grad_norm=weighted_norm(weights, measured.sqdist, anchor_index, mask),
+        grad_norm=weighted_norm(weights, measured.sqdist, points.anchor_index, mask),
         mean_sqdist=spread,
         advantages=advantages,
     )
 
 
-def _used_advantages(
-    advantages: Tensor | None, rewards: Tensor | None, p: float, mask: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _used_advantages(points: Points, p: float) -> Tensor:
     """Advantages [P, G] as given or from rewards; zero where masked and in groups of fewer than two."""
-    if advantages is None:
+    dtype, mask, rewards = points.slope.dtype, points.mask, points.rewards
+    if points.advantages is None:
         assert rewards is not None
         one, zero = torch.ones_like(rewards[:1, :1, None], dtype=dtype), torch.zeros_like(rewards[:1, :1, None])
         return quasi_norm_advantages(rewards[None].to(dtype), p, one, zero, mask)
-    advantages = advantages.to(dtype)
+    advantages = points.advantages.to(dtype)
     return advantages if mask is None else advantages.masked_fill(~mask | (mask.sum(-1, keepdim=True) < 2), 0)
 
 

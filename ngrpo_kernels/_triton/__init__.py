@@ -4,7 +4,7 @@ triton is imported, runs it on the CPU, slowly, to test it.
 Settings such as `kl_coef` are rounded to float32, whatever the latents are.
 """
 
-from ngrpo_kernels._library import define_backend
+from ngrpo_kernels._library import define_backend, from_fields
 from ngrpo_kernels._triton.advantages import launch_quasi_norm_advantages
 from ngrpo_kernels._triton.distances import launch_pairwise_sqdist
 from ngrpo_kernels._triton.objective import launch_objective
@@ -13,7 +13,7 @@ from ngrpo_kernels._triton.weighted import launch_weighted_differences, launch_w
 BACKEND = define_backend(
     "ngrpo_triton",
     {
-        "objective": launch_objective,
+        "objective": from_fields(launch_objective),
         "weighted_differences": launch_weighted_differences,
         "pairwise_sqdist": launch_pairwise_sqdist,
         "weighted_sum_from": launch_weighted_sum_from,

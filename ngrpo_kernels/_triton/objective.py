@@ -13,44 +13,38 @@ from ngrpo_kernels._library import alloc_objective
 from ngrpo_kernels._triton.finish import finish_kernel
 from ngrpo_kernels._triton.sums import sums_kernel
 from ngrpo_kernels._triton.tensors import accumulator, rows, strides
+from ngrpo_kernels.reference import Points, Settings
 
 
-def launch_objective(
-    moving: Tensor,
-    old: Tensor | None,
-    literal: bool,
-    latents: Tensor | None,
-    slope: Tensor,
-    candidates: Tensor,
-    anchor_index: Tensor,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    mask: Tensor | None,
-    p: float,
-    ratio_low: float,
-    ratio_high: float,
-    temperature: float | None,
-    kl_coef: float,
-) -> tuple[Tensor, ...]:
-    outputs = alloc_objective(moving, old, literal, latents, slope, candidates, anchor_index)
-    prompts, anchors, dim = moving.shape
-    group, shifts = candidates.shape[1], candidates.shape[1] // 2
-    moving, old, latents, candidates = rows(moving), rows(old), rows(latents), rows(candidates)
-    slope, anchor_index = slope.contiguous(), anchor_index.contiguous()
+def launch_objective(points: Points, settings: Settings) -> tuple[Tensor, ...]:
+    outputs = alloc_objective(points, settings)
+    prompts, anchors, dim = points.moving.shape
+    group, shifts = points.candidates.shape[1], points.candidates.shape[1] // 2
+    moving, old, latents, candidates = (
+        rows(points.moving),
+        rows(points.old),
+        rows(points.latents),
+        rows(points.candidates),
+    )
+    slope, anchor_index = points.slope.contiguous(), points.anchor_index.contiguous()
+    values = points.advantages, points.rewards, points.mask
     acc, eps = accumulator(slope.dtype)
+    shared = {"LITERAL": points.literal, "B": anchors, "G": group, "ACC": acc, "num_warps": _tiles.WARPS}
+
     tile = _tiles.sums_tile(prompts, anchors, group, dim, shifts)
     sums = slope.new_empty(prompts, tile.chunks, 2 * anchors + shifts, group)
-    points = moving, old, latents, slope, candidates, anchor_index, sums
-    point_strides = *strides(moving), *strides(old), *strides(latents), *strides(candidates)
-    values = advantages, rewards, mask
-    value_strides = *strides(advantages), *strides(rewards), *strides(mask)
-    tau = 0.0 if temperature is None else temperature
-    scalars = prompts, tile.chunks, p, ratio_low, ratio_high, tau, kl_coef
-
-    shared = {"LITERAL": literal, "B": anchors, "G": group, "ACC": acc, "num_warps": _tiles.WARPS}
     sums_kernel[tile.parts, tile.chunks, prompts](
-        *points,
-        *point_strides,
+        moving,
+        old,
+        latents,
+        slope,
+        candidates,
+        anchor_index,
+        sums,
+        *strides(moving),
+        *strides(old),
+        *strides(latents),
+        *strides(candidates),
         dim,
         tile.chunk,
         BLOCK_B=tile.block_b,
@@ -67,11 +61,17 @@ def launch_objective(
         anchor_index,
         *values,
         *outputs,
-        *value_strides,
-        *scalars,
+        *(stride for value in values for stride in strides(value)),
+        prompts,
+        tile.chunks,
+        settings.p,
+        settings.ratio_low,
+        settings.ratio_high,
+        0.0 if settings.temperature is None else settings.temperature,
+        settings.kl_coef,
         HAS_OLD=old is not None,
         HAS_LATENTS=latents is not None,
-        NEIGHBORHOOD=temperature is None,
+        NEIGHBORHOOD=settings.temperature is None,
         BLOCK_B=finish.block_b,
         BLOCK_G=finish.block_g,
         BLOCK_C=finish.block_c,

@@ -29,6 +29,7 @@ from triton.runtime import JITFunction
 
 from ngrpo_kernels import _tiles
 from ngrpo_kernels._triton import BACKEND
+from ngrpo_kernels.reference import Points, Settings
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -162,20 +163,17 @@ def calls(case: Case) -> dict[str, Callable[[], object]]:
     anchor_index = torch.zeros(P, B, dtype=torch.int64)
     slope, rewards, weights = torch.empty(P, B, 1), torch.empty(P, G), torch.empty(P, B, G)
     mask = torch.ones(P, G, dtype=torch.bool) if case.masked else None
-    settings = {"p": 0.8, "clip_range": (1e-4, 1e-4), "kl_coef": 0.1}
     group = candidates, anchor_index
 
-    def objective(policy: Any, temperature: Any, **given: Any) -> object:
-        values = {"advantages": None, "rewards": None} | given
-        return BACKEND.objective(
-            moving, policy, start, slope, *group, **values, mask=mask, temperature=temperature, **settings
-        )
+    def objective(policy: Tensor | None, literal: bool, temperature: float | None, **values: Tensor) -> object:
+        points = Points(moving, policy, literal, start, slope, *group, **values, mask=mask)
+        return BACKEND.objective(points, Settings(0.8, 1 - 1e-4, 1 + 1e-4, temperature, kl_coef=0.1))
 
     one = torch.empty(1, 1, 1)
     every = {
-        "loss": lambda: objective(old, 1.0, advantages=rewards),
-        "loss of rewards, one update": lambda: objective("detach", "neighborhood", rewards=rewards),
-        "literal loss": lambda: objective("literal", "dim", advantages=rewards),
+        "loss": lambda: objective(old, False, 1.0, advantages=rewards),
+        "loss of rewards, one update": lambda: objective(None, False, None, rewards=rewards),
+        "literal loss": lambda: objective(None, True, float(D), advantages=rewards),
         "backward": lambda: BACKEND.weighted_differences(weights, one[0, 0, 0], *group, mask, case.velocity),
         "distances": lambda: BACKEND.pairwise_sqdist(moving, candidates),
         "distances' backward": lambda: BACKEND.pairwise_sqdist_grad_anchors(weights, moving, candidates),

@@ -74,10 +74,11 @@ def test_an_invalid_anchor_gives_nan_in_its_own_row(index: int, masked: bool) ->
     case = make_case()
     mask = torch.arange(5).expand(2, -1) != (2 if masked else 9)
     anchor_index = torch.tensor([[0, 1, 3], [0, index, 3]])
-    slope = torch.full((2, 3, 1), -case.dt)
-    result = reference.leaping_log_ratio(
-        case.velocity, case.old_velocity, case.latents, slope, case.candidates, anchor_index, 1.0, mask
+    slope = torch.full((2, 3, 1), -case.dt, dtype=torch.float64)
+    points = reference.Points(
+        case.velocity, case.old_velocity, False, case.latents, slope, case.candidates, anchor_index, mask=mask
     )
+    result = reference.leaping_log_ratio(points, 1.0)
     valid = mask[:, None].expand(-1, 3, -1)
     bad = torch.zeros(2, 3, 1, dtype=torch.bool)
     bad[1, 1] = True

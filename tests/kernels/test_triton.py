@@ -24,6 +24,7 @@ from ngrpo_kernels import (
     pairwise_sqdist,
     quasi_norm_advantages,
 )
+from ngrpo_kernels.reference import Points, Settings
 
 from .cases import Case, assert_identical, make_case, run
 
@@ -120,9 +121,10 @@ def test_an_index_outside_the_group_reads_nothing_there(index: int) -> None:
     for value in (case.anchor_index[1, 1].item(), index):
         anchor_index = case.anchor_index.clone()
         anchor_index[1, 1] = value
-        points = case.velocity, case.old_velocity, case.latents, slope, case.candidates, anchor_index
-        settings: dict[str, Any] = {"p": 1.0, "clip_range": (0.5, 0.5), "temperature": 1.0, "kl_coef": 0.0}
-        objective = ops.objective(*points, case.advantages, None, None, **settings)
+        stands = case.velocity, case.old_velocity, False, case.latents
+        points = Points(*stands, slope, case.candidates, anchor_index, case.advantages)
+        settings = Settings(p=1.0, ratio_low=0.5, ratio_high=1.5, temperature=1.0, kl_coef=0.0)
+        objective = ops.objective(points, settings)
         grad = ops.weighted_differences(
             objective.weights, None, case.candidates, anchor_index, None, case.velocity.dtype
         )
