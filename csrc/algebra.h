@@ -1,7 +1,7 @@
-// What ngrpo_kernels/reference.py computes of a row once its sums over D are known, step by step and by its names.
+// The algebra of ngrpo_kernels/reference.py on one row, once its sums over D are known: the same steps and names.
 //
-// All in double, which costs nothing here; `eps` is the rounding of the dtype that the caller sees, by which flat
-// rewards are told. Comparisons are written so that NaN gets through.
+// All in double, which costs nothing here. `eps` is the rounding of the dtype that the caller sees; it decides which
+// rewards count as flat. Comparisons are written so that NaN gets through.
 
 #pragma once
 
@@ -45,7 +45,8 @@ inline Numbers standardised(const Numbers& rewards, const std::vector<int64_t>& 
   return result;
 }
 
-// combined / |combined|_p (Eq. 11); zeros where `combined` is what cancelling `magnitude` leaves.
+// combined / |combined|_p (Eq. 11); zeros where `combined` is only the rounding that is left after terms of size
+// `magnitude` cancel.
 inline void divide_by_quasi_norm(Numbers& combined, const Numbers& magnitude, const std::vector<int64_t>& valid,
                                  double p, double eps) {
   double peak = 0, largest = 0, total = 0;
@@ -87,8 +88,8 @@ struct Settings {
   double ratio_low, ratio_high, kl_coef;
 };
 
-// Anchor `b` of a row, whose own candidate is `own`; `gain` are the advantages, and the weights are those of a gradient
-// times `factor`, d x_theta / d moving times -2 / tau over the number of anchors.
+// Results for anchor `b` of a row, whose own candidate is `own`. `gain` are the advantages. The gradient's weights are
+// multiplied by `factor`: d x_theta / d moving times -2 / tau, over the number of anchors.
 inline Anchor finish(const Sums& sums, int64_t b, int64_t own, bool anchor_is_valid,
                      const std::vector<int64_t>& valid, double tau, double factor, const Numbers& gain,
                      const Settings& settings) {
@@ -151,7 +152,7 @@ inline Anchor finish(const Sums& sums, int64_t b, int64_t own, bool anchor_is_va
     square += result.weights[i] * row / 2;
   }
   result.grad_norm = std::sqrt(square < 0 ? 0 : square);
-  if (valid.empty()) result.loss = result.clip_fraction = result.clamp_fraction = NaN;  // so is the anchor no candidate
+  if (valid.empty()) result.loss = result.clip_fraction = result.clamp_fraction = NaN;  // then no anchor is valid
   return result;
 }
 

@@ -22,7 +22,7 @@ using torch::stable::contiguous;
 using torch::stable::new_empty;
 using torch::stable::select;
 
-// Candidates, or anchors, that are treated together and share the loads of all else.
+// Number of candidates, or of anchors, that are treated together and share all other loads.
 constexpr int64_t BLOCK = 4;
 
 // Calls visit(first, size) for blocks of items 0 .. count - 1; `size` is BLOCK or, for the rest, 1, a constant type.
@@ -115,10 +115,10 @@ void add_weighted(const TileOf<T>& x, const std::vector<int64_t>& valid, const T
   });
 }
 
-// Fills offset = a - x_j and delta for a tile of one anchor of x_theta = start + slope * moving, start being zero where
-// there is none. The old point is a = start + slope * old; without `old` it is x_j if `literal`, and then no offset is
-// filled, else x_theta, and then no delta. Two states of one trajectory, start and x_j, are subtracted first, and delta
-// comes from velocities.
+// Fills offset = a - x_j and delta for a tile of one anchor. x_theta = start + slope * moving; no `start` means zero.
+// The old point is a = start + slope * old. Without `old` it is x_j if `literal`, and no offset is filled; otherwise it
+// is x_theta, and no delta is filled. Two states of one trajectory, start and x_j, are subtracted first; delta comes
+// from velocities.
 template <typename T>
 void displace(const T* moving, const T* old, bool literal, const T* start, T slope, const T* own, int64_t count,
               T* offset, T* delta) {
@@ -147,7 +147,7 @@ Numbers numbers(const Tensor& tensor, int64_t p) {
   return row;
 }
 
-// All sums over D of `objective` in one pass: those of Sums for every prompt, side by side.
+// All sums over D that `objective` needs, in one pass: the arrays of Sums for every prompt, side by side.
 template <typename T>
 std::vector<double> sum_over_dim(const Split& split, const Tensor& moving, const std::optional<Tensor>& old,
                                  bool literal, const std::optional<Tensor>& latents, const T* slope_of,
@@ -351,7 +351,7 @@ Tensor pairwise_sqdist(Tensor anchors, Tensor candidates, ScalarType dtype) {
   return result;
 }
 
-// sum_i weights[b, i] (x_i - anchor_b) in the dtype of the anchors: pairwise_sqdist's gradient, for weights -2 grad.
+// sum_i weights[b, i] (x_i - anchor_b) in the dtype of the anchors: with weights -2 grad, pairwise_sqdist's gradient.
 Tensor weighted_sum_from(Tensor weights, Tensor anchors, Tensor candidates) {
   const int64_t prompts = anchors.size(0), rows = anchors.size(1), group = candidates.size(1);
   const Split split(prompts, anchors.size(2));

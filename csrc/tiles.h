@@ -1,7 +1,7 @@
-// How latents are read: D in tiles of a fixed size, each as whole vectors of the type that sums are taken in.
+// Reading of latents: D in tiles of a fixed size, each as whole vectors of the type of the sums.
 //
-// Sums are kept in explicit vector lanes and added in an order that depends on D alone: not on the number of threads,
-// nor on how a tensor happens to be aligned, which an auto-vectorised reduction may peel for.
+// Sums are kept in explicit vector lanes and added in an order that depends on D alone, not on the number of threads
+// or on the alignment of a tensor, for which an auto-vectorised reduction may peel off elements.
 
 #pragma once
 
@@ -41,8 +41,8 @@ using Vector = typename VectorOf<T>::type;  // element-wise arithmetic, in GCC a
 template <typename T>
 constexpr int64_t LANES = VECTOR_BYTES / sizeof(T);
 
-// Few enough vectors that sums of float lanes keep their digits however narrow the vectors are; and 12 candidates of a
-// tile are at most 48 KiB of float, within the L2 cache of a core.
+// Few enough vectors that sums in float lanes keep their digits for any width of vectors; and 12 candidates of a tile
+// take at most 48 KiB of float, within the L2 cache of a core.
 constexpr int64_t TILE = 64 * LANES<float>;
 constexpr int64_t MAX_CHUNKS = 64;
 
@@ -67,7 +67,7 @@ inline T sum_of_lanes(Vector<T> vector) {
 
 inline int64_t ceil_div(int64_t numerator, int64_t denominator) { return (numerator + denominator - 1) / denominator; }
 
-// D cut into tiles, and the tiles of a prompt into chunks, the unit of work: a bounded number, whatever D is.
+// Division of D into tiles, and of a prompt's tiles into chunks, the unit of work. The number of chunks is bounded.
 struct Split {
   int64_t prompts, dim, tiles, tiles_per_chunk, chunks;
 
@@ -149,8 +149,8 @@ class Rows {
     STD_TORCH_CHECK(tensor.dim() == 3 && tensor.is_cpu(), "ngrpo: latents must be three-dimensional CPU tensors");
   }
 
-  // `count` elements of a row as T, padded with zeros to whole vectors: in place where that is how they lie in memory,
-  // else in `scratch`, which holds a tile.
+  // `count` elements of a row as T, padded with zeros to whole vectors: read in place if they lie like that in memory,
+  // otherwise copied to `scratch`, which holds a tile.
   template <typename T>
   const T* tile(int64_t p, int64_t row, int64_t begin, int64_t count, T* scratch) const {
     const int64_t offset = p * strides_[0] + row * strides_[1] + begin * strides_[2];

@@ -1,6 +1,7 @@
-"""Builds the C++ of csrc on first use and loads it; what is built serves every later process of the user.
+"""Build and loading of the C++ in csrc: compiled on first use, and reused by every later process of the user.
 
-A library is named after all that it depends on, so that one that exists is the right one and needs no compiler.
+The name of a library holds a hash of everything that it depends on. A library that exists is therefore the right one,
+and loading it needs no compiler.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ _loaded = False
 
 
 def why_not() -> str | None:
-    """Why the C++ cannot be used, as far as can be told without compiling; None where it can."""
+    """Reason why the C++ cannot be used, as far as this is known without compiling it; None if it can."""
     if is_turned_off():
         return "NGRPO_CPP=0 turns it off"
     if source_directory() is None:
@@ -49,7 +50,7 @@ def _missing_tool() -> str | None:
 
 
 def load() -> str | None:
-    """Build the C++ if need be and load it; why that failed, or None. A failed build is not tried again."""
+    """Load the C++, built first if necessary; return why that failed, or None. A failed build is not tried again."""
     global _loaded
     if _loaded and not is_turned_off():
         return None
@@ -75,13 +76,13 @@ def is_turned_off() -> bool:
 
 
 def source_directory() -> Path | None:
-    """csrc inside the package, as in a wheel, or beside it, as in a checkout."""
+    """Directory csrc inside the package, as in a wheel, or beside it, as in a checkout; None if there is neither."""
     package = Path(__file__).parent
     return next((path for path in (package / "csrc", package.parent / "csrc") if (path / "ops.cpp").is_file()), None)
 
 
 def library_path() -> Path:
-    """Where the library of these sources, for this PyTorch, Python and CPU, lies once it is built."""
+    """Path of the library that is built from these sources for this PyTorch, Python and CPU."""
     directory = source_directory()
     assert directory is not None
     built_from = hashlib.sha256(" ".join(_flags()).encode())
@@ -99,7 +100,7 @@ def library_path() -> Path:
 
 
 def cache_directory() -> Path:
-    """PyTorch's directory for extensions of this user, which TORCH_EXTENSIONS_DIR sets."""
+    """Directory of this user's PyTorch extensions, which TORCH_EXTENSIONS_DIR sets, and ngrpo in it."""
     from torch.utils.cpp_extension import get_default_build_root  # slow to import
 
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / "ngrpo"
@@ -115,8 +116,8 @@ def _build_and_load(library: Path) -> None:
     directory = source_directory()
     assert directory is not None
     library.parent.mkdir(parents=True, exist_ok=True)
-    # Every process builds in a directory of its own and moves the result into place: none waits for another's lock,
-    # which outlives a process that is killed.
+    # Every process builds in a directory of its own and moves the result into place. So no process waits for another's
+    # lock, which would stay behind when that process is killed.
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as build:
         build_extension(
             name="ngrpo_cpp",

@@ -1,4 +1,4 @@
-"""What the public functions accept: validation, and flattening to the [P, B, D] and [P, G, D] that the ops take.
+"""Checks of the public functions' arguments, and their flattening to the [P, B, D] and [P, G, D] that the ops take.
 
 Values (indices, step sizes) are checked on the CPU only: on a GPU a check would synchronise, and under torch.compile it
 would break the graph. There an index outside the group or a step size that is not positive gives NaN.
@@ -96,7 +96,7 @@ class Group:
     def points_of_velocity(
         self, velocity: Tensor, latents: Tensor, dt: float | Tensor, old_velocity: OldPolicy, **values: Tensor | None
     ) -> Points:
-        """`Points` of an Euler step from `latents`; `values` are those of the candidates, by field."""
+        """`Points` of an Euler step from `latents`. `values` are [P, G], each named as its field of `Points`."""
         moving = self.anchor_rows("velocity", velocity)
         old, literal = self._old_point("old_velocity", old_velocity)
         start = self.anchor_rows("latents", latents).detach()
@@ -105,7 +105,7 @@ class Group:
         return Points(moving, old, literal, start, slope, self.candidates, self.anchor_index, mask=self.mask, **values)
 
     def points_of_anchors(self, anchors: Tensor, old_anchors: OldPolicy, **values: Tensor | None) -> Points:
-        """`Points` of states after a step of any solver; `values` are those of the candidates, by field."""
+        """`Points` of states after a step of any solver. `values` are [P, G], each named as its field of `Points`."""
         moving = self.anchor_rows("anchors", anchors)
         old, literal = self._old_point("old_anchors", old_anchors)
         slope = self.slope(None).to(reference.compute_dtype(moving, old, self.candidates))
@@ -113,7 +113,7 @@ class Group:
         return Points(moving, old, literal, None, slope, self.candidates, self.anchor_index, mask=self.mask, **values)
 
     def _old_point(self, name: str, old: Tensor | str) -> tuple[Tensor | None, bool]:
-        """`old` and `literal` of `Points`."""
+        """The fields `old` and `literal` of `Points`, for the argument called `name`."""
         if isinstance(old, Tensor):
             return self.anchor_rows(name, old).detach(), False
         if old not in OLD_POLICIES:
@@ -121,7 +121,7 @@ class Group:
         return None, old == "literal"
 
     def temperature(self, temperature: Temperature) -> float | None:
-        """The number that divides squared distances; None for the group's mean squared distance."""
+        """The temperature as a number, or None for "neighborhood", the group's mean squared distance."""
         if temperature == "neighborhood":
             return None
         if temperature == "dim":
@@ -133,7 +133,7 @@ class Group:
         return temperature
 
     def slope(self, dt: float | Tensor | None) -> Tensor:
-        """d x_theta / d moving as [P, B, 1]: -dt, or 1 where the anchors themselves move."""
+        """The slope d x_theta / d moving as [P, B, 1]: -dt, or 1 if there is no dt and the anchors themselves move."""
         prompts, anchors = self.anchor_index.shape
         if dt is None:
             return torch.ones((prompts, anchors, 1), device=self.candidates.device)
@@ -158,7 +158,7 @@ class Group:
         return -(dt[:, None] if dt.ndim == 1 else dt).expand(prompts, anchors)[:, :, None]
 
     def drop_prompts(self, tensor: Tensor) -> Tensor:
-        """`tensor`, without its first dimension when the caller left P out."""
+        """The tensor without its first dimension if the caller left P out, else as it is."""
         return tensor if self.has_prompts else tensor.squeeze(0)
 
     def _check_shape(self, name: str, tensor: Tensor, shape: tuple[int, ...], source: str) -> None:
@@ -171,7 +171,7 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
     like: tuple[str, Tensor] | None = None,
 ) -> None:
-    """Refuse what is no plain tensor of one of `dtypes` on the device of the tensor named in `like`."""
+    """Refuse anything but a plain tensor of one of `dtypes`, on the device of the tensor that `like` names."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if hasattr(tensor, "device_mesh"):
@@ -190,7 +190,7 @@ def check_p(p: float) -> float:
 
 
 def check_clip_range(clip_range: float | tuple[float, float]) -> tuple[float, float]:
-    """The bounds of the ratio, 1 - low and 1 + high."""
+    """Bounds 1 - low and 1 + high of the ratio (Eq. 9)."""
     bounds = tuple(clip_range) if isinstance(clip_range, Sequence) else (clip_range, clip_range)
     if len(bounds) != 2 or not all(bound > 0 for bound in bounds):
         raise ValueError(f"clip_range must be a positive number or a pair (low, high) of them, got {clip_range}")
@@ -217,7 +217,7 @@ def _shape(tensor: Tensor) -> list[int]:
 
 
 def check_distance_inputs(anchors: Tensor, candidates: Tensor) -> tuple[bool, Tensor, Tensor]:
-    """Whether there is a prompt dimension, then [P, B, D] and [P, G, D]; two-dimensional tensors have none."""
+    """Return whether P was given (two-dimensional tensors have none), anchors [P, B, D] and candidates [P, G, D]."""
     check_tensor("candidates", candidates)
     check_tensor("anchors", anchors, like=("candidates", candidates))
     has_prompts = anchors.ndim > 2

@@ -1,8 +1,8 @@
-"""How ops are made known to PyTorch: their schemas, and the shapes and dtypes of what they return.
+"""Definition of the ops in PyTorch: their schemas, and the shapes and dtypes of what they return.
 
 C++ and Triton share the schemas, each in a namespace of its own: a dispatch key alone would not tell C++ from Triton's
-interpreter, both of which compute on the CPU. Known by schema, an op traces under torch.compile, and autocast,
-activation checkpointing and CUDA graphs treat it as any other. Gradients are the public functions' business.
+interpreter, both of which compute on the CPU. With a schema, an op traces under torch.compile, and autocast, activation
+checkpointing and CUDA graphs treat it like any other op. The public functions add the gradients.
 """
 # P prompts (or prompt-step rows), B anchors, G candidates, R rewards, D latent elements (tokens x channels, flattened).
 
@@ -16,7 +16,7 @@ from ngrpo_kernels.reference import LogRatio, Objective, Points, Settings, compu
 
 
 class Backend(NamedTuple):
-    """The ops of one backend, with the signatures they have in `reference`."""
+    """The ops of one backend, each with the signature of the function of that name in `reference`."""
 
     pairwise_sqdist: Callable[..., Tensor]
     pairwise_sqdist_grad_anchors: Callable[..., Tensor]
@@ -27,7 +27,7 @@ class Backend(NamedTuple):
 
 
 def define_backend(namespace: str, launchers: dict[str, Callable[..., Any]] | None = None) -> Backend:
-    """A backend whose OPS are defined here, and implemented by `launchers`, or by C++ once that is loaded."""
+    """Define OPS in `namespace`, implemented by `launchers`, or by the C++ library as soon as it is loaded."""
     ops: dict[str, Any] = {}
     for name, (schema, allocate) in OPS.items():
         torch.library.define(f"{namespace}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -62,7 +62,7 @@ def define_backend(namespace: str, launchers: dict[str, Callable[..., Any]] | No
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """`launch`, which Triton does on the current device, on that of the first tensor."""
+    """Wrap `launch` to run on the device of its first tensor; Triton alone would take the current device."""
 
     def launch_there(tensor: Tensor, *arguments: Any) -> Any:
         with torch.cuda.device_of(tensor):
@@ -71,11 +71,11 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return launch_there
 
 
-# -- Bundles, which schemas do not know: an op takes their fields one after the other ----------------------------------
+# -- Bundles: a schema has only tensors and numbers, so an op takes the fields of both bundles, one after the other ----
 
 
 def from_fields(function: Callable[[Points, Settings], Any]) -> Callable[..., Any]:
-    """`function` as PyTorch calls an op: with the fields of `Points`, then those of `Settings`."""
+    """Wrap `function` to take what PyTorch passes to an op: the fields of `Points`, then those of `Settings`."""
 
     def call(*fields: Any) -> Any:
         number = len(Points._fields)
@@ -85,7 +85,7 @@ def from_fields(function: Callable[[Points, Settings], Any]) -> Callable[..., An
 
 
 def _parameters(*bundles: type) -> str:
-    """The fields of `bundles` as a schema lists them."""
+    """Parameters of a schema: the fields of `bundles`, by type and name."""
     types = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", float: "float", float | None: "float?"}
     return ", ".join(f"{types[hint]} {name}" for bundle in bundles for name, hint in get_type_hints(bundle).items())
 

@@ -1,7 +1,7 @@
-"""Which backends there are, what each computes with, and which one a call gets.
+"""Choice of a backend: which ones exist, what each computes with, and which one a call gets.
 
-A backend is a table of the ops in `reference`, by name, each of that signature and meaning; the public functions give
-them gradients. "triton" computes on GPUs, "cpp" on the CPU, and "reference", plain PyTorch, anywhere.
+A backend is a table of the ops in `reference`, with the same names, signatures and meaning. The public functions add
+gradients. "triton" computes on GPUs, "cpp" on the CPU, and "reference", plain PyTorch, anywhere.
 """
 
 import importlib.util
@@ -19,11 +19,12 @@ NAMES = ("triton", "cpp", "reference")
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that `backend=` takes on this machine, besides "auto"; the one that "auto" stands for is first.
+    """Names of the backends that work on this machine, for `backend=`; the one that "auto" chooses comes first.
 
-    "triton" computes on GPUs; on the CPU only in Triton's interpreter, for tests, where TRITON_INTERPRET=1 was set
-    before triton was imported. "cpp" computes on the CPU; it is compiled when it is first used, on machines with a C++
-    compiler and ninja, and kept in the user's cache. NGRPO_CPP=0 in the environment turns it off.
+    "triton" computes on GPUs; on the CPU only in Triton's interpreter, for tests, if TRITON_INTERPRET=1 was set before
+    triton was imported. "cpp" computes on the CPU. It needs a C++ compiler and ninja: it is compiled when it is first
+    used, and kept in the user's cache. NGRPO_CPP=0 in the environment turns it off. "reference" is plain PyTorch and
+    always works.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [name for name in NAMES if name == "reference" or any(_why_not(name, on) is None for on in (device, "cpu"))]
@@ -31,9 +32,9 @@ def available_backends() -> tuple[str, ...]:
 
 
 def pick(backend: str, device: str) -> str:
-    """The backend, by its name, that computes a call for `backend` on tensors of this type of device.
+    """Name of the backend that computes a call with `backend` on tensors of this device type.
 
-    One that is asked for by name and cannot be used is an error, and never replaced; "auto" falls back with a warning.
+    A backend that is asked for by name and cannot be used is an error; "auto" falls back to "reference" with a warning.
     """
     if backend != "auto" and backend not in NAMES:
         names = ", ".join(map(repr, ("auto", *available_backends())))
@@ -56,7 +57,7 @@ vars(pick)["_dynamo_marked_constant"] = True
 
 
 def backend_ops(name: str) -> Backend:
-    """The ops of the backend of this name."""
+    """Ops of the backend called `name`."""
     if name == "triton":
         from ngrpo_kernels import _triton  # imports triton, which takes a while and is not on every platform
 
@@ -74,7 +75,7 @@ def _computes_elsewhere(name: str, device: str) -> bool:
 
 
 def _why_not(name: str, device: str) -> str | None:
-    """Why a backend cannot compute on a type of device, as far as can be told without compiling; None where it can."""
+    """Reason why a backend cannot compute on a device type, as far as this is known without compiling; or None."""
     if name == "reference":
         return None
     if _computes_elsewhere(name, device):

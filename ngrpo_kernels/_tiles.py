@@ -1,8 +1,8 @@
-"""Block sizes of the Triton kernels, by the shapes that they see: fixed, so that every machine sums in one order.
+"""Block sizes of the Triton kernels, from shapes alone, so that every machine sums in the same order.
 
 A program keeps a tile of at most ROWS candidates in registers, and 4 elements of D in each thread: one 16-byte load in
-float32. What more there is of candidates, anchors or shifts is shared out over more programs, which find the candidates
-in the cache. tests/kernels/test_compile.py holds the tiles to no spilled register.
+float32. Further candidates, anchors and shifts go to further programs, which find the candidates in the cache.
+tests/kernels/test_compile.py checks that no register is spilled.
 """
 # P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened).
 
@@ -19,7 +19,7 @@ WARPS = 4
 
 
 class SumsTile(NamedTuple):
-    """How the latents of a row are shared out over programs that sum over D."""
+    """Division of the latents of a row among the programs that sum over D."""
 
     block_g: int  # candidates of a program
     block_b: int  # anchors of a program
@@ -31,7 +31,7 @@ class SumsTile(NamedTuple):
 
 
 def sums_tile(prompts: int, anchors: int, group: int, dim: int, shifts: int) -> SumsTile:
-    """For sums over D of every anchor and candidate of `prompts` rows, and of candidates that are `shifts` apart."""
+    """Tile for the sums over D of `prompts` rows: anchors with candidates, and candidates up to `shifts` apart."""
     block_g = min(triton.next_power_of_2(group), ROWS)
     block_b, block_s = min(anchors, ANCHORS), min(shifts, SHIFTS)
     block_d = ELEMENTS // block_g
@@ -43,7 +43,7 @@ def sums_tile(prompts: int, anchors: int, group: int, dim: int, shifts: int) -> 
 
 
 class FinishTile(NamedTuple):
-    """What a program that finishes a row holds at a time."""
+    """Sizes of what one program of `finish_kernel` holds at a time."""
 
     block_b: int  # anchors
     block_g: int  # candidates
@@ -51,12 +51,11 @@ class FinishTile(NamedTuple):
 
 
 def finish_tile(anchors: int, group: int) -> FinishTile:
-    """For the sums [2 B + S, G] and the table [G, G] of a row."""
+    """Tile for the sums [2 B + S, G] and the table of distances [G, G] of a row."""
     block_g = triton.next_power_of_2(group)
     return FinishTile(min(triton.next_power_of_2(anchors), ANCHORS), block_g, max(1, 4096 // block_g**2))
 
 
-# Elements of D that a program of the backward pass writes for ANCHORS anchors, and candidates whose loads it has in
-# flight at a time.
-WRITTEN = 1024
-AT_ONCE = 4
+# The backward pass:
+WRITTEN = 1024  # elements of D that a program writes, for ANCHORS anchors
+AT_ONCE = 4  # candidates whose loads are in flight together

@@ -21,9 +21,10 @@ def quasi_norm_advantages(
     """Standardise each reward in its group, sum them weighted, and divide by the group's L_p quasi-norm (Eqs. 3, 11).
 
     Sign and order within a group are kept, and no constant is added to a denominator, so the result does not change
-    when a reward is shifted or scaled. Eq. 11 damps groups whose advantages are evenly spread, never a group because
-    its rewards are close: `min_reward_std` does that. p = 2 gives Eq. 3 divided by sqrt(G - 1): its standard deviation
-    is the sample's (`torch.std`), which paper and peers leave open and which the quasi-norm cancels.
+    when a reward is shifted or scaled. Eq. 11 makes the advantages of a group small if they are evenly spread, but not
+    because its rewards are close to each other: `min_reward_std` does that. p = 2 gives Eq. 3 divided by sqrt(G - 1).
+    The standard deviation in Eq. 3 is the sample's (`torch.std`); paper and peers do not say which one they take, and
+    the quasi-norm cancels the difference.
 
     Args:
         rewards: [P, G], [R, P, G] for several rewards, or [G]; bfloat16, float16, float32 or float64.
@@ -31,14 +32,14 @@ def quasi_norm_advantages(
         weights: one per reward; equal by default. Their common scale cancels.
         min_reward_std: a reward whose standard deviation in a group is below this, in the reward's own units, adds
             nothing there. One number, or one per reward.
-        candidate_mask: [P, G] bool; False leaves mean, standard deviation and quasi-norm, and gets advantage 0.
-            Whatever the reward holds there is ignored. Fewer than two valid candidates give zeros.
+        candidate_mask: [P, G] bool. A candidate with False takes no part in mean, standard deviation and quasi-norm,
+            its reward is ignored and its advantage is 0. Fewer than two valid candidates give zeros.
         backend: "auto", or a name from `available_backends()`.
 
     Returns:
         [P, G] (or [G]) in float32; in float64 for float64 rewards. No gradient.
         Exactly zero where a reward is flat: its maximum equals its minimum, or its standard deviation is at most
-        8 eps max|r|, the rounding of the computation; likewise where weighted rewards cancel to rounding.
+        8 eps max|r|, the rounding of the computation; also where weighted rewards cancel to rounding.
         A NaN or infinite reward makes its group NaN.
 
     Raises:

@@ -13,7 +13,7 @@ from ngrpo_kernels._registry import backend_ops, pick
 
 
 class _LogRatio(torch.autograd.Function):
-    """Gives log-ratios their gradient: -dt or 1, times (2 / tau) sum_i (g_i - (sum g) pi_theta(i)) x_i."""
+    """The log-ratio with its gradient, (2 / tau) sum_i (g_i - (sum g) pi_theta(i)) x_i, times -dt or 1."""
 
     @staticmethod
     def forward(
@@ -57,9 +57,9 @@ def leaping_log_ratio(
 ) -> Tensor:
     """Log-ratio of the new leaping policy to the old one, for every candidate of every anchor (Eqs. 8, 10).
 
-    Two forms, alike in meaning: give `velocity`, `latents`, `dt` and `old_velocity`, or `anchors` and `old_anchors`.
-    Prefer velocities: anchors are rounded points, whose difference is off by about 2e-5 in the log-ratio in float32 at
-    D = 129,600.
+    Give either `velocity`, `latents`, `dt` and `old_velocity`, or `anchors` and `old_anchors`. Both forms mean
+    the same. Prefer velocities: anchors are rounded points, and their difference is off by about 2e-5 in the log-ratio
+    in float32 at D = 129,600.
 
     Args:
         candidates: [P, G, ...], the group's states after the step.
@@ -78,7 +78,7 @@ def leaping_log_ratio(
     P may be left out everywhere. Returns [P, B, G] float32 (float64 if a latent is), not clamped.
 
     Raises:
-        ValueError: an incomplete or mixed form, and whatever `neighbor_grpo_loss_from_velocity` refuses.
+        ValueError: an incomplete or mixed form, and everything that `neighbor_grpo_loss_from_velocity` refuses.
     """
     group = Group.check(candidates, anchor_index, candidate_mask)
     by_velocity = {"velocity": velocity, "latents": latents, "dt": dt, "old_velocity": old_velocity}

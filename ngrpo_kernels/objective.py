@@ -17,9 +17,9 @@ from ngrpo_kernels.reference import Points, Settings
 
 
 class LossOutput(NamedTuple):
-    """The loss and what to watch. All but `loss` are detached; reading none of them synchronises with the device.
+    """The loss and statistics to watch. All but `loss` are detached; computing them never waits for the device.
 
-    float32, or float64 if a latent is. Without a P dimension in the inputs there is none here.
+    float32, or float64 if a latent is. If the inputs have no P dimension, the outputs have none either.
     """
 
     loss: Tensor
@@ -88,8 +88,9 @@ def neighbor_grpo_loss_from_velocity(
 ) -> LossOutput:
     """Neighbor GRPO loss of one Euler (DDIM) step x_theta = latents - dt * velocity from each anchor (Eqs. 8 to 10).
 
-    Exact far below the clip range: the change of the policy is formed from velocities, and never as a difference of two
-    distances. P counts prompts, or (prompt, step) pairs stacked prompt-major; P may be left out of every argument.
+    Exact even for changes far below the clip range: the change of the policy is computed from velocities, never as a
+    difference of two distances. P counts prompts, or (prompt, step) pairs stacked prompt-major; P may be left out of
+    every argument.
 
     Args:
         velocity: [P, B, ...], the model's output at `latents`. The only argument that gets a gradient.
@@ -98,33 +99,34 @@ def neighbor_grpo_loss_from_velocity(
         candidates: [P, G, ...], the states of the whole group after the step.
         anchor_index: [P, B] int64, which candidate each anchor is.
         advantages: [P, G]; may be expanded over steps. Either this or `rewards`.
-        old_velocity: where the old policy stands.
-            A tensor [P, B, ...]: at latents - dt * old_velocity, the old model's own step.
-            "detach": at the velocity given, for one optimizer step per iteration: the ratio is exactly 1, the loss is
-            minus the sum of the advantages, and only the gradient means anything.
-            "literal": at the anchor's own candidate, as Algorithm 1 is printed; off by the difference of the solvers
-            when the candidates come from another one.
+        old_velocity: the point of the old policy.
+            A tensor [P, B, ...]: latents - dt * old_velocity, the old model's own step.
+            "detach": the point of `velocity` itself, for one optimizer step per iteration. The ratio is exactly 1, the
+            loss is minus the sum of the advantages, and only the gradient carries information.
+            "literal": the anchor's own candidate, as Algorithm 1 is printed. If the candidates come from another solver
+            than Euler, this point is off by the difference of the two solvers.
         rewards: [P, G]; the advantages are then `quasi_norm_advantages(rewards, p)`, in the precision of the loss.
         p: exponent of the quasi-norm for `rewards`, in (0, 2].
         clip_range: eps, or (low, high) for [1 - low, 1 + high] (Eq. 9).
         temperature: divides squared distances (Eq. 8 has 1): a number, "dim" (= D), or "neighborhood" (per row, the
             group's mean squared distance; a constant in the gradient).
         kl_coef: weight of KL(pi_old || pi_theta).
-        candidate_mask: [P, G] bool. False leaves policy, advantages, temperature and gradient, and whatever is stored
-            there is ignored. A group of fewer than two valid candidates adds zero, and still counts in the mean.
+        candidate_mask: [P, G] bool. A candidate with False takes no part in policy, advantages, temperature and
+            gradient, and the values stored for it are ignored. A group of fewer than two valid candidates adds zero,
+            and still counts in the mean.
         backend: "auto", or a name from `available_backends()`.
 
-    Latents are bfloat16, float16, float32 or float64, mixed at will, in any strides; trailing dimensions are flattened,
-    which copies only where a view cannot. Sums are float32, or float64 if a latent is. The gradient has velocity's
-    dtype: with float16 scale the loss, or values under 6e-8 are lost.
+    Latents are bfloat16, float16, float32 or float64, in any mixture and any strides. Trailing dimensions are
+    flattened, which copies a tensor only if no view can do it. Sums are float32, or float64 if a latent is. The
+    gradient has velocity's dtype: with float16 scale the loss, or values under 6e-8 are lost.
 
     Returns:
         `LossOutput`. NaN in an input gives NaN in the rows it reaches and in the loss.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together, DTensors, G < 2, settings out of range, both or
-            neither of `advantages` and `rewards`, and on the CPU an anchor that is no valid candidate or a dt that is
-            not positive. On a GPU and under torch.compile these two give NaN in that row's loss and gradient.
+            neither of `advantages` and `rewards`, and on the CPU an anchor that is not a valid candidate or a dt that
+            is not positive. On a GPU and under torch.compile these two give NaN in that row's loss and gradient.
     """
     group = Group.check(candidates, anchor_index, candidate_mask)
     points = group.points_of_velocity(velocity, latents, dt, old_velocity, advantages=advantages, rewards=rewards)
@@ -151,7 +153,7 @@ def neighbor_grpo_loss(
 ) -> LossOutput:
     """Neighbor GRPO loss for trainers whose solver returns states: any one-step solver, not only Euler (Eqs. 8 to 10).
 
-    `neighbor_grpo_loss_from_velocity` is the better choice where it applies: anchors have been rounded, and their
+    Prefer `neighbor_grpo_loss_from_velocity` if the step is an Euler step: anchors have been rounded, and their
     difference is off by about 2e-5 in the log-ratio in float32 at D = 129,600.
 
     Args:

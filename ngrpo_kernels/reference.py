@@ -1,8 +1,8 @@
 """Every op of ngrpo_kernels in plain PyTorch: the specification, the float64 oracle and the fallback.
 
 Arguments are validated and flattened by the caller. Everything is computed in float32, or in float64 when a latent is
-float64, by element-wise products and sums, which neither autocast nor tf32 touches. `measure` and
-`weighted_differences` are what reads latents; everything between them is algebra on [P, B, G].
+float64, by element-wise products and sums, which neither autocast nor tf32 changes. Only `measure` and
+`weighted_differences` read latents; everything between them is algebra on [P, B, G].
 """
 # P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened), R rewards.
 #
@@ -48,7 +48,7 @@ class Settings(NamedTuple):
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype sums are taken in: float64 if any tensor is float64, else float32."""
+    """The dtype of sums over these tensors: float64 if any of them is float64, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -101,7 +101,7 @@ def _zero_unless(valid: Tensor | None, value: Tensor) -> Tensor:
 
 
 class Displacement(NamedTuple):
-    """Where the two policies stand, seen from the anchor's own candidate. None is exactly zero."""
+    """Positions of the two policies relative to the anchor's own candidate. None stands for exactly zero."""
 
     offset: Tensor | None  # a - x_j, [P, B, D]
     delta: Tensor | None  # x_theta - a, [P, B, D]
@@ -135,7 +135,7 @@ def own_candidate(candidates: Tensor, anchor_index: Tensor, dtype: torch.dtype) 
 
 
 def anchor_is_valid(anchor_index: Tensor, members: int, mask: Tensor | None) -> Tensor:
-    """Whether each anchor [P, B] names a candidate inside the group that `mask` keeps."""
+    """Validity [P, B] of the anchors: True where an index is inside the group and `mask` keeps that candidate."""
     inside = (anchor_index >= 0) & (anchor_index < members)
     return inside if mask is None else inside & mask.take_along_dim(anchor_index.clamp(0, members - 1), dim=1)
 
@@ -157,11 +157,12 @@ def displacement(points: Points, own: Tensor) -> Displacement:
 
 
 class Measured(NamedTuple):
-    """All that the forward needs of the latents: sums over D, before any temperature. Masked candidates hold anything.
+    """Sums over D, before any temperature: everything that the forward needs from the latents.
 
-    The logits are those of the old policy, |x_j - a|^2 - |x_i - a|^2 = -<y_i, y_i - 2 (a - x_j)>: a constant shift that
-    the softmax drops and that spares subtracting two distances. They carry the relative rounding of a sum over D, which
-    matters only where the old point is about as near to two candidates, both much farther than sqrt(tau) from x_j.
+    Entries of masked candidates may hold anything. The logits are those of the old policy less that of x_j,
+    |x_j - a|^2 - |x_i - a|^2 = -<y_i, y_i - 2 (a - x_j)>: the softmax drops this constant shift, and no distance is
+    subtracted from another. They carry the relative rounding of a sum over D, which matters only if the old point is
+    about as near to two candidates, both much farther than sqrt(tau) from x_j.
     """
 
     old_logits: Tensor  # tau log pi_old but for a constant, [P, B, G]
@@ -184,7 +185,7 @@ def measure(points: Points) -> Measured:
 
 
 def leaping_policy(measured: Measured, points: Points, temperature: Tensor) -> LeapingPolicy:
-    """The exact form: log rho_i = u_i - log sum_k pi_old(k) exp(u_k), u_i = 2 <delta, y_i> / tau (Eqs. 8, 10).
+    """Exact policies: log rho_i = u_i - log sum_k pi_old(k) exp(u_k), u_i = 2 <delta, y_i> / tau (Eqs. 8, 10).
 
     `temperature` is [P, 1, 1]. An anchor that is not a valid candidate gives a row of NaN.
     """
@@ -209,7 +210,7 @@ def leaping_policy(measured: Measured, points: Points, temperature: Tensor) -> L
 
 
 def _differences(candidates: Tensor, own: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    """y_i = x_i - x_j, [P, B, D], one candidate at a time; zero where masked, whatever is stored there."""
+    """Differences y_i = x_i - x_j, [P, B, D], one candidate at a time; zero for a masked one, even if it is NaN."""
     for g in range(candidates.shape[1]):
         difference = candidates[:, g, None].to(own.dtype) - own
         yield _zero_unless(None if mask is None else mask[:, g, None, None], difference)
@@ -223,10 +224,10 @@ def weighted_differences(
     mask: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """scale sum_i weights_i (x_i - x_j), [P, B, D] in `dtype`: every gradient of the leaping policy.
+    """Weighted sum scale sum_i weights_i (x_i - x_j), [P, B, D] in `dtype`: every gradient of the leaping policy.
 
-    Weights are [P, B, G], the scale [] or none, for 1. Summed in the dtype of the weights, a row of which sums to zero
-    but for rounding, which centring keeps out.
+    Weights are [P, B, G], the scale is [], or None for 1. Sums are in the dtype of the weights. A row of weights sums
+    to zero except for rounding; subtracting x_j keeps this rounding from being multiplied by the latents.
     """
     own = own_candidate(candidates, anchor_index, weights.dtype)
     total = torch.zeros_like(own)
@@ -263,7 +264,7 @@ def temperature_rows(temperature: float | None, group_sqdist: Tensor) -> Tensor:
 
 
 class LogRatio(NamedTuple):
-    """`leaping_log_ratio` and what its backward reads."""
+    """The log-ratio, and what its backward reads."""
 
     log_ratio: Tensor  # [P, B, G], not clamped
     new_policy: Tensor  # pi_theta, [P, B, G]
@@ -271,7 +272,7 @@ class LogRatio(NamedTuple):
 
 
 def leaping_log_ratio(points: Points, temperature: float | None) -> LogRatio:
-    """log rho (Eqs. 8, 10)."""
+    """Log-ratio log rho of both policies (Eqs. 8, 10), with any temperature that `temperature_rows` takes."""
     measured = measure(points)
     tau = temperature_rows(temperature, mean_sqdist(measured.sqdist, points.mask))
     policy = leaping_policy(measured, points, tau)
@@ -321,7 +322,7 @@ def quasi_norm_advantages(
 
 
 class Objective(NamedTuple):
-    """`objective`: the loss, its gradient in weights of the candidates, and what to watch."""
+    """Result of `objective`: the loss, its gradient as weights of the candidates, and statistics to watch."""
 
     loss: Tensor  # of every anchor, [P, B]; their mean is the loss
     weights: Tensor  # d mean(loss) / d moving[p, b] = sum_i weights[p, b, i] (x_i - x_j), [P, B, G]
@@ -337,7 +338,7 @@ class Objective(NamedTuple):
 
 
 def objective(points: Points, settings: Settings) -> Objective:
-    """-J + kl_coef KL(pi_old || pi_theta) of every anchor, J the clipped surrogate (Eq. 9); the gradient of their mean.
+    """Loss -J + kl_coef KL(pi_old || pi_theta) of every anchor (J: clipped surrogate, Eq. 9), and its mean's gradient.
 
     With g_i = dJ / dlog rho_i, the weights are those of
     dJ / dx_theta = (2 / tau) sum_i (g_i - (sum g) pi_theta(i) - kl_coef (pi_theta(i) - pi_old(i))) x_i.
@@ -397,7 +398,7 @@ def _share(flag: Tensor, log_ratio: Tensor, mask: Tensor | None) -> Tensor:
 def direct_log_ratio(
     anchors: Tensor, old_anchors: Tensor, candidates: Tensor, temperature: float | Tensor = 1.0
 ) -> Tensor:
-    """log pi_theta - log pi_old [P, B, G] as Eqs. 8 and 10 are printed, for tests and benchmarks only.
+    """Log-ratio log pi_theta - log pi_old [P, B, G] as Eqs. 8 and 10 are printed, for tests and benchmarks only.
 
     Subtracts two log-softmaxes of squared distances, so in float32 it errs by the rounding of a distance (1e-3 and more
     at D = 129,600), and materialises [P, B, G, D] twice. A tensor temperature must broadcast to [P, B, G].

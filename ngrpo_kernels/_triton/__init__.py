@@ -1,7 +1,9 @@
-"""The Triton backend: a file for each op. Written for any GPU that Triton compiles for; TRITON_INTERPRET=1, set before
-triton is imported, runs it on the CPU, slowly, to test it.
+"""The Triton backend, for any GPU that Triton compiles for. For tests, TRITON_INTERPRET=1, set before triton is imported,
+runs it on the CPU, slowly.
 
-Settings such as `kl_coef` are rounded to float32, whatever the latents are.
+A file and its kernel share a name. `objective` is two kernels, in sums.py and finish.py, and both weighted sums are one,
+in weighted.py. maths.py and tensors.py are shared. Settings such as `kl_coef` are rounded to float32, even for float64
+latents.
 """
 
 from ngrpo_kernels._library import define_backend, from_fields

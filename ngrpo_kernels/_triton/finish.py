@@ -1,6 +1,6 @@
-"""From the sums of a row to its loss, its gradient's weights and what to watch (Eqs. 3, 8 to 11).
+"""Second kernel of the loss: the loss, the gradient's weights and the statistics, from sums over D (Eqs. 3, 8 to 11).
 
-The algebra of `reference.objective` on [B, G], step by step and by its names.
+It repeats the algebra of `reference.objective` on [B, G] step by step, with the same names.
 """
 # P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened).
 

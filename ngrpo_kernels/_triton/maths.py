@@ -1,4 +1,4 @@
-"""What several kernels compute with: functions that keep small numbers exact and let NaN through."""
+"""Functions that several kernels share. They keep small numbers exact and let NaN through."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ NEAR = tl.constexpr(0.25)  # up to here the series below are exact to float64; t
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1, relatively accurate near 0 and exactly 0 there."""
+    """Function exp(x) - 1, relatively accurate near 0 and exactly 0 at 0."""
     series = 0 * x + 1
     for k in tl.static_range(11, 1, -1):
         series = 1 + series * x / k
@@ -17,7 +17,7 @@ def expm1(x):
 
 @triton.jit
 def log1p_near_zero(x):
-    """log(1 + x) for |x| < 0.3, relatively accurate and exactly 0 at 0: 2 atanh(x / (2 + x)) by its series."""
+    """Function log(1 + x) for |x| < 0.3, relatively accurate, exactly 0 at 0: the series of 2 atanh(x / (2 + x))."""
     z = x / (2 + x)
     one = 0 * z + 1
     series = one / 15
@@ -28,13 +28,13 @@ def log1p_near_zero(x):
 
 @triton.jit
 def clamp(x, low, high):
-    """`x` within [low, high]; NaN stays, unlike in tl.clamp."""
+    """Clamp `x` to [low, high]. NaN stays NaN, unlike in tl.clamp."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit
 def row_max(x, valid):
-    """Largest valid entry of every row, [.., 1]; NaN is passed over, and has to be let through elsewhere."""
+    """Largest valid entry of every row, [.., 1]. NaN is skipped here, so it must reach the result on another path."""
     return tl.max(tl.where(valid, x, float("-inf")), axis=-1, keep_dims=True)
 
 
@@ -46,7 +46,7 @@ def row_sum(x):
 
 @triton.jit
 def powers(magnitude, p):
-    """magnitude^p for magnitudes that are not negative, and p > 0."""
+    """Powers magnitude^p, for magnitudes that are not negative and p > 0."""
     logs = tl.log2(tl.where(magnitude == 0, 1, magnitude))
     return tl.where(magnitude == 0, 0, tl.exp2(p * logs))
 
@@ -72,7 +72,9 @@ def standardised(rewards, valid, count, min_std, EPS: tl.constexpr):
 
 @triton.jit
 def over_quasi_norm(combined, magnitude, valid, p, EPS: tl.constexpr):
-    """combined / |combined|_p (Eq. 11); 0 where masked, and where `combined` is what cancelling `magnitude` leaves."""
+    """Advantages combined / |combined|_p (Eq. 11); 0 where masked, and where `combined` is only the rounding that is left
+    after terms of size `magnitude` cancel.
+    """
     peak = row_max(tl.abs(combined), valid)
     cancelled = peak <= 8 * EPS * row_max(magnitude, valid)
     scaled = combined / tl.where(peak > 0, peak, 1)

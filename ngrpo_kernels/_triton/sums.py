@@ -1,4 +1,4 @@
-"""All that the loss needs of the latents, summed over D in one pass (Eqs. 8, 10)."""
+"""First kernel of the loss: everything that it needs from the latents, summed over D in one pass (Eqs. 8, 10)."""
 # P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened).
 #
 # x_i candidate; x_j the anchor's own candidate; y_i = x_i - x_j; a the old policy's point; delta = x_theta - a.
@@ -116,7 +116,7 @@ def sums_kernel(
 
 @triton.jit
 def pair_at(i, k, B: tl.constexpr, G: tl.constexpr):
-    """Where |x_i - x_k|^2 stands among the sums of a chunk; anywhere for i = k."""
+    """Position of |x_i - x_k|^2 among the sums of a chunk; any position of a pair for i = k."""
     ahead = (k - i + G) % G
     forward = ahead <= G // 2
     shift = tl.where(forward, ahead, G - ahead) - 1

@@ -1,4 +1,4 @@
-"""How tensors are handed to kernels: by row strides, with whole elements of D side by side."""
+"""Preparation of tensors for kernels, which take any strides of prompts and rows, but elements of D side by side."""
 
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ Given = TypeVar("Given", Tensor, Tensor | None)
 
 
 def rows(tensor: Given) -> Given:
-    """`tensor` [P, rows, D] as kernels read it: with any strides of rows, and copied where elements stand apart."""
+    """The tensor [P, rows, D] as kernels read it: copied if the elements of a row are not side by side, else as it is."""
     return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
