@@ -1,9 +1,8 @@
-"""The Triton backend, for any GPU that Triton compiles for. For tests, TRITON_INTERPRET=1, set before triton is imported,
-runs it on the CPU, slowly.
+"""The Triton backend, for any GPU that Triton compiles for. For tests, TRITON_INTERPRET=1, set before triton is
+imported, runs it on the CPU, slowly.
 
-A file and its kernel share a name. `objective` is two kernels, in sums.py and finish.py, and both weighted sums are one,
-in weighted.py. maths.py and tensors.py are shared. Settings such as `kl_coef` are rounded to float32, even for float64
-latents.
+A file and its kernel share a name. `objective` is two kernels, in sums.py and finish.py; both weighted sums are one, in
+weighted.py; maths.py and tensors.py are shared. Settings such as `kl_coef` are rounded to float32, for any latents.
 """
 
 from ngrpo_kernels._library import define_backend, from_fields

@@ -72,8 +72,9 @@ def standardised(rewards, valid, count, min_std, EPS: tl.constexpr):
 
 @triton.jit
 def over_quasi_norm(combined, magnitude, valid, p, EPS: tl.constexpr):
-    """Advantages combined / |combined|_p (Eq. 11); 0 where masked, and where `combined` is only the rounding that is left
-    after terms of size `magnitude` cancel.
+    """Advantages combined / |combined|_p (Eq. 11); 0 where masked, and where only rounding is left of `combined`.
+
+    That is where terms of the size of `magnitude` cancel.
     """
     peak = row_max(tl.abs(combined), valid)
     cancelled = peak <= 8 * EPS * row_max(magnitude, valid)

@@ -10,7 +10,7 @@ Given = TypeVar("Given", Tensor, Tensor | None)
 
 
 def rows(tensor: Given) -> Given:
-    """The tensor [P, rows, D] as kernels read it: copied if the elements of a row are not side by side, else as it is."""
+    """The tensor [P, rows, D] as kernels read it: copied if the elements of a row are not side by side."""
     return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
