@@ -138,7 +138,6 @@ LOSS_KERNELS = (  # the Triton functions of ngrpo_kernels
     "_advantages_kernel",
     "_weighted_kernel",
     "finish_kernel",
-    "one_launch_kernel",
     "sums_kernel",
 )
 
