@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ngrpo_kernels import quasi_norm_advantages
 from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.recipe.sections import Algorithm, Sampling
+from ngrpo_train.recipe.algorithms import Neighbor
+from ngrpo_train.recipe.sections import Sampling
 from ngrpo_train.rewards import Scorer
 from ngrpo_train.run.trainer import Stage
 from ngrpo_train.sampling.solvers import SOLVERS, flow_sigmas
@@ -49,7 +50,7 @@ class Peer:
     transformer: Any
     vae: Any
     sampling: Sampling
-    algorithm: Algorithm
+    algorithm: Neighbor
     conditioning: Conditioning
     """Of one prompt."""
     prompt: str

@@ -31,7 +31,6 @@ from ngrpo_train.models.loading import fill
 from ngrpo_train.models.sizes import Architecture, find_architecture, transformer_on, vae_on
 from ngrpo_train.plan import iteration_flops
 from ngrpo_train.recipe.sections import Recipe
-from ngrpo_train.recipe.workload import num_train_steps, trainable_steps
 from ngrpo_train.run.stopwatch import Stopwatch
 from ngrpo_train.sampling.perturb import neighborhood
 from ngrpo_train.update.optimizer import make_optimizer
@@ -222,13 +221,14 @@ def make_peer(
 
 
 def _draws(recipe: Recipe, architecture: Architecture, device: torch.device) -> Iterator[Draws]:
-    algorithm, trainable = recipe.algorithm, trainable_steps(recipe)
+    algorithm = recipe.algorithm
+    trainable = algorithm.trainable_steps(recipe.sampling.num_inference_steps)
     shape = architecture.image_tokens(recipe.sampling), architecture.channels
     for step in count():
         draw = {"seed": recipe.train.seed, "step": step, "slot": 0}
         yield Draws(
             noise_GTC=neighborhood(shape, algorithm.num_generations, algorithm.sigma, **draw).to(device),
-            step_K=draw_train_steps((trainable.start, trainable.stop), num_train_steps(recipe), **draw),
+            step_K=draw_train_steps((trainable.start, trainable.stop), algorithm.num_train_steps, **draw),
             anchor_B=draw_anchors(algorithm.num_generations, algorithm.num_anchors, **draw),
         )
 

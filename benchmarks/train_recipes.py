@@ -11,8 +11,9 @@ from torch import Tensor
 from ngrpo_train.experiments.grid import Variant, find_grid
 from ngrpo_train.models.sizes import KNOWN, Architecture, find_architecture
 from ngrpo_train.plan.scorers import WITH_WEIGHTS, scorer_sizes
+from ngrpo_train.recipe.algorithms import Algorithm, field_names
 from ngrpo_train.recipe.parsing import as_flags, as_toml, overlay, resolve
-from ngrpo_train.recipe.sections import Algorithm, Model, Optimizer, Parallel, Prompts, Recipe, Reward, has_field
+from ngrpo_train.recipe.sections import Model, Optimizer, Parallel, Prompts, Recipe, Reward
 from ngrpo_train.rewards import SHIPPED, find_scorer
 from ngrpo_train.shapes.pipeline import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 
@@ -94,7 +95,7 @@ def _at_most(recipe: Recipe, base: Recipe) -> Recipe:
         "num_train_steps": most.num_train_steps,
         "window_size": most.num_train_steps,
     }
-    own = {name: limit for name, limit in limits.items() if has_field(algorithm.name, name)}
+    own = {name: limit for name, limit in limits.items() if name in field_names(type(algorithm))}
     algorithm = replace(algorithm, **{name: min(getattr(algorithm, name), limit) for name, limit in own.items()})
     steps = base.sampling.num_inference_steps
     return replace(recipe, algorithm=algorithm, sampling=replace(recipe.sampling, num_inference_steps=steps))

@@ -88,7 +88,7 @@ def measure(
         check(recipe, world_size)
         cursor = PromptCursor.of(recipe, load_prompts(recipe.prompts.source), launch.process_index, world_size)
         rewards = Rewards(recipe.rewards, device)
-        refuse_backend(recipe.algorithm.backend, device)
+        refuse_backend(recipe.algorithm, device)
         building = clock(device)
         recipe = settle_attention(recipe, device)
         recipe = replace(recipe, parallel=settle_memory(recipe, device))

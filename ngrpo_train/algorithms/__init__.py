@@ -1,20 +1,25 @@
-"""One file per algorithm: how a group is explored, how rewards become advantages, how the policy is updated."""
+"""One file per algorithm: how a group is explored, how rewards become advantages, how the policy is updated.
+
+An algorithm of your own, which a recipe names "package.module:Name", is a class like those here:
+
+    class Name:                                       # fulfils `GRPO`
+        Settings = NameSettings                       # a dataclass, subclass of recipe.algorithms.Algorithm
+        def __init__(self, settings, *, sampling, seed, prompts_together, max_grad_norm): ...
+
+The fields of its Settings are then those of the recipe's [algorithm], and flags of every command that takes a recipe.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ngrpo_train.algorithms.branch_grpo import BranchGRPO
-from ngrpo_train.algorithms.dance_grpo import DanceGRPO
-from ngrpo_train.algorithms.flow_grpo import FlowGRPO
-from ngrpo_train.algorithms.mix_grpo import MixGRPO, MixGRPOFlash
-from ngrpo_train.algorithms.neighbor import NeighborGRPO, refuse_backend
+from ngrpo_kernels import pairwise_sqdist
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.algorithms import Algorithm, implementation
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Scores
 from ngrpo_train.update.policy import UpdateStats
@@ -23,7 +28,9 @@ from ngrpo_train.update.policy import UpdateStats
 class GRPO(Protocol):
     """What the loop asks of an algorithm. What it explores is its own, but for `rows.Explored`."""
 
-    def explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Any: ...
+    def explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Any:
+        """Groups of pictures for these prompts of this rank, with `final_PGTC`, their float32 latents."""
+        ...
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Of all ranks' prompts, on the CPU: [P, X], X = G but for a tree."""
@@ -31,31 +38,32 @@ class GRPO(Protocol):
 
     def update(
         self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Any, advantages: Tensor
-    ) -> UpdateStats | None: ...
-
-
-_ALGORITHMS: dict[str, Callable[[Recipe], GRPO]] = {
-    "neighbor": NeighborGRPO,
-    "flow_grpo": FlowGRPO,
-    "dance_grpo": DanceGRPO,
-    "mix_grpo": MixGRPO,
-    "mix_grpo_flash": MixGRPOFlash,
-    "branch_grpo": BranchGRPO,
-}
+    ) -> UpdateStats | None:
+        """Optimizer steps on this rank's groups; None where no group of any rank has a signal."""
+        ...
 
 
 def make_algorithm(recipe: Recipe) -> GRPO:
-    return _ALGORITHMS[recipe.algorithm.name](recipe)
+    """The algorithm that a recipe names, by its settings. Raises ValueError where it cannot be imported.
+
+    It is given the sampler's steps, the run's seed, how many prompts it may explore together, and the largest gradient
+    norm of an optimizer step.
+    """
+    algorithm: GRPO = implementation(recipe.algorithm)(
+        recipe.algorithm,
+        sampling=recipe.sampling,
+        seed=recipe.train.seed,
+        prompts_together=recipe.prompts.per_rank,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+    )
+    return algorithm
 
 
-__all__ = [
-    "GRPO",
-    "BranchGRPO",
-    "DanceGRPO",
-    "FlowGRPO",
-    "MixGRPO",
-    "MixGRPOFlash",
-    "NeighborGRPO",
-    "make_algorithm",
-    "refuse_backend",
-]
+def refuse_backend(settings: Algorithm, device: torch.device) -> None:
+    """Raise ValueError where a backend of the loss that is asked for by name cannot compute on this device."""
+    if settings.loss_backend != "auto":
+        point = torch.zeros(1, 1, 1, device=device)
+        try:
+            pairwise_sqdist(point, point, backend=settings.loss_backend)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"algorithm.backend: {error}") from error

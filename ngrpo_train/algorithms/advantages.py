@@ -11,20 +11,20 @@ from torch import Tensor
 
 from ngrpo_kernels import quasi_norm_advantages
 from ngrpo_train.draws import stream
-from ngrpo_train.recipe.sections import Algorithm, Recipe
+from ngrpo_train.recipe.algorithms import Algorithm, Stochastic
 from ngrpo_train.rewards import Scores
 
 
-def group_rewards(recipe: Recipe, scores: Scores, step: int) -> tuple[Tensor, Sequence[float]]:
+def group_rewards(settings: Algorithm, scores: Scores, *, seed: int, step: int) -> tuple[Tensor, Sequence[float]]:
     """The rewards that are trained on, [R, P, G] on the CPU, and their weights.
 
     With `algorithm.shuffle_rewards`, each group's are dealt to its candidates anew, those of one picture together.
     """
-    trained_RPG, weights = scores.combined(recipe.algorithm.combine)
-    if recipe.algorithm.shuffle_rewards:
+    trained_RPG, weights = scores.combined(settings.combine)
+    if settings.shuffle_rewards:
         trained_RPG = trained_RPG.clone()
         for slot in range(trained_RPG.shape[1]):
-            generator = stream(recipe.train.seed, step, slot, "shuffle")
+            generator = stream(seed, step, slot, "shuffle")
             order = torch.randperm(trained_RPG.shape[2], generator=generator)
             trained_RPG[:, slot] = trained_RPG[:, slot, order]
     return trained_RPG, weights
@@ -41,7 +41,7 @@ def quasi_norm(rewards_RPG: Tensor, weights: Sequence[float], settings: Algorith
     )
 
 
-def standardised(rewards_RPG: Tensor, weights: Sequence[float], settings: Algorithm) -> Tensor:
+def standardised(rewards_RPG: Tensor, weights: Sequence[float], settings: Stochastic) -> Tensor:
     """Standardised, weighted and summed (Eq. 3), then clipped: plain GRPO's advantages, [P, G] of [R, P, G].
 
     With p below 2 they are also multiplied by the group's L_2 norm over its L_p quasi-norm, Eq. 11 in the scale of

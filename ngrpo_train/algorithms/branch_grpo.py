@@ -21,8 +21,7 @@ from ngrpo_train.models.encoders import Conditioning
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.recipe.sections import Recipe
-from ngrpo_train.recipe.workload import branch_steps, branches, tree_steps
+from ngrpo_train.recipe.algorithms import BranchGRPO as BranchSettings
 from ngrpo_train.rewards import Scores
 from ngrpo_train.sampling.sde import NoiseLevel, sde_step
 from ngrpo_train.sampling.solvers import euler_step
@@ -37,22 +36,18 @@ class BranchGRPO(StochasticGRPO):
     """
 
     level: ClassVar[NoiseLevel] = "constant"
+    settings: BranchSettings
 
     @torch.no_grad()
     def _explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Transitions:
         draws = [{"seed": self.seed, "step": step, "slot": prompt.slot} for prompt in prompts]
-        trained, splits = tree_steps(self.recipe, step), branch_steps(self.recipe)
-        last = len(self.sigmas) - 2
+        trained, splits = self.settings.tree_steps(self.N, step), self.settings.splits(self.N)
+        last = self.N - 1
         stds = self.stds(self.sigmas, range(last))
         conditioning = model.encode([prompt.text for prompt in prompts])
         of_prompt = torch.arange(len(prompts), device=model.device)
         order_PX = torch.stack(
-            [
-                torch.randperm(
-                    sum(branches(self.recipe, i) for i in trained), generator=stream(**draw, purpose="order")
-                )
-                for draw in draws
-            ]
+            [torch.randperm(sum(self._edges(trained)), generator=stream(**draw, purpose="order")) for draw in draws]
         )  # in which optimizer steps take the edges: a share of all depths each
         x_PnTC = draw_noise(model, draws, 1, NOISE)
         kept: dict[str, list[Tensor]] = {"before": [], "noise": [], "velocity": []}
@@ -87,7 +82,7 @@ class BranchGRPO(StochasticGRPO):
         final_PGTC: Tensor,
         order_PX: Tensor,
     ) -> Transitions:
-        edges = torch.tensor([branches(self.recipe, index) for index in trained])
+        edges = torch.tensor(self._edges(trained))
         step_PX = torch.tensor(trained).repeat_interleave(edges).expand(len(final_PGTC), -1)
         stds = self.stds(self.sigmas, trained)
         return Transitions(
@@ -103,13 +98,13 @@ class BranchGRPO(StochasticGRPO):
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Of the edges of all ranks' trees, on the CPU [P, X]: leaf rewards fused, standardised step by step."""
-        rewards_RPG, weights = group_rewards(self.recipe, scores, step)
+        rewards_RPG, weights = group_rewards(self.settings, scores, seed=self.seed, step=step)
         # Means over leaves spread less the nearer they are to the root: whether a group spreads is said of its leaves.
         flat_RP1 = rewards_RPG.std(2, keepdim=True) < self.settings.min_reward_std
         rewards_RPG = torch.where(flat_RP1, rewards_RPG[:, :, :1], rewards_RPG)
-        settings = replace(self.settings, min_reward_std=0.0)
-        edges = [branches(self.recipe, index) for index in tree_steps(self.recipe, step)]
-        return torch.cat([standardised(fused(rewards_RPG, n), weights, settings) for n in edges], dim=1)
+        of_spread = replace(self.settings, min_reward_std=0.0)
+        edges = self._edges(self.settings.tree_steps(self.N, step))
+        return torch.cat([standardised(fused(rewards_RPG, n), weights, of_spread) for n in edges], dim=1)
 
     def update(
         self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor
@@ -122,22 +117,22 @@ class BranchGRPO(StochasticGRPO):
     def _unpruned(self, groups: Transitions, advantages_PX: Tensor) -> Tensor:
         """Which transitions width pruning leaves, [P, M] on the CPU, in the order they have."""
         trained = groups.step_PM[0].unique()
-        first_edge = dict(zip(trained.tolist(), _starts(self.recipe, trained.tolist()), strict=True))
-        split = branch_steps(self.recipe)[-1]
+        starts = [0, *accumulate(self._edges(trained.tolist()))][:-1]
+        first_edge = dict(zip(trained.tolist(), starts, strict=True))
+        split = self.settings.splits(self.N)[-1]
         keep_PM = groups.step_PM <= split
         if leaf_steps := [step for step in trained.tolist() if step > split]:
             G = self.settings.num_generations
             start = first_edge[leaf_steps[0]]  # every step after the last split has the leaves' own advantages
             leaf_PG = kept_leaves(advantages_PX[:, start : start + G], self.settings.width_pruning)
-            starts = torch.tensor([first_edge.get(step, 0) for step in range(int(trained[-1]) + 1)])
-            leaf_PM = (groups.advantage_PM - starts[groups.step_PM]).clamp(max=G - 1)
+            start_of = torch.tensor([first_edge.get(step, 0) for step in range(int(trained[-1]) + 1)])
+            leaf_PM = (groups.advantage_PM - start_of[groups.step_PM]).clamp(max=G - 1)
             keep_PM = keep_PM | leaf_PG.gather(1, leaf_PM)
         return keep_PM.nonzero()[:, 1].view(len(keep_PM), -1)
 
-
-def _starts(recipe: Recipe, steps: Sequence[int]) -> list[int]:
-    """Where the edges of each of these steps begin among all of theirs."""
-    return [0, *accumulate(branches(recipe, step) for step in steps)][:-1]
+    def _edges(self, steps: Sequence[int]) -> list[int]:
+        """The number of edges through each of these steps."""
+        return [self.settings.branches(self.N, step) for step in steps]
 
 
 def fused(leaf_rewards_RPG: Tensor, edges: int) -> Tensor:

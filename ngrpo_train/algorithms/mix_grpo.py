@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 
 from ngrpo_train.algorithms.stochastic import StochasticGRPO, Walk
-from ngrpo_train.recipe.workload import steps_after_window, window
+from ngrpo_train.recipe.algorithms import MixGRPO as MixSettings
+from ngrpo_train.recipe.algorithms import MixGRPOFlash as FlashSettings
 from ngrpo_train.sampling.sde import NoiseLevel
 from ngrpo_train.sampling.solvers import flow_sigmas
 
@@ -16,9 +17,10 @@ class MixGRPO(StochasticGRPO):
     """The noise is Flow-GRPO's; all steps of the window are trained."""
 
     level: ClassVar[NoiseLevel] = "flow"
+    settings: MixSettings
 
     def walk(self, iteration: int) -> Walk:
-        steps = window(self.recipe, iteration)
+        steps = self.settings.window(self.N, iteration)
         return Walk(self.sigmas, self.stds(self.sigmas, steps), steps, len(steps))
 
 
@@ -28,9 +30,10 @@ class MixGRPOFlash(MixGRPO):
     Its first step is of first order: the step before is random, and so nothing to extrapolate from.
     """
 
+    settings: FlashSettings
+
     def walk(self, iteration: int) -> Walk:
-        steps, sampling = window(self.recipe, iteration), self.recipe.sampling
-        after = steps_after_window(self.recipe, iteration)
-        left = 1 - steps.stop / sampling.num_inference_steps
-        sigmas = torch.cat([self.sigmas[: steps.stop], flow_sigmas(after, sampling.shift, start=left)])
+        steps, after = self.settings.window(self.N, iteration), self.settings.steps_after_window(self.N, iteration)
+        left = flow_sigmas(after, self.sampling.shift, start=1 - steps.stop / self.N)
+        sigmas = torch.cat([self.sigmas[: steps.stop], left])
         return Walk(sigmas, self.stds(sigmas, steps), steps, len(steps), second_order_from=steps.stop)

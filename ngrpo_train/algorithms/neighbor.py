@@ -11,14 +11,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ngrpo_kernels import leaping_log_ratio, neighbor_grpo_loss_from_velocity, pairwise_sqdist
+from ngrpo_kernels import leaping_log_ratio, neighbor_grpo_loss_from_velocity
 from ngrpo_train.algorithms.advantages import group_rewards, quasi_norm
 from ngrpo_train.draws import draw_anchors, draw_train_steps
 from ngrpo_train.models.encoders import Conditioning
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.recipe.sections import Algorithm, Recipe
-from ngrpo_train.recipe.workload import num_train_steps, trainable_steps
+from ngrpo_train.recipe.algorithms import Neighbor
+from ngrpo_train.recipe.sections import Sampling
 from ngrpo_train.rewards import Scores
 from ngrpo_train.sampling.perturb import neighborhood
 from ngrpo_train.sampling.rollout import generate
@@ -96,19 +96,27 @@ class Neighborhoods:
 
 
 class NeighborGRPO:
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.settings = recipe, recipe.algorithm
-        self.seed = recipe.train.seed
-        self.sigmas = flow_sigmas(recipe.sampling.num_inference_steps, recipe.sampling.shift)
-        self.policy = LeapingPolicy(recipe.algorithm)
+    def __init__(
+        self,
+        settings: Neighbor,
+        *,
+        sampling: Sampling,
+        seed: int,
+        prompts_together: int,
+        max_grad_norm: float,
+    ) -> None:
+        self.settings, self.seed = settings, seed
+        self.prompts_together, self.max_grad_norm = prompts_together, max_grad_norm
+        self.sigmas = flow_sigmas(sampling.num_inference_steps, sampling.shift)
+        self.policy = LeapingPolicy(settings)
 
     def explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Neighborhoods:
-        """A neighborhood for each prompt, `prompts.per_rank` of them at a time."""
-        return in_parts(prompts, self.recipe.prompts.per_rank, lambda part: self._explore(model, part, step))
+        """A neighborhood for each prompt, `prompts_together` of them at a time."""
+        return in_parts(prompts, self.prompts_together, lambda part: self._explore(model, part, step))
 
     def _explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Neighborhoods:
-        settings, K = self.settings, num_train_steps(self.recipe)
-        trainable = trainable_steps(self.recipe)
+        settings, K = self.settings, self.settings.num_train_steps
+        trainable = settings.trainable_steps(len(self.sigmas) - 1)
         draws = [{"seed": self.seed, "step": step, "slot": prompt.slot} for prompt in prompts]
         noise = [neighborhood(model.latent_shape, settings.num_generations, settings.sigma, **draw) for draw in draws]
         anchors = [draw_anchors(settings.num_generations, settings.num_anchors, **draw) for draw in draws]
@@ -118,13 +126,12 @@ class NeighborGRPO:
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Of all ranks' prompts, on the CPU: standardised, weighted, summed, divided by the quasi-norm [P, G]."""
-        return quasi_norm(*group_rewards(self.recipe, scores, step), self.settings)
+        return quasi_norm(*group_rewards(self.settings, scores, seed=self.seed, step=step), self.settings)
 
     def update(
         self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Neighborhoods, advantages_PG: Tensor
     ) -> UpdateStats | None:
-        limit = self.recipe.optimizer.max_grad_norm
-        return update(model, optimizer, groups, advantages_PG, self.policy, self.settings, limit)
+        return update(model, optimizer, groups, advantages_PG, self.policy, self.settings, self.max_grad_norm)
 
 
 @torch.no_grad()
@@ -179,7 +186,7 @@ class LeapingPolicy:
         "mismatch_log_ratio_std",
     )
 
-    def __init__(self, settings: Algorithm) -> None:
+    def __init__(self, settings: Neighbor) -> None:
         self.settings = settings
 
     def terms(self, rows: AnchorRows, velocity: Tensor, old_velocity: Tensor | None, advantages_PG: Tensor) -> Terms:
@@ -230,13 +237,3 @@ class LeapingPolicy:
             backend=self.settings.backend,
         )
         return log_ratio.flatten(1).std(1)
-
-
-def refuse_backend(name: str, device: torch.device) -> None:
-    """Raise ValueError where a backend of the loss that is asked for by name cannot compute on this device."""
-    if name != "auto":
-        point = torch.zeros(1, 1, 1, device=device)
-        try:
-            pairwise_sqdist(point, point, backend=name)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"algorithm.backend: {error}") from error

@@ -17,8 +17,8 @@ from ngrpo_train.draws import NOISE, draw_train_steps, stream
 from ngrpo_train.models.encoders import Conditioning
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.recipe.sections import Algorithm, Recipe
-from ngrpo_train.recipe.workload import num_train_steps, trainable_steps
+from ngrpo_train.recipe.algorithms import Algorithm, Stochastic
+from ngrpo_train.recipe.sections import Sampling
 from ngrpo_train.rewards import Scores
 from ngrpo_train.sampling.rollout import generate
 from ngrpo_train.sampling.sde import NoiseLevel, gaussian_log_ratio, mean_slope, sde_step, step_std
@@ -173,18 +173,28 @@ class StochasticGRPO:
     """GRPO on walks of the SDE with the ODE's marginals; a subclass says how much noise which steps have."""
 
     level: ClassVar[NoiseLevel]
+    settings: Stochastic
     shares_noise: ClassVar[bool] = True  # whether the candidates of a prompt start from one noise
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.settings = recipe, recipe.algorithm
-        self.seed = recipe.train.seed
-        self.sigmas = flow_sigmas(recipe.sampling.num_inference_steps, recipe.sampling.shift)
-        self.policy = GaussianPolicy(recipe.algorithm)
+    def __init__(
+        self,
+        settings: Stochastic,
+        *,
+        sampling: Sampling,
+        seed: int,
+        prompts_together: int,
+        max_grad_norm: float,
+    ) -> None:
+        self.settings, self.sampling, self.seed = settings, sampling, seed
+        self.prompts_together, self.max_grad_norm = prompts_together, max_grad_norm
+        self.N = sampling.num_inference_steps
+        self.sigmas = flow_sigmas(self.N, sampling.shift)
+        self.policy = GaussianPolicy(settings)
 
     def walk(self, iteration: int) -> Walk:
         """Every step random but the last, K of them trained, drawn for each prompt."""
-        random = range(len(self.sigmas) - 2)
-        trained, K = trainable_steps(self.recipe), num_train_steps(self.recipe)
+        random = range(self.N - 1)
+        trained, K = self.settings.trainable_steps(self.N), self.settings.num_trained_steps(self.N)
         return Walk(self.sigmas, self.stds(self.sigmas, random), trained, K)
 
     def stds(self, sigmas: Tensor, random: Sequence[int]) -> tuple[float, ...]:
@@ -193,8 +203,8 @@ class StochasticGRPO:
         return tuple(step_std(self.level, self.settings.eta, sigmas, i) if i in random else 0.0 for i in steps)
 
     def explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Transitions:
-        """Walks for each prompt, `prompts.per_rank` of them at a time."""
-        return in_parts(prompts, self.recipe.prompts.per_rank, lambda part: self._explore(model, part, step))
+        """Walks for each prompt, `prompts_together` of them at a time."""
+        return in_parts(prompts, self.prompts_together, lambda part: self._explore(model, part, step))
 
     def _explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Transitions:
         walk, G = self.walk(step), self.settings.num_generations
@@ -207,13 +217,13 @@ class StochasticGRPO:
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Of all ranks' prompts, on the CPU: standardised, weighted, summed, clipped [P, G]."""
-        return standardised(*group_rewards(self.recipe, scores, step), self.settings)
+        rewards_RPG, weights = group_rewards(self.settings, scores, seed=self.seed, step=step)
+        return standardised(rewards_RPG, weights, self.settings)
 
     def update(
         self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor
     ) -> UpdateStats | None:
-        limit = self.recipe.optimizer.max_grad_norm
-        return update(model, optimizer, groups, advantages, self.policy, self.settings, limit)
+        return update(model, optimizer, groups, advantages, self.policy, self.settings, self.max_grad_norm)
 
 
 def draw_noise(model: FlowModel, draws: Sequence[dict[str, int]], count: int, purpose: str) -> Tensor:

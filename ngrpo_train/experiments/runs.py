@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,8 +23,8 @@ from ngrpo_train.experiments.grid import Variant
 from ngrpo_train.experiments.results import BASE_MODEL, BY_STEP, FIGURES, SCORE, Row, mean, read_rows, write_rows
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import load_prompts, prompts_per_iteration
+from ngrpo_train.recipe.algorithms import ALGORITHMS
 from ngrpo_train.recipe.sections import Recipe, as_dict
-from ngrpo_train.recipe.workload import Workload
 from ngrpo_train.rewards import RewardError, Rewards
 from ngrpo_train.run.checkpoint import checkpoints
 from ngrpo_train.run.loop import train
@@ -214,7 +215,7 @@ def course(
     seconds = [row["time/iteration_s"] for row in made]
     seconds[:1] = [statistics.median(seconds)]
     prompts = prompts_per_iteration(recipe, processes.world_size())
-    work = [Workload.of(recipe, iteration) for iteration in range(len(made))]
+    work = [recipe.workload(iteration) for iteration in range(len(made))]
     per_prompt: dict[str, list[float]] = {
         "G": [each.generations for each in work],
         "B": [each.num_anchors for each in work],
@@ -259,7 +260,7 @@ def identity(recipe: Recipe, yardstick: Yardstick) -> str:
 
 def _changed(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
     """The fields of these sections that are not at their defaults; of rewards all."""
-    values, defaults = as_dict(recipe), as_dict(Recipe())
+    values, defaults = as_dict(recipe), as_dict(Recipe()) | {"algorithm": _algorithms_defaults()}
     return {
         section: {
             key: value
@@ -268,6 +269,14 @@ def _changed(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
         }
         for section in sections
     }
+
+
+def _algorithms_defaults() -> dict[str, Any]:
+    """Each field's default in the first algorithm that has it, for all alike: so version 0.1.0 had them."""
+    defaults: dict[str, Any] = {}
+    for kind in ALGORITHMS.values():
+        defaults = dataclasses.asdict(kind()) | defaults
+    return defaults
 
 
 def _hash(record: Mapping[str, Any]) -> str:

@@ -12,7 +12,6 @@ from ngrpo_train.plan.activations import Shape, block_bytes, decode_pass, encode
 from ngrpo_train.plan.layout import Batches, filled, shape_of
 from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.recipe.sections import Recipe
-from ngrpo_train.recipe.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +126,7 @@ def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
         return {stage: flops for stage, flops in each.items() if flops}
 
     pictures = batches.prompts * algorithm.num_generations
-    states = batches.prompts * Workload.of(recipe).states
+    states = batches.prompts * recipe.workload().states
     model = stages(sum(batches.calls), pictures, states, states - batches.first)
     explored = sum(filled(pictures, batches.rollout, recipe) for pictures in batches.calls)
     each = batches.count * batches.update  # of every optimizer step, filled up whether compiled or not

@@ -13,8 +13,8 @@ from ngrpo_train.plan.layout import Batches, Layout, Weights, filled, shape_of
 from ngrpo_train.plan.machines import Machine
 from ngrpo_train.plan.memory import Memory, iteration_memory
 from ngrpo_train.plan.traffic import Traffic, iteration_traffic
+from ngrpo_train.recipe.algorithms import Workload
 from ngrpo_train.recipe.sections import Recipe
-from ngrpo_train.recipe.workload import Workload
 
 SAFE_SHARE = 0.92
 """Of a GPU's memory: the rest is for what its allocator cannot use, because free memory lies in pieces."""
@@ -144,7 +144,7 @@ class Plan:
     @property
     def workload(self) -> Workload:
         """Of one prompt, in the first iteration, which is what all figures here are of."""
-        return Workload.of(self.recipe)
+        return self.recipe.workload()
 
     @property
     def prompts(self) -> int:

@@ -12,7 +12,6 @@ import torch
 from ngrpo_train.models.sizes import Architecture, lora_parameters, lora_total, parameters
 from ngrpo_train.plan.activations import Shape
 from ngrpo_train.recipe.sections import Recipe
-from ngrpo_train.recipe.workload import Workload, branches
 
 TEXT_BYTES = 2
 """Of a weight of the text encoders, and of the VAE: bfloat16, whatever the transformer computes in."""
@@ -119,18 +118,17 @@ class Batches:
     @staticmethod
     def of(recipe: Recipe) -> Batches:
         """Of the first iteration. Where the recipe leaves a number to what memory allows, all at once."""
-        algorithm, settings, together = recipe.algorithm, recipe.parallel, recipe.prompts.per_rank
-        work = Workload.of(recipe)
+        work, settings, together = recipe.workload(), recipe.parallel, recipe.prompts.per_rank
         prompts = together * recipe.train.gradient_accumulation_steps
-        explored = together * algorithm.num_generations
-        pictures = prompts * algorithm.num_generations
-        states = algorithm.num_anchors // work.updates if algorithm.is_neighbor else 1
+        explored = together * work.generations
+        pictures = prompts * work.generations
+        states = work.states_per_row
         all_rows = prompts * -(-work.states // (work.updates * states))
         rows = max(1, settings.update_batch // states) if settings.update_batch else all_rows
         return Batches(
             prompts=prompts,
             explored=explored,
-            calls=tuple(together * n for n in _pictures(recipe, work)) * recipe.train.gradient_accumulation_steps,
+            calls=tuple(together * n for n in work.calls) * recipe.train.gradient_accumulation_steps,
             rollout=_batch(settings.rollout_batch, explored, recipe),
             decode=_batch(settings.decode_batch, pictures, recipe),
             rows=rows,
@@ -149,14 +147,6 @@ class Batches:
     def forwards(self) -> int:
         """Of all rollouts."""
         return sum(-(-pictures // self.rollout) for pictures in self.calls)
-
-
-def _pictures(recipe: Recipe, work: Workload) -> tuple[int, ...]:
-    """Of one prompt, in each solver step of its rollout."""
-    if recipe.algorithm.name != "branch_grpo":
-        return (work.generations,) * (work.rollout // work.generations)
-    # A branch splits behind the forward of its step.
-    return (1, *(branches(recipe, step) for step in range(recipe.sampling.num_inference_steps - 1)))
 
 
 def filled(count: int, batch: int, recipe: Recipe) -> int:

@@ -16,14 +16,10 @@ from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Layout, Weights, bytes_
 from ngrpo_train.plan.machines import GIB
 from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.recipe.sections import Recipe
-from ngrpo_train.recipe.workload import Workload, branches, num_train_steps, tree_steps
 
 # Assumptions: nothing here has been compared with a GPU yet.
 RUNTIME_BYTES = 1.5 * GIB  # CUDA's context, its libraries' workspaces, and compiled code
 NCCL_BYTES = 1.5 * GIB  # communicators' buffers, where there are several processes
-
-TRANSITION_STATES = 16
-"""float32 states of D that the loss of a Gaussian policy holds of each transition, what was explored included."""
 
 _ADAMW_BYTES = {  # of optimizer state for one trained weight
     "adamw": 4 + 4,
@@ -105,7 +101,7 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
         "step": {**everywhere, "gathered weights": kept, "gradients": _gradients(recipe, weights, layout)},
     }
     for phase in ("update", "step"):
-        phases[phase]["explored groups"] = groups + batches.prompts * _pruned_bytes(recipe, architecture, shape)
+        phases[phase]["explored groups"] = groups + batches.prompts * _copied_bytes(recipe, architecture, shape)
     phases["encode"]["text encoders"] = everywhere.get("text encoders", 0.0) + encoders_gathered
     if not encoders:
         del phases["encode"]
@@ -209,12 +205,7 @@ def _update_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, batc
     if recipe.algorithm.reference_coef:  # the base model's forward comes between forward and backward
         most = max(most, kept + _forward_bytes(recipe, architecture, shape))
     latent = shape.image_tokens * architecture.channels
-    if recipe.algorithm.is_neighbor:
-        # For each anchor: its state, the rollout's velocity, the model's and its gradient; for each row all candidates.
-        held = 4 * batches.states + recipe.algorithm.num_generations
-    else:
-        held = TRANSITION_STATES
-    rows = batches.rows * held * 4 * latent
+    rows = batches.rows * recipe.workload().row_latents * 4 * latent
     conditioning = batches.update * _conditioning_bytes(architecture, shape)
     old = 0
     if recipe.algorithm.old_policy == "exact":
@@ -228,10 +219,7 @@ def _forward_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> 
 
 def _rollout_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, batches: Batches) -> float:
     latent = 4 * shape.image_tokens * architecture.channels
-    # Of all pictures explored together: noise, states before and after, velocity, and what the solver remembers, or
-    # makes of a random step, whose own noise comes to it.
-    states = 6 if recipe.algorithm.is_neighbor else 7
-    solver = batches.explored * (states * latent + _conditioning_bytes(architecture, shape))
+    solver = batches.explored * (recipe.workload().rollout_latents * latent + _conditioning_bytes(architecture, shape))
     return batches.rollout * _forward_bytes(recipe, architecture, shape) + solver
 
 
@@ -243,28 +231,13 @@ def _conditioning_bytes(architecture: Architecture, shape: Shape) -> int:
 
 def _group_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> float:
     """Of one explored prompt until its update: float32 states and velocities, and what conditioned them."""
-    algorithm, latent = recipe.algorithm, 4 * shape.image_tokens * architecture.channels
-    G = algorithm.num_generations
-    if algorithm.is_neighbor:
-        B, K = algorithm.num_anchors, num_train_steps(recipe)
-        kept = 2 * K * B + K * G
-    else:
-        kept = 3 * _explored_transitions(recipe)  # state, noise, velocity
-    return (kept + G) * latent + _conditioning_bytes(architecture, shape)
+    latent = 4 * shape.image_tokens * architecture.channels
+    return recipe.workload().explored_latents * latent + _conditioning_bytes(architecture, shape)
 
 
-def _explored_transitions(recipe: Recipe) -> int:
-    """Of one prompt, of the steps that are trained; of a tree all edges, for width pruning asks for their rewards."""
-    if recipe.algorithm.name == "branch_grpo":
-        return sum(branches(recipe, step) for step in tree_steps(recipe, 0))
-    return Workload.of(recipe).states
-
-
-def _pruned_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> int:
-    """Of one prompt's transitions that width pruning leaves, which the update copies beside all."""
-    if recipe.algorithm.width_pruning == "none":
-        return 0
-    return 3 * Workload.of(recipe).states * 4 * shape.image_tokens * architecture.channels
+def _copied_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> int:
+    """What the update copies of one explored prompt, as width pruning does with the transitions that it leaves."""
+    return recipe.workload().copied_latents * 4 * shape.image_tokens * architecture.channels
 
 
 def _joining_bytes(recipe: Recipe, groups: float) -> float:

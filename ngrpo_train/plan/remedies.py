@@ -119,8 +119,7 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
         half = max(1, batches.rows // 2) * batches.states
         yield {"parallel.update_batch": half}, "fewer states per forward-backward"
         if half > batches.states:
-            each = "the anchors of one step" if recipe.algorithm.is_neighbor else "one state"
-            yield {"parallel.update_batch": batches.states}, f"{each} per forward-backward"
+            yield {"parallel.update_batch": batches.states}, f"{recipe.algorithm.rows_are} per forward-backward"
     for name in ("rollout_batch", "decode_batch", "keep_gathered", "reduce_gradients"):
         open_value = 0 if name.endswith("batch") else "auto"
         if getattr(settings, name) != open_value:

@@ -25,7 +25,6 @@ from ngrpo_train.plan.remedies import Remedy, remedies, speedups
 from ngrpo_train.plan.scorers import of_unknown_cost, scorer_sizes
 from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.sections import Recipe, Reward
-from ngrpo_train.recipe.workload import Workload
 
 REMEDIES_SHOWN = 5
 
@@ -114,7 +113,7 @@ def _facts(plan: Plan) -> Iterator[str]:
         f"algorithm: {plan.recipe.algorithm.name}; G {work.generations}, B {work.num_anchors:.4g}, "
         f"K {work.num_train_steps}"
     )
-    last = Workload.of(plan.recipe, plan.recipe.train.steps - 1)
+    last = plan.recipe.workload(plan.recipe.train.steps - 1)
     later = f" (at last {last.nfe_old:.4g})" if last.nfe_old != work.nfe_old else ""
     updates = f" in each of {batches.updates} optimizer steps" if batches.updates > 1 else ""
     yield (

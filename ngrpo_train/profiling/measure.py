@@ -79,7 +79,7 @@ def profile(
         check(recipe, launch.num_processes)
         texts, rewards = load_prompts(recipe.prompts.source), Rewards(recipe.rewards, launch.device)
         cursor = PromptCursor.of(recipe, texts, launch.process_index, launch.num_processes)
-        refuse_backend(recipe.algorithm.backend, device)
+        refuse_backend(recipe.algorithm, device)
         recipe = settle_attention(recipe, device)
         claim(out, launch, setting="--out", otherwise="give another directory")
         with explained_out_of_memory(recipe, device):

@@ -17,22 +17,17 @@ from dataclasses import replace
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
-from ngrpo_train.recipe.sections import (
-    Algorithm,
-    Recipe,
-    Reward,
-    as_dict,
-    carried_over,
-    has_field,
-    refuse_foreign,
-    with_present_names,
-)
+from ngrpo_train.recipe.algorithms import Algorithm, carried_over, refuse_foreign
+from ngrpo_train.recipe.resume import with_present_names
+from ngrpo_train.recipe.sections import Recipe, Reward, as_dict
 
 T = TypeVar("T")
+
+_DEFAULT = Recipe().algorithm.name
 
 
 def find_recipe(name: str, beside: Path = Path()) -> Path:
@@ -76,17 +71,21 @@ def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"recipe {path}: extends: {error}") from error
     if base.resolve() in (path.resolve(), *within):
         raise ValueError(f"recipe {path}: extends = {name!r} leads back to itself")
-    return overlay(read_recipe(base, (path.resolve(), *within)), own)
+    below = read_recipe(base, (path.resolve(), *within))
+    try:
+        return overlay(below, own)
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: {error}") from error
 
 
 def overlay(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe `own` over the recipe `base`, table by table.
 
     Where `own` names another algorithm, what `base` says of its algorithm alone is left behind: published settings of
-    one are none of another's.
+    one are none of another's. Raises ValueError for an algorithm that does not exist.
     """
     name = _algorithm(own).get("name")
-    if name is not None and name != _algorithm(base).get("name", Algorithm().name):
+    if name is not None and name != _algorithm(base).get("name", _DEFAULT):
         base = {**base, "algorithm": carried_over(_algorithm(base), str(name))}
     return _on_top(base, own)
 
@@ -122,7 +121,6 @@ def parse(
     Exits with code 2 on a wrong key, flag or value; a recipe's is said to be of `name`.
     """
     if algorithm := flag_value(arguments, "--algorithm.name"):
-        refuse_foreign(algorithm, ())
         changed = overlay(recipe, {"algorithm": {"name": algorithm}})
         if (left := sorted({*_algorithm(recipe)} - {*_algorithm(changed)})) and not quiet:
             print(f"{algorithm} in place of the recipe's algorithm, without its {', '.join(left)}", file=sys.stderr)
@@ -134,7 +132,7 @@ def parse(
     # Rewards are a table of any names; the parser only knows flags of names that it has seen in its defaults.
     mentioned = [match[1] for argument in arguments if (match := re.match(r"--rewards\.([^.=]+)\.", argument))]
     default = command(recipe=_with_rewards(resolved, mentioned))  # type: ignore[call-arg]
-    return parse_flags(default, list(_with_pythons_booleans(arguments)), prog=prog, quiet=quiet)
+    return parse_flags(default, list(_with_pythons_booleans(arguments, resolved)), prog=prog, quiet=quiet)
 
 
 def flag_value(arguments: Sequence[str], flag: str) -> str:
@@ -162,15 +160,15 @@ def _fields_given(arguments: Sequence[str], section: str) -> list[str]:
     return [flag.removeprefix(prefix).replace("-", "_") for flag in _given(arguments) if flag.startswith(prefix)]
 
 
-def _with_pythons_booleans(arguments: Sequence[str]) -> Iterator[str]:
+def _with_pythons_booleans(arguments: Sequence[str], recipe: Recipe) -> Iterator[str]:
     """The parser takes True and False only; here a recipe's fields take TOML's words too."""
-    sections = [Reward, *(type(getattr(Recipe(), section.name)) for section in dataclasses.fields(Recipe))]
+    sections = [Reward, *(type(getattr(recipe, section.name)) for section in dataclasses.fields(Recipe))]
     fields = {
-        entry.name
+        name
         for section in sections
         if dataclasses.is_dataclass(section)
-        for entry in dataclasses.fields(section)
-        if entry.type == "bool"
+        for name, kind in get_type_hints(section).items()
+        if kind is bool
     }
     before = ""
     for argument in arguments:
@@ -189,13 +187,13 @@ def resolve(recipe: Mapping[str, Any], *, name: str, quiet: bool = False) -> Rec
     """
     if section := _algorithm(recipe):
         recipe = {**recipe, "algorithm": with_present_names(section)}
-    _refuse_misshapen(recipe, name)
-    algorithm = str(_algorithm(recipe).get("name", Algorithm().name))
     try:
-        refuse_foreign(algorithm, _algorithm(recipe))
+        algorithm = Algorithm.of(str(_algorithm(recipe).get("name", _DEFAULT)))
+        _refuse_misshapen(recipe, algorithm)
+        refuse_foreign(algorithm.name, _algorithm(recipe))
     except ValueError as error:
         raise ValueError(f"recipe {name}: {error}") from error
-    default = _with_rewards(Recipe(algorithm=Algorithm.of(algorithm)), recipe.get("rewards", {}))
+    default = _with_rewards(Recipe(algorithm=algorithm), recipe.get("rewards", {}))
     try:
         return _cli(RecipeFlags, as_flags(recipe), default, "ngrpo train", quiet)
     except SystemExit:
@@ -204,23 +202,21 @@ def resolve(recipe: Mapping[str, Any], *, name: str, quiet: bool = False) -> Rec
         raise
 
 
-def _refuse_misshapen(recipe: Mapping[str, Any], name: str) -> None:
+def _refuse_misshapen(recipe: Mapping[str, Any], algorithm: Algorithm) -> None:
     types = {
-        f"{section.name}.{entry.name}": str(entry.type)
+        f"{section.name}.{key}": str(kind)
         for section in dataclasses.fields(Recipe)
         if section.name != "rewards"
-        for entry in dataclasses.fields(getattr(Recipe(), section.name))
+        for key, kind in get_type_hints(type(getattr(Recipe(algorithm=algorithm), section.name))).items()
     }
     for section, values in recipe.items():
         if not isinstance(values, Mapping):
-            raise ValueError(f"recipe {name}: {section} = {values!r} must be a section of its own or stand inside one")
+            raise ValueError(f"{section} = {values!r} must be a section of its own or stand inside one")
         for key, value in values.items():
             expected = types.get(f"{section}.{key}", "...")
             pair = "tuple[float, float]" in expected
             if isinstance(value, list) and "..." not in expected and not (pair and len(value) == 2):
-                raise ValueError(
-                    f"recipe {name}: {section}.{key} = {value!r} must be {'two numbers' if pair else 'one value'}"
-                )
+                raise ValueError(f"{section}.{key} = {value!r} must be {'two numbers' if pair else 'one value'}")
 
 
 def parse_flags(defaults: T, arguments: Sequence[str], *, prog: str, quiet: bool = False) -> T:
@@ -310,8 +306,6 @@ def as_toml(recipe: Recipe) -> str:
                 table(f"{name}.{key}", value)
 
     for section, values in as_dict(recipe).items():
-        if section == "algorithm":
-            values = {key: value for key, value in values.items() if has_field(recipe.algorithm.name, key)}
         table(section, values)
     return "\n".join(lines)
 

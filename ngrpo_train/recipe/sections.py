@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
+
+from ngrpo_train.recipe.algorithms import Algorithm, Neighbor, Workload
+from ngrpo_train.recipe.ranges import Finite, NotNegative, Positive, Range
+
+_PIXELS = Range("must be a positive multiple of 16", lambda value: value > 0 and value % 16 == 0)
+_BELOW_ONE = Range("must be in [0, 1)", lambda value: 0 <= value < 1)
+_EACH_BELOW_ONE = Range("must be in [0, 1)", lambda values: all(0 <= value < 1 for value in values))
+_SEED = Range("must be less than 2**63", lambda value: value < 2**63)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +29,13 @@ class Model:
     trained, to evaluate or to train on."""
     tuning: Literal["full", "lora"] = "full"
     """Train every weight of the transformer, or low-rank adapters (peft) on its attention and feed-forward layers."""
-    lora_rank: int = 128
-    lora_alpha: int = 128
+    lora_rank: Positive[int] = 128
+    lora_alpha: Positive[int] = 128
     """The adapters' output is scaled by lora_alpha / lora_rank."""
     gradient_checkpointing: Literal["full", "selective", "none"] | float = "full"
     """What the backward pass computes again to save memory: whole blocks, all but their matrix products and attention,
     or nothing. A number between 0 and 1 is the share of activations that the compiler may keep: it then chooses."""
-    ema: float = 0.0
+    ema: Annotated[float, _BELOW_ONE] = 0.0
     """Decay of an exponential moving average of the weights per iteration, used for evaluation and export; 0 is off."""
 
 
@@ -39,7 +45,7 @@ class Prompts:
 
     source: str = ""
     """A file (txt, json, jsonl, csv, parquet) or "hub:ID", "hpdv2:train", "shapes:train"."""
-    per_rank: int = 1
+    per_rank: Positive[int] = 1
     """P: prompts explored together on each process."""
     embeddings: str = ""
     """Directory of encoded prompts that `ngrpo embed` wrote: training then loads no text encoder."""
@@ -52,168 +58,24 @@ class Sampling:
     solver: Literal["euler", "ddim", "dpmpp_2m"] = "dpmpp_2m"
     """ODE solver of evaluations and of neighbor's rollouts; "ddim" is another name for Euler. The update, and rollouts
     of an SDE, always take Euler's steps."""
-    num_inference_steps: int = 8
+    num_inference_steps: Positive[int] = 8
     """Solver steps per picture."""
-    shift: float = 3.0
+    shift: Positive[float] = 3.0
     """Timestep shift s of the schedule s*t / (1 + (s-1)*t)."""
-    guidance_scale: float = 3.5
+    guidance_scale: NotNegative[float] = 3.5
     """Ignored by models without a guidance embedding (schnell)."""
-    height: int = 720
+    height: Annotated[int, _PIXELS] = 720
     """Pixels, a multiple of 16; width likewise."""
-    width: int = 720
-    max_sequence_length: int = 512
+    width: Annotated[int, _PIXELS] = 720
+    max_sequence_length: Positive[int] = 512
     """T5 tokens per prompt."""
-
-
-AlgorithmName = Literal["neighbor", "flow_grpo", "dance_grpo", "mix_grpo", "mix_grpo_flash", "branch_grpo"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Algorithm:
-    """How groups are explored and the policy is updated. Letters and equations are of arXiv 2511.16955.
-
-    A field whose text begins with names of algorithms in brackets is theirs alone. What a recipe leaves open is as the
-    algorithm that it names was published.
-    """
-
-    name: AlgorithmName = "neighbor"
-    num_generations: int = 12
-    """G: candidates per prompt."""
-    num_anchors: int = 4
-    """[neighbor] B: candidates per prompt that are trained; the other algorithms train all."""
-    num_train_steps: int = 4
-    """[neighbor, flow_grpo, dance_grpo] K: solver steps per prompt that are trained. 0 for the last two: all that are
-    random, or int(0.6 (N - 1)) of N steps."""
-    step_range: tuple[float, float] = (0.0, 0.875)
-    """The part of the solver's steps that the trained ones are from, as fractions: (0, 0.5) is the noisy half."""
-    sigma: float = 0.3
-    """[neighbor] Strength of the perturbation of the initial noise (Eq. 7), in (0, 1]."""
-    eta: float = 0.7
-    """[all but neighbor] Strength of the SDE's noise: its level is eta for dance_grpo and branch_grpo, and
-    eta sqrt(sigma / (1 - sigma)) for the others."""
-    window_size: int = 4
-    """[mix_grpo, mix_grpo_flash] Solver steps in the window: these are random and trained, all others are the ODE's."""
-    window_every: int = 25
-    """[mix_grpo, mix_grpo_flash] Iterations after which the window moves one step on, within step_range."""
-    window_frozen: bool = False
-    """[mix_grpo_flash] Leave the window where it begins: MixGRPO-Flash*."""
-    compression: float = 0.4
-    """[mix_grpo_flash] Steps after the window, as a share of those it would take without DPM-Solver++."""
-    branch_steps: tuple[int, ...] = ()
-    """[branch_grpo] Solver steps at which every branch splits in two, log2(G) of them; empty spaces them by 0.15 N."""
-    branch_spread: float = 4.0
-    """[branch_grpo] How far siblings stand apart: their noises correlate by 1 / (1 + branch_spread^2)."""
-    width_pruning: Literal["none", "parent_top1", "extremes"] = "none"
-    """[branch_grpo] Which leaves are trained after the last split: all, the better of each pair, or the best and the
-    worst quarter of them."""
-    depth_pruning: int = 0
-    """[branch_grpo] Solver steps left out of training, at first the last ones; every `depth_pruning_every` iterations
-    they move one step up, as far as the last split."""
-    depth_pruning_every: int = 30
-    """[branch_grpo] Iterations between two such moves."""
-    old_policy: Literal["exact", "cached", "literal"] = "exact"
-    """Where the old policy stands: by the forward that trains, by the rollout's velocity, or, for neighbor alone, at
-    the rollout's state: Algorithm 1 as printed, and with a multistep solver a biased ratio."""
-    updates_per_iteration: int = 1
-    """Optimizer steps per iteration, each on a share of the trained candidates. Clip and KL act from the second on."""
-    combine: Literal["standardized", "raw_sum"] = "standardized"
-    """How several rewards become one: each standardised in its group, then weighted; or their scores weighted as they
-    are, where one of wide spread outweighs the others."""
-    p: float = 0.8
-    """Order of the quasi-norm that advantages are divided by (Eq. 11), in (0, 2]; 2 is plain GRPO up to a constant."""
-    min_reward_std: float = 0.0
-    """A group whose rewards spread less than this is skipped (absolute, per reward)."""
-    advantage_clip: float = 5.0
-    """[all but neighbor] Advantages are clipped to +- this, in units of the group's standard deviation."""
-    clip_range: float | tuple[float, float] = 1e-4
-    """Clip of the ratio at 1 - eps, 1 + eps, or (low, high)."""
-    temperature: float | Literal["dim", "neighborhood"] = 1.0
-    """[neighbor] Divides the squared distances of the leaping policy (Eq. 8).
-    A number, "dim" for the latent's dimension, or "neighborhood" for the group's mean squared distance."""
-    kl_coef: float = 0.0
-    """Weight of KL(pi_old || pi_theta) in the loss."""
-    backend: Literal["auto", "triton", "cpp", "reference"] = "auto"
-    """[neighbor] What computes the loss: Triton on a GPU, C++ on a CPU, or plain PyTorch anywhere."""
-    shuffle_rewards: bool = False
-    """A control experiment: deal each group's rewards to its candidates at random. The reward must not rise."""
-    reference_coef: float = 0.0
-    """Weight of a tether to the untrained model: |v_theta - v_base|^2 for neighbor, KL(pi_theta || pi_base) for the
-    others, as Flow-GRPO has it. Needs tuning = "lora", where it costs no memory."""
-
-    @staticmethod
-    def of(name: str) -> Algorithm:
-        """An algorithm as it was published, for FLUX where its authors have settings for it."""
-        return Algorithm(**{"name": name, **_PUBLISHED.get(name, {})})
-
-    @property
-    def is_neighbor(self) -> bool:
-        return self.name == "neighbor"
-
-
-# Where a published algorithm differs from the defaults. eta, clip and updates per iteration are of the authors' scripts
-# for FLUX: updates = candidates per process / gradient accumulation. Flow-GRPO has eta in its paper, for SD3.5.
-_SDE: dict[str, Any] = {"p": 2.0, "step_range": (0.0, 1.0)}
-_PUBLISHED: dict[str, dict[str, Any]] = {
-    "flow_grpo": _SDE | {"eta": 0.7, "num_train_steps": 0},
-    "dance_grpo": _SDE | {"eta": 0.3, "num_train_steps": 0, "updates_per_iteration": 3},
-    "mix_grpo": _SDE | {"eta": 0.7, "updates_per_iteration": 4},
-    "mix_grpo_flash": _SDE | {"eta": 0.7, "updates_per_iteration": 4},
-    "branch_grpo": _SDE | {"eta": 0.3, "num_generations": 16, "clip_range": 1e-3, "updates_per_iteration": 3},
-}
-
-_MIX = ("mix_grpo", "mix_grpo_flash")
-# The fields that not every algorithm has.
-_OWNERS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("num_anchors", "sigma", "temperature", "backend"), ("neighbor",)),
-    "num_train_steps": ("neighbor", "flow_grpo", "dance_grpo"),
-    **dict.fromkeys(("eta", "advantage_clip"), tuple(_PUBLISHED)),
-    **dict.fromkeys(("window_size", "window_every"), _MIX),
-    **dict.fromkeys(("window_frozen", "compression"), ("mix_grpo_flash",)),
-    **dict.fromkeys(
-        ("branch_steps", "branch_spread", "width_pruning", "depth_pruning", "depth_pruning_every"), ("branch_grpo",)
-    ),
-}
-
-
-def has_field(name: str, field_name: str) -> bool:
-    """Whether the algorithm `name` reads this field of [algorithm]."""
-    return name in _OWNERS.get(field_name, (name,))
-
-
-def refuse_foreign(name: str, field_names: Iterable[str]) -> None:
-    """Raise ValueError for an algorithm that there is not, and for a field that belongs to others than `name`."""
-    if name not in get_args(AlgorithmName):
-        near = difflib.get_close_matches(name, get_args(AlgorithmName), n=1)
-        close = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"algorithm.name = {name!r} must be one of {', '.join(get_args(AlgorithmName))}{close}")
-    for field_name in field_names:
-        if not has_field(name, field_name):
-            owners = _OWNERS[field_name]
-            text = "every other one" if len(owners) == len(_PUBLISHED) else ", ".join(owners)
-            raise ValueError(f"algorithm.{field_name} is a setting of {text}, not of algorithm.name = {name!r}")
-
-
-def with_present_names(algorithm: Mapping[str, Any]) -> dict[str, Any]:
-    """An [algorithm] section that an earlier version may have written, with the names that its fields have now."""
-    earlier = {"shuffle_advantages": "shuffle_rewards"}
-    return {earlier.get(key, key): value for key, value in algorithm.items()}
-
-
-def carried_over(algorithm: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Of an [algorithm] section what still holds where another algorithm takes its place.
-
-    Neither what the other does not have, nor what each has its own published value of. Which steps can be trained is
-    the model's affair.
-    """
-    own = {field_name for values in _PUBLISHED.values() for field_name in values} - {"step_range"}
-    return {key: value for key, value in algorithm.items() if has_field(name, key) and key not in own}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
     """One scorer of pictures."""
 
-    weight: float = 1.0
+    weight: Finite[float] = 1.0
     """Weight of its group-standardised advantage, or of the score itself where algorithm.combine = "raw_sum"."""
     path: str = ""
     """Weights of a scorer that ships with ngrpo: hub id, directory or file; empty for the official ones. Of a judge,
@@ -228,7 +90,7 @@ class Reward:
     """Our implementation, or the official package of that name as a reference."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the scorer's weights and arithmetic; the score itself is always formed in float32."""
-    batch: int = 32
+    batch: Positive[int] = 32
     """Pictures scored at once, or asked about at once where a judge answers."""
     offload: bool = False
     """Keep the scorer's weights in host memory between uses."""
@@ -252,18 +114,18 @@ class Reward:
 class Optimizer:
     name: Literal["adamw", "adamw_8bit"] = "adamw"
     """AdamW with float32 states, or torchao's with states of 8 bits, which bfloat16 weights need."""
-    learning_rate: float = 1e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
+    learning_rate: Positive[float] = 1e-5
+    betas: Annotated[tuple[float, float], _EACH_BELOW_ONE] = (0.9, 0.999)
+    weight_decay: NotNegative[float] = 1e-4
+    max_grad_norm: Positive[float] = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Train:
-    steps: int = 300
+    steps: Positive[int] = 300
     """Iterations: each explores a group for every prompt of the batch, then updates."""
-    seed: int = 0
-    gradient_accumulation_steps: int = 1
+    seed: Annotated[NotNegative[int], _SEED] = 0
+    gradient_accumulation_steps: Positive[int] = 1
     """Batches of prompts.per_rank prompts explored per process before an update.
     One GPU with 32 here sees as many prompts per update as the paper's 32 GPUs."""
 
@@ -274,7 +136,7 @@ class Parallel:
     sharding: Literal["auto", "full", "hybrid", "none"] = "auto"
     """FSDP2 over all processes ("full"), over groups of `shard_size` that each hold a whole copy ("hybrid"), or a whole
     copy in every process ("none"); "auto" is "none" for one process and "full" for several."""
-    shard_size: int = 0
+    shard_size: NotNegative[int] = 0
     """Processes that share one copy of the weights where sharding = "hybrid"; 0 takes those of a node."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Forward and backward arithmetic."""
@@ -301,21 +163,21 @@ class Parallel:
     those that work here). "auto" measures at the start; the run's recipe has the fastest, which resuming keeps."""
     text_encoders: Literal["device", "offload", "shard"] = "device"
     """Where T5 and CLIP wait between iterations: on the device, in host memory, or sharded over processes."""
-    rollout_batch: int = 0
+    rollout_batch: NotNegative[int] = 0
     """Pictures per forward in the rollout; 0 takes as many as memory allows."""
-    update_batch: int = 0
+    update_batch: NotNegative[int] = 0
     """States per forward in the update, anchors or transitions of an SDE; 0 takes all at once."""
-    decode_batch: int = 0
+    decode_batch: NotNegative[int] = 0
     """Pictures per VAE decode; 0 takes as many as memory allows."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: Positive[float] = 30.0
     """A collective that waits longer ends the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    every: int = 50
+    every: Positive[int] = 50
     """Iterations between checkpoints; the last iteration always writes one."""
-    keep: int = 2
+    keep: Positive[int] = 2
     """Checkpoints kept, the best by validation aside."""
 
 
@@ -325,13 +187,13 @@ class Evaluation:
 
     validation: str = ""
     """Prompt source of the in-loop evaluation and of the watch for reward hacking; empty turns both off."""
-    every: int = 50
+    every: Positive[int] = 50
     """Iterations between evaluations."""
     test: str = ""
     """Prompt source of the before/after table; empty leaves the table out."""
-    num_images_per_prompt: int = 1
+    num_images_per_prompt: Positive[int] = 1
     """Two or more let the watch measure diversity, and how many groups are flat."""
-    batch: int = 0
+    batch: NotNegative[int] = 0
     """Pictures generated at once; 0 takes 64."""
 
 
@@ -339,9 +201,9 @@ class Evaluation:
 class Log:
     output_dir: str = ""
     """Directory of the run; empty is "runs/RECIPE"."""
-    images_every: int = 50
+    images_every: Positive[int] = 50
     """Iterations between sample grids."""
-    num_images: int = 8
+    num_images: Positive[int] = 8
     """Pictures of fixed prompts and noise in a grid."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     project: str = "ngrpo"
@@ -356,7 +218,7 @@ class Recipe:
     model: Model = field(default_factory=Model)
     prompts: Prompts = field(default_factory=Prompts)
     sampling: Sampling = field(default_factory=Sampling)
-    algorithm: Algorithm = field(default_factory=Algorithm)
+    algorithm: Algorithm = field(default_factory=Neighbor)
     rewards: dict[str, Reward] = field(default_factory=dict)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
@@ -364,6 +226,10 @@ class Recipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluation: Evaluation = field(default_factory=Evaluation)
     log: Log = field(default_factory=Log)
+
+    def workload(self, iteration: int = 0) -> Workload:
+        """What one prompt asks of the transformer and of memory in that iteration."""
+        return self.algorithm.workload(self.sampling.num_inference_steps, iteration)
 
     def trained_rewards(self) -> tuple[str, ...]:
         return tuple(name for name, reward in self.rewards.items() if reward.is_trained)

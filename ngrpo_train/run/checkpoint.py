@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import PromptCursor
-from ngrpo_train.recipe.checks import refuse_changed
+from ngrpo_train.recipe.resume import refuse_changed
 from ngrpo_train.recipe.sections import Recipe, as_dict
 from ngrpo_train.update.ema import EMA
 

@@ -27,7 +27,6 @@ from ngrpo_train.rewards import Rewards, Scores
 from ngrpo_train.rewards.scorer import ModelScorer
 from ngrpo_train.run import artifacts
 from ngrpo_train.run.metrics import advantage_figures
-from ngrpo_train.run.symptoms import exploration
 from ngrpo_train.sampling.evaluate import Evaluation, evaluate, standard_error
 
 _CERTAIN = 3.0  # standard errors, over prompts, that a change must be away from zero to be spoken of
@@ -107,7 +106,7 @@ class Watch:
             yield (
                 "diversity",
                 f"pictures of one prompt grow alike (diversity {kept:.0%} of the base model's): if the prompts leave "
-                f"anything open, lower optimizer.learning_rate or raise {exploration(self.recipe.algorithm)}",
+                f"anything open, lower optimizer.learning_rate or raise {self.recipe.algorithm.exploration}",
             )
         grown = (now.grid_P.mean() / self.base.grid_P.mean()).item()
         if grown > _MOST_GRID and Change.of(now.grid_P - self.base.grid_P).certainly_rose:

@@ -23,7 +23,6 @@ from ngrpo_train.prompts import PromptCursor, load_prompts, prompts_per_iteratio
 from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.parsing import as_toml
 from ngrpo_train.recipe.sections import Recipe
-from ngrpo_train.recipe.workload import Workload
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.run.before_after import Report, conclude
 from ngrpo_train.run.checkpoint import Checkpointer, TrainState, read_record, refuse_unlike
@@ -103,7 +102,7 @@ class _Inputs:
         validation = load_prompts(evaluation.validation, "evaluation.validation") if evaluation.validation else []
         test = load_prompts(evaluation.test, "evaluation.test") if evaluation.test else []
         rewards = Rewards(recipe.rewards, launch.device)
-        refuse_backend(recipe.algorithm.backend, launch.device)
+        refuse_backend(recipe.algorithm, launch.device)
         resume_from = find_resume(run, resume) if resume else None
         kept = read_record(resume_from)["recipe"]["parallel"].get("attention", "") if resume_from else ""
         recipe = settle_attention(recipe, launch.device, kept)
@@ -166,7 +165,7 @@ def _summary(model: FlowModel, recipe: Recipe, run: Path, prompts: int, launch: 
     ranks: int = launch.num_processes
     per_iteration = prompts_per_iteration(recipe, ranks)
     trainable = sum(parameter.numel() for parameter in model.trainable.values())
-    work = Workload.of(recipe)
+    work = recipe.workload()
     return (
         f"{recipe.algorithm.name} on {recipe.model.name_or_path}: {trainable / 1e6:,.1f} M trainable parameters "
         f"({recipe.model.tuning}), {ranks} process{'es' if ranks > 1 else ''} on {model.device.type}\n"

@@ -6,13 +6,7 @@ import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping
 
-from ngrpo_train.recipe.sections import Algorithm, Recipe, has_field
-
-
-def exploration(algorithm: Algorithm) -> str:
-    """The setting that says how far a group's candidates are apart, and its value."""
-    name = "sigma" if has_field(algorithm.name, "sigma") else "eta"
-    return f"algorithm.{name} = {getattr(algorithm, name):g}"
+from ngrpo_train.recipe.sections import Recipe
 
 
 class Symptoms:
@@ -76,7 +70,7 @@ class Symptoms:
             yield (
                 "flat_groups",
                 (
-                    f"{flat:.0%} of the groups have equal rewards and teach nothing: raise {exploration(algorithm)}, "
+                    f"{flat:.0%} of the groups have equal rewards and teach nothing: raise {algorithm.exploration}, "
                     "or use a reward with finer steps"
                 ),
             )
@@ -86,7 +80,7 @@ class Symptoms:
                 "flatness",
                 (
                     f"advantages are evenly spread (flatness {flatness:.2f}): watch for generic pictures; lower "
-                    f"algorithm.p = {algorithm.p:g} or raise {exploration(algorithm)}"
+                    f"algorithm.p = {algorithm.p:g} or raise {algorithm.exploration}"
                 ),
             )
         diversity = self._recent("group/diversity", figures)
@@ -97,7 +91,7 @@ class Symptoms:
                     "diversity",
                     (
                         f"the group's diversity fell to {diversity / self._first_diversity:.0%} of where it began "
-                        f"(mode collapse): raise {exploration(algorithm)} or lower optimizer.learning_rate"
+                        f"(mode collapse): raise {algorithm.exploration} or lower optimizer.learning_rate"
                     ),
                 )
         for name in ("update/grad_norm", "update/loss"):

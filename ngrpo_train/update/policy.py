@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes, sharding
-from ngrpo_train.recipe.sections import Algorithm
+from ngrpo_train.recipe.algorithms import Algorithm
 from ngrpo_train.update.optimizer import guarded_step
 from ngrpo_train.update.rows import Explored, Rows, batches_of_rows
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ngrpo_train.__main__ import main
-from ngrpo_train.algorithms import NeighborGRPO
+from ngrpo_train.algorithms.neighbor import NeighborGRPO
 from ngrpo_train.algorithms.stochastic import StochasticGRPO
-from ngrpo_train.recipe.sections import has_field
+from ngrpo_train.recipe.algorithms import field_names, settings_class
 from ngrpo_train.run import checkpoint
 
 HERE = Path(__file__).parent
@@ -120,7 +120,7 @@ class Run:
 def _is_of(algorithm: str, flag: str) -> bool:
     """Whether a flag is one that the algorithm takes."""
     section, _, field_name = flag.partition(".")
-    return section != "algorithm" or has_field(algorithm, field_name.replace("-", "_"))
+    return section != "algorithm" or field_name.replace("-", "_") in field_names(settings_class(algorithm))
 
 
 @contextmanager

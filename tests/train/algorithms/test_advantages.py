@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ngrpo_train.algorithms.advantages import group_rewards, quasi_norm, standardised
-from ngrpo_train.recipe.sections import Algorithm, Recipe, Reward, Train
+from ngrpo_train.recipe.algorithms import Algorithm, Neighbor
+from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import Scores
 
 FLOW = Algorithm.of("flow_grpo")
@@ -25,8 +26,7 @@ def scores_of(P=4, G=6):
 
 
 def grouped(algorithm, scores, step=0, seed=0):
-    recipe = Recipe(algorithm=algorithm, rewards=SETTINGS, train=Train(seed=seed))
-    return group_rewards(recipe, scores, step)
+    return group_rewards(algorithm, scores, seed=seed, step=step)
 
 
 def test_by_hand():
@@ -48,7 +48,7 @@ def test_several_rewards_are_standardised_and_then_weighed():
     torch.testing.assert_close(standardised(rewards, weights, FLOW).double(), expected, rtol=1e-5, atol=1e-6)
     # Neighbor divides the same by the group's quasi-norm (Eq. 11).
     lp = expected.abs().pow(0.8).sum(1, keepdim=True) ** (1 / 0.8)
-    ours = quasi_norm(rewards, weights, Algorithm(p=0.8))
+    ours = quasi_norm(rewards, weights, Neighbor(p=0.8))
     torch.testing.assert_close(ours.double(), expected / lp, rtol=1e-5, atol=1e-6)
 
 

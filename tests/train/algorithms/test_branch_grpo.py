@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ngrpo_train.algorithms import BranchGRPO, stochastic
+from ngrpo_train.algorithms import make_algorithm, stochastic
 from ngrpo_train.algorithms.branch_grpo import fused, kept_leaves, sibling_noise
 from ngrpo_train.draws import stream
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.recipe.sections import Algorithm, Prompts, Recipe, Reward, Sampling
+from ngrpo_train.recipe.algorithms import Algorithm
+from ngrpo_train.recipe.sections import Prompts, Recipe, Reward, Sampling
 from ngrpo_train.rewards import Scores
 
 N, G, SHIFT, SPLITS = 6, 8, 3.0, (0, 2, 3)
@@ -27,7 +28,7 @@ def algorithm_of(per_rank=2, **settings):
         algorithm=replace(Algorithm.of("branch_grpo"), **tree | settings),
         rewards={"shapes_verifier": Reward()},
     )
-    return BranchGRPO(recipe)
+    return make_algorithm(recipe)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from ngrpo_train.algorithms.stochastic import GaussianPolicy, TransitionRows
-from ngrpo_train.recipe.sections import Algorithm
+from ngrpo_train.recipe.algorithms import Algorithm
 
 ROWS, T, C = 6, 4, 16
 D = T * C
@@ -108,7 +108,7 @@ def assert_same(terms, gradient, expected):
     torch.testing.assert_close(terms.figures["kl"].double(), divergence, rtol=1e-4, atol=1e-9)
 
 
-SETTINGS = Algorithm(name="flow_grpo", clip_range=10.0)
+SETTINGS = replace(Algorithm.of("flow_grpo"), clip_range=10.0)
 
 
 def test_at_theta_old_the_ratio_is_one_and_the_gradient_that_of_the_log_probability():

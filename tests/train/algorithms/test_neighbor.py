@@ -6,11 +6,12 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-from ngrpo_train.algorithms import NeighborGRPO
+from ngrpo_train.algorithms import make_algorithm
 from ngrpo_train.algorithms.neighbor import Neighborhoods, explored
 from ngrpo_train.draws import draw_anchors, draw_train_steps
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.recipe.sections import Algorithm, Prompts, Recipe, Reward, Sampling
+from ngrpo_train.recipe.algorithms import Neighbor
+from ngrpo_train.recipe.sections import Prompts, Recipe, Reward, Sampling
 from ngrpo_train.sampling.perturb import neighborhood
 from ngrpo_train.sampling.solvers import flow_sigmas
 
@@ -116,13 +117,13 @@ def recipe_of(per_rank):
     return Recipe(
         prompts=Prompts(per_rank=per_rank),
         sampling=Sampling(num_inference_steps=STEPS, shift=SHIFT),
-        algorithm=Algorithm(num_generations=G, num_anchors=B, num_train_steps=K, step_range=(0.0, 5 / 6), sigma=0.5),
+        algorithm=Neighbor(num_generations=G, num_anchors=B, num_train_steps=K, step_range=(0.0, 5 / 6), sigma=0.5),
         rewards={"shapes_verifier": Reward()},
     )
 
 
 def algorithm_of(recipe):
-    return NeighborGRPO(recipe)
+    return make_algorithm(recipe)
 
 
 def test_explore_draws_by_seed_step_and_slot(tiny_dev, load_flux):

@@ -13,7 +13,8 @@ from ngrpo_train.algorithms import make_algorithm, stochastic
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.recipe.sections import Algorithm, Optimizer, Prompts, Recipe, Reward, Sampling
+from ngrpo_train.recipe.algorithms import Algorithm
+from ngrpo_train.recipe.sections import Optimizer, Prompts, Recipe, Reward, Sampling
 from ngrpo_train.rewards import Scores
 from ngrpo_train.update.policy import update
 

@@ -10,7 +10,8 @@ import torch
 from ngrpo_train.algorithms import make_algorithm
 from ngrpo_train.draws import draw_train_steps, stream
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.recipe.sections import Algorithm, Prompts, Recipe, Reward, Sampling
+from ngrpo_train.recipe.algorithms import Algorithm
+from ngrpo_train.recipe.sections import Prompts, Recipe, Reward, Sampling
 
 P, G, N, SHIFT = 2, 4, 8, 3.0
 PROMPTS = [Prompt("a large red circle on a blue background", 0), Prompt("a dog", 1)]
@@ -176,7 +177,7 @@ def test_any_number_of_processes_draws_the_same(flux, case):
 def test_steps_and_order_are_drawn_for_each_prompt(flux):
     algorithm = algorithm_of("dance_grpo", num_train_steps=2)
     prompts = [Prompt("a dog", slot) for slot in range(6)]
-    algorithm.recipe = replace(algorithm.recipe, prompts=Prompts(per_rank=6))
+    algorithm.prompts_together = 6
     drawn = [algorithm.explore(flux, prompts, iteration) for iteration in (0, 1)]
     for iteration, groups in enumerate(drawn):
         for slot in range(6):

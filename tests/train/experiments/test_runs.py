@@ -20,8 +20,9 @@ from ngrpo_train.experiments.results import BASE_MODEL, Row, read_rows
 from ngrpo_train.experiments.runs import Experiment, Yardstick, course, identity
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
+from ngrpo_train.recipe.algorithms import Neighbor
 from ngrpo_train.recipe.parsing import parse, read_recipe, resolve
-from ngrpo_train.recipe.sections import Algorithm, Evaluation, Log, Prompts, Recipe, Reward, Sampling, Train
+from ngrpo_train.recipe.sections import Evaluation, Log, Prompts, Recipe, Reward, Sampling, Train
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.run.checkpoint import load_weights
 from ngrpo_train.run.trained import Source
@@ -32,7 +33,7 @@ from ..conftest import PROMPTS
 RECIPE = Recipe(
     prompts=Prompts(per_rank=2),
     sampling=Sampling(num_inference_steps=8),
-    algorithm=Algorithm(num_generations=12, num_anchors=4, num_train_steps=3),
+    algorithm=Neighbor(num_generations=12, num_anchors=4, num_train_steps=3),
     rewards={"good": Reward(), "noisy": Reward(log_only=True), "watched": Reward(watch_only=True)},
 )
 YARDSTICK = Yardstick(RECIPE, True)

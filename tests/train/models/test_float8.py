@@ -19,7 +19,8 @@ from ngrpo_train.models.float8 import Float8Copy
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import blocks, processes
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.recipe.sections import Algorithm, Model, Parallel, Prompts, Recipe, Reward, Sampling
+from ngrpo_train.recipe.algorithms import Neighbor
+from ngrpo_train.recipe.sections import Model, Parallel, Prompts, Recipe, Reward, Sampling
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.run.stopwatch import Stopwatch
 from ngrpo_train.run.trainer import Trainer
@@ -172,7 +173,7 @@ def recipe_of(directory: str, rollout: str, **algorithm: Any) -> Recipe:
         model=Model(name_or_path=directory, gradient_checkpointing="none"),
         prompts=Prompts(per_rank=2),
         sampling=Sampling(height=SIZE, width=SIZE, max_sequence_length=16, num_inference_steps=4),
-        algorithm=Algorithm(num_generations=6, num_anchors=4, num_train_steps=2, step_range=(0.0, 0.75), **algorithm),
+        algorithm=Neighbor(num_generations=6, num_anchors=4, num_train_steps=2, step_range=(0.0, 0.75), **algorithm),
         rewards={"redness": Reward(path="tiny_scorers:redness")},
         parallel=Parallel(device="cpu", compute_dtype="float32", rollout_dtype=rollout),
     )

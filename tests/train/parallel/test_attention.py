@@ -15,7 +15,8 @@ from diffusers.models.transformers import transformer_flux
 from ngrpo_train.parallel import attention, processes
 from ngrpo_train.parallel.attention import Shapes
 from ngrpo_train.plan import settle
-from ngrpo_train.recipe.sections import Algorithm, Model, Prompts, Recipe, Sampling
+from ngrpo_train.recipe.algorithms import Neighbor
+from ngrpo_train.recipe.sections import Model, Prompts, Recipe, Sampling
 from ngrpo_train.recipe.sections import Parallel as Settings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -181,7 +182,7 @@ def test_the_shapes_are_the_recipes(settings: dict[str, int], batches: dict[str,
         model=Model(name_or_path="random:flux-dev"),
         prompts=Prompts(per_rank=2),
         sampling=Sampling(height=720, width=720, max_sequence_length=512, num_inference_steps=8),
-        algorithm=Algorithm(num_generations=12, num_anchors=4, num_train_steps=4),
+        algorithm=Neighbor(num_generations=12, num_anchors=4, num_train_steps=4),
         parallel=Settings(**settings),
     )
     expected = Shapes(tokens=45 * 45 + 512, heads=24, head_dim=128, dtype=torch.bfloat16, **batches)

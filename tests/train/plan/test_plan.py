@@ -41,14 +41,14 @@ from ngrpo_train.plan.flops import iteration_flops
 from ngrpo_train.plan.forecast import SAFE_SHARE, Settled
 from ngrpo_train.plan.layout import Batches, Layout
 from ngrpo_train.plan.machines import GIB, MACHINES, Machine, find_machine, machine_of
-from ngrpo_train.plan.memory import TRANSITION_STATES, Memory, iteration_memory, update_picture_bytes
+from ngrpo_train.plan.memory import Memory, iteration_memory, update_picture_bytes
 from ngrpo_train.plan.remedies import with_settings
 from ngrpo_train.plan.traffic import Traffic, iteration_traffic
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.algorithms import TRANSITION_STATES, Algorithm
 from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.parsing import as_toml, find_recipe, parse, read_recipe, resolve
-from ngrpo_train.recipe.sections import Algorithm, Model, Parallel, Recipe, Reward
-from ngrpo_train.recipe.workload import Workload
+from ngrpo_train.recipe.sections import Model, Parallel, Recipe, Reward
 from ngrpo_train.rewards import Scores
 
 DEV = KNOWN["flux-dev"]
@@ -542,7 +542,7 @@ def test_what_an_sde_computes(
     if name == "branch_grpo":
         pruned = with_algorithm(name, steps, {**settings, "width_pruning": "extremes"}, parallel__update_batch=4)
         held = memory(pruned).phases
-        copied = 3 * Workload.of(pruned).states * latent
+        copied = 3 * pruned.workload().states * latent
         assert held["update"]["explored groups"] - held["decode"]["explored groups"] == copied
     plan = make_plan(asked, H200)
     assert (plan.workload.nfe_old, plan.workload.nfe_theta) == (evaluated / G, trained / G)
@@ -639,7 +639,7 @@ def test_an_iteration_does_what_is_counted(
     optimizer = torch.optim.SGD(flux.trainable.values(), lr=0.0, fused=True)
     assert running.update(flux, optimizer, groups, running.advantages(scores, 0)) is not None
 
-    work, batches = Workload.of(recipe), Batches.of(recipe)
+    work, batches = recipe.workload(), Batches.of(recipe)
     assert sum(rollout) == sum(batches.calls) == 2 * work.rollout
     assert len(rollout) == batches.forwards
     assert [n for learning, n in calls if learning] == [batches.update] * (batches.updates * batches.count)
@@ -647,7 +647,7 @@ def test_an_iteration_does_what_is_counted(
     assert 0 <= batches.count * batches.update - 2 * work.states / work.updates < batches.update + 2
     calls.clear()
     running.explore(flux, prompts, 60)
-    assert sum(pictures for _, pictures in calls) == 2 * Workload.of(recipe, 60).rollout
+    assert sum(pictures for _, pictures in calls) == 2 * recipe.workload(60).rollout
     kept = [getattr(groups, entry.name) for entry in fields(groups) if entry.name.endswith("TC")]
     kept.append(groups.conditioning.prompt_embeds)
     planned = memory(recipe, architecture=find_architecture(recipe.model.name_or_path)).phases["decode"]

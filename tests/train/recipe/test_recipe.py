@@ -6,7 +6,6 @@ import re
 import tomllib
 from dataclasses import replace
 from importlib.resources import files
-from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -14,20 +13,11 @@ from hypothesis import strategies as st
 
 from ngrpo_train.commands.train import TrainCommand
 from ngrpo_train.recipe import checks
-from ngrpo_train.recipe.checks import check, refuse_changed
+from ngrpo_train.recipe.algorithms import ALGORITHMS, Algorithm, Neighbor, field_names
+from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.parsing import as_toml, find_recipe, flag_value, parse, read_recipe, resolve
-from ngrpo_train.recipe.sections import (
-    Algorithm,
-    AlgorithmName,
-    Checkpoint,
-    Log,
-    Model,
-    Prompts,
-    Recipe,
-    Reward,
-    as_dict,
-    has_field,
-)
+from ngrpo_train.recipe.resume import refuse_changed
+from ngrpo_train.recipe.sections import Checkpoint, Log, Model, Prompts, Recipe, Reward, as_dict
 
 PACKAGED = sorted(path.name.removesuffix(".toml") for path in (files("ngrpo_train.recipe") / "packaged").iterdir())
 GOOD = Recipe(prompts=Prompts(source="prompts.txt"), rewards={"shapes_verifier": Reward()})
@@ -62,7 +52,7 @@ def test_every_value_of_a_recipe_arrives():
     )
     assert recipe == Recipe(
         model=Model(name_or_path="-odd name=1", gradient_checkpointing=0.5, ema=0.9),
-        algorithm=Algorithm(num_generations=7, step_range=(0.0, 0.5), clip_range=(1e-4, 2e-4), temperature="dim"),
+        algorithm=Neighbor(num_generations=7, step_range=(0.0, 0.5), clip_range=(1e-4, 2e-4), temperature="dim"),
         rewards={"a": Reward(weight=-0.5), "shapes_judge": Reward(log_only=True), "b": Reward(path="m:f")},
         log=Log(trackers=()),
     )
@@ -369,7 +359,7 @@ def test_a_number_out_of_range_is_refused_by_name_and_value(name, value):
     blamed = BLAMED.get((name, value), name)
     section, _, field = blamed.partition(".")
     # A field that neighbor does not have, in a recipe of an algorithm that does.
-    algorithm = next(each for each in get_args(AlgorithmName) if has_field(each, field))
+    algorithm = next((each for each in ALGORITHMS if field in field_names(ALGORITHMS[each])), "neighbor")
     recipe = changed(replace(GOOD, algorithm=Algorithm.of(algorithm)), name, value)
     with pytest.raises(ValueError, match=r"^[^\n]*$") as raised:
         check(recipe)
@@ -380,11 +370,12 @@ def test_every_number_of_a_recipe_has_a_rule():
     """Sections' numbers are all in BAD, so that a new one comes with its range."""
     numbers = {
         f"{section.name}.{field.name}"
+        for recipe in (replace(GOOD, algorithm=Algorithm.of(name)) for name in ALGORITHMS)
         for section in dataclasses.fields(Recipe)
         if section.name != "rewards"
-        for field in dataclasses.fields(getattr(GOOD, section.name))
-        if isinstance(getattr(getattr(GOOD, section.name), field.name), int | float | tuple)
-        and not isinstance(getattr(getattr(GOOD, section.name), field.name), bool)
+        for field in dataclasses.fields(getattr(recipe, section.name))
+        if isinstance(getattr(getattr(recipe, section.name), field.name), int | float | tuple)
+        and not isinstance(getattr(getattr(recipe, section.name), field.name), bool)
         and field.name != "trackers"
     }
     assert numbers - BAD.keys() == set()

@@ -4,22 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from ngrpo_train.recipe.sections import Algorithm, Recipe, Sampling
-from ngrpo_train.recipe.workload import (
-    Workload,
-    branch_steps,
-    branches,
-    num_train_steps,
-    steps_after_window,
-    trainable_steps,
-    tree_steps,
-    window,
-)
+from ngrpo_train.recipe.algorithms import Algorithm
 
 
-def recipe_of(name, N, **settings):
-    algorithm = replace(Algorithm.of(name), **{"step_range": (0.0, 1.0)} | settings)
-    return Recipe(sampling=Sampling(num_inference_steps=N), algorithm=algorithm)
+def settings_of(name, **settings):
+    return replace(Algorithm.of(name), **{"step_range": (0.0, 1.0)} | settings)
 
 
 # --- trained steps
@@ -37,7 +26,7 @@ def recipe_of(name, N, **settings):
     ],
 )
 def test_the_last_step_of_an_sde_is_never_trained(name, N, step_range, expected):
-    assert trainable_steps(recipe_of(name, N, step_range=step_range)) == expected
+    assert settings_of(name, step_range=step_range).trainable_steps(N) == expected
 
 
 @pytest.mark.parametrize(
@@ -53,56 +42,56 @@ def test_the_last_step_of_an_sde_is_never_trained(name, N, step_range, expected)
     ],
 )
 def test_how_many_are_trained(name, N, settings, expected):
-    assert num_train_steps(recipe_of(name, N, **settings)) == expected
+    assert settings_of(name, **settings).num_trained_steps(N) == expected
 
 
 # --- MixGRPO
 
 
 def test_the_window_moves_every_25_iterations_and_stays_at_the_end():
-    recipe = recipe_of("mix_grpo", 8)
-    starts = [window(recipe, iteration).start for iteration in range(300)]
+    mix = settings_of("mix_grpo")
+    starts = [mix.window(8, iteration).start for iteration in range(300)]
     assert starts == [0] * 25 + [1] * 25 + [2] * 25 + [3] * 225
-    assert {len(window(recipe, iteration)) for iteration in range(300)} == {4}
-    within = recipe_of("mix_grpo", 8, step_range=(0.25, 0.875), window_every=2, window_size=3)
-    assert [window(within, i) for i in range(6)] == [range(2, 5)] * 2 + [range(3, 6)] * 2 + [range(4, 7)] * 2
-    frozen = recipe_of("mix_grpo_flash", 8, window_frozen=True)
-    assert {window(frozen, iteration) for iteration in (0, 25, 299)} == {range(0, 4)}
+    assert {len(mix.window(8, iteration)) for iteration in range(300)} == {4}
+    within = settings_of("mix_grpo", step_range=(0.25, 0.875), window_every=2, window_size=3)
+    assert [within.window(8, i) for i in range(6)] == [range(2, 5)] * 2 + [range(3, 6)] * 2 + [range(4, 7)] * 2
+    frozen = settings_of("mix_grpo_flash", window_frozen=True)
+    assert {frozen.window(8, iteration) for iteration in (0, 25, 299)} == {range(0, 4)}
 
 
 def test_steps_after_the_window_are_compressed():
     """25 steps, window 4: 21 are left, then 20, 19, ...; 0.4 of them, rounded down."""
-    recipe = recipe_of("mix_grpo_flash", 25)
-    assert [steps_after_window(recipe, 25 * moves) for moves in (0, 1, 2, 6)] == [8, 8, 7, 6]
-    assert steps_after_window(recipe_of("mix_grpo_flash", 6, window_every=1), 9) == 1
-    assert steps_after_window(recipe_of("mix_grpo_flash", 25, compression=1.0), 0) == 21
+    flash = settings_of("mix_grpo_flash")
+    assert [flash.steps_after_window(25, 25 * moves) for moves in (0, 1, 2, 6)] == [8, 8, 7, 6]
+    assert settings_of("mix_grpo_flash", window_every=1).steps_after_window(6, 9) == 1
+    assert settings_of("mix_grpo_flash", compression=1.0).steps_after_window(25, 0) == 21
 
 
 # --- BranchGRPO
 
 
 def test_the_tree_splits_as_its_authors_have_it():
-    assert branch_steps(recipe_of("branch_grpo", 20)) == (0, 3, 6, 9)
-    assert branch_steps(recipe_of("branch_grpo", 8)) == (0, 1, 2, 3)
-    assert branch_steps(recipe_of("branch_grpo", 4, num_generations=8)) == (0, 1, 2)
-    assert branch_steps(recipe_of("branch_grpo", 20, branch_steps=(2, 5), num_generations=4)) == (2, 5)
+    assert settings_of("branch_grpo").splits(20) == (0, 3, 6, 9)
+    assert settings_of("branch_grpo").splits(8) == (0, 1, 2, 3)
+    assert settings_of("branch_grpo", num_generations=8).splits(4) == (0, 1, 2)
+    assert settings_of("branch_grpo", branch_steps=(2, 5), num_generations=4).splits(20) == (2, 5)
 
 
 def test_edges_through_each_step():
-    recipe = recipe_of("branch_grpo", 20)
-    assert [branches(recipe, step) for step in range(20)] == [2] * 3 + [4] * 3 + [8] * 3 + [16] * 11
-    later = recipe_of("branch_grpo", 8, branch_steps=(1, 4), num_generations=4)
-    assert [branches(later, step) for step in range(8)] == [1, 2, 2, 2, 4, 4, 4, 4]
-    assert tree_steps(later, 0) == (1, 2, 3, 4, 5, 6), "nothing differs before the first split, nothing is random at 7"
+    tree = settings_of("branch_grpo")
+    assert [tree.branches(20, step) for step in range(20)] == [2] * 3 + [4] * 3 + [8] * 3 + [16] * 11
+    later = settings_of("branch_grpo", branch_steps=(1, 4), num_generations=4)
+    assert [later.branches(8, step) for step in range(8)] == [1, 2, 2, 2, 4, 4, 4, 4]
+    assert later.tree_steps(8, 0) == (1, 2, 3, 4, 5, 6), "nothing differs before the first split, nothing random at 7"
 
 
 def test_depth_pruning_moves_up_to_the_last_split():
-    recipe = recipe_of("branch_grpo", 12, branch_steps=(0, 4), num_generations=4, depth_pruning=3)
-    left_out = [sorted({*range(11)} - {*tree_steps(recipe, iteration)}) for iteration in range(0, 240, 30)]
+    tree = settings_of("branch_grpo", branch_steps=(0, 4), num_generations=4, depth_pruning=3)
+    left_out = [sorted({*range(11)} - {*tree.tree_steps(12, iteration)}) for iteration in range(0, 240, 30)]
     assert left_out == [[8, 9, 10], [7, 8, 9], [6, 7, 8], [5, 6, 7], *[[5, 6, 7]] * 4]
-    assert tree_steps(recipe, 29) == tree_steps(recipe, 0)
-    whole = recipe_of("branch_grpo", 12, branch_steps=(0, 9), num_generations=4, depth_pruning=1)
-    assert [tree_steps(whole, iteration) for iteration in (0, 300)] == [tuple(range(10))] * 2
+    assert tree.tree_steps(12, 29) == tree.tree_steps(12, 0)
+    whole = settings_of("branch_grpo", branch_steps=(0, 9), num_generations=4, depth_pruning=1)
+    assert [whole.tree_steps(12, iteration) for iteration in (0, 300)] == [tuple(range(10))] * 2
 
 
 # --- the whole
@@ -120,7 +109,7 @@ def test_depth_pruning_moves_up_to_the_last_split():
     ],
 )
 def test_table_3(name, N, settings, nfe_old, nfe_theta):
-    work = Workload.of(recipe_of(name, N, **settings))
+    work = settings_of(name, **settings).workload(N)
     assert (work.generations, work.nfe_old, work.nfe_theta) == (12, nfe_old, pytest.approx(nfe_theta))
     assert work.num_train_steps * work.num_anchors == work.states
 
@@ -132,7 +121,7 @@ def test_branch_grpos_row_of_table_3():
     ODE's here and not trained: 12.625. Shared beginnings make the rollout cheaper than 20 a sample: a step costs as
     many evaluations as branches reach it.
     """
-    work = Workload.of(recipe_of("branch_grpo", 20))
+    work = settings_of("branch_grpo").workload(20)
     assert work.states == 3 * (2 + 4 + 8) + 10 * 16
     assert work.nfe_theta == 12.625
     assert work.rollout == 1 + 3 * (2 + 4 + 8) + 10 * 16
@@ -143,9 +132,9 @@ def test_pruned_trees_by_hand():
     """8 steps, G = 4, splits at 0 and 2: edges 2, 2, 4 and then 4 for each of the steps 3 to 6."""
     settings = {"branch_steps": (0, 2), "num_generations": 4}
     states = {
-        (width, depth): Workload.of(
-            recipe_of("branch_grpo", 8, width_pruning=width, depth_pruning=depth, **settings)
-        ).states
+        (width, depth): settings_of("branch_grpo", width_pruning=width, depth_pruning=depth, **settings)
+        .workload(8)
+        .states
         for width in ("none", "parent_top1", "extremes")
         for depth in (0, 1)
     }
@@ -156,9 +145,9 @@ def test_pruned_trees_by_hand():
 
 
 def test_flashs_rollout_grows_as_the_window_moves():
-    recipe = recipe_of("mix_grpo_flash", 25)
-    assert [Workload.of(recipe, 25 * moves).nfe_old for moves in (0, 1, 2)] == [4 + 8, 5 + 8, 6 + 7]
-    assert Workload.of(recipe).nfe_theta == 4
+    flash = settings_of("mix_grpo_flash")
+    assert [flash.workload(25, 25 * moves).nfe_old for moves in (0, 1, 2)] == [4 + 8, 5 + 8, 6 + 7]
+    assert flash.workload(25).nfe_theta == 4
 
 
 @pytest.mark.parametrize(
@@ -173,4 +162,4 @@ def test_flashs_rollout_grows_as_the_window_moves():
     ],
 )
 def test_forwards_of_the_old_policy(name, settings, later):
-    assert Workload.of(recipe_of(name, 8, **settings)).old_policy == later
+    assert settings_of(name, **settings).workload(8).old_policy == later

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ngrpo_train.recipe.sections import Algorithm, Recipe, Reward
+from ngrpo_train.recipe.algorithms import Neighbor
 from ngrpo_train.recipe.sections import Evaluation as EvaluationSettings
+from ngrpo_train.recipe.sections import Recipe, Reward
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.rewards.scorer import ModelScorer
 from ngrpo_train.run import artifacts
@@ -39,7 +40,7 @@ def sight(
 
 
 def watch(**algorithm: object) -> Watch:
-    recipe = Recipe(rewards=REWARDS, algorithm=Algorithm(**algorithm))
+    recipe = Recipe(rewards=REWARDS, algorithm=Neighbor(**algorithm))
     return Watch(recipe, Rewards(REWARDS), sight())
 
 
@@ -116,7 +117,7 @@ def test_raw_sums_reach_the_groups():
     scores = torch.cat([wide, narrow])
     now = replace(sight(), evaluation=Evaluation(tuple(rewards), PROMPTS, scores))
     for combine, flat in (("standardized", 1.0), ("raw_sum", 0.0)):
-        recipe = Recipe(rewards=rewards, algorithm=Algorithm(combine=combine))
+        recipe = Recipe(rewards=rewards, algorithm=Neighbor(combine=combine))
         figures = Watch(recipe, Rewards(rewards), now).figures(now)
         assert figures["watch/flat_groups"] == flat, "equal weights of opposite order cancel once standardised"
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ngrpo_train.recipe.sections import Algorithm, Parallel, Recipe
+from ngrpo_train.recipe.algorithms import Algorithm
+from ngrpo_train.recipe.sections import Parallel, Recipe
 from ngrpo_train.run.symptoms import Symptoms
 
 HEALTHY = {

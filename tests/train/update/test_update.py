@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ngrpo_train.algorithms import NeighborGRPO
+from ngrpo_train.algorithms import make_algorithm
 from ngrpo_train.algorithms.neighbor import LeapingPolicy
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.recipe.sections import Algorithm, Prompts, Recipe, Reward, Sampling
+from ngrpo_train.recipe.algorithms import Neighbor
+from ngrpo_train.recipe.sections import Prompts, Recipe, Reward, Sampling
 from ngrpo_train.rewards import Scores
 from ngrpo_train.update.policy import update
 
@@ -24,10 +25,10 @@ def algorithm_of(**settings):
     recipe = Recipe(
         prompts=Prompts(per_rank=P),
         sampling=Sampling(num_inference_steps=STEPS),
-        algorithm=Algorithm(num_generations=G, num_anchors=B, num_train_steps=K, step_range=(0.0, 0.8), **settings),
+        algorithm=Neighbor(num_generations=G, num_anchors=B, num_train_steps=K, step_range=(0.0, 0.8), **settings),
         rewards={"shapes_verifier": Reward()},
     )
-    return NeighborGRPO(recipe)
+    return make_algorithm(recipe)
 
 
 def advantages_of(algorithm, flat=()):
