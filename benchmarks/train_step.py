@@ -23,15 +23,13 @@ import tyro
 
 from benchmarks.train_recipes import as_measured, settings_of
 from benchmarks.train_rows import Case, Session, clock
-from ngrpo_train.algorithms import refuse_backend
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.launch import rank_at_launch
-from ngrpo_train.plan.settle import cost_of, settle_attention, settle_memory
-from ngrpo_train.prompts import PromptCursor, load_prompts, prompts_per_iteration
-from ngrpo_train.recipe.checks import check
+from ngrpo_train.plan.settle import cost_of, settle_memory
+from ngrpo_train.prompts import prompts_per_iteration
 from ngrpo_train.recipe.parsing import RecipeFlags, find_recipe, parse, read_recipe
 from ngrpo_train.recipe.sections import Recipe
-from ngrpo_train.rewards import Rewards
+from ngrpo_train.run.prepare import prepare
 from ngrpo_train.run.stopwatch import Stopwatch
 from ngrpo_train.run.trainer import Trainer
 
@@ -84,42 +82,37 @@ def measure(
     if min(iterations, runs) < 1 or warmup < 0:
         raise ValueError(f"--iterations {iterations}, --runs {runs} and --warmup {warmup} must be positive")
     with processes.joined(recipe.parallel) as launch:
-        device, world_size = launch.device, launch.num_processes
-        check(recipe, world_size)
-        cursor = PromptCursor.of(recipe, load_prompts(recipe.prompts.source), launch.process_index, world_size)
-        rewards = Rewards(recipe.rewards, device)
-        refuse_backend(recipe.algorithm, device)
+        device, prepared = launch.device, prepare(recipe, launch)
         building = clock(device)
-        recipe = settle_attention(recipe, device)
-        recipe = replace(recipe, parallel=settle_memory(recipe, device))
+        recipe = replace(prepared.recipe, parallel=settle_memory(prepared.recipe, device))
         case.settings = settings_of(recipe)
         torch.manual_seed(recipe.train.seed)
-        watch = Stopwatch(device)
-        trainer = Trainer.make(recipe, recipe.parallel, rewards, device, watch)
+        stopwatch = Stopwatch(device)
+        trainer = Trainer.make(recipe, recipe.parallel, prepared.cursor, prepared.rewards, device, stopwatch)
         cost = cost_of(recipe, device)
         case.add("build", "s", building())
         trained = sum(parameter.numel() for parameter in trainer.model.trainable.values())
         case.add("trained_parameters", "count", trained)
         cost.figures(1.0)  # what was compiled before is not this recipe's
 
-        def iterate(step: int) -> dict[str, float]:
-            watch.restart()
-            outcome = trainer.iterate(cursor.next(), step)
+        def iterate() -> dict[str, float]:
+            stopwatch.restart()
+            outcome = trainer.iterate()
             if outcome.stats is None:
                 raise RuntimeError("no group had any signal, so that nothing was updated")
             # Reading them waits for the device, as training does once in an iteration.
             figures = {"grad_norm": outcome.stats.grad_norm.item(), "skipped_steps": outcome.stats.skipped.item()}
-            figures |= watch.read()
+            figures |= stopwatch.read()
             figures |= cost.figures(figures["time/iteration_s"])
             stages = "  ".join(f"{name} {figures[key]:.3g}" for key, name, unit in FIGURES if unit == "s")
-            case.session.say(f"   iteration {step}: {stages}")
+            case.session.say(f"   iteration {trainer.step - 1}: {stages}")
             return figures
 
-        before = [iterate(step) for step in range(warmup)]
+        before = [iterate() for _ in range(warmup)]
         if before:
             case.add("first_iteration", "s", before[0]["time/iteration_s"])
         case.add("graphs_first", "count", sum(each["compile/graphs"] for each in before), note="compiled before")
-        measured = [[iterate(warmup + run * iterations + i) for i in range(iterations)] for run in range(runs)]
+        measured = [[iterate() for _ in range(iterations)] for _ in range(runs)]
         _record(case, measured, prompts_per_iteration(recipe, 1), "; ".join(notes))
 
 

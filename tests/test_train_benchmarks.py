@@ -19,7 +19,7 @@ from benchmarks.train_rows import Case, Row, Session, Skip
 from ngrpo_train.algorithms.neighbor import LeapingPolicy
 from ngrpo_train.models.sizes import find_architecture
 from ngrpo_train.plan.settle import settle_memory
-from ngrpo_train.prompts import Prompt
+from ngrpo_train.prompts import Prompt, PromptCursor
 from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.parsing import RecipeFlags, parse
 from ngrpo_train.recipe.sections import Model, Recipe, Reward
@@ -346,7 +346,8 @@ def test_the_peer_computes_the_same_gradient(tmp_path: Path) -> None:
     """From the same weights, prompt, noise, steps and anchors, through its own rollout, pictures and loss."""
     recipe = tiny(on_gpu=False)
     prompt = "a large red circle on a blue background"
-    trainer = Trainer.make(recipe, settle_memory(recipe, CPU), Rewards(recipe.rewards), CPU, Stopwatch(CPU))
+    cursor = PromptCursor.of(recipe, [prompt], 0, 1)
+    trainer = Trainer.make(recipe, settle_memory(recipe, CPU), cursor, Rewards(recipe.rewards), CPU, Stopwatch(CPU))
     flux, keep = trainer.model, Keep(trainer.model.trainable)
     groups = trainer.algorithm.explore(flux, [Prompt(prompt, 0)], 0)
     scores = trainer.rewards(flux.decode(groups.final_PGTC.flatten(0, 1)), [Prompt(prompt, 0)])

@@ -49,7 +49,7 @@ def sample(source: str, recipe: Recipe, command: SampleCommand) -> int:
     from ngrpo_train.parallel import processes
     from ngrpo_train.prompts import load_prompts
     from ngrpo_train.run.trained import trained_model
-    from ngrpo_train.sampling.evaluate import pictures, save_picture, tile
+    from ngrpo_train.sampling.pictures import pictures, save_picture, tile
 
     out, per_prompt = command.out, command.per_prompt
     prompts = command.prompt or load_prompts(recipe.prompts.source)[:8]

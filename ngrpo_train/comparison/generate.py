@@ -13,7 +13,7 @@ from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.progress import progress
 from ngrpo_train.recipe.sections import Model, Recipe
-from ngrpo_train.sampling.evaluate import pictures
+from ngrpo_train.sampling.pictures import pictures
 from ngrpo_train.sampling.rollout import Tail
 
 

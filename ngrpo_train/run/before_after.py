@@ -1,4 +1,4 @@
-"""The before/after report of a run: the same prompts and noise for the base model and the trained one."""
+"""A run's table of before and after: the base model and the trained one on the same prompts and noise."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards
-from ngrpo_train.sampling.evaluate import Evaluation, evaluate, pictures, plus_minus, save_picture, tile
+from ngrpo_train.sampling.evaluate import Evaluation, evaluate, plus_minus
+from ngrpo_train.sampling.pictures import pictures, save_picture, tile
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """Evaluations by prompt set ("test", "train")."""
+class Evaluations:
+    """Scores of one model, untrained or trained, by prompt set: "test", "train"."""
 
-    evaluations: Mapping[str, Evaluation]
+    by_set: Mapping[str, Evaluation]
 
     @staticmethod
     def make(
         model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[str]], picture_path: Path
-    ) -> Report:
+    ) -> Evaluations:
         """Score every prompt set and draw the first pictures of the first one; a collective."""
         evaluations = {name: evaluate(model, recipe, rewards, texts) for name, texts in prompts.items()}
         shown = next(iter(prompts.values()))[: recipe.log.num_images]
@@ -38,28 +39,28 @@ class Report:
         if processes.rank() == 0:
             scale = max(1, 128 // images.shape[-1])
             save_picture(tile(images.cpu(), columns=min(4, len(shown)), scale=scale), picture_path)
-        return Report(evaluations)
+        return Evaluations(evaluations)
 
     def save(self, path: Path) -> None:
         record = {
             name: {"names": e.names, "prompts": e.prompts, "scores": e.scores_RN.tolist()}
-            for name, e in self.evaluations.items()
+            for name, e in self.by_set.items()
         }
         path.write_text(json.dumps(record))
 
     @staticmethod
     def is_made(path: Path, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[str]]) -> bool:
-        """Whether the report at `path` is of these prompts and rewards, as when a run resumes unchanged."""
+        """Whether those at `path` are of these prompts and rewards, as when a run resumes unchanged."""
         if not path.exists():
             return False
         per_prompt = recipe.evaluation.num_images_per_prompt
-        made = {name: (e.names, e.prompts, e.scores_RN.shape[1]) for name, e in Report.load(path).evaluations.items()}
+        made = {name: (e.names, e.prompts, e.scores_RN.shape[1]) for name, e in Evaluations.load(path).by_set.items()}
         return made == {name: (rewards.names, tuple(texts), len(texts) * per_prompt) for name, texts in prompts.items()}
 
     @staticmethod
-    def load(path: Path) -> Report:
+    def load(path: Path) -> Evaluations:
         record = json.loads(path.read_text())
-        return Report(
+        return Evaluations(
             {
                 name: Evaluation(tuple(e["names"]), tuple(e["prompts"]), torch.tensor(e["scores"]))
                 for name, e in record.items()
@@ -67,15 +68,15 @@ class Report:
         )
 
 
-def before_after(before: Report, after: Report, log_only: frozenset[str]) -> Table:
+def before_after(before: Evaluations, after: Evaluations, log_only: frozenset[str]) -> Table:
     """A row per prompt set and reward; differences are paired by prompt, +- their standard error."""
     table = Table(title="Before and after", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("prompts", "score", "role"):
         table.add_column(column)
     for column in ("before", "after", "difference"):
         table.add_column(column, justify="right")
-    for name, late in after.evaluations.items():
-        early = before.evaluations[name]
+    for name, late in after.by_set.items():
+        early = before.by_set[name]
         paired = Evaluation(late.names, late.prompts, late.scores_RN - early.scores_RN)
         difference, error = paired.mean(), paired.standard_error()
         for score in late.names:
@@ -105,12 +106,25 @@ def side_by_side(before: Path, after: Path, out: Path) -> None:
     canvas.save(out)
 
 
-def conclude(after: Report, run: Path, recipe: Recipe) -> None:
-    """Write and print the table and the picture that set the trained model beside the base model."""
+def look_before(
+    run: Path, model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[str]]
+) -> None:
+    """Score and draw the untrained model, unless an earlier part of the run did; a collective."""
+    if not Evaluations.is_made(run / "before.json", recipe, rewards, prompts):
+        before = Evaluations.make(model, recipe, rewards, prompts, run / "before.png")
+        if processes.rank() == 0:
+            before.save(run / "before.json")
+
+
+def look_after(run: Path, model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[str]]) -> None:
+    """Score and draw the trained model, and write and print what sets it beside the untrained one; a collective."""
+    after = Evaluations.make(model, recipe, rewards, prompts, run / "after.png")
+    if processes.rank() != 0:
+        return
     after.save(run / "after.json")
     side_by_side(run / "before.png", run / "after.png", run / "before_after.png")
     log_only = frozenset(name for name, reward in recipe.rewards.items() if reward.log_only)
-    table = before_after(Report.load(run / "before.json"), after, log_only)
+    table = before_after(Evaluations.load(run / "before.json"), after, log_only)
     Console().print(table)
     with (run / "before_after.txt").open("w") as file:
         Console(file=file, width=100).print(table)

@@ -12,62 +12,24 @@ import os
 import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import PromptCursor
 from ngrpo_train.recipe.resume import refuse_changed
 from ngrpo_train.recipe.sections import Recipe, as_dict
-from ngrpo_train.update.ema import EMA
+from ngrpo_train.run.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
-_OPTIONS = StateDictOptions(ignore_frozen_params=True)
-
-
-@dataclass(slots=True)
-class TrainState:
-    """Everything that moves during training. `step` counts finished iterations."""
-
-    model: FlowModel
-    optimizer: torch.optim.Optimizer
-    cursor: PromptCursor
-    ema: EMA | None = None
-    step: int = 0
-    best_score: float = float("-inf")
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Within it, the model has its averaged weights where an EMA is kept."""
-        return self.ema.applied() if self.ema else nullcontext()
-
-    def tensors(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model.transformer, self.optimizer, options=_OPTIONS)
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
-        if self.ema:
-            state["ema"] = self.ema.state_dict()
-        return state
-
-    def load(self, path: Path) -> None:
-        """Restore everything from a checkpoint."""
-        record = read_record(path)
-        # In place, and the settings that an optimizer's state dict has too are the recipe's. Its `load_state_dict`
-        # would cast states to their weights' dtype, which may be coarser.
-        _load_tensors(self.tensors(), path)
-        self.cursor.load_state_dict(record["cursor"])
-        self.step, self.best_score = record["step"], record["best_score"]
-        random_state = path / f"random_{processes.rank()}.safetensors"
-        if random_state.exists():
-            _restore_random_state(load_file(random_state))
 
 
 class Checkpointer:
@@ -77,9 +39,9 @@ class Checkpointer:
         self.directory, self.recipe = directory, recipe
         self._saved_step = -1
 
-    def refuse_full_disk(self, state: TrainState) -> None:
+    def refuse_full_disk(self, trainer: Trainer) -> None:
         """Raise ValueError where the disk cannot hold one checkpoint; warn where it cannot hold all that are kept."""
-        size = sum(_bytes(tensor) for tensor in _leaves(state.tensors())) / 2**30
+        size = sum(_bytes(tensor) for tensor in _leaves(trainer.tensors())) / 2**30
         free = shutil.disk_usage(self.directory.parent).free / 2**30
         room = f"log.output_dir = {str(self.directory.parent)!r} has {free:.2f} GiB free"
         if processes.any_rank(free < size):
@@ -89,6 +51,11 @@ class Checkpointer:
         if free < more * size:
             logger.warning("%s, and %d more checkpoints take %.2f GiB: lower checkpoint.keep", room, more, more * size)
 
+    def resume(self, trainer: Trainer, path: Path) -> None:
+        """Restore everything from a checkpoint, and remove those that the run makes again; a collective."""
+        restore(trainer, path)
+        self.go_on_after(trainer.step)
+
     def go_on_after(self, step: int) -> None:
         """Remove what a resumed run makes again: checkpoints of later iterations, and a save that was cut short."""
         if processes.rank() == 0:
@@ -96,15 +63,15 @@ class Checkpointer:
             self._remove_all_but(kept)
         processes.barrier()
 
-    def save_if_due(self, state: TrainState, *, best: bool = False) -> None:
+    def save_if_due(self, trainer: Trainer, *, best: bool = False) -> None:
         every = self.recipe.checkpoint.every
-        if best or state.step % every == 0 or state.step == self.recipe.train.steps:
-            self.save(state, best=best)
+        if best or trainer.step % every == 0 or trainer.step == self.recipe.train.steps:
+            self.save(trainer, best=best)
 
-    def save(self, state: TrainState, *, best: bool = False) -> Path:
+    def save(self, trainer: Trainer, *, best: bool = False) -> Path:
         """Write a checkpoint, unless this iteration has one, and remove those no longer kept; a collective."""
-        final = self.directory / f"step_{state.step:06d}"
-        if self._saved_step == state.step:
+        final = self.directory / f"step_{trainer.step:06d}"
+        if self._saved_step == trainer.step:
             return final
         partial = final.with_name(final.name + _PARTIAL)
         main = processes.rank() == 0
@@ -112,16 +79,10 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         processes.barrier()
-        _save_tensors(state.tensors(), partial)
+        _save_tensors(trainer.tensors(), partial)
         save_file(_random_state(), partial / f"random_{processes.rank()}.safetensors")
         if main:
-            record = {
-                "step": state.step,
-                "best_score": state.best_score,
-                "is_best": best,
-                "cursor": state.cursor.state_dict(),
-                "recipe": as_dict(self.recipe),
-            }
+            record = {**trainer.progress(), "is_best": best, "recipe": as_dict(self.recipe)}
             (partial / "record.json").write_text(json.dumps(record, indent=2))
         processes.barrier()
         if main:
@@ -129,7 +90,7 @@ class Checkpointer:
             complete = checkpoints(self.directory)
             self._remove_all_but([path.name for path in complete[-self.recipe.checkpoint.keep :] + _best_of(complete)])
         processes.barrier()
-        self._saved_step = state.step
+        self._saved_step = trainer.step
         return final
 
     def _remove_all_but(self, kept: Collection[str]) -> None:
@@ -181,6 +142,17 @@ def refuse_unlike(path: Path, recipe: Recipe, cursor: PromptCursor) -> None:
     record = read_record(path)
     refuse_changed(record["recipe"], json.loads(json.dumps(as_dict(recipe))))
     cursor.load_state_dict(record["cursor"])
+
+
+def restore(trainer: Trainer, path: Path) -> None:
+    """Overwrite all that training moves, the process's random state too, with what a checkpoint holds."""
+    # In place, and the settings that an optimizer's state dict has too are the recipe's. Its `load_state_dict` would
+    # cast states to their weights' dtype, which may be coarser.
+    _load_tensors(trainer.tensors(), path)
+    trainer.go_on_from(read_record(path))
+    random_state = path / f"random_{processes.rank()}.safetensors"
+    if random_state.exists():
+        _restore_random_state(load_file(random_state))
 
 
 def load_weights(model: FlowModel, path: Path) -> None:

@@ -30,7 +30,7 @@ from ngrpo_train.run.curves import draw
 from ngrpo_train.run.stopwatch import Stopwatch
 from ngrpo_train.run.symptoms import Symptoms
 from ngrpo_train.run.trainer import Outcome
-from ngrpo_train.sampling.evaluate import save_picture, tile
+from ngrpo_train.sampling.pictures import save_picture, tile
 from ngrpo_train.update.policy import UpdateStats
 from ngrpo_train.update.rows import Explored
 
@@ -70,11 +70,11 @@ class Recorder:
         if self.main:
             self._metrics.close()
 
-    def write(self, step: int, outcome: Outcome, watch: Stopwatch) -> dict[str, float]:
+    def write(self, step: int, outcome: Outcome, stopwatch: Stopwatch) -> dict[str, float]:
         """Record a finished iteration and return its figures. Its one synchronisation reads the device's, packed."""
         figures = reward_figures(outcome.scores) | advantage_figures(outcome.advantages)
         figures |= _reduced(device_figures(outcome.groups, outcome.stats))
-        figures |= watch.read()
+        figures |= stopwatch.read()
         figures |= self._cost.figures(figures["time/iteration_s"])
         if not self.main:
             return figures
@@ -221,6 +221,13 @@ def _is_of_evaluation(row: Mapping[str, Any]) -> bool:
 def _report_failure(future: Any) -> None:
     if error := future.exception():
         logger.warning("a picture could not be written: %s", error)
+
+
+def make_trackers(run: Path, recipe: Recipe, device: torch.device) -> Accelerator:
+    """The trackers that log.trackers names, which are told the whole recipe."""
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(recipe.log.trackers) or None, project_dir=run)
+    accelerator.init_trackers(recipe.log.project, config=flat_recipe(recipe))
+    return accelerator
 
 
 def flat_recipe(recipe: Recipe) -> dict[str, str | int | float | bool]:

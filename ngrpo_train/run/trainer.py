@@ -1,19 +1,21 @@
-"""One iteration, the same for every algorithm, whether it is trained, profiled or measured."""
+"""What training moves, and one iteration of it: the same for every algorithm, trained, profiled or measured."""
 
 # P prompts, G candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from ngrpo_train.algorithms import GRPO, make_algorithm
 from ngrpo_train.models.model import FlowModel
-from ngrpo_train.prompts import Prompt
+from ngrpo_train.prompts import PromptCursor
 from ngrpo_train.recipe.sections import Parallel, Recipe
 from ngrpo_train.rewards import Rewards, Scores
 from ngrpo_train.update.ema import EMA
@@ -22,6 +24,8 @@ from ngrpo_train.update.policy import UpdateStats
 from ngrpo_train.update.rows import Explored
 
 Stage = Callable[[str], AbstractContextManager[None]]
+
+_OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +39,29 @@ class Outcome:
     stats: UpdateStats | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, kw_only=True)
 class Trainer:
-    """What an iteration moves, and by which rules. `stage` stands around each stage of it, for clocks and profilers."""
+    """Everything that training moves, the rules by which it does, and how far it has come."""
 
     model: FlowModel
-    rewards: Rewards
-    algorithm: GRPO
     optimizer: torch.optim.Optimizer
-    ema: EMA | None
-    stage: Stage
+    average: EMA | None  # of the trained weights
+    cursor: PromptCursor
+    algorithm: GRPO
+    rewards: Rewards
+    stage: Stage  # around each stage of an iteration, for clocks and profilers
+    step: int = 0  # finished iterations
+    best_score: float = float("-inf")  # of the validations so far
 
     @staticmethod
-    def make(recipe: Recipe, settings: Parallel, rewards: Rewards, device: torch.device, stage: Stage) -> Trainer:
+    def make(
+        recipe: Recipe,
+        settings: Parallel,
+        cursor: PromptCursor,
+        rewards: Rewards,
+        device: torch.device,
+        stage: Stage,
+    ) -> Trainer:
         """Load the model by a checked recipe and allocate all that stays; `settings` is its settled [parallel].
 
         Raises ValueError for a model, embeddings or optimizer that cannot be used.
@@ -62,25 +76,50 @@ class Trainer:
         )
         return Trainer(
             model=model,
-            rewards=rewards,
-            algorithm=make_algorithm(recipe),
             optimizer=make_optimizer(list(model.trainable.values()), recipe.optimizer),
-            ema=EMA(model.trainable, recipe.model.ema) if recipe.model.ema else None,
+            average=EMA(model.trainable, recipe.model.ema) if recipe.model.ema else None,
+            cursor=cursor,
+            algorithm=make_algorithm(recipe),
+            rewards=rewards,
             stage=stage,
         )
 
-    def iterate(self, prompts: list[Prompt], step: int) -> Outcome:
+    def iterate(self) -> Outcome:
+        """Explore the next prompts, decode, score and update: a collective."""
         model, algorithm, stage = self.model, self.algorithm, self.stage
+        prompts = self.cursor.next()
         with model.gathered("iteration"):
             with stage("rollout"), model.exploring():
-                groups = algorithm.explore(model, prompts, step)
+                groups = algorithm.explore(model, prompts, self.step)
             with stage("decode"):
                 images = model.decode(groups.final_PGTC.flatten(0, 1))
             with stage("reward"):
                 scores = self.rewards(images, prompts)
-            advantages = algorithm.advantages(scores, step)
+            advantages = algorithm.advantages(scores, self.step)
             with stage("update"):
                 stats = algorithm.update(model, self.optimizer, groups, advantages)
-        if self.ema:
-            self.ema.update()
+        if self.average:
+            self.average.update()
+        self.step += 1
         return Outcome(groups, images, scores, advantages, stats)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it, the model has its averaged weights where an average is kept."""
+        return self.average.applied() if self.average else nullcontext()
+
+    def tensors(self) -> dict[str, Any]:
+        """The tensors that a checkpoint holds, the very ones in use: what overwrites them has restored them."""
+        model, optimizer = get_state_dict(self.model.transformer, self.optimizer, options=_OPTIONS)
+        tensors: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        if self.average:
+            tensors["ema"] = self.average.state_dict()
+        return tensors
+
+    def progress(self) -> dict[str, Any]:
+        """How far training has come, as JSON takes it: the rest of what a checkpoint holds."""
+        return {"step": self.step, "best_score": self.best_score, "cursor": self.cursor.state_dict()}
+
+    def go_on_from(self, progress: Mapping[str, Any]) -> None:
+        """Continue after what `progress` says is done. Raises ValueError where it counts other prompts."""
+        self.cursor.load_state_dict(progress["cursor"])
+        self.step, self.best_score = progress["step"], progress["best_score"]

@@ -1,27 +1,21 @@
-"""Fixed prompts and noise through the current model: scores for the record, pictures for the eye."""
+"""Scores of the pictures that a model makes of fixed prompts and noise, with their errors over prompts."""
 
-# R rewards, N pictures, T image tokens, C channels.
+# R rewards, N pictures, E columns of what else is seen in a picture.
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ngrpo_train.draws import stream
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards, refuse_non_finite
-from ngrpo_train.sampling.rollout import Tail, generate
-from ngrpo_train.sampling.solvers import flow_sigmas
-
-_NOISE_SEED = 2511_16955  # never the run's: every run is judged on the same noise
+from ngrpo_train.sampling.pictures import pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +47,6 @@ def plus_minus(error: float) -> str:
     return "" if math.isnan(error) else f" ± {error:.3f}"
 
 
-@torch.no_grad()
-def pictures(
-    model: FlowModel, recipe: Recipe, prompts: Sequence[str], slots: Sequence[int], tail: Tail | None = None
-) -> Tensor:
-    """One picture per prompt, uint8 [N, 3, H, W]; `slots` [N] choose the noise."""
-    shape = model.latent_shape
-    noise = [torch.randn(shape, generator=stream(_NOISE_SEED, 0, slot, "evaluation")) for slot in slots]
-    sigmas = flow_sigmas(recipe.sampling.num_inference_steps, recipe.sampling.shift)
-    distinct = list(dict.fromkeys(prompts))
-    rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=model.device)
-    latents = torch.stack(noise).to(model.device)
-    for step in generate(model, latents, model.encode(distinct).rows(rows), sigmas, tail=tail):
-        latents = step.after_NTC
-    return model.decode(latents)
-
-
 def evaluate(
     model: FlowModel,
     recipe: Recipe,
@@ -97,23 +75,3 @@ def evaluate(
     gathered = torch.cat(list(processes.all_gather(torch.cat(parts, 1))), 1)[:, :total].cpu()
     scores_RN, observed_EN = gathered[: len(rewards.names)], gathered[len(rewards.names) :]
     return Evaluation(rewards.names, tuple(prompts), scores_RN, observed_EN.T if observe else None)
-
-
-def tile(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
-    """uint8 [N, 3, H, W] on the CPU, row by row, on white."""
-    count, _, height, width = images.shape
-    rows = -(-count // columns)
-    canvas = Image.new(
-        "RGB", (columns * (width * scale + gap) - gap, rows * (height * scale + gap) - gap), (255, 255, 255)
-    )
-    for i, image in enumerate(images):
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        if scale != 1:
-            picture = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        canvas.paste(picture, ((i % columns) * (width * scale + gap), (i // columns) * (height * scale + gap)))
-    return canvas
-
-
-def save_picture(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)

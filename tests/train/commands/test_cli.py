@@ -10,11 +10,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
-import ngrpo_train.run.loop as train_module
 from ngrpo_train import __main__ as command
 from ngrpo_train.recipe.parsing import find_recipe, resolve
 from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.run import loop, prepare, trainer
 
 COMMANDS = ["train", "sample", "eval", "export", "doctor"]
 
@@ -26,7 +27,7 @@ def no_model(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(train_module, "FlowModel", load)
+    monkeypatch.setattr(trainer, "FlowModel", load)
 
 
 # --- help
@@ -168,7 +169,7 @@ def test_a_misspelt_key_in_a_recipe_file(ngrpo, no_model, tiny_recipe):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line_before_any_work(ngrpo, no_model, tiny_recipe, flags, complaint):
-    if "cuda" in flags and train_module.torch.cuda.is_available():
+    if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     Path("empty.txt").write_text("\n \n")
     Path("taken").mkdir()
@@ -237,7 +238,7 @@ def test_a_failed_start_with_overwrite_deletes_nothing(ngrpo, tiny_recipe):
 
 
 def test_errors_of_our_own_making_keep_their_traceback(ngrpo, tiny_recipe, monkeypatch):
-    monkeypatch.setattr(train_module, "check", lambda *args: json.loads("{"))
+    monkeypatch.setattr(prepare, "check", lambda *args: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):  # a ValueError, but of code that is no part of this package
         ngrpo("train", tiny_recipe)
 
@@ -285,7 +286,7 @@ def test_a_packaged_name_with_everything_overridden(ngrpo, tiny_recipe, tiny_dev
         seen.update(recipe=recipe, run=run, **options)
         return 0
 
-    monkeypatch.setattr(train_module, "train", train)
+    monkeypatch.setattr(loop, "train", train)
     code, _, _ = ngrpo("train", "shapes_cpu", "--train.steps", "7", "--resume", "latest")
     shipped = resolve(tomllib.loads(find_recipe("shapes_cpu").read_text()), name="shapes_cpu")
     assert code == 0

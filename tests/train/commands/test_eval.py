@@ -19,7 +19,7 @@ from ngrpo_train.models.loading import is_transformer
 from ngrpo_train.recipe.parsing import take_rewards
 from ngrpo_train.recipe.sections import Model, Recipe, Reward
 from ngrpo_train.run.trained import FLUX_DEV, Source
-from ngrpo_train.sampling.evaluate import pictures
+from ngrpo_train.sampling.pictures import pictures
 
 from ..conftest import PROMPTS, SIZE
 

@@ -14,7 +14,7 @@ from ngrpo_train.comparison.scores import read_picture
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import TaggedPrompt
 from ngrpo_train.recipe.sections import Evaluation, Recipe, Sampling
-from ngrpo_train.sampling.evaluate import pictures
+from ngrpo_train.sampling.pictures import pictures
 from ngrpo_train.sampling.rollout import generate as solve
 from ngrpo_train.sampling.solvers import dpmpp_2m_step, flow_sigmas
 

@@ -18,7 +18,7 @@ from ngrpo_train.models import float8
 from ngrpo_train.models.float8 import Float8Copy
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import blocks, processes
-from ngrpo_train.prompts import Prompt
+from ngrpo_train.prompts import PromptCursor
 from ngrpo_train.recipe.algorithms import Neighbor
 from ngrpo_train.recipe.sections import Model, Parallel, Prompts, Recipe, Reward, Sampling
 from ngrpo_train.rewards import Rewards
@@ -180,7 +180,8 @@ def recipe_of(directory: str, rollout: str, **algorithm: Any) -> Recipe:
 
 
 def trainer_of(recipe: Recipe) -> Trainer:
-    return Trainer.make(recipe, recipe.parallel, Rewards(recipe.rewards), CPU, Stopwatch(CPU))
+    cursor = PromptCursor.of(recipe, PROMPTS[:2], 0, 1)
+    return Trainer.make(recipe, recipe.parallel, cursor, Rewards(recipe.rewards), CPU, Stopwatch(CPU))
 
 
 @pytest.mark.parametrize("updates", [1, 4], ids=["one update", "B updates"])
@@ -205,16 +206,16 @@ def test_the_ratio_never_sees_it(
             self.model.x_embedder.weight.mul_(-1.5)
 
     monkeypatch.setattr(Float8Copy, "refresh", refresh_wrongly)
-    prompts = [Prompt(text, i) for i, text in enumerate(PROMPTS[:2])]
     algorithm = {"updates_per_iteration": updates, "old_policy": old_policy}
     explored = trainer_of(recipe_of(tiny_dev, "float8", **algorithm))
-    before = [p.detach().clone() for p in explored.flux.trainable.values()]
-    outcome = explored.iterate(prompts, 0)
+    before = [p.detach().clone() for p in explored.model.trainable.values()]
+    outcome = explored.iterate()
 
     alone = trainer_of(recipe_of(tiny_dev, "same", **algorithm))
-    assert error(outcome.groups.final_PGTC, alone.algorithm.explore(alone.flux, prompts, 0).final_PGTC) > 0.1
-    stats = alone.algorithm.update(alone.flux, alone.optimizer, outcome.groups, outcome.advantages)
-    moved = zip(explored.flux.trainable.values(), alone.flux.trainable.values(), before, strict=True)
+    prompts = alone.cursor.next()
+    assert error(outcome.groups.final_PGTC, alone.algorithm.explore(alone.model, prompts, 0).final_PGTC) > 0.1
+    stats = alone.algorithm.update(alone.model, alone.optimizer, outcome.groups, outcome.advantages)
+    moved = zip(explored.model.trainable.values(), alone.model.trainable.values(), before, strict=True)
     for mine, other, first in moved:
         assert torch.equal(mine, other)
         assert not torch.equal(mine, first)

@@ -401,7 +401,7 @@ def test_an_export_of_a_run_on_embeddings(
     if not at_hand:
         for part in loading.TEXT_PARTS:
             shutil.rmtree(model / part)
-    trainer = Trainer.make(recipe, recipe.parallel, rewards=None, device=torch.device("cpu"), stage=None)
+    trainer = Trainer.make(recipe, recipe.parallel, cursor=None, rewards=None, device=torch.device("cpu"), stage=None)
     export(trainer.model, tmp_path / "export")
     assert ("lacks ['text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2']" in caplog.text) is not at_hand
     absent = {} if at_hand else dict.fromkeys(loading.TEXT_PARTS)  # which diffusers asks for by name

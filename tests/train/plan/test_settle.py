@@ -104,7 +104,7 @@ def test_a_run_out_of_memory_says_what_takes_it_and_still_fails(
 ) -> None:
     """Inside an iteration, by the command: the error goes on and is the process's, with its traceback."""
 
-    def iterate(self: Trainer, prompts: object, step: int) -> None:
+    def iterate(self: Trainer) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     explained: list[Recipe] = []

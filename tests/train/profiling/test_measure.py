@@ -19,7 +19,10 @@ import torch
 from rich.console import Console
 
 from ngrpo_train.profiling import measure as profiling
-from ngrpo_train.profiling.measure import Iteration, Profile, Ranges, nsight_commands, profile
+from ngrpo_train.profiling.measure import Iteration, profile
+from ngrpo_train.profiling.nsight import nsight_commands
+from ngrpo_train.profiling.ranges import Ranges
+from ngrpo_train.profiling.tables import Profile
 from ngrpo_train.profiling.trace import Event, Trace, read
 from ngrpo_train.recipe import parsing
 from ngrpo_train.recipe.sections import Recipe

@@ -131,9 +131,9 @@ def test_killed_while_a_checkpoint_is_removed(straight: Path, tmp_path: Path) ->
 def test_sigterm_saves_and_exits_143(every: str, straight: Path, tmp_path: Path) -> None:
     original = checkpoint.Checkpointer.save_if_due
 
-    def save_if_due(self: Any, state: Any, *, best: bool = False) -> None:
-        original(self, state, best=best)
-        if state.step == 2:
+    def save_if_due(self: Any, trainer: Any, *, best: bool = False) -> None:
+        original(self, trainer, best=best)
+        if trainer.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     seldom = {"checkpoint.every": every}
@@ -176,7 +176,7 @@ def refused(straight: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
     def check(changes: dict[str, str], message: str, resume: str = "latest", directory: Path = straight) -> None:
         before = snapshot(straight)
-        with mock.patch("ngrpo_train.run.loop.FlowModel", side_effect=AssertionError("work began")):
+        with mock.patch("ngrpo_train.run.trainer.FlowModel", side_effect=AssertionError("work began")):
             assert Run(directory, changes, resume).make() == 2
         line = capsys.readouterr().err
         assert message in line

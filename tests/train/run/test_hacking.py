@@ -18,7 +18,8 @@ from ngrpo_train.rewards.scorer import ModelScorer
 from ngrpo_train.run import artifacts
 from ngrpo_train.run.curves import chart, draw
 from ngrpo_train.run.hacking import Change, Sight, Watch
-from ngrpo_train.sampling.evaluate import Evaluation, evaluate, pictures
+from ngrpo_train.sampling.evaluate import Evaluation, evaluate
+from ngrpo_train.sampling.pictures import pictures
 
 PROMPTS = ("a", "b", "c", "d")
 REWARDS = {

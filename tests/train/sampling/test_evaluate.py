@@ -15,8 +15,9 @@ from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.sections import Evaluation as EvaluationSettings
 from ngrpo_train.recipe.sections import Recipe, Reward, Sampling
 from ngrpo_train.rewards import RewardError, Rewards
-from ngrpo_train.run.before_after import Report, before_after, side_by_side
-from ngrpo_train.sampling.evaluate import Evaluation, evaluate, pictures, save_picture, tile
+from ngrpo_train.run.before_after import Evaluations, before_after, side_by_side
+from ngrpo_train.sampling.evaluate import Evaluation, evaluate
+from ngrpo_train.sampling.pictures import pictures, save_picture, tile
 
 PROMPTS = ["a dog", "a large red circle on a blue background", "two cats on a mat"]
 
@@ -135,11 +136,11 @@ def test_side_by_side_has_both_panels(tmp_path):
 
 def test_report_pairs_prompts(tmp_path):
     def report(scores):
-        return Report({"test": Evaluation(("a", "b"), ("x", "y"), torch.tensor(scores))})
+        return Evaluations({"test": Evaluation(("a", "b"), ("x", "y"), torch.tensor(scores))})
 
     before, after = report([[1.0, 2.0], [0.0, 0.0]]), report([[2.0, 4.0], [0.0, -1.0]])
     after.save(tmp_path / "after.json")
-    table = before_after(before, Report.load(tmp_path / "after.json"), frozenset("b"))
+    table = before_after(before, Evaluations.load(tmp_path / "after.json"), frozenset("b"))
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     # Differences 1 and 2: their mean 1.5, its standard error (1/sqrt(2)) / sqrt(2) = 0.5.
     assert rows[0] == ("test (2)", "a", "reward", "1.500", "3.000", "+1.500 ± 0.500")
@@ -149,14 +150,14 @@ def test_report_pairs_prompts(tmp_path):
 def test_a_report_of_other_prompts_is_made_again(tiny_dev, load_flux, rewards, tmp_path):
     recipe, path = recipe_of(), tmp_path / "before.json"
     prompts = {"test": PROMPTS[:2]}
-    assert not Report.is_made(path, recipe, rewards, prompts)
-    Report.make(load_flux(tiny_dev), recipe, rewards, prompts, tmp_path / "before.png").save(path)
+    assert not Evaluations.is_made(path, recipe, rewards, prompts)
+    Evaluations.make(load_flux(tiny_dev), recipe, rewards, prompts, tmp_path / "before.png").save(path)
     assert (tmp_path / "before.png").exists()
-    assert Report.is_made(path, recipe, rewards, prompts)
-    assert not Report.is_made(path, recipe, rewards, {"test": PROMPTS[1:]})
-    assert not Report.is_made(path, recipe, rewards, {"test": PROMPTS[:2], "train": PROMPTS})
+    assert Evaluations.is_made(path, recipe, rewards, prompts)
+    assert not Evaluations.is_made(path, recipe, rewards, {"test": PROMPTS[1:]})
+    assert not Evaluations.is_made(path, recipe, rewards, {"test": PROMPTS[:2], "train": PROMPTS})
     more = replace(recipe, evaluation=replace(recipe.evaluation, num_images_per_prompt=2))
-    assert not Report.is_made(path, more, rewards, prompts)
+    assert not Evaluations.is_made(path, more, rewards, prompts)
 
 
 # --- the commands
@@ -226,7 +227,7 @@ def test_eval_of_a_run_defaults_to_its_test_prompts(ngrpo, tiny_recipe):
     code, _, err = ngrpo("train", tiny_recipe, "--evaluation.test=test.txt", "--train.steps=1")
     assert code == 0, err
     assert ngrpo("eval", "runs/tiny", "--as-trained", "--out", "test")[0] == 0
-    reports = {name: Report.load(Path(f"runs/tiny/{name}.json")).evaluations["test"] for name in ("before", "after")}
+    reports = {name: Evaluations.load(Path(f"runs/tiny/{name}.json")).by_set["test"] for name in ("before", "after")}
     for model, report in (("tiny", reports["after"]), ("dev", reports["before"])):
         table = [row for row in read_csv("test/scores.csv") if row["model"].startswith(model)]
         assert [row["prompt"] for row in table] == ["a star", "a blue star"]

@@ -16,7 +16,8 @@ from ngrpo_train.parallel import processes, sharding
 from ngrpo_train.prompts import PromptCursor
 from ngrpo_train.recipe.sections import Model, Optimizer, Parallel, Recipe
 from ngrpo_train.run import checkpoint
-from ngrpo_train.run.checkpoint import Checkpointer, TrainState
+from ngrpo_train.run.checkpoint import Checkpointer, restore
+from ngrpo_train.run.trainer import Trainer
 from ngrpo_train.update.optimizer import guarded_step, make_optimizer
 
 from ..runs import assert_same_run, saved
@@ -293,6 +294,21 @@ def go_on(flux: FlowModel, optimizer: torch.optim.Optimizer, step: int) -> None:
     guarded_step(optimizer, 1.0, CPU)
 
 
+def trainer_of(model: FlowModel, optimizer: torch.optim.Optimizer, step: int = 0) -> Trainer:
+    """What a checkpoint takes; it cannot iterate."""
+    cursor = PromptCursor(["a", "b"], seed=0, per_iteration=1)
+    return Trainer(
+        model=model,
+        optimizer=optimizer,
+        average=None,
+        cursor=cursor,
+        algorithm=None,
+        rewards=None,
+        stage=None,
+        step=step,
+    )
+
+
 @pytest.mark.parametrize("master, layout", [("bfloat16", "none"), ("bfloat16", "full"), ("float32", "full")])
 def test_8_bit_states_survive_a_checkpoint_to_the_bit(
     tiny_dev: str, load_flux: Callable[..., FlowModel], tmp_path: Path, master: str, layout: str
@@ -305,8 +321,7 @@ def test_8_bit_states_survive_a_checkpoint_to_the_bit(
     optimizer = trained(flux, steps=3)
     states = [state["exp_avg"] for state in optimizer.state.values()]
     assert sum(hasattr(processes.local(each), "codes") for each in states) > 10
-    state = TrainState(flux, optimizer, PromptCursor(["a", "b"], seed=0, per_iteration=1), step=3)
-    path = Checkpointer(tmp_path, recipe).save(state)
+    path = Checkpointer(tmp_path, recipe).save(trainer_of(flux, optimizer, step=3))
     before = everything(optimizer)
     go_on(flux, optimizer, 3)
     after = everything(optimizer)
@@ -317,7 +332,7 @@ def test_8_bit_states_survive_a_checkpoint_to_the_bit(
     flux = load_flux(tiny_dev, **options)
     optimizer = trained(flux, steps=1)
     assert not same(everything(optimizer), before)
-    TrainState(flux, optimizer, PromptCursor(["a", "b"], seed=0, per_iteration=1)).load(path)
+    restore(trainer_of(flux, optimizer), path)
     assert same(everything(optimizer), before)
     go_on(flux, optimizer, 3)
     assert same(everything(optimizer), after)
@@ -327,8 +342,8 @@ def test_8_bit_states_survive_a_checkpoint_to_the_bit(
 def test_the_room_that_8_bit_states_take(tiny_dev: str, load_flux: Callable[..., FlowModel], tmp_path: Path) -> None:
     flux = load_flux(tiny_dev, master_dtype="bfloat16", compute_dtype="bfloat16")
     optimizer = make_optimizer(list(flux.trainable.values()), EIGHT_BIT)
-    state = TrainState(flux, optimizer, PromptCursor(["a", "b"], seed=0, per_iteration=1))
-    counted = sum(checkpoint._bytes(tensor) for tensor in checkpoint._leaves(state.tensors()))
+    tensors = trainer_of(flux, optimizer).tensors()
+    counted = sum(checkpoint._bytes(tensor) for tensor in checkpoint._leaves(tensors))
     held = sum(each.numel() * each.element_size() for each in everything(optimizer))
     assert counted == pytest.approx(held, abs=8)  # the learning rate
 

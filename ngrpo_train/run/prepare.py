@@ -1,0 +1,69 @@
+"""What is looked at before any work: a recipe that cannot be trained is refused while there is nothing to lose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+
+from ngrpo_train.algorithms import refuse_backend
+from ngrpo_train.models.encoders import EmbeddingCache, frozen_dtype
+from ngrpo_train.plan.settle import settle_attention
+from ngrpo_train.prompts import PromptCursor, load_prompts
+from ngrpo_train.recipe.checks import check
+from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.rewards import Rewards
+from ngrpo_train.run.checkpoint import read_record, refuse_unlike
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What training is made from, without the model. `validation` and `test` are empty where nothing is evaluated."""
+
+    recipe: Recipe  # with the attention backend by name
+    texts: list[str]
+    validation: list[str]
+    test: list[str]
+    cursor: PromptCursor
+    rewards: Rewards
+    resume_from: Path | None  # a checkpoint
+
+
+def prepare(
+    recipe: Recipe, launch: PartialState, *, evaluates: bool = False, resume_from: Path | None = None
+) -> Prepared:
+    """Read, load and check everything that training by a recipe needs, but for the model.
+
+    With `evaluates`, the prompts to validate and test on too; with `resume_from`, a checkpoint's record. Raises
+    ValueError, naming the field, for settings, prompts, embeddings, rewards, a backend or a checkpoint that cannot be
+    used.
+    """
+    check(recipe, launch.num_processes)
+    texts, evaluation = load_prompts(recipe.prompts.source), recipe.evaluation
+    cursor = PromptCursor.of(recipe, texts, launch.process_index, launch.num_processes)
+    validation, test = [], []
+    if evaluates and evaluation.validation:
+        validation = load_prompts(evaluation.validation, "evaluation.validation")
+    if evaluates and evaluation.test:
+        test = load_prompts(evaluation.test, "evaluation.test")
+    if recipe.prompts.embeddings:
+        _embeddings(recipe, launch).refuse_missing([*texts, *validation, *test])
+    rewards = Rewards(recipe.rewards, launch.device)
+    refuse_backend(recipe.algorithm, launch.device)
+    kept = read_record(resume_from)["recipe"]["parallel"].get("attention", "") if resume_from else ""
+    recipe = settle_attention(recipe, launch.device, kept)
+    if resume_from:
+        refuse_unlike(resume_from, recipe, cursor)
+    return Prepared(recipe, texts, validation, test, cursor, rewards, resume_from)
+
+
+def _embeddings(recipe: Recipe, launch: PartialState) -> EmbeddingCache:
+    """The directory's index; whether the model's own encoders made it is asked when the model is loaded."""
+    return EmbeddingCache(
+        Path(recipe.prompts.embeddings).expanduser(),
+        device=launch.device,
+        dtype=frozen_dtype(launch.device),
+        max_sequence_length=recipe.sampling.max_sequence_length,
+        encoder=None,
+    )
