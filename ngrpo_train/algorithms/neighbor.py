@@ -1,4 +1,50 @@
-"""Neighbor GRPO (arXiv 2511.16955): perturb one noise, solve the ODE, pull anchors to the better candidates."""
+"""Neighbor GRPO (arXiv 2511.16955). Read this file first: it is the algorithm, and names where each of its parts is.
+
+A flow model draws a picture by an ODE: its velocity v(x, sigma) carries noise (sigma = 1) to a picture (sigma = 0).
+GRPO needs the probability of what was drawn, and an ODE gives none. Other methods add noise to every step. Neighbor GRPO
+draws a group of candidates that start close together, and reads a policy off their distances: from where the model
+stands, it leaps to candidate i with probability softmax_i(-|x_i - x|^2). Training pulls the model's next state, and so
+the policy, towards candidates with a high reward.
+
+Algorithm 1 of the paper, line by line, and what does it here:
+
+    for each iteration                                      run/loop.py
+        theta_old <- theta                                  nothing to copy: see 2.
+        take prompts                                        prompts/cursor.py
+        G noises from one base noise (Eq. 7)                sampling/perturb.py, neighborhood
+        solve the ODE for all G candidates                  explored, by sampling/rollout.py, generate
+        rewards of the pictures                             rewards/
+        advantages A_i of each group (Eqs. 3, 11)           NeighborGRPO.advantages, quasi_norm
+        choose B anchors and K solver steps                 draws.py, draw_anchors and draw_train_steps
+        for each anchor j at each chosen step k             update/policy.py, update: all of them in one batch
+            x_theta <- one step of the train solver         x - dt v_theta from the anchor's state (Euler)
+            pi_theta, pi_old over the G candidates (Eq. 8)  LeapingPolicy.terms
+            rho_i = pi_theta(i) / pi_old(i) (Eq. 10)        LeapingPolicy.terms
+            J = sum_i min(A_i rho_i, A_i clip(rho_i))       LeapingPolicy.terms (Eq. 9)
+        step of the optimizer along the gradient of J       update/optimizer.py
+
+Where we differ from what is printed, and why:
+
+1. The old policy stands where one step of the *train* solver leads the old model (`old_policy = "exact"`). Algorithm 1
+   puts it at the rollout's own state x_k. A multistep rollout solver ends elsewhere than one Euler step, so that ratio
+   is not 1 where nothing has been learned; it destroyed the model wherever it was tried (docs/experiments.md). It can
+   be asked for as "literal".
+2. With one optimizer step for each rollout, the old policy is the model itself, without a gradient: the ratio is 1, the
+   loss is constant, and only its gradient means anything. With more steps, the old velocities are computed once,
+   before the first, by the very forward that trains: another batch shape would round otherwise.
+3. The log-ratio is formed from the difference of two velocities, never of two distances (ngrpo_kernels). At FLUX's size
+   distances are thousands and the clip range is 1e-4: in float32, their difference is all rounding.
+4. Anchors and steps are drawn before the rollout, which then keeps only the states that the update reads. They depend
+   on (seed, iteration, prompt) alone, as every random number here does, so any number of processes draws the same.
+5. Anchors and steps are averaged into one gradient. Algorithm 1 can be read as an optimizer step for every anchor:
+   that is `updates_per_iteration = num_anchors`.
+6. Steps come from `step_range`. The paper does not say which ones it trains; late ones pulled the wrong way in every
+   experiment here.
+7. Equal rewards give advantages of exactly zero, and groups without any are skipped; in floating point, a standard
+   deviation of twelve equal rewards need not be zero.
+8. `temperature` divides the squared distances, as Eq. 8 leaves out the width of the Gaussian it comes from; 1 is as
+   printed.
+"""
 
 # P prompts, G candidates, B anchors, K trained steps, T image tokens, C channels. A row of an update is a (prompt,
 # step) pair with its anchors: r rows of b = B states.
@@ -96,6 +142,8 @@ class Neighborhoods:
 
 
 class NeighborGRPO:
+    """The algorithm as the loop asks for it: explore, advantages, update (`ngrpo_train.algorithms.GRPO`)."""
+
     def __init__(
         self,
         settings: Neighbor,
