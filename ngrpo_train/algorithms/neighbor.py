@@ -1,10 +1,10 @@
 """Neighbor GRPO (arXiv 2511.16955). Read this file first: it is the algorithm, and names where each of its parts is.
 
 A flow model draws a picture by an ODE: its velocity v(x, sigma) carries noise (sigma = 1) to a picture (sigma = 0).
-GRPO needs the probability of what was drawn, and an ODE gives none. Other methods add noise to every step. Neighbor GRPO
-draws a group of candidates that start close together, and reads a policy off their distances: from where the model
-stands, it leaps to candidate i with probability softmax_i(-|x_i - x|^2). Training pulls the model's next state, and so
-the policy, towards candidates with a high reward.
+GRPO needs the probability of what was drawn, and an ODE gives none. Other methods add noise to every step. Neighbor
+GRPO draws a group of candidates that start close together, and reads a policy off their distances: from where the
+model stands, it leaps to candidate i with probability softmax_i(-|x_i - x|^2). Training pulls the model's next state,
+and so the policy, towards candidates with a high reward.
 
 Algorithm 1 of the paper, line by line, and what does it here:
 
