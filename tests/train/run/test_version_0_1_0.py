@@ -1,0 +1,90 @@
+"""Recipes, runs and results of version 0.1.0 are understood today; `version_0_1_0/README.md` says what they are."""
+
+import json
+import shutil
+import tarfile
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+from ngrpo_train.experiments.runs import Yardstick, identity
+from ngrpo_train.recipe.algorithms import ALGORITHMS, Algorithm, field_names
+from ngrpo_train.recipe.parsing import resolve
+from ngrpo_train.recipe.resume import refuse_changed
+from ngrpo_train.recipe.sections import as_dict
+
+from ..runs import figures
+
+LEFT = Path(__file__).parent / "version_0_1_0"
+RECORDS = json.loads((LEFT / "recipes.json").read_text())
+
+# A reward is a mean over 1,024 bytes of red. Where a velocity's last bits are rounded otherwise, pictures differ by a
+# byte here and there: each moves a reward by 4e-6, which is 3e-4 of the narrowest group's spread, and so of its
+# advantages. All figures follow from those smoothly, for no ratio is near the clip. Room for three such bytes.
+RELATIVE = 1e-3
+LOSS = 3e-5  # its terms, advantage times (ratio - 1), are up to 0.8 * 0.036, and nearly cancel: 1e-3 of those
+
+
+@pytest.fixture
+def left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory in which the run was made, as it was left."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    shutil.copy(LEFT / "recipe.toml", tmp_path)
+    Path("redness.py").write_text("def redness(images, prompts):\n    return images[:, 0].float().mean((1, 2)) / 255\n")
+    with tarfile.open(LEFT / "run.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+@pytest.mark.parametrize("recipe", ["recipe.toml", "run/recipe.toml"])
+def test_a_run_is_gone_on_with(recipe, left_behind, ngrpo):
+    """By the recipe that a user wrote, and by the one that the run wrote down."""
+    code, _, error = ngrpo("train", recipe, "--resume=latest", "--train.steps=4")
+    assert code == 0, error
+    made, wanted = figures(Path("run")), json.loads((LEFT / "figures.json").read_text())
+    assert [row["step"] for row in made] == [0, 1, 2, 3]
+    for mine, theirs in zip(made[2:], wanted, strict=True):
+        assert mine.pop("update/loss") == pytest.approx(theirs.pop("update/loss"), abs=LOSS)
+        assert {name: mine.get(name) for name in theirs} == pytest.approx(theirs, rel=RELATIVE)
+
+
+def current(name):
+    """The recipe of today that these settings of then mean."""
+    then = RECORDS[name]["recipe"]
+    own = {key: value for key, value in then["algorithm"].items() if key in field_names(ALGORITHMS[name])}
+    return resolve(then | {"algorithm": own}, name=name)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_checkpoints_recipe_is_the_same_today(name):
+    record, now = RECORDS[name]["recipe"], json.loads(json.dumps(as_dict(current(name))))
+    assert RECORDS[name]["settings"]["algorithm"].items() <= now["algorithm"].items()
+    refuse_changed(record, now)
+    for field in sorted(field_names(ALGORITHMS[name]) - {"name"}):
+        other = deepcopy(now)
+        other["algorithm"][field] = "another"
+        with pytest.raises(ValueError, match=rf"^algorithm\.{field} = 'another' differs from the checkpoint's "):
+            refuse_changed(record, other)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_settings_mean_the_same_recipe(name):
+    """What a recipe leaves open is as it was published then."""
+    settings = RECORDS[name]["settings"]["algorithm"]
+    published = json.loads(json.dumps(as_dict(resolve({"algorithm": settings}, name=name))["algorithm"]))
+    then = {key: value for key, value in RECORDS[name]["recipe"]["algorithm"].items() if key in published}
+    assert {key for key in published if published[key] != then[key]} <= {"step_range", "p"}, "which shapes_cpu sets"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_results_of_experiments_are_found_again(name, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    base = resolve({**RECORDS["neighbor"]["recipe"], "algorithm": {}}, name="shapes_cpu")
+    assert identity(current(name), Yardstick(base, True)) == RECORDS[name]["identity"]
+
+
+def test_every_algorithm_of_then_is_known():
+    assert list(RECORDS) == list(ALGORITHMS)
+    assert all(Algorithm.of(name).name == name for name in RECORDS)
