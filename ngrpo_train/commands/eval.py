@@ -45,7 +45,7 @@ class EvalCommand:
     as_trained: bool = False
     """Generate as the run's rollouts do (solver, steps, size), not as the benchmark does."""
     checkpoint: str = "latest"
-    """Of a run: "latest", "best" or a step's number."""
+    """Checkpoint of a run: "latest", "best" or a step's number."""
     out: Annotated[str, tyro.conf.arg(metavar="DIRECTORY", help_behavior_hint="")] = ""
     """Directory for pictures, scores and tables; empty is "evaluations/NAME"."""
     sampling: Sampling = field(default_factory=Sampling)

@@ -46,7 +46,7 @@ class ExperimentCommand:
     steps: int = 0
     """Iterations of every run; 0 takes the grid's."""
     reuse: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CSV [CSV ...]", help_behavior_hint="")] = ()
-    """Of other experiments, whose equal runs are taken over; not for times, which another hour measured."""
+    """CSVs of other experiments, whose equal runs are taken over; not for times, which another hour measured."""
     tuning: Annotated[str, tyro.conf.arg(metavar="CSV|none", help_behavior_hint="")] = ""
     """Where tuned variants find their settings: "none" for the published ones; empty is that of the experiment `tuning`
     beside --out, or the one that ships with the source tree."""
@@ -108,7 +108,7 @@ class _Asked:
         return _Asked(grid, base, below, flags, command, out, grid.chosen(command.only))
 
     def best(self) -> Mapping[str, Best]:
-        """Of each family that a variant takes its settings from; for a table alone, where trials are at hand."""
+        """The best trial of each family that a variant takes its settings from; for a table alone, of those at hand."""
         families = list(dict.fromkeys(variant.tuned for variant in self.variants if variant.tuned))
         if not families:
             return {}

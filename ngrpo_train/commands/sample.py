@@ -27,7 +27,7 @@ class SampleCommand:
     per_prompt: int = 4
     """Pictures of each prompt."""
     checkpoint: str = "latest"
-    """Of a run: "latest", "best" or a step's number."""
+    """Checkpoint of a run: "latest", "best" or a step's number."""
     out: Path = Path("samples")
     """Directory for the pictures."""
     sampling: Sampling = field(default_factory=Sampling)

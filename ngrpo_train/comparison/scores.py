@@ -81,7 +81,7 @@ def score_missing(
                 _score(mine, name, reward, files, device, what)
         except RewardError as error:
             failure = error
-        # Together, for whoever went on alone would wait for the others until its collective timed out.
+        # Together, for a process that went on alone would wait for the others until its collective timed out.
         if processes.any_rank(failure is not None):
             raise failure or RewardError(f"rewards.{name} failed on another process, which says why")
 

@@ -84,7 +84,7 @@ class Section:
 
 
 def sections(prompts: Sequence[TaggedPrompt], model: Scored, base: Scored | None) -> list[Section]:
-    """Of all prompts, then of each style where there are several."""
+    """The section of all prompts, then one for each style where there are several."""
     styles = list(dict.fromkeys(prompt.style for prompt in prompts))
     chosen: dict[str | None, list[int]] = {None: list(range(len(prompts)))}
     if len(styles) > 1:

@@ -31,7 +31,7 @@ def draw_figures(grid: Grid, rows: Sequence[Row], out: Path) -> list[str]:
         figure = _DRAW[kind](grid, rows) if kind in _DRAW else over_time(grid, rows, kind)
         if figure.axes:
             name = f"{grid.name}_{kind.replace('/', '_')}.png"
-            aside = out / f".{name}"  # whoever looks at it sees a whole picture
+            aside = out / f".{name}"  # so that a reader sees a whole picture
             figure.savefig(aside, format="png", dpi=_DPI)
             aside.replace(out / name)
             drawn.append(name)

@@ -90,7 +90,7 @@ def is_column(name: str) -> bool:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """All rows of an experiment, floats at six significant digits; whoever reads meanwhile sees a whole file."""
+    """All rows of an experiment, floats at six significant digits; a reader meanwhile sees a whole file."""
     names = {name for row in rows for name in row.values} - set(_NUMBERS)
     scores = sorted(name for name in names if name.startswith(SCORE))
     by_step = sorted((name for name in names if name.startswith(BY_STEP)), key=solver_step)
@@ -138,7 +138,7 @@ def _row(record: dict[str, str]) -> Row:
 
 
 def solver_step(name: str) -> int:
-    """Of a column "velocity_grad_norm/step_N", its N."""
+    """The N of a column "velocity_grad_norm/step_N"."""
     return int(name.removeprefix(BY_STEP))
 
 

@@ -55,7 +55,7 @@ class Yardstick:
         return self.recipe.trained_rewards()
 
     def scores(self, source: Source, device: torch.device) -> dict[str, float]:
-        """Of a model on the test prompts, by name; a collective."""
+        """Scores of a model on the test prompts, by name; a collective."""
         prompts = load_prompts(self.recipe.evaluation.test, "evaluation.test")
         rewards = Rewards(self.recipe.rewards, device)
         with source.loaded(self.recipe, device) as model:
@@ -190,7 +190,7 @@ class Experiment:
         }
 
     def _rows(self, run: Run, identity: str, directory: Path, device: torch.device) -> list[Row]:
-        """Of a finished run, the test's last; a collective."""
+        """The rows of a finished run, the test's last; a collective."""
         processes.barrier()  # the first process has written the last figures
         scores = None
         if self.yardstick.test:

@@ -28,7 +28,7 @@ class Summary:
 
     @staticmethod
     def of(grid: Grid, rows: Sequence[Row], best: Mapping[str, Best]) -> Summary:
-        """Of the variants that have finished runs; columns that nothing is known of are left out."""
+        """A summary of the variants that have finished runs; columns that nothing is known of are left out."""
         names = variants_of(grid, rows)
         columns: dict[str, list[str]] = {"variant": names, "seeds": [str(len(closing(rows, name))) for name in names]}
         for title, column in SCORES.items():

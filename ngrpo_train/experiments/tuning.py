@@ -20,7 +20,7 @@ class Best:
 
 
 def best_trials(path: Path, base: str, families: Iterable[str]) -> dict[str, Best]:
-    """Of each family its best trial in a CSV of an experiment.
+    """The best trial of each family in a CSV of an experiment.
 
     Raises ValueError where a family has no trials, one has more than another, or they are of another base recipe.
     """
@@ -40,7 +40,7 @@ def best_trials(path: Path, base: str, families: Iterable[str]) -> dict[str, Bes
 
 
 def last_validations(rows: Iterable[Row], family: str) -> dict[str, dict[int | None, Row]]:
-    """Of each trial of a family that was validated after it began, the last row by seed."""
+    """The last row by seed of each trial of a family that was validated after it began."""
     trials: dict[str, dict[int | None, Row]] = {}
     for row in rows:
         if row.family == family and row.split == "validation" and row.step and "reward" in row.values:

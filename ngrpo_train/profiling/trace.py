@@ -196,7 +196,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """Of much work, over all iterations."""
+    """The sum of all work of one name or group, over all iterations."""
 
     name: str
     group: str
@@ -257,7 +257,7 @@ class Trace:
 
     @property
     def seconds(self) -> float:
-        """Of all iterations."""
+        """Seconds of all iterations together."""
         return total(self.iterations) / 1e9
 
     def timeline(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ _NEIGHBOURS = 8  # bins on either side that a peak is held against
 
 
 def grid_strength(images: Tensor, period: int = 16) -> Tensor:
-    """How much stronger pictures are at a period of so many pixels than beside it: about 1 where there is no grid.
+    """How much stronger pictures are at a period of `period` pixels than beside it: about 1 where there is no grid.
 
     FLUX draws patches of 2x2 latent pixels, 16x16 of the picture; its VAE's own cells are 8x8. Float32 [N] for uint8
     images [N, 3, H, W].

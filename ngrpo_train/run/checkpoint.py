@@ -190,7 +190,7 @@ def _leaves(state: Mapping[str, Any]) -> Iterator[torch.Tensor]:
 
 
 def _bytes(tensor: torch.Tensor) -> float:
-    """Of all its shards. A quantised one takes less than its dtype says: what its parts take."""
+    """Bytes of all shards of a tensor. A quantised one takes what its parts take, less than its dtype says."""
     shard: Any = processes.local(tensor)
     if hasattr(shard, "__tensor_flatten__") and shard.numel():
         parts = [getattr(shard, name) for name in shard.__tensor_flatten__()[0]]

@@ -14,7 +14,7 @@ _COLUMNS = 3
 
 def draw(history: Sequence[Mapping[str, float]], trained: Sequence[str], path: Path) -> None:
     """Write `chart` as a PNG."""
-    aside = path.with_name(f".{path.name}")  # whoever looks at it sees a whole picture
+    aside = path.with_name(f".{path.name}")  # so that a reader sees a whole picture
     chart(history, trained).savefig(aside, format="png", dpi=110)
     aside.replace(path)
 

@@ -139,7 +139,7 @@ class Watch:
         return total
 
     def _advantages(self, now: Evaluation) -> Tensor:
-        """Of each prompt's pictures as a group [P, n]: what an update would be told."""
+        """Advantages [P, n] with each prompt's pictures as a group: what an update would be told."""
         all_RPn = now.scores_RN.view(len(now.names), len(now.prompts), -1)
         scores = Scores(now.names, self.rewards.trained, self.rewards.weights, all_RPn)
         groups_RPn, weights = scores.combined(self.recipe.algorithm.combine)
@@ -154,7 +154,7 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Of a mean over prompts, and its standard error."""
+    """A change of a mean over prompts, with its standard error."""
 
     mean: float
     error: float

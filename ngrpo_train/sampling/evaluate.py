@@ -31,13 +31,13 @@ class Evaluation:
         return dict(zip(self.names, self.scores_RN.mean(1).tolist(), strict=True))
 
     def standard_error(self) -> dict[str, float]:
-        """Of the mean over prompts, whose pictures are not independent; NaN for a single prompt."""
+        """The error of the mean over prompts, whose pictures are not independent; NaN for a single prompt."""
         per_prompt = self.scores_RN.view(len(self.names), len(self.prompts), -1).mean(2)
         return dict(zip(self.names, standard_error(per_prompt).tolist(), strict=True))
 
 
 def standard_error(per_prompt: Tensor) -> Tensor:
-    """Of the mean over the last dimension, prompts; NaN for a single one."""
+    """The error of the mean over the last dimension, prompts; NaN for a single one."""
     if per_prompt.shape[-1] == 1:
         return torch.full(per_prompt.shape[:-1], math.nan)
     return per_prompt.std(-1) / per_prompt.shape[-1] ** 0.5
