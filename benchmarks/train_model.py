@@ -39,7 +39,7 @@ class Inputs:
     def make(model: FlowModel, recipe: Recipe) -> "Inputs":
         count = recipe.algorithm.num_generations
         x = torch.randn(count, *model.latent_shape, generator=torch.Generator().manual_seed(0)).to(model.device)
-        prompts = load_prompts(recipe.prompts.source)[:count]
+        prompts = [prompt.text for prompt in load_prompts(recipe.prompts.source)[:count]]
         return Inputs(x, torch.full((count,), 0.9, device=model.device), model.encode(prompts))
 
     def first(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:

@@ -26,6 +26,7 @@ from typing import Literal, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.parsing import find_recipe, parse_flags, read_recipe, resolve, suggestion, take_rewards
 from ngrpo_train.recipe.sections import Recipe, Reward
 from ngrpo_train.rewards import RewardError, Rewards, refuse_non_finite, wire
@@ -194,7 +195,7 @@ class _Service:
             {
                 "status": "ok",
                 "version": _version(),
-                "rewards": [{"name": name} for name in self._rewards.names],
+                "rewards": [{"name": name, "rows": name in self._rewards.with_rows} for name in self._rewards.names],
                 "device": str(self._device),
                 "max_body_bytes": self._body_limit,
             }
@@ -237,7 +238,7 @@ class _Service:
         )
         return Response(wire.encode_scores(scores), media_type=wire.JSON)
 
-    def _scores(self, names: Sequence[str], images: Tensor, prompts: Sequence[str]) -> dict[str, list[float]]:
+    def _scores(self, names: Sequence[str], images: Tensor, prompts: Sequence[Prompt]) -> dict[str, list[float]]:
         self.scoring.update(names)
         try:
             scores_RN = self._rewards.score(images.to(self._device), prompts, names).cpu()

@@ -52,7 +52,7 @@ def sample(source: str, recipe: Recipe, command: SampleCommand) -> int:
     from ngrpo_train.sampling.pictures import pictures, save_picture, tile
 
     out, per_prompt = command.out, command.per_prompt
-    prompts = command.prompt or load_prompts(recipe.prompts.source)[:8]
+    prompts = command.prompt or [prompt.text for prompt in load_prompts(recipe.prompts.source)[:8]]
     each = [prompt for prompt in prompts for _ in range(per_prompt)]
     with trained_model(source, recipe, command.checkpoint) as model:
         batch = recipe.evaluation.batch or 64

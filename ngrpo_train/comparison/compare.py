@@ -18,7 +18,7 @@ from ngrpo_train.comparison.generate import base_tail, generate_missing
 from ngrpo_train.comparison.scores import ScoreFiles, gather, score_missing, unreadable
 from ngrpo_train.comparison.table import PAPER, Scored, legend, render, sections, summary, write_csv, write_json
 from ngrpo_train.parallel import processes
-from ngrpo_train.prompts import TaggedPrompt, load_tagged
+from ngrpo_train.prompts import Prompt, load_prompts
 from ngrpo_train.recipe.sections import Recipe, Reward
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.run.trained import FLUX_DEV, Source
@@ -50,7 +50,7 @@ def evaluate_model(
     model's. Raises ValueError, before any picture is made, for rewards, prompts, models and directories that cannot be
     used.
     """
-    prompts = load_tagged(recipe.prompts.source)
+    prompts = load_prompts(recipe.prompts.source, by_style=True)
     with processes.joined(recipe.parallel) as launch:
         _refuse_scorers(recipe.rewards)
         earlier = _earlier(base)
@@ -60,11 +60,13 @@ def evaluate_model(
         if tail_steps and original is None:
             raise ValueError(f"--base-tail = {tail_steps} needs a base model: name it with --base")
         gallery = _claim(out / "model", source, recipe, prompts, original if tail_steps else None, tail_steps)
-        beside = earlier
+        beside = None
         if original:
             beside = _claim(out / "base", original, recipe, prompts)
         elif earlier:
             _refuse_unlike(earlier, gallery)
+            # Its record has texts and styles; what scorers read of the rows is what the prompts' file says now.
+            beside = Gallery(earlier.directory, earlier.made, prompts, earlier.per_prompt)
         _draw(source, recipe, launch.device, gallery, original, tail_steps)
         steps = [Step(_label(source), gallery.pictures(), ScoreFiles(gallery.directory))]
         if beside:
@@ -79,7 +81,7 @@ def evaluate_model(
 
 def evaluate_images(images: Path, recipe: Recipe, out: Path) -> int:
     """Score existing pictures; returns the exit code, 1 where one of them cannot be read."""
-    prompts = load_tagged(recipe.prompts.source)
+    prompts = load_prompts(recipe.prompts.source, by_style=True)
     with processes.joined(recipe.parallel) as launch:
         _refuse_scorers(recipe.rewards)
         pictures = existing_pictures(images, prompts)
@@ -92,7 +94,7 @@ def evaluate_images(images: Path, recipe: Recipe, out: Path) -> int:
 
 def _score_and_report(
     steps: Sequence[Step],
-    prompts: Sequence[TaggedPrompt],
+    prompts: Sequence[Prompt],
     recipe: Recipe,
     device: torch.device,
     out: Path,
@@ -166,7 +168,7 @@ def _claim(
     directory: Path,
     source: Source,
     recipe: Recipe,
-    prompts: Sequence[TaggedPrompt],
+    prompts: Sequence[Prompt],
     tail: Source | None = None,
     tail_steps: int = 0,
 ) -> Gallery:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ngrpo_train.parallel import processes
-from ngrpo_train.prompts import TaggedPrompt
+from ngrpo_train.prompts import Prompt
 
 _RECORD = "gallery.json"
 
@@ -23,25 +23,25 @@ _RECORD = "gallery.json"
 @dataclass(frozen=True, slots=True)
 class Picture:
     file: Path
-    prompt: TaggedPrompt
+    prompt: Prompt
     version: str = ""  # of a file that others wrote, and may write again
 
     @property
     def key(self) -> str:
-        """What its scores are kept under."""
-        return f"{self.file.name} {self.version}" if self.version else self.file.name
+        """What its scores are kept under: another where its prompt's row, which scorers may read, is another."""
+        request = self.prompt.request
+        row = "" if isinstance(request, str) else _digest(json.dumps(request, sort_keys=True))
+        return " ".join(part for part in (self.file.name, self.version, row) if part)
 
 
 class Gallery:
     """`per_prompt` pictures in a row for each prompt; a picture's place among all of them draws its noise."""
 
-    def __init__(
-        self, directory: Path, made: Mapping[str, Any], prompts: Sequence[TaggedPrompt], per_prompt: int
-    ) -> None:
+    def __init__(self, directory: Path, made: Mapping[str, Any], prompts: Sequence[Prompt], per_prompt: int) -> None:
         self.directory, self.made, self.prompts, self.per_prompt = directory, dict(made), list(prompts), per_prompt
 
     @staticmethod
-    def claim(directory: Path, made: Mapping[str, Any], prompts: Sequence[TaggedPrompt], per_prompt: int) -> Gallery:
+    def claim(directory: Path, made: Mapping[str, Any], prompts: Sequence[Prompt], per_prompt: int) -> Gallery:
         """Make the directory, or go on in it where it holds pictures that are `made` alike; a collective.
 
         Raises ValueError, naming the difference, where they are made otherwise or the directory is something else.
@@ -68,7 +68,7 @@ class Gallery:
         found = _read(directory)
         if found is None:
             return None
-        prompts = [TaggedPrompt(*each) for each in found.pop("prompts")]
+        prompts = [Prompt(text, row={"style": style} if style else {}) for text, style in found.pop("prompts")]
         return Gallery(directory, found, prompts, found.pop("per_prompt"))
 
     def record(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Gallery:
         prompt, copy = divmod(slot, self.per_prompt)
         return self.directory / f"{prompt:05d}_{copy:02d}.png"
 
-    def prompt(self, slot: int) -> TaggedPrompt:
+    def prompt(self, slot: int) -> Prompt:
         return self.prompts[slot // self.per_prompt]
 
     def missing(self) -> list[int]:
@@ -147,7 +147,7 @@ def _short(value: object) -> str:
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
-def existing_pictures(directory: Path, prompts: Sequence[TaggedPrompt]) -> list[Picture]:
+def existing_pictures(directory: Path, prompts: Sequence[Prompt]) -> list[Picture]:
     """The pictures of a directory with their prompts.
 
     A name that begins with a number says which prompt, from 0: 00012.png, 12_03.png, as this command and `ngrpo sample`
@@ -194,8 +194,11 @@ def _in_order(path: Path) -> list[tuple[str, int]]:
     return [(text, int(number or 0)) for text, number in zip(parts[::2], [*parts[1::2], ""], strict=True)]
 
 
-def _version(file: Path, prompt: TaggedPrompt) -> str:
+def _version(file: Path, prompt: Prompt) -> str:
     """Changes with the file and with the prompt that it is taken to show."""
     stat = file.stat()
-    content = f"{stat.st_size} {stat.st_mtime_ns} {prompt.text}"
+    return _digest(f"{stat.st_size} {stat.st_mtime_ns} {prompt.text}")
+
+
+def _digest(content: str) -> str:
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()

@@ -112,7 +112,7 @@ def _score(
             readable = [(p, image) for p, image in zip(batch, images, strict=True) if image is not None]
             for _, same_size in groupby(sorted(readable, key=_shape), key=_shape):
                 pairs = list(same_size)
-                prompts = [picture.prompt.text for picture, _ in pairs]
+                prompts = [picture.prompt for picture, _ in pairs]
                 scores = rewards.score(torch.stack([image for _, image in pairs]).to(device), prompts).cpu()
                 refuse_non_finite(rewards.names, scores, prompts)
                 of_batch |= zip((picture.key for picture, _ in pairs), scores[0].tolist(), strict=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ngrpo_train.comparison.gallery import Picture
 from ngrpo_train.comparison.statistics import Interval, bootstrap, prompt_means
-from ngrpo_train.prompts import TaggedPrompt
+from ngrpo_train.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Scored:
         scale = torch.tensor([column(name).scale for name in rewards], dtype=torch.float64)
         return Scored(label, pictures, raw_RN * scale[:, None])
 
-    def by_prompt(self, prompts: Sequence[TaggedPrompt]) -> Tensor:
+    def by_prompt(self, prompts: Sequence[Prompt]) -> Tensor:
         """Float64 [R, P]."""
         row = {prompt: i for i, prompt in enumerate(prompts)}
         prompt_N = torch.tensor([row[picture.prompt] for picture in self.pictures])
@@ -83,7 +83,7 @@ class Section:
     difference: Interval | None
 
 
-def sections(prompts: Sequence[TaggedPrompt], model: Scored, base: Scored | None) -> list[Section]:
+def sections(prompts: Sequence[Prompt], model: Scored, base: Scored | None) -> list[Section]:
     """The section of all prompts, then one for each style where there are several."""
     styles = list(dict.fromkeys(prompt.style for prompt in prompts))
     chosen: dict[str | None, list[int]] = {None: list(range(len(prompts)))}

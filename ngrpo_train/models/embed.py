@@ -81,7 +81,7 @@ def training_prompts(recipe: Recipe) -> list[str]:
     for name in ("validation", "test"):
         if source := getattr(recipe.evaluation, name):
             sources[f"evaluation.{name}"] = source
-    return list(dict.fromkeys(prompt for name, source in sources.items() for prompt in load_prompts(source, name)))
+    return list(dict.fromkeys(each.text for name, source in sources.items() for each in load_prompts(source, name)))
 
 
 @dataclass(frozen=True, slots=True)

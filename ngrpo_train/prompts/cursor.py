@@ -6,19 +6,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from ngrpo_train.prompts.prompt import Prompt
 from ngrpo_train.recipe.sections import Recipe
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One prompt of an iteration and its index in the iteration's global batch, which seeds its noise."""
-
-    text: str
-    slot: int
 
 
 def prompts_per_iteration(recipe: Recipe, world_size: int) -> int:
@@ -35,7 +28,7 @@ class PromptCursor:
     """
 
     def __init__(
-        self, prompts: Sequence[str], *, seed: int, per_iteration: int, rank: int = 0, world_size: int = 1
+        self, prompts: Sequence[Prompt], *, seed: int, per_iteration: int, rank: int = 0, world_size: int = 1
     ) -> None:
         """Raises ValueError for an empty list or a `per_iteration` that is not a positive multiple of world_size."""
         if not prompts:
@@ -48,17 +41,17 @@ class PromptCursor:
         share = per_iteration // world_size
         self._slots = range(rank * share, (rank + 1) * share)
         self._position = 0  # prompts consumed by all ranks
-        self._fingerprint = hashlib.blake2b(json.dumps(self._prompts).encode(), digest_size=16).hexdigest()
+        self._fingerprint = _fingerprint([prompt.request for prompt in self._prompts])
 
     @classmethod
-    def of(cls, recipe: Recipe, prompts: Sequence[str], rank: int, world_size: int) -> PromptCursor:
+    def of(cls, recipe: Recipe, prompts: Sequence[Prompt], rank: int, world_size: int) -> PromptCursor:
         """Over a recipe's training prompts, for one process of `world_size`."""
         per_iteration = prompts_per_iteration(recipe, world_size)
         return cls(prompts, seed=recipe.train.seed, per_iteration=per_iteration, rank=rank, world_size=world_size)
 
     def next(self) -> list[Prompt]:
         """This rank's contiguous share of the next global batch, in order of slot."""
-        batch = [Prompt(self._at(self._position + slot), slot) for slot in self._slots]
+        batch = [replace(self._at(self._position + slot), slot=slot) for slot in self._slots]
         self._position += self._per_iteration
         return batch
 
@@ -73,20 +66,30 @@ class PromptCursor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the prompts that `state` has consumed.
 
-        Raises ValueError if it counts another prompt list, or dealt out another number of prompts per iteration.
+        A state of ngrpo 0.1.0, which knew no rows, counts distinct texts: this cursor then deals each text once, with
+        its first row. Raises ValueError if the state counts another prompt list, or dealt out another number of prompts
+        per iteration.
         """
+        prompts = self._prompts
         if state["fingerprint"] != self._fingerprint:
-            raise ValueError("prompts.source: these are not the prompts that the checkpoint was trained on")
+            first = {prompt.text: prompt for prompt in reversed(prompts)}
+            prompts = tuple(prompt for prompt in prompts if first[prompt.text] is prompt)
+            if state["fingerprint"] != _fingerprint([prompt.text for prompt in prompts]):
+                raise ValueError("prompts.source: these are not the prompts that the checkpoint was trained on")
         if state["per_iteration"] != self._per_iteration:
             raise ValueError(
                 f"prompts.per_rank * train.gradient_accumulation_steps * processes = {self._per_iteration} differs "
                 f"from the checkpoint's {state['per_iteration']}; a resumed run must keep it"
             )
-        self._position = state["position"]
+        self._prompts, self._fingerprint, self._position = prompts, state["fingerprint"], state["position"]
 
-    def _at(self, position: int) -> str:
+    def _at(self, position: int) -> Prompt:
         epoch, index = divmod(position, len(self._prompts))
         return self._prompts[_permutation(len(self._prompts), self._seed, epoch)[index]]
+
+
+def _fingerprint(requests: Sequence[Any]) -> str:
+    return hashlib.blake2b(json.dumps(requests, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 @lru_cache(maxsize=4)  # two epochs at a straddle, for a cursor to train on and one to validate on

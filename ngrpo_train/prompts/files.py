@@ -1,30 +1,23 @@
-"""Prompts out of files of every known format, each with its style where it has one."""
+"""Prompts out of files of every known format, each with the other fields of its row."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True, slots=True)
-class TaggedPrompt:
-    """A prompt and its style, by which an evaluation is broken down."""
-
-    text: str
-    style: str = ""
+from ngrpo_train.prompts.prompt import Prompt
 
 
-def read_prompts(path: Path, style: str = "") -> list[TaggedPrompt]:
+def read_prompts(path: Path, style: str = "") -> list[Prompt]:
     """The prompts of a file, stripped, blank ones dropped, of this `style` where they have none of their own.
 
     Raises OSError, ValueError or csv.Error for a file that cannot be read, and for an entry without a text.
     """
     entries = READERS[path.suffix.lower()](path)
-    prompts = [_tagged(entry, position, style) for position, entry in enumerate(entries, start=1)]
+    prompts = [_prompt(entry, number, style) for number, entry in enumerate(entries, start=1)]
     return [prompt for prompt in prompts if prompt.text]
 
 
@@ -33,12 +26,14 @@ def is_prompt_file(name: str) -> bool:
     return Path(name).suffix.lower() in READERS
 
 
-def _tagged(entry: Any, position: int, style: str) -> TaggedPrompt:
-    fields = entry if isinstance(entry, dict) else {"prompt": entry}
-    text, own = fields.get("prompt"), fields.get("style")
+def _prompt(entry: Any, number: int, style: str) -> Prompt:
+    row = dict(entry) if isinstance(entry, dict) else {"prompt": entry}
+    text, own = row.pop("prompt", None), row.pop("style", None)
     if not isinstance(text, str):
-        raise ValueError(f'entry {position} is neither a string nor an object with a string "prompt"')
-    return TaggedPrompt(text.strip(), ("" if own is None else str(own).strip()) or style)
+        raise ValueError(f'entry {number} is neither a string nor an object with a string "prompt"')
+    if style := ("" if own is None else str(own).strip()) or style:
+        row["style"] = style
+    return Prompt(text.strip(), row=row, number=number)
 
 
 def _lines(path: Path) -> list[str]:
@@ -70,7 +65,9 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
         header = next(rows, [])
         if not header:
             return []
-        columns = {name: header.index(column) for name, column in _columns(header).items()}
+        prompt = _prompt_column(header)
+        columns = {name: header.index(name) for name in header}  # the first of two that go by one name
+        columns["prompt"] = columns.pop(prompt)
         entries = []
         for row in rows:
             # An unquoted comma in a prompt would otherwise cut it short.
@@ -87,21 +84,39 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     except ImportError as error:
         raise ValueError('reading parquet needs pyarrow: pip install "ngrpo[parquet]"') from error
     with ParquetFile(path) as file:
-        columns = _columns(file.schema_arrow.names)
-        # Only these columns are read: data sets keep images beside them. A null is a blank.
-        table = file.read(columns=list(columns.values()))
-        values = {name: table[column].to_pylist() for name, column in columns.items()}
-    values["prompt"] = ["" if prompt is None else prompt for prompt in values["prompt"]]
+        schema = file.schema_arrow
+        prompt = _prompt_column(schema.names)
+        # Data sets keep whole pictures beside their prompts, which would fill the memory: no columns of bytes.
+        table = file.read(columns=[each.name for each in schema if each.name == prompt or not _holds_bytes(each.type)])
+        values: dict[str, list[Any]] = {}
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            values.setdefault(name, [_plain(value) for value in column.to_pylist()])
+    values["prompt"] = ["" if text is None else text for text in values.pop(prompt)]  # a null is a blank
     return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
 
-def _columns(names: list[str]) -> dict[str, str]:
-    """Which of a table's columns has the "prompt", and which, if any, the "style"."""
+def _holds_bytes(kind: Any) -> bool:
+    """Whether values of an Arrow type are, or contain, bytes."""
+    if kind.num_fields:
+        return any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    return "binary" in str(kind)
+
+
+def _plain(value: Any) -> Any:
+    """A value of JSON's kinds: what else a table can hold, such as a date, becomes its text."""
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _prompt_column(names: list[str]) -> str:
+    """The column of a table that has the prompts: "prompt", or the only one but the style."""
     others = [name for name in names if name != "style"]
     if "prompt" not in others and len(others) != 1:
         raise ValueError(f'no column "prompt" among {", ".join(names)}')
-    columns = {"prompt": "prompt" if "prompt" in others else others[0]}
-    return columns | {"style": "style"} if "style" in names else columns
+    return "prompt" if "prompt" in others else others[0]
 
 
 READERS: dict[str, Callable[[Path], list[Any]]] = {

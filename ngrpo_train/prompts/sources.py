@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import re
 from collections import Counter
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 
-from ngrpo_train.prompts.files import READERS, TaggedPrompt, is_prompt_file, read_prompts
+from ngrpo_train.prompts.files import READERS, is_prompt_file, read_prompts
 from ngrpo_train.prompts.hub import Dataset, choose, listing, split_of
+from ngrpo_train.prompts.prompt import Prompt
 from ngrpo_train.recipe.parsing import suggestion
 
 logger = logging.getLogger(__name__)
@@ -30,20 +33,17 @@ _FORMATS = ", ".join(READERS)
 _KNOWN = f"{_FORMATS} files, directories of them, hub:OWNER/DATASET[/PATH][:SPLIT], hpdv2:SPLIT, shapes:SPLIT and smoke"
 
 
-def load_prompts(source: str, field: str = "prompts.source") -> list[str]:
-    """The distinct prompts of a source, in order of first appearance; sources and errors are those of `load_tagged`."""
-    return list(dict.fromkeys(prompt.text for prompt in load_tagged(source, field)))
+def load_prompts(source: str, field: str = "prompts.source", *, by_style: bool = False) -> list[Prompt]:
+    """The distinct prompts of a source, stripped, blank ones dropped, in order of first appearance.
 
-
-def load_tagged(source: str, field: str = "prompts.source") -> list[TaggedPrompt]:
-    """The prompts of a source with their styles, stripped, blank ones dropped, in order of first appearance.
-
-    A text that occurs in two styles is kept in both, for each style's mean is its own; within one it is kept once.
+    Rows of equal text and different fields are different prompts, for they ask for different things; rows that differ
+    in style alone are one. With `by_style` a text is kept in each of its styles, for each style's mean is its own.
 
     `source` is one of:
     the path of a UTF-8 file: txt, one prompt per line; json, a list of strings or of objects with "prompt"; jsonl, the
-    same, one per line; csv (its first row names the columns) and parquet, column "prompt", or the only column. An
-    object or row may have a "style".
+    same, one per line; csv (its first row names the columns) and parquet, column "prompt", or the only column. The
+    other fields of an object or row stay with the prompt as `row`, but for parquet's columns of bytes; one of them may
+    be a "style".
     the path of a directory of such files: a file's name, without its ending, is the style of its prompts.
     hub:OWNER/DATASET: the prompt files of a dataset on the hub; with :SPLIT where it has several, with a /PATH in it
     for one file or, as with a directory, one folder of styles.
@@ -56,7 +56,7 @@ def load_tagged(source: str, field: str = "prompts.source") -> list[TaggedPrompt
     malformed file, a dataset that is not to be had, and a source without prompts.
     """
     try:
-        prompts = list(dict.fromkeys(_read(source)))
+        prompts = _distinct(_read(source), by_style)
     except (OSError, ValueError, csv.Error) as error:
         reason, _, _ = str(error).partition("\n")
         raise ValueError(f"{field} {source!r}: {reason}") from error
@@ -65,7 +65,15 @@ def load_tagged(source: str, field: str = "prompts.source") -> list[TaggedPrompt
     return prompts
 
 
-def _read(source: str) -> list[TaggedPrompt]:
+def _distinct(prompts: list[Prompt], by_style: bool) -> list[Prompt]:
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        # By JSON, in which 1 is not true, and a NaN is itself.
+        first.setdefault(json.dumps([prompt.request, by_style and prompt.style], sort_keys=True), prompt)
+    return list(first.values())
+
+
+def _read(source: str) -> list[Prompt]:
     if source == "smoke":
         return read_prompts(Path(str(files("ngrpo_train") / "prompts" / "smoke.jsonl")))
     path = Path(source).expanduser()
@@ -80,7 +88,7 @@ def _read(source: str) -> list[TaggedPrompt]:
     return read_prompts(path)
 
 
-def _from_scheme(scheme: str, name: str) -> list[TaggedPrompt]:
+def _from_scheme(scheme: str, name: str) -> list[Prompt]:
     match scheme:
         case "hub":
             return _from_hub(name)
@@ -90,11 +98,11 @@ def _from_scheme(scheme: str, name: str) -> list[TaggedPrompt]:
             _refuse_unknown_split(name, SHAPES_SPLITS)
             from ngrpo_train.shapes.world import prompts  # costs nothing to those who train on their own
 
-            return [TaggedPrompt(prompt) for prompt in prompts(name)]
+            return [Prompt(text) for text in prompts(name)]
     raise ValueError(f"unknown scheme {scheme!r}; known are {_KNOWN}{suggestion(scheme, ['hub', 'hpdv2', 'shapes'])}")
 
 
-def _from_directory(directory: Path) -> list[TaggedPrompt]:
+def _from_directory(directory: Path) -> list[Prompt]:
     names = sorted(path.name for path in directory.iterdir() if is_prompt_file(path.name) and path.is_file())
     if not names:
         folders = sorted(path.name for path in directory.iterdir() if path.is_dir() and path.name[0] != ".")
@@ -105,7 +113,7 @@ def _from_directory(directory: Path) -> list[TaggedPrompt]:
     return _read_all(directory, names, styled=True)
 
 
-def _from_hub(name: str) -> list[TaggedPrompt]:
+def _from_hub(name: str) -> list[Prompt]:
     parts = re.fullmatch(r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<path>[^:]*[^:/]))?(?::(?P<split>[\w.-]+))?", name)
     if not parts:
         raise ValueError("is not of the form hub:OWNER/DATASET, with /PATH or :SPLIT after it where needed")
@@ -127,10 +135,12 @@ def _from_hub(name: str) -> list[TaggedPrompt]:
     return _read_all(dataset.fetch(within), within, styled=bool(path))
 
 
-def _from_hpdv2(split: str) -> list[TaggedPrompt]:
+def _from_hpdv2(split: str) -> list[Prompt]:
     _refuse_unknown_split(split, tuple(_HPDV2_FILES))
     wanted = _HPDV2_FILES[split]
-    prompts = _read_all(_hpdv2_folder(wanted), wanted, styled=split == "benchmark")
+    read = _read_all(_hpdv2_folder(wanted), wanted, styled=split == "benchmark")
+    # What else its rows say is of other pictures: how people ranked them.
+    prompts = [replace(prompt, row={"style": prompt.style} if prompt.style else {}) for prompt in read]
     if split == "benchmark":
         counts = Counter(prompt.style for prompt in prompts)
         for style in _HPDV2_STYLES:
@@ -149,12 +159,12 @@ def _hpdv2_folder(wanted: list[str]) -> Path:
     raise refusals[0]
 
 
-def _read_all(folder: Path, names: list[str], *, styled: bool) -> list[TaggedPrompt]:
+def _read_all(folder: Path, names: list[str], *, styled: bool) -> list[Prompt]:
     """The prompts of these files; if `styled`, a file's name without its ending is their style."""
     return [prompt for name in names for prompt in _read_one(folder, name, PurePosixPath(name).stem if styled else "")]
 
 
-def _read_one(folder: Path, name: str, style: str) -> list[TaggedPrompt]:
+def _read_one(folder: Path, name: str, style: str) -> list[Prompt]:
     try:
         return read_prompts(folder / name, style)
     except (OSError, ValueError, csv.Error) as error:

@@ -1,7 +1,7 @@
 """Scorers: callables from pictures and prompts to numbers, and the set of them that a recipe names.
 
-A scorer takes uint8 images [N, 3, H, W] on the run's device and N prompts, and returns N finite numbers. Quantised
-input makes a picture's score the same in training, behind a server and from a file.
+A scorer is what `scorer` says. Its images are on the run's device, and bytes, which makes a picture's score the same in
+training, behind a server and from a file.
 """
 
 # R rewards, P prompts (of all ranks where it says so), G candidates, N pictures.
@@ -22,7 +22,7 @@ from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import threads
-from ngrpo_train.rewards.scorer import RewardError, Scorer
+from ngrpo_train.rewards.scorer import RewardError, Scorer, takes_rows
 
 __all__ = [
     "SHIPPED",
@@ -93,13 +93,14 @@ class Rewards:
         self.trained = tuple(name for name, reward in settings.items() if reward.is_trained)
         self.weights = tuple(settings[name].weight for name in self.trained)
         self.scorers = {name: find_scorer(name, reward, device) for name, reward in settings.items()}
+        self.with_rows = frozenset(name for name, scorer in self.scorers.items() if takes_rows(scorer))
         # Answers from elsewhere are awaited together, while this machine computes its own.
         self._elsewhere = [name for name, reward in settings.items() if reward.remote]
         self.running: set[str] = set()  # names of the scorers that compute now; where one hangs, it stays
 
     @torch.no_grad()
-    def score(self, images: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None) -> Tensor:
-        """Float32 [R, N] on the images' device, by all rewards, or by those of `names`.
+    def score(self, images: Tensor, prompts: Sequence[Prompt], names: Sequence[str] | None = None) -> Tensor:
+        """Float32 [R, N] on the images' device, by all rewards, or by those of `names`; N images and their prompts.
 
         Raises RewardError, naming the reward, where a scorer fails.
         """
@@ -114,14 +115,16 @@ class Rewards:
         answered = dict(zip(elsewhere, answers, strict=True))
         return torch.stack([(computed | answered)[name] for name in names])
 
-    def score_with(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        pictures = f"{len(prompts)} pictures, the first for {prompts[0]!r}"
+    def score_with(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        pictures = f"{len(prompts)} pictures, the first for {prompts[0]}"
         self.running.add(name)
         try:
-            scores = torch.as_tensor(self.scorers[name](images, prompts), device=images.device, dtype=torch.float32)
+            scores = torch.as_tensor(self._asked(name, images, prompts), device=images.device, dtype=torch.float32)
         except RewardError:  # a judge's, which names prompt and answer
             raise
         except Exception as error:
+            if name in self.with_rows and name not in self._elsewhere:
+                pictures = self._culprit(name, images, prompts) or pictures
             raise RewardError(f"rewards.{name} failed on {pictures}: {type(error).__name__}: {error}") from error
         finally:
             self.running.discard(name)
@@ -129,10 +132,26 @@ class Rewards:
             raise RewardError(f"rewards.{name} returned a tensor of shape {list(scores.shape)} for {pictures}")
         return scores
 
+    def _asked(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Any:
+        texts = [prompt.text for prompt in prompts]
+        if name in self.with_rows:
+            return self.scorers[name](images, texts, [prompt.row for prompt in prompts])
+        return self.scorers[name](images, texts)
+
+    def _culprit(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> str:
+        """The first prompt that a scorer of rows fails on alone, with the fields of its row; "" for none."""
+        for picture, prompt in zip(images.split(1), prompts, strict=True):
+            try:
+                self._asked(name, picture, [prompt])
+            except Exception:
+                fields = ", ".join(prompt.row)
+                return f"{prompt}, {f'whose row has {fields}' if fields else 'which has no row'}"
+        return ""
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Score P groups, prompt-major [P * G, 3, H, W], and share the scores with all ranks: one copy to the host."""
         names = self.in_training
-        each = [prompt.text for prompt in prompts for _ in range(len(images) // len(prompts))]
+        each = [prompt for prompt in prompts for _ in range(len(images) // len(prompts))]
         scores_RPG = self.score(images, each, names).view(len(names), len(prompts), -1)
         all_RPG = torch.cat(list(processes.all_gather(scores_RPG)), dim=1).cpu()
         scores = Scores(names, self.trained, self.weights, all_RPG)
@@ -142,11 +161,11 @@ class Rewards:
         return scores
 
 
-def refuse_non_finite(names: Sequence[str], scores_RN: Tensor, prompts: Sequence[str]) -> None:
+def refuse_non_finite(names: Sequence[str], scores_RN: Tensor, prompts: Sequence[Prompt]) -> None:
     """Raise RewardError, naming reward and prompt, if a score (on the CPU) is NaN or infinite."""
     for reward, picture in (~scores_RN.isfinite()).nonzero().tolist():
         value = scores_RN[reward, picture].item()
-        raise RewardError(f"rewards.{names[reward]} = {value} for the prompt {prompts[picture]!r}")
+        raise RewardError(f"rewards.{names[reward]} = {value} for the prompt {prompts[picture]}")
 
 
 def find_scorer(name: str, reward: Reward, device: torch.device) -> Scorer:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import threads, wire
@@ -40,15 +41,16 @@ def load(name: str, settings: Reward, device: torch.device) -> Scorer:
     wanted = settings.path.rpartition(":")[2] or name  # a server knows package.module:callable by its last part
     health = _health(replace(endpoint, attempts=3, timeout_s=10.0), wanted)
     try:
-        offered = [str(reward["name"]) for reward in health["rewards"]]
+        # A server of ngrpo 0.1.0 says nothing of rows, and takes none.
+        offered = {str(reward["name"]): bool(reward.get("rows")) for reward in health["rewards"]}
         body_limit = int(health["max_body_bytes"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"remote = {url!r} answers, but is no ngrpo reward server") from error
     if wanted not in offered:
         raise ValueError(
             f"remote = {url!r} has no reward {wanted!r}{suggestion(wanted, offered)}; it has {', '.join(offered)}"
         )
-    return _Remote(replace(endpoint, attempts=_ATTEMPTS), wanted, settings.batch, body_limit)
+    return _Remote(replace(endpoint, attempts=_ATTEMPTS), wanted, settings.batch, body_limit, offered[wanted])
 
 
 def _health(endpoint: Endpoint, wanted: str) -> Any:
@@ -66,12 +68,18 @@ def _health(endpoint: Endpoint, wanted: str) -> Any:
 class _Remote:
     """Sends pictures in parts, several at once; a part that gets no answer is sent again, whole."""
 
-    def __init__(self, endpoint: Endpoint, reward: str, batch: int, body_limit: int) -> None:
+    def __init__(self, endpoint: Endpoint, reward: str, batch: int, body_limit: int, with_rows: bool) -> None:
         self._endpoint, self._reward, self._batch, self._body_limit = endpoint, reward, batch, body_limit
+        self._with_rows = with_rows
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Float32 [N] on the CPU for uint8 images [N, 3, H, W] and N prompts. Raises HttpError."""
-        images = images.cpu()
+    def __call__(self, images: Tensor, texts: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()) -> Tensor:
+        """Float32 [N] on the CPU for uint8 images [N, 3, H, W], N texts and, where the server wants them, N rows.
+
+        Raises HttpError.
+        """
+        images, prompts = images.cpu(), [Prompt(text) for text in texts]
+        if rows and self._with_rows:
+            prompts = [Prompt(text, row=row) for text, row in zip(texts, rows, strict=True)]
         size = min(self._batch, wire.most_pictures(images, prompts, self._body_limit))
         if size == 0:
             raise ValueError(
@@ -82,7 +90,7 @@ class _Remote:
         parts = [partial(self._score, images[i : i + size], prompts[i : i + size]) for i in starts]
         return torch.cat(threads.results(threads.start(parts, at_once=_AT_ONCE)))
 
-    def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         path = f"/score?rewards={quote(self._reward, safe='')}"
         identity = {"X-Request-ID": uuid.uuid4().hex}
         body = wire.encode_pictures(images, prompts)

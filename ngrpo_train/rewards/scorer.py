@@ -1,9 +1,14 @@
-"""What a scorer is, and what those with weights of their own have in common."""
+"""What a scorer is, and what those with weights of their own have in common.
+
+A scorer is `score(images, prompts)` or `score(images, prompts, rows)`: uint8 images [N, 3, H, W], N texts and, where it
+asks for them, the other fields of each text's row in its prompt file, N mappings. It returns N finite numbers.
+"""
 
 # N pictures, M distinct prompts.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +18,22 @@ from torch import Tensor, nn
 
 from ngrpo_train.recipe.sections import Reward
 
-Scorer = Callable[[Tensor, Sequence[str]], Tensor]
+Scorer = Callable[..., Tensor]
 
 
 class RewardError(RuntimeError):
     """A scorer failed or returned something that is not a finite number per picture."""
+
+
+def takes_rows(scorer: Scorer) -> bool:
+    """Whether a scorer asks for rows: by a third positional parameter that is called `rows` or has no default."""
+    try:
+        signature = inspect.signature(scorer.forward if isinstance(scorer, nn.Module) else scorer)
+    except ValueError:  # some of C's functions have none
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    third = [each for each in signature.parameters.values() if each.kind in kinds][2:3]
+    return any(each.name == "rows" or each.default is each.empty for each in third)
 
 
 class ModelScorer(nn.Module, ABC):

@@ -1,6 +1,7 @@
 """What a reward server is sent and what it answers: pictures with prompts, and scores. Nothing of it can carry code.
 
 Pictures come as a safetensors file, which is exact and cheap, or as JSON with PNG files, which any program can write.
+Rows are an addition of version 0.2: only a server that says at /health that a reward reads them is sent any.
 """
 
 # N pictures.
@@ -21,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ngrpo_train.prompts import Prompt
+
 SAFETENSORS = "application/x-safetensors"
 JSON = "application/json"
 
@@ -31,12 +34,18 @@ MAX_PIXELS = 2**27  # of all pictures: 384 MiB, that a small body of well compre
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # others, such as 16 bits of grey, would be clipped to RGB
 
 
-def encode_pictures(images: Tensor, prompts: Sequence[str]) -> bytes:
-    """A safetensors file: uint8 `images` [N, 3, H, W], and in its metadata `prompts`, a JSON list of N strings."""
-    return save({"images": images.cpu().contiguous()}, metadata={"prompts": json.dumps(list(prompts))})
+def encode_pictures(images: Tensor, prompts: Sequence[Prompt]) -> bytes:
+    """A safetensors file: uint8 `images` [N, 3, H, W], and in its metadata `prompts`, a JSON list of N strings.
+
+    Where a prompt has a row, there are `rows` too, a JSON list of N objects.
+    """
+    metadata = {"prompts": json.dumps([prompt.text for prompt in prompts])}
+    if any(prompt.row for prompt in prompts):
+        metadata["rows"] = json.dumps([dict(prompt.row) for prompt in prompts])
+    return save({"images": images.cpu().contiguous()}, metadata=metadata)
 
 
-def decode_pictures(content_type: str, body: bytes) -> tuple[Tensor, list[str]]:
+def decode_pictures(content_type: str, body: bytes) -> tuple[Tensor, list[Prompt]]:
     """Uint8 [N, 3, H, W] on the CPU and N prompts. Raises ValueError, naming the picture where it is one's fault."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind == SAFETENSORS:
@@ -46,12 +55,15 @@ def decode_pictures(content_type: str, body: bytes) -> tuple[Tensor, list[str]]:
     raise ValueError(f"the content type {kind!r} is neither {JSON} nor {SAFETENSORS}")
 
 
-def most_pictures(images: Tensor, prompts: Sequence[str], body_limit: int) -> int:
+def most_pictures(images: Tensor, prompts: Sequence[Prompt], body_limit: int) -> int:
     """How many such pictures one request of at most `body_limit` bytes may have; 0 where one is too many."""
     pixels = images.shape[-2] * images.shape[-1]
     header, escaped = 1024, 14  # bytes: what else it has, and the most that a character becomes in JSON within JSON
-    longest = max(map(len, prompts), default=0) + 8
-    return min(MAX_PICTURES, MAX_PIXELS // pixels, max(0, body_limit - header) // (3 * pixels + escaped * longest))
+    longest = max((len(prompt.text) for prompt in prompts), default=0) + 8
+    # A row is JSON already: within JSON its quotes and backslashes take two characters.
+    row = max((2 * len(json.dumps(dict(prompt.row))) + 8 for prompt in prompts if prompt.row), default=0)
+    each = 3 * pixels + escaped * longest + row
+    return min(MAX_PICTURES, MAX_PIXELS // pixels, max(0, body_limit - header) // each)
 
 
 def encode_scores(scores: Mapping[str, Sequence[float]]) -> bytes:
@@ -74,7 +86,7 @@ def decode_scores(body: bytes, name: str, count: int) -> Tensor:
         raise ValueError(f"the answer has a number that no float holds: {_excerpt(body)}") from error
 
 
-def _from_safetensors(body: bytes) -> tuple[Tensor, list[str]]:
+def _from_safetensors(body: bytes) -> tuple[Tensor, list[Prompt]]:
     # The library gives no metadata of a file in memory. Whether the rest of the header holds it checks below.
     header = _parsed(body[8 : 8 + int.from_bytes(body[:8], "little")], "the header of a safetensors body")
     header = header if isinstance(header, dict) else {}
@@ -86,10 +98,15 @@ def _from_safetensors(body: bytes) -> tuple[Tensor, list[str]]:
     if not isinstance(shape, list) or len(shape) != 4 or shape[1] != 3 or not all(type(n) is int for n in shape):
         raise ValueError(f"images must have the shape [N, 3, height, width], not {shape}")
     metadata = header.get("__metadata__")
-    prompts = metadata.get("prompts") if isinstance(metadata, dict) else None
-    if not isinstance(prompts, str):
-        raise ValueError('the metadata of a safetensors body must hold "prompts", a JSON list of strings')
-    checked = _checked_prompts(_parsed(prompts, "prompts in the metadata"), shape[0])
+    metadata = metadata if isinstance(metadata, dict) else {}
+    prompts, rows = metadata.get("prompts"), metadata.get("rows", "null")
+    if not isinstance(prompts, str) or not isinstance(rows, str):
+        raise ValueError(
+            'the metadata of a safetensors body must hold "prompts", a JSON list of strings, and may hold "rows", a '
+            "JSON list of objects"
+        )
+    texts, fields = _parsed(prompts, "prompts in the metadata"), _parsed(rows, "rows in the metadata", constants=True)
+    checked = _checked_prompts(texts, fields, shape[0])
     _check_size("images", shape[3], shape[2])
     _check_total(shape[0], shape[3], shape[2])
     try:
@@ -98,14 +115,14 @@ def _from_safetensors(body: bytes) -> tuple[Tensor, list[str]]:
         raise ValueError(f"the body is no safetensors file: {error}") from error
 
 
-def _from_json(body: bytes) -> tuple[Tensor, list[str]]:
+def _from_json(body: bytes) -> tuple[Tensor, list[Prompt]]:
     request = _parsed(body, "the body")
-    if not isinstance(request, dict) or request.keys() != {"prompts", "images"}:
-        raise ValueError('a JSON body must be an object of "prompts" and "images"')
+    if not isinstance(request, dict) or request.keys() - {"rows"} != {"prompts", "images"}:
+        raise ValueError('a JSON body must be an object of "prompts" and "images", and may have "rows"')
     files = request["images"]
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise ValueError("images must be a list of PNG files in base64")
-    prompts = _checked_prompts(request["prompts"], len(files))
+    prompts = _checked_prompts(request["prompts"], request.get("rows"), len(files))
     pictures: list[np.ndarray] = []
     for index, file in enumerate(files):
         name = f"images[{index}]"
@@ -141,7 +158,8 @@ def _picture(name: str, file: str) -> np.ndarray:
         raise ValueError(f"{name} is not a complete PNG file: {error}") from error
 
 
-def _checked_prompts(prompts: object, count: int) -> list[str]:
+def _checked_prompts(prompts: object, rows: object, count: int) -> list[Prompt]:
+    """N prompts of N texts and, if not None, as many rows."""
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("prompts must be a list of strings")
     if len(prompts) != count:
@@ -153,7 +171,13 @@ def _checked_prompts(prompts: object, count: int) -> list[str]:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"prompts[{index}] is not Unicode text: {error.reason}") from error
-    return prompts
+    if rows is None:
+        return [Prompt(text) for text in prompts]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("rows must be a list of objects")
+    if len(rows) != count:
+        raise ValueError(f"there are {count} pictures and {len(rows)} rows")
+    return [Prompt(text, row=row) for text, row in zip(prompts, rows, strict=True)]
 
 
 def _check_size(name: str, width: int, height: int) -> None:
@@ -166,9 +190,10 @@ def _check_total(count: int, width: int, height: int) -> None:
         raise ValueError(f"{count} pictures of {width}x{height} are more than {MAX_PIXELS} pixels: send fewer at once")
 
 
-def _parsed(text: bytes | str, name: str) -> Any:
+def _parsed(text: bytes | str, name: str, *, constants: bool = False) -> Any:
+    """JSON, with the `constants` NaN and Infinity or without."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=None if constants else _refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not valid JSON: {error}") from error
 

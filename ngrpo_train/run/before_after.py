@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich import box
 from rich.console import Console
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.sampling.evaluate import Evaluation, evaluate, plus_minus
@@ -29,11 +29,11 @@ class Evaluations:
 
     @staticmethod
     def make(
-        model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[str]], picture_path: Path
+        model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[Prompt]], picture_path: Path
     ) -> Evaluations:
         """Score every prompt set and draw the first pictures of the first one; a collective."""
-        evaluations = {name: evaluate(model, recipe, rewards, texts) for name, texts in prompts.items()}
-        shown = next(iter(prompts.values()))[: recipe.log.num_images]
+        evaluations = {name: evaluate(model, recipe, rewards, wanted) for name, wanted in prompts.items()}
+        shown = [prompt.text for prompt in next(iter(prompts.values()))[: recipe.log.num_images]]
         per_prompt = recipe.evaluation.num_images_per_prompt
         images = pictures(model, recipe, shown, [i * per_prompt for i in range(len(shown))])
         if processes.rank() == 0:
@@ -42,30 +42,23 @@ class Evaluations:
         return Evaluations(evaluations)
 
     def save(self, path: Path) -> None:
-        record = {
-            name: {"names": e.names, "prompts": e.prompts, "scores": e.scores_RN.tolist()}
-            for name, e in self.by_set.items()
-        }
-        path.write_text(json.dumps(record))
+        path.write_text(json.dumps({name: each.record() for name, each in self.by_set.items()}))
 
     @staticmethod
-    def is_made(path: Path, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[str]]) -> bool:
+    def is_made(path: Path, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[Prompt]]) -> bool:
         """Whether those at `path` are of these prompts and rewards, as when a run resumes unchanged."""
         if not path.exists():
             return False
         per_prompt = recipe.evaluation.num_images_per_prompt
-        made = {name: (e.names, e.prompts, e.scores_RN.shape[1]) for name, e in Evaluations.load(path).by_set.items()}
-        return made == {name: (rewards.names, tuple(texts), len(texts) * per_prompt) for name, texts in prompts.items()}
+        made = Evaluations.load(path).by_set
+        return made.keys() == prompts.keys() and all(
+            made[name].is_of(rewards.names, wanted, per_prompt) for name, wanted in prompts.items()
+        )
 
     @staticmethod
     def load(path: Path) -> Evaluations:
         record = json.loads(path.read_text())
-        return Evaluations(
-            {
-                name: Evaluation(tuple(e["names"]), tuple(e["prompts"]), torch.tensor(e["scores"]))
-                for name, e in record.items()
-            }
-        )
+        return Evaluations({name: Evaluation.of_record(each) for name, each in record.items()})
 
 
 def before_after(before: Evaluations, after: Evaluations, log_only: frozenset[str]) -> Table:

@@ -11,7 +11,7 @@ at the latents' patch period, and how far colours drift.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from ngrpo_kernels import quasi_norm_advantages
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards, Scores
 from ngrpo_train.rewards.scorer import ModelScorer
@@ -53,16 +54,19 @@ class Watch:
         self._said: set[str] = set()
 
     @staticmethod
-    def begin(path: Path, model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: list[str]) -> Watch:
+    def begin(path: Path, model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: list[Prompt]) -> Watch:
         """Look at the untrained model, or read at `path` what an earlier part of the run saw; a collective."""
         seen = Sight.read(path)
-        known = seen is not None and seen.is_of(rewards.names, prompts, recipe.evaluation.num_images_per_prompt)
+        known = seen is not None and seen.evaluation.is_of(
+            rewards.names, prompts, recipe.evaluation.num_images_per_prompt
+        )
         if processes.any_rank(not known):  # all have looked before one of them writes
             seen = Sight.of(evaluate(model, recipe, rewards, prompts, _observer(rewards)))
             if processes.rank() == 0:
                 seen.write(path)
         assert seen is not None
-        return Watch(recipe, rewards, seen)
+        # The prompts as they are read now: the record keeps what they ask for, not their styles.
+        return Watch(recipe, rewards, replace(seen, evaluation=replace(seen.evaluation, prompts=tuple(prompts))))
 
     def look(self, model: FlowModel) -> Look:
         """Evaluate the model as it is; a collective."""
@@ -200,17 +204,8 @@ class Sight:
             torch.full((prompts,), torch.nan) if alone else artifacts.diversity(embedding_PnE),
         )
 
-    def is_of(self, names: Sequence[str], prompts: Sequence[str], per_prompt: int) -> bool:
-        evaluation = self.evaluation
-        made = (evaluation.names, evaluation.prompts, evaluation.scores_RN.shape[1])
-        return made == (tuple(names), tuple(prompts), len(prompts) * per_prompt)
-
     def write(self, path: Path) -> None:
-        evaluation = self.evaluation
-        record = {
-            "names": evaluation.names,
-            "prompts": evaluation.prompts,
-            "scores": evaluation.scores_RN.tolist(),
+        record = self.evaluation.record() | {
             "grid": self.grid_P.tolist(),
             "colour": self.colour_NC.tolist(),
             "diversity": self.diversity_P.tolist(),
@@ -222,9 +217,8 @@ class Sight:
         if not path.exists():
             return None
         record = json.loads(path.read_text())
-        evaluation = Evaluation(tuple(record["names"]), tuple(record["prompts"]), torch.tensor(record["scores"]))
         seen = (torch.tensor(record[name]) for name in ("grid", "colour", "diversity"))
-        return Sight(evaluation, *seen)
+        return Sight(Evaluation.of_record(record), *seen)
 
 
 _COLOURS = 4  # columns of `artifacts.colour_balance`

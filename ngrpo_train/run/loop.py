@@ -118,7 +118,7 @@ def _end(run: Path, trainer: Trainer, prepared: Prepared, launch: PartialState) 
 
 
 def _prompts_of_the_table(prepared: Prepared) -> dict[str, list[str]]:
-    return {"test": prepared.test, "train": prepared.texts[: len(prepared.test)]}
+    return {"test": prepared.test, "train": prepared.prompts[: len(prepared.test)]}
 
 
 def _summary(run: Path, trainer: Trainer, prepared: Prepared, launch: PartialState) -> str:
@@ -129,7 +129,7 @@ def _summary(run: Path, trainer: Trainer, prepared: Prepared, launch: PartialSta
     return (
         f"{recipe.algorithm.name} on {recipe.model.name_or_path}: {trainable / 1e6:,.1f} M trainable parameters "
         f"({recipe.model.tuning}), {ranks} process{'es' if ranks > 1 else ''} on {launch.device.type}\n"
-        f"{len(prepared.texts)} prompts, {per_iteration} per iteration; G {work.generations}, "
+        f"{len(prepared.prompts)} prompts, {per_iteration} per iteration; G {work.generations}, "
         f"B {work.num_anchors:g}, K {work.num_train_steps}; {recipe.train.steps} iterations into {run}"
     )
 
@@ -146,8 +146,8 @@ def _validate(recorder: Recorder, trainer: Trainer, watch: Watch) -> bool:
 
 def _draw(recorder: Recorder, trainer: Trainer, prepared: Prepared, images: Tensor, step: int) -> None:
     """A grid at fixed prompts and noise, and the group that this iteration's first prompt explored."""
-    recipe, texts = prepared.recipe, prepared.validation or prepared.texts
-    shown = [texts[i % len(texts)] for i in range(recipe.log.num_images)]
+    recipe, prompts = prepared.recipe, prepared.validation or prepared.prompts
+    shown = [prompts[i % len(prompts)].text for i in range(recipe.log.num_images)]
     with trainer.averaged():
         grid = pictures(trainer.model, recipe, shown, range(len(shown))).cpu()
     recorder.write_pictures(f"samples/step_{step:06d}", grid, columns=min(4, len(shown)))

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from ngrpo_train.algorithms import refuse_backend
 from ngrpo_train.models.encoders import EmbeddingCache, frozen_dtype
 from ngrpo_train.plan.settle import settle_attention
-from ngrpo_train.prompts import PromptCursor, load_prompts
+from ngrpo_train.prompts import Prompt, PromptCursor, load_prompts
 from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards
@@ -22,9 +22,9 @@ class Prepared:
     """What training is made from, without the model. `validation` and `test` are empty where nothing is evaluated."""
 
     recipe: Recipe  # with the attention backend by name
-    texts: list[str]
-    validation: list[str]
-    test: list[str]
+    prompts: list[Prompt]
+    validation: list[Prompt]
+    test: list[Prompt]
     cursor: PromptCursor
     rewards: Rewards
     resume_from: Path | None  # a checkpoint
@@ -40,22 +40,23 @@ def prepare(
     used.
     """
     check(recipe, launch.num_processes)
-    texts, evaluation = load_prompts(recipe.prompts.source), recipe.evaluation
-    cursor = PromptCursor.of(recipe, texts, launch.process_index, launch.num_processes)
-    validation, test = [], []
+    prompts, evaluation = load_prompts(recipe.prompts.source), recipe.evaluation
+    cursor = PromptCursor.of(recipe, prompts, launch.process_index, launch.num_processes)
+    validation: list[Prompt] = []
+    test: list[Prompt] = []
     if evaluates and evaluation.validation:
         validation = load_prompts(evaluation.validation, "evaluation.validation")
     if evaluates and evaluation.test:
         test = load_prompts(evaluation.test, "evaluation.test")
     if recipe.prompts.embeddings:
-        _embeddings(recipe, launch).refuse_missing([*texts, *validation, *test])
+        _embeddings(recipe, launch).refuse_missing([prompt.text for prompt in (*prompts, *validation, *test)])
     rewards = Rewards(recipe.rewards, launch.device)
     refuse_backend(recipe.algorithm, launch.device)
     kept = read_record(resume_from)["recipe"]["parallel"].get("attention", "") if resume_from else ""
     recipe = settle_attention(recipe, launch.device, kept)
     if resume_from:
         refuse_unlike(resume_from, recipe, cursor)
-    return Prepared(recipe, texts, validation, test, cursor, rewards, resume_from)
+    return Prepared(recipe, prompts, validation, test, cursor, rewards, resume_from)
 
 
 def _embeddings(recipe: Recipe, launch: PartialState) -> EmbeddingCache:

@@ -5,14 +5,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards, refuse_non_finite
 from ngrpo_train.sampling.pictures import pictures
@@ -23,9 +25,24 @@ class Evaluation:
     """Scores [R, N] of N pictures, `num_images_per_prompt` in a row for each prompt; on the CPU, alike on all ranks."""
 
     names: tuple[str, ...]
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     scores_RN: Tensor
     observed_NE: Tensor | None = None  # what `observe` saw in each picture
+
+    def record(self) -> dict[str, Any]:
+        """Names, what each prompt asks for, and scores, as a run's JSON files keep them."""
+        prompts = [prompt.request for prompt in self.prompts]
+        return {"names": self.names, "prompts": prompts, "scores": self.scores_RN.tolist()}
+
+    @staticmethod
+    def of_record(record: Mapping[str, Any]) -> Evaluation:
+        prompts = tuple(Prompt.of(request) for request in record["prompts"])
+        return Evaluation(tuple(record["names"]), prompts, torch.tensor(record["scores"]))
+
+    def is_of(self, names: Sequence[str], prompts: Sequence[Prompt], per_prompt: int) -> bool:
+        """Whether it scored `per_prompt` pictures of each of these prompts by these rewards."""
+        made = (self.names, [prompt.request for prompt in self.prompts], self.scores_RN.shape[1])
+        return made == (tuple(names), [prompt.request for prompt in prompts], len(prompts) * per_prompt)
 
     def mean(self) -> dict[str, float]:
         return dict(zip(self.names, self.scores_RN.mean(1).tolist(), strict=True))
@@ -51,7 +68,7 @@ def evaluate(
     model: FlowModel,
     recipe: Recipe,
     rewards: Rewards,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     observe: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
     """Score `evaluation.num_images_per_prompt` pictures of each prompt, shared out over the ranks.
@@ -68,7 +85,7 @@ def evaluate(
     for start in range(0, share, batch):
         slots = mine[start : start + batch]
         wanted = [prompts[slot // per_prompt] for slot in slots]
-        images = pictures(model, recipe, wanted, slots)
+        images = pictures(model, recipe, [prompt.text for prompt in wanted], slots)
         scores = rewards.score(images, wanted)
         refuse_non_finite(rewards.names, scores.cpu(), wanted)
         parts.append(torch.cat([scores, observe(images).T]) if observe else scores)

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from ngrpo_train.comparison.gallery import Gallery, existing_pictures
-from ngrpo_train.prompts import TaggedPrompt
+from ngrpo_train.prompts import Prompt
 
-PROMPTS = [TaggedPrompt("a dog", "photo"), TaggedPrompt("a dog", "anime"), TaggedPrompt("zwei Käuze 🦉")]
+PROMPTS = [Prompt("a dog", row={"style": "photo"}), Prompt("a dog", row={"style": "anime"}), Prompt("zwei Käuze 🦉")]
 MADE = {"model": "m", "checkpoint": "", "sampling": {"solver": "euler", "shift": 3.0}, "base_tail": []}
 
 
@@ -74,7 +74,7 @@ def test_a_gallery_is_gone_on_with_and_read_back(tmp_path):
         ({"base_tail": ["b", 2]}, PROMPTS, 2, 'base_tail[0] = nothing, not "b"'),
         ({}, PROMPTS, 3, "per_prompt = 2, not 3"),
         ({}, PROMPTS[:2], 2, 'prompts[2][0] = "zwei Käuze 🦉", not nothing'),
-        ({}, [*PROMPTS[:2], TaggedPrompt("an owl")], 2, 'prompts[2][0] = "zwei Käuze 🦉", not "an owl"'),
+        ({}, [*PROMPTS[:2], Prompt("an owl")], 2, 'prompts[2][0] = "zwei Käuze 🦉", not "an owl"'),
         ({}, [PROMPTS[1], PROMPTS[0], PROMPTS[2]], 2, 'prompts[0][1] = "photo", not "anime"'),
     ],
     ids=["model", "sampling", "tail", "per_prompt", "fewer", "other", "order"],
@@ -164,4 +164,4 @@ def test_a_picture_is_another_when_its_file_or_its_prompt_changes(tmp_path):
     (tmp_path / "1.png").write_bytes(b"three")
     assert keys()[0] == before[0]
     assert keys()[1] != before[1]
-    assert keys([TaggedPrompt("a cat"), *PROMPTS[1:]])[0] != before[0]
+    assert keys([Prompt("a cat"), *PROMPTS[1:]])[0] != before[0]

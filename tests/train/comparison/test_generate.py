@@ -12,7 +12,7 @@ from ngrpo_train.comparison.gallery import Gallery
 from ngrpo_train.comparison.generate import base_tail, generate_missing
 from ngrpo_train.comparison.scores import read_picture
 from ngrpo_train.parallel import processes
-from ngrpo_train.prompts import TaggedPrompt
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Evaluation, Recipe, Sampling
 from ngrpo_train.sampling.pictures import pictures
 from ngrpo_train.sampling.rollout import generate as solve
@@ -142,7 +142,7 @@ def test_a_lora_over_another_base_brings_that_base_along(tiny_dev, tiny_schnell,
 @pytest.fixture
 def gallery(tmp_path):
     """Ten pictures of five prompts; batches of four: 0-3, 4-7, 8-9."""
-    return Gallery.claim(tmp_path / "gallery", {}, [TaggedPrompt(f"prompt {i}") for i in range(5)], 2)
+    return Gallery.claim(tmp_path / "gallery", {}, [Prompt(f"prompt {i}") for i in range(5)], 2)
 
 
 @pytest.fixture

@@ -38,7 +38,9 @@ def ended(tmp_path_factory):
         weights,
         metadata={"format": "pt"},
     )
-    prompts = [{"prompt": prompt, "style": "ab"[i % 2]} for i, prompt in enumerate(load_prompts("shapes:test")[:5])]
+    prompts = [
+        {"prompt": prompt.text, "style": "ab"[i % 2]} for i, prompt in enumerate(load_prompts("shapes:test")[:5])
+    ]
     (directory / "prompts.json").write_text(json.dumps(prompts))
 
     def command(out, **options):

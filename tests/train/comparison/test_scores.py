@@ -14,7 +14,7 @@ from PIL import Image
 from ngrpo_train.comparison.gallery import Picture, existing_pictures
 from ngrpo_train.comparison.scores import ScoreFiles, gather, read_picture, score_missing, unreadable
 from ngrpo_train.parallel import processes
-from ngrpo_train.prompts import TaggedPrompt
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards
 
@@ -47,7 +47,7 @@ def drawn(directory, count, size=(6, 4)):
     directory.mkdir(exist_ok=True)
     for i in range(count):
         noise(size, seed=i).save(directory / f"{i}.png")
-    return existing_pictures(directory, [TaggedPrompt(str(i)) for i in range(count)])
+    return existing_pictures(directory, [Prompt(str(i)) for i in range(count)])
 
 
 def mean_of(file):
@@ -181,7 +181,7 @@ def test_another_picture_or_prompt_is_scored_anew(tmp_path, asked):
     pictures = drawn(tmp_path / "pictures", 3)
     score(pictures, tmp_path / "out")
     noise((12, 12), seed=99).save(tmp_path / "pictures" / "1.png")
-    prompts = [TaggedPrompt("another"), TaggedPrompt("1"), TaggedPrompt("2")]
+    prompts = [Prompt("another"), Prompt("1"), Prompt("2")]
     asked.clear()
     pictures = existing_pictures(tmp_path / "pictures", prompts)
     assert score(pictures, tmp_path / "out")[0].tolist() == pytest.approx([mean_of(p.file) for p in pictures], rel=1e-6)
@@ -192,7 +192,7 @@ def test_unreadable_pictures_are_named_and_the_others_scored(tmp_path, asked):
     pictures = drawn(tmp_path / "pictures", 9)
     for i in (1, 4, 5, 6, 7):  # all of the second batch
         (tmp_path / "pictures" / f"{i}.png").write_bytes(b"\x89PNG\r\n")
-    pictures = existing_pictures(tmp_path / "pictures", [TaggedPrompt(str(i)) for i in range(9)])
+    pictures = existing_pictures(tmp_path / "pictures", [Prompt(str(i)) for i in range(9)])
     scores = score(pictures, tmp_path / "out")
     assert scores[0].isnan().tolist() == [False, True, False, False, True, True, True, True, False]
     assert asked == [["0", "2", "3"], ["8"]]
@@ -206,7 +206,7 @@ def test_unreadable_pictures_are_named_and_the_others_scored(tmp_path, asked):
 
 def test_a_score_that_is_not_finite_stops_and_what_was_scored_is_kept(tmp_path, asked):
     pictures = drawn(tmp_path / "pictures", 8)
-    poisoned = [*pictures[:6], Picture(pictures[6].file, TaggedPrompt("bad")), pictures[7]]
+    poisoned = [*pictures[:6], Picture(pictures[6].file, Prompt("bad")), pictures[7]]
     with pytest.raises(RewardError, match=r"^rewards\.mean = nan for the prompt 'bad'$"):
         score(poisoned, tmp_path / "out")
     assert gather(poisoned, MEAN, ScoreFiles(tmp_path / "out")).isfinite().tolist() == [[True] * 4 + [False] * 4]
@@ -220,7 +220,7 @@ def test_lines_are_plain_json(tmp_path, asked):
     picture = drawn(tmp_path / "pictures", 1)[0]
     renamed = Path(picture.file.parent / "Käuze 🦉.png")
     picture.file.rename(renamed)
-    picture = Picture(renamed, TaggedPrompt("a"))
+    picture = Picture(renamed, Prompt("a"))
     score([picture], tmp_path / "out")
     [line] = (tmp_path / "out" / "scores_0.jsonl").read_bytes().splitlines()
     assert json.loads(line.decode("ascii"))["scores"] == pytest.approx({"Käuze 🦉.png": mean_of(renamed)}, rel=1e-6)

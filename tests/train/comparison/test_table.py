@@ -21,10 +21,14 @@ from ngrpo_train.comparison.table import (
     write_csv,
     write_json,
 )
-from ngrpo_train.prompts import TaggedPrompt
+from ngrpo_train.prompts import Prompt
 
 NAN = math.nan
-PROMPTS = [TaggedPrompt("a dog", "anime"), TaggedPrompt("a dog", "photo"), TaggedPrompt("an owl", "photo")]
+PROMPTS = [
+    Prompt("a dog", row={"style": "anime"}),
+    Prompt("a dog", row={"style": "photo"}),
+    Prompt("an owl", row={"style": "photo"}),
+]
 REWARDS = ["hpsv2_1", "pickscore", "mine"]
 
 
@@ -105,7 +109,7 @@ def test_a_prompt_whose_picture_is_unreadable_counts_for_the_others():
 
 
 def test_a_style_called_all_is_a_style():
-    prompts = [TaggedPrompt("a dog", "all"), TaggedPrompt("a dog"), TaggedPrompt("[/b] :owl:", "[bold]x")]
+    prompts = [Prompt("a dog", row={"style": "all"}), Prompt("a dog"), Prompt("[/b] :owl:", row={"style": "[bold]x"})]
     pictures = [Picture(Path(f"{i}.png"), prompt) for i, prompt in enumerate(prompts)]
     model = Scored.of("m[0]", ["mine"], pictures, torch.tensor([[3.0, 4.0, 8.0]]).double())
     found = sections(prompts, model, None)
@@ -148,7 +152,7 @@ def test_json_has_the_table_and_no_nan(tmp_path):
 
 
 def test_csv_has_every_picture_as_it_was_scored(tmp_path):
-    odd = [TaggedPrompt('a "dog",\nbarking', "photo"), TaggedPrompt("eine Eule 🦉")]
+    odd = [Prompt('a "dog",\nbarking', row={"style": "photo"}), Prompt("eine Eule 🦉")]
     pictures = [Picture(Path(f"there/{i}.png"), prompt) for i, prompt in enumerate(odd)]
     raw = torch.tensor([[0.25, NAN], [22.5, 21.0]], dtype=torch.float64)
     of_model = Scored.of("m", REWARDS[:2], pictures, raw)

@@ -35,6 +35,10 @@ TEXTS = {
 }
 
 
+def texts_of(source):
+    return [prompt.text for prompt in load_prompts(source)]
+
+
 # --- sources
 
 
@@ -42,15 +46,15 @@ TEXTS = {
 def test_every_text_format(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(TEXTS[name].encode())
-    assert load_prompts(str(path)) == PROMPTS
+    assert texts_of(str(path)) == PROMPTS
 
 
-@pytest.mark.parametrize("columns", [{"caption": [*MESSY, None]}, {"id": list(range(8)), "prompt": [*MESSY, None]}])
+@pytest.mark.parametrize("columns", [{"caption": [*MESSY, None]}, {"id": [1] * 8, "prompt": [*MESSY, None]}])
 def test_parquet(tmp_path, columns):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "prompts.parquet"
     parquet.write_table(pyarrow.table(columns), path)
-    assert load_prompts(str(path)) == PROMPTS
+    assert texts_of(str(path)) == PROMPTS
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
@@ -65,19 +69,19 @@ def test_only_newlines_end_a_prompt(tmp_path, name):
     prompt = "one\u2028two\x0cthree"
     text = json.dumps(prompt, ensure_ascii=False) if name.endswith("jsonl") else prompt
     (tmp_path / name).write_text(text, encoding="utf-8")
-    assert load_prompts(str(tmp_path / name)) == [prompt]
+    assert texts_of(str(tmp_path / name)) == [prompt]
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "prompts.txt").write_text("a cat")
-    assert load_prompts("~/prompts.txt") == ["a cat"]
+    assert texts_of("~/prompts.txt") == ["a cat"]
 
 
 def test_a_colon_in_a_file_name_is_no_scheme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "v2:prompts.txt").write_text("a cat")
-    assert load_prompts("v2:prompts.txt") == ["a cat"]
+    assert texts_of("v2:prompts.txt") == ["a cat"]
 
 
 def test_shapes(monkeypatch):
@@ -85,7 +89,7 @@ def test_shapes(monkeypatch):
     world.prompts = lambda split: [f"a {split} circle", f"a {split} square"]
     monkeypatch.setitem(sys.modules, "ngrpo_train.shapes", ModuleType("ngrpo_train.shapes"))
     monkeypatch.setitem(sys.modules, "ngrpo_train.shapes.world", world)
-    assert load_prompts("shapes:validation") == ["a validation circle", "a validation square"]
+    assert texts_of("shapes:validation") == ["a validation circle", "a validation square"]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +154,7 @@ NAMES = [f"prompt {i}" for i in range(10)]
 
 
 def cursor(prompts=NAMES, *, seed=0, per_iteration=4, rank=0, world_size=1) -> PromptCursor:
+    prompts = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
     return PromptCursor(prompts, seed=seed, per_iteration=per_iteration, rank=rank, world_size=world_size)
 
 

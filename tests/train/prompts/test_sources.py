@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import pytest
 from huggingface_hub import constants
 
-from ngrpo_train.prompts import TaggedPrompt, load_prompts, load_tagged
+from ngrpo_train.prompts import Prompt, load_prompts
 
 STYLES = ["anime", "concept-art", "paintings", "photo"]
 STRANGE = ['a "quoted", blue square', "étoile 星\u2028🐈", "two\nlines"]
@@ -23,7 +23,16 @@ def as_json(*prompts):
 
 
 def tagged(*pairs):
-    return [TaggedPrompt(*pair) for pair in pairs]
+    """Prompts of (text,) or (text, style)."""
+    return [Prompt(text, row={"style": style[0]} if any(style) else {}) for text, *style in pairs]
+
+
+def load_tagged(source, field="prompts.source"):
+    return load_prompts(source, field, by_style=True)
+
+
+def texts_of(source):
+    return [prompt.text for prompt in load_prompts(source)]
 
 
 def refused(source, reason):
@@ -56,7 +65,7 @@ def test_a_row_may_have_a_style(tmp_path, name):
         parquet.write_table(pyarrow.table({"style": [style or None for style in styles], "prompt": texts}), path)
     expected = [("a cat", "photo"), (STRANGE[0], "anime"), ("a dog", ""), ("a cat", "anime")]
     assert load_tagged(str(path)) == tagged(*expected)
-    assert load_prompts(str(path)) == ["a cat", STRANGE[0], "a dog"]
+    assert texts_of(str(path)) == ["a cat", STRANGE[0], "a dog"]
 
 
 def test_a_style_need_not_be_text(tmp_path):
@@ -77,7 +86,7 @@ def test_a_directory_of_styles(tmp_path):
     expected = [("a cat", "anime"), ("a dog", "anime"), ("a fish", "ink"), ("a bird", "concept-art")]
     photos = [(text, "photo") for text in ["a cat", *STRANGE]]
     assert load_tagged(str(tmp_path)) == tagged(*expected, *photos)
-    assert load_prompts(str(tmp_path)) == ["a cat", "a dog", "a fish", "a bird", *STRANGE]
+    assert texts_of(str(tmp_path)) == ["a cat", "a dog", "a fish", "a bird", *STRANGE]
 
 
 def test_a_directory_that_is_not_one_of_styles(tmp_path):
@@ -333,8 +342,8 @@ def test_a_benchmark_of_another_size_is_said_aloud(hub, caplog):
 
 def test_the_second_copy_of_hpdv2_does_for_a_first_that_is_incomplete(hub):
     hub.datasets = {"zhwang/HPDv2": {"train.json": as_json("a")}, "ymhao/HPDv2": hpdv2(per_style=1)}
-    assert load_prompts("hpdv2:test") == ["c"]
-    assert load_prompts("hpdv2:train") == ["a"]
+    assert texts_of("hpdv2:test") == ["c"]
+    assert texts_of("hpdv2:train") == ["a"]
 
 
 def test_hpdv2_without_the_hub(cache):
@@ -348,4 +357,4 @@ def test_a_local_copy_of_hpdv2(tmp_path):
         (tmp_path / name).write_bytes(content)
     benchmark = load_tagged(str(tmp_path / "benchmark"))
     assert Counter(prompt.style for prompt in benchmark) == {**dict.fromkeys(STYLES, 3), "drawbench": 1}
-    assert load_prompts(str(tmp_path / "train.json")) == ["a", "b"]
+    assert texts_of(str(tmp_path / "train.json")) == ["a", "b"]

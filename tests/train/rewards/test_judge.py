@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, find_scorer
 from ngrpo_train.rewards.http import Endpoint, HttpError
@@ -423,7 +424,7 @@ def test_a_recipe_names_a_judge(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-2")
     server.respond = lambda question, before: completion(f"Alignment Score (1-5): {1 + question.pixels[0, 0, 0] / 64}")
     rewards = Rewards({"unified": Reward(remote=server.url, batch=2)}, CPU)
-    assert rewards.score(pictures(0, 64, 128), ["a", "b", "c"]).tolist() == [[1, 2, 3]]
+    assert rewards.score(pictures(0, 64, 128), [Prompt(text) for text in "abc"]).tolist() == [[1, 2, 3]]
     for question in server.questions:
         assert question.body["model"] == "CodeGoat24/UnifiedReward-qwen-7b"
         assert question.headers["Authorization"] == "Bearer sk-secret-2"
@@ -443,7 +444,7 @@ def test_a_failing_judge_is_named_and_its_key_is_not(server, monkeypatch):
     server.respond = lambda question, before: completion(f"I was told {question.headers['Authorization']}")
     rewards = Rewards({"unified": Reward(remote=server.url)}, CPU)
     with pytest.raises(RewardError, match=r"^rewards\.unified: no score for the prompt 'a'") as error:
-        rewards.score(ONE, ["a"])
+        rewards.score(ONE, [Prompt("a")])
     assert "I was told Bearer ***" in str(error.value)
     assert "sk-secret-3" not in str(error.value)
 

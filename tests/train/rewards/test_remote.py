@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, find_scorer, remote
 from ngrpo_train.rewards.http import HttpError
@@ -132,7 +133,9 @@ def test_a_recipe_mixes_rewards_from_here_and_elsewhere(offer):
     images, prompts = pictures(0, 4)
     with serving({"mine": offer(mine)}) as url:
         rewards = Rewards({"bright": Reward(path="served:scorer"), "mine": Reward(remote=f"{url}/")})
-        assert torch.equal(rewards.score(images, prompts), mine(images, prompts).expand(2, -1))
+        assert torch.equal(
+            rewards.score(images, [Prompt(text) for text in prompts]), mine(images, prompts).expand(2, -1)
+        )
 
 
 # --- at the start
@@ -207,10 +210,12 @@ def test_what_fails_there_is_said_here_and_not_tried_again(offer, scorer, compla
     seen = Seen(scorer)
     with serving({"mine": offer(seen)}) as url:
         rewards = Rewards({"mine": Reward(remote=url)})
+        images, texts = pictures(0, 3)
+        prompts = [Prompt(text) for text in texts]
         with pytest.raises(
             RewardError, match=rf"^rewards\.mine failed on 3 .*: HttpError: .* 422 .*{complaint}"
         ) as raised:
-            rewards.score(*pictures(0, 3))
+            rewards.score(images, prompts)
     assert "\n" not in str(raised.value)
     assert "Traceback" not in str(raised.value)
     assert len(seen.calls) == 1

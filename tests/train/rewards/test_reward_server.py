@@ -19,6 +19,7 @@ from PIL import Image
 
 from ngrpo_train.commands import reward_server
 from ngrpo_train.commands.reward_server import RewardServerCommand, command_of, serve_command
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import find_scorer, remote, wire
 
@@ -84,8 +85,12 @@ def post(url, body, kind=wire.SAFETENSORS, rewards="", **headers):
     return requests.post(f"{url}/score{question}", data=body, headers={"Content-Type": kind, **headers}, timeout=30)
 
 
+def encode(images, texts):
+    return wire.encode_pictures(images, [Prompt(text) for text in texts])
+
+
 def good(url, **options):
-    return post(url, wire.encode_pictures(IMAGES, PROMPTS), **options)
+    return post(url, encode(IMAGES, PROMPTS), **options)
 
 
 def error_of(response, status):
@@ -117,7 +122,7 @@ def test_health(url):
     assert health.json() == {
         "status": "ok",
         "version": health.json()["version"],
-        "rewards": [{"name": name} for name in ("brightness", "length", "not_a_number", "broken")],
+        "rewards": [{"name": name, "rows": False} for name in ("brightness", "length", "not_a_number", "broken")],
         "device": "cpu",
         "max_body_bytes": MIB,
     }
@@ -205,9 +210,9 @@ def test_the_token():
 
 def test_a_request_that_does_not_fit_does_not_wait(url):
     fits = torch.zeros(1, 3, 512, 512, dtype=torch.uint8)
-    assert post(url, wire.encode_pictures(fits, ["a"]), rewards="length").ok
+    assert post(url, encode(fits, ["a"]), rewards="length").ok
     larger = torch.zeros(2, 3, 512, 512, dtype=torch.uint8)
-    reason = error_of(post(url, wire.encode_pictures(larger, ["a", "b"]), rewards="length"), 413)
+    reason = error_of(post(url, encode(larger, ["a", "b"]), rewards="length"), 413)
     assert reason == f"a request may have {MIB} bytes (--max-body-mb): send fewer pictures"
 
 
@@ -271,7 +276,7 @@ def test_nobody_is_scored_who_has_hung_up():
         with pytest.raises(requests.ReadTimeout):
             requests.post(
                 f"{url}/score",
-                data=wire.encode_pictures(IMAGES, ["impatient"] * 3),
+                data=encode(IMAGES, ["impatient"] * 3),
                 headers={"Content-Type": wire.SAFETENSORS},
                 timeout=0.3,
             )

@@ -150,7 +150,7 @@ def test_a_failure_elsewhere_stops_this_rank_too(monkeypatch):
 
 
 def test_finite_scores_pass():
-    refuse_non_finite(("a",), torch.tensor([[0.0, -3e38]]), ["x", "y"])
+    refuse_non_finite(("a",), torch.tensor([[0.0, -3e38]]), [Prompt("x"), Prompt("y")])
     assert Scores(("a",), ("a",), (1.0,), torch.zeros(1, 2, 3)).local_RPG.shape == (1, 2, 3)
 
 
@@ -190,7 +190,7 @@ def test_what_is_only_watched_is_not_scored_in_training(monkeypatch):
     assert scores.names == ("fast",)
     assert (rewards.trained, rewards.weights) == (("fast",), (3.0,))
     with pytest.raises(RewardError, match=r"^rewards\.slow failed"):
-        rewards.score(IMAGES, ["x"] * 6)
+        rewards.score(IMAGES, [Prompt("x")] * 6)
 
 
 def test_pictures_are_laid_out_alike_wherever_they_come_from(monkeypatch):
@@ -203,5 +203,5 @@ def test_pictures_are_laid_out_alike_wherever_they_come_from(monkeypatch):
     rewards = rewards_of(monkeypatch, spy)
     pictures = torch.zeros(2, 3, 4, 5, dtype=torch.uint8)
     for images in (pictures, pictures.to(memory_format=torch.channels_last), pictures.expand(2, 3, 4, 5)):
-        rewards.score(images, ["x", "y"])
+        rewards.score(images, [Prompt("x"), Prompt("y")])
     assert set(strides) == {(60, 20, 5, 1)}

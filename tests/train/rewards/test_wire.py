@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import struct
 import zlib
 
@@ -12,11 +13,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.rewards import wire
-from ngrpo_train.rewards.wire import JSON, SAFETENSORS, decode_pictures, decode_scores, encode_pictures, encode_scores
+from ngrpo_train.rewards.wire import JSON, SAFETENSORS, decode_pictures, decode_scores, encode_scores
 
 PROMPTS = ["a dog", 'quotes "\\ and 🐈', ""]
 IMAGES = torch.randint(0, 256, (3, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def encode_pictures(images, texts):
+    return wire.encode_pictures(images, [Prompt(text) for text in texts])
 
 
 def png(array):
@@ -46,7 +52,7 @@ def test_safetensors_there_and_back():
     images, prompts = decode_pictures(SAFETENSORS, encode_pictures(flipped, PROMPTS))
     assert torch.equal(images, flipped)
     assert images.dtype == torch.uint8
-    assert prompts == PROMPTS
+    assert prompts == [Prompt(text) for text in PROMPTS]
 
 
 def test_json_there_and_back():
@@ -54,7 +60,7 @@ def test_json_there_and_back():
     assert torch.equal(images, IMAGES)
     assert images.dtype == torch.uint8
     assert images.is_contiguous()
-    assert prompts == PROMPTS
+    assert prompts == [Prompt(text) for text in PROMPTS]
 
 
 def test_pictures_of_other_kinds_become_rgb():
@@ -226,12 +232,66 @@ def test_an_answer_that_is_no_scores(body, reason):
 def test_as_many_pictures_as_announced_fit(prompt, side):
     limit = 2**20
     images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-    most = wire.most_pictures(images, [prompt], limit)
+    most = wire.most_pictures(images, [Prompt(prompt)], limit)
     assert 1 <= most <= limit // (3 * side * side)
     assert len(encode_pictures(images.expand(most, -1, -1, -1), [prompt] * most)) <= limit
 
 
 def test_a_picture_that_is_too_large_for_any_request():
-    assert wire.most_pictures(IMAGES, PROMPTS, 1024 + 105) == 0
-    assert wire.most_pictures(IMAGES.expand(3, 3, 5, 7), PROMPTS, 2**40) == 1024
-    assert wire.most_pictures(torch.empty(1, 3, 4096, 4096, dtype=torch.uint8, device="meta"), ["a"], 2**40) == 8
+    prompts = [Prompt(text) for text in PROMPTS]
+    assert wire.most_pictures(IMAGES, prompts, 1024 + 105) == 0
+    assert wire.most_pictures(IMAGES.expand(3, 3, 5, 7), prompts, 2**40) == 1024
+    huge = torch.empty(1, 3, 4096, 4096, dtype=torch.uint8, device="meta")
+    assert wire.most_pictures(huge, [Prompt("a")], 2**40) == 8
+
+
+# --- rows
+
+ROWS = [{"answer": 3, "box": [0.5, None]}, {}, {"star": '"\\ 星', "nested": {"": True}}]
+
+
+def test_rows_there_and_back():
+    sent = [Prompt(text, row=row) for text, row in zip(PROMPTS, ROWS, strict=True)]
+    _, got = decode_pictures(SAFETENSORS, wire.encode_pictures(IMAGES, sent))
+    assert got == sent
+    body = json.loads(json_body(files(IMAGES), PROMPTS)) | {"rows": ROWS}
+    _, got = decode_pictures(JSON, json.dumps(body).encode())
+    assert got == sent
+
+
+def test_a_row_may_have_a_number_that_is_none():
+    _, [got] = decode_pictures(SAFETENSORS, wire.encode_pictures(IMAGES[:1], [Prompt("a", row={"x": math.nan})]))
+    assert math.isnan(got.row["x"])
+
+
+def test_a_request_without_rows_is_as_it_was():
+    """A server of 0.1.0 reads what a client of today sends it."""
+    assert encode_pictures(IMAGES, PROMPTS) == tensors_body({"images": IMAGES}, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "rows, reason",
+    [
+        (ROWS[:2], "there are 3 pictures and 2 rows"),
+        ([{}, {}, []], "rows must be a list of objects"),
+        ({"0": {}}, "rows must be a list of objects"),
+    ],
+)
+def test_rows_that_are_none_are_refused(rows, reason):
+    body = json.loads(json_body(files(IMAGES), PROMPTS)) | {"rows": rows}
+    metadata = {"prompts": json.dumps(PROMPTS), "rows": json.dumps(rows)}
+    for kind, content in ((JSON, json.dumps(body).encode()), (SAFETENSORS, save({"images": IMAGES}, metadata))):
+        with pytest.raises(ValueError, match=f"^{reason}"):
+            decode_pictures(kind, content)
+    with pytest.raises(ValueError, match="rows in the metadata is not valid JSON"):
+        decode_pictures(SAFETENSORS, save({"images": IMAGES}, metadata | {"rows": "[{"}))
+
+
+@pytest.mark.parametrize(
+    "row", [{"a": '"\\' * 500}, {"a": ["é"] * 400}, {"🐈" * 99: 1}, {str(i): i for i in range(99)}]
+)
+def test_as_many_rows_as_announced_fit(row):
+    images, limit = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 2**18
+    most = wire.most_pictures(images, [Prompt("a", row=row)], limit)
+    assert most > 1
+    assert len(wire.encode_pictures(images.expand(most, -1, -1, -1), [Prompt("a", row=row)] * most)) <= limit

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from ngrpo_train.prompts import PromptCursor
+from ngrpo_train.prompts import Prompt, PromptCursor
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.run import checkpoint
 from ngrpo_train.run.checkpoint import find_checkpoint
@@ -84,7 +84,7 @@ def test_a_checkpoint_before_the_first_optimizer_step_changes_nothing(tmp_path: 
     flat_first = next(
         seed
         for seed in range(99)
-        if "circle" not in PromptCursor(TWO_PROMPTS, seed=seed, per_iteration=1).next()[0].text
+        if "circle" not in PromptCursor([*map(Prompt, TWO_PROMPTS)], seed=seed, per_iteration=1).next()[0].text
     )
     recipe = {
         "prompts.source": str(prompts),

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.algorithms import Neighbor
 from ngrpo_train.recipe.sections import Evaluation as EvaluationSettings
 from ngrpo_train.recipe.sections import Recipe, Reward
@@ -21,7 +22,7 @@ from ngrpo_train.run.hacking import Change, Sight, Watch
 from ngrpo_train.sampling.evaluate import Evaluation, evaluate
 from ngrpo_train.sampling.pictures import pictures
 
-PROMPTS = ("a", "b", "c", "d")
+PROMPTS = tuple(map(Prompt, "abcd"))
 REWARDS = {
     "trained": Reward(path="math:sqrt", weight=2.0),
     "watched": Reward(path="math:sqrt", log_only=True),
@@ -129,7 +130,7 @@ def test_raw_sums_reach_the_groups():
 def test_a_sight_is_what_artifacts_measure(tiny_dev, load_flux, scorers, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(scorers)
     rewards = Rewards({"brightness": Reward(path="tiny_scorers:brightness")})
-    flux, prompts = load_flux(tiny_dev), ["a dog", "a cat"]
+    flux, prompts = load_flux(tiny_dev), [Prompt("a dog"), Prompt("a cat")]
     recipe = Recipe(
         sampling=flux.sampling,
         rewards={"brightness": Reward(path="tiny_scorers:brightness")},
@@ -150,7 +151,7 @@ def test_a_sight_is_what_artifacts_measure(tiny_dev, load_flux, scorers, monkeyp
     assert torch.equal(again.base.evaluation.scores_RN, base.evaluation.scores_RN)
     assert torch.equal(again.base.colour_NC, base.colour_NC)
     with pytest.raises(AssertionError, match="evaluated again"):
-        Watch.begin(tmp_path / "watch.json", flux, recipe, rewards, ["a dog", "a bird"])
+        Watch.begin(tmp_path / "watch.json", flux, recipe, rewards, [prompts[0], Prompt("a bird")])
 
 
 def _never(*_: object) -> Evaluation:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ngrpo_train.parallel import processes
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Evaluation as EvaluationSettings
 from ngrpo_train.recipe.sections import Recipe, Reward, Sampling
 from ngrpo_train.rewards import RewardError, Rewards
@@ -19,7 +20,7 @@ from ngrpo_train.run.before_after import Evaluations, before_after, side_by_side
 from ngrpo_train.sampling.evaluate import Evaluation, evaluate
 from ngrpo_train.sampling.pictures import pictures, save_picture, tile
 
-PROMPTS = ["a dog", "a large red circle on a blue background", "two cats on a mat"]
+PROMPTS = [Prompt(text) for text in ("a dog", "a large red circle on a blue background", "two cats on a mat")]
 
 
 def recipe_of(**evaluation):
@@ -39,7 +40,7 @@ def test_every_picture_is_scored_once_in_order(tiny_dev, load_flux, rewards):
     flux = load_flux(tiny_dev)
     recipe = recipe_of(num_images_per_prompt=2, batch=4)
     evaluation = evaluate(flux, recipe, rewards, PROMPTS)
-    each = [prompt for prompt in PROMPTS for _ in range(2)]
+    each = [prompt.text for prompt in PROMPTS for _ in range(2)]
     images = pictures(flux, recipe, each, range(6)).float()
     assert evaluation.scores_RN.shape == (2, 6)
     torch.testing.assert_close(evaluation.scores_RN[0], images.mean((1, 2, 3)) / 255, rtol=0, atol=1e-5)
@@ -60,7 +61,7 @@ def test_batches_change_no_score(tiny_dev, load_flux, rewards, batch):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_share_the_pictures_out(tiny_dev, load_flux, rewards, monkeypatch, ranks):
     """Each rank in turn: five pictures over several ranks, the surplus cut off."""
-    flux, recipe, prompts = load_flux(tiny_dev), recipe_of(batch=1), [*PROMPTS, "a star", "a blue star"]
+    flux, recipe, prompts = load_flux(tiny_dev), recipe_of(batch=1), [*PROMPTS, Prompt("a star"), Prompt("a blue star")]
     alone = evaluate(flux, recipe, rewards, prompts).scores_RN
     shares = []
 
@@ -80,10 +81,10 @@ def test_ranks_share_the_pictures_out(tiny_dev, load_flux, rewards, monkeypatch,
 def test_standard_error_is_over_prompts():
     """Two pictures of one prompt count once: hand-worked means 1, 3, 8 of which the standard deviation is sqrt(13)."""
     scores = torch.tensor([[0.0, 2.0, 3.0, 3.0, 10.0, 6.0]])
-    evaluation = Evaluation(("a",), ("x", "y", "z"), scores)
+    evaluation = Evaluation(("a",), tuple(map(Prompt, "xyz")), scores)
     assert evaluation.mean() == {"a": 4.0}
     assert evaluation.standard_error()["a"] == pytest.approx((13 / 3) ** 0.5)
-    assert math.isnan(Evaluation(("a",), ("x",), scores).standard_error()["a"])
+    assert math.isnan(Evaluation(("a",), (Prompt("x"),), scores).standard_error()["a"])
 
 
 def test_a_reward_that_is_not_finite_is_named(tiny_dev, load_flux, monkeypatch, tmp_path):
@@ -136,7 +137,7 @@ def test_side_by_side_has_both_panels(tmp_path):
 
 def test_report_pairs_prompts(tmp_path):
     def report(scores):
-        return Evaluations({"test": Evaluation(("a", "b"), ("x", "y"), torch.tensor(scores))})
+        return Evaluations({"test": Evaluation(("a", "b"), (Prompt("x"), Prompt("y")), torch.tensor(scores))})
 
     before, after = report([[1.0, 2.0], [0.0, 0.0]]), report([[2.0, 4.0], [0.0, -1.0]])
     after.save(tmp_path / "after.json")

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes, sharding
-from ngrpo_train.prompts import PromptCursor
+from ngrpo_train.prompts import Prompt, PromptCursor
 from ngrpo_train.recipe.sections import Model, Optimizer, Parallel, Recipe
 from ngrpo_train.run import checkpoint
 from ngrpo_train.run.checkpoint import Checkpointer, restore
