@@ -23,10 +23,10 @@ from benchmarks.train_recipes import TINY_MODEL, score, settings_of
 from benchmarks.train_rows import Case, Session, clock, peak_memory, seconds_of
 from ngrpo_train.plan.scorers import scorer_size
 from ngrpo_train.recipe.sections import Recipe, Reward
-from ngrpo_train.rewards.aesthetic import Aesthetic
-from ngrpo_train.rewards.clip import ClipScorer, Preprocessing, Released
-from ngrpo_train.rewards.image_reward import Architecture, ImageReward
+from ngrpo_train.rewards.clip_scorer import ClipScorer, Preprocessing, Released
 from ngrpo_train.rewards.scorer import ModelScorer, Scorer
+from ngrpo_train.rewards.shipped.aesthetic import Aesthetic
+from ngrpo_train.rewards.shipped.image_reward import Architecture, ImageReward
 from ngrpo_train.shapes.pipeline import clip_tokenizer
 
 TINY = "tiny"

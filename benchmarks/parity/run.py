@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 from benchmarks.rows import RESULTS
 from ngrpo_train.recipe.sections import Reward
-from ngrpo_train.rewards import hpsv2_1, image_reward, official
+from ngrpo_train.rewards import official
 from ngrpo_train.rewards.scorer import Scorer
+from ngrpo_train.rewards.shipped import hpsv2_1, image_reward
 
 CPU = torch.device("cpu")
 PICTURES = 2

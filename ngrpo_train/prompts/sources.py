@@ -11,8 +11,8 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 
+from ngrpo_train.prompts.datasets import Dataset, choose, listing, split_of
 from ngrpo_train.prompts.files import READERS, is_prompt_file, read_prompts
-from ngrpo_train.prompts.hub import Dataset, choose, listing, split_of
 from ngrpo_train.prompts.prompt import Prompt
 from ngrpo_train.recipe.parsing import suggestion
 

@@ -36,14 +36,14 @@ __all__ = [
 
 # name -> "module:load"; load(name, settings: Reward, device) gives the scorer, or raises ValueError.
 SHIPPED = {
-    "aesthetic": "ngrpo_train.rewards.aesthetic:load",
-    "clip": "ngrpo_train.rewards.clip_score:load",
-    "hpsv2_1": "ngrpo_train.rewards.hpsv2_1:load",
-    "image_reward": "ngrpo_train.rewards.image_reward:load",
-    "pickscore": "ngrpo_train.rewards.pickscore:load",
-    "shapes_judge": "ngrpo_train.rewards.shapes:judge",
-    "shapes_verifier": "ngrpo_train.rewards.shapes:verifier",
-    "unified": "ngrpo_train.rewards.judge:load",
+    "aesthetic": "ngrpo_train.rewards.shipped.aesthetic:load",
+    "clip": "ngrpo_train.rewards.shipped.clip:load",
+    "hpsv2_1": "ngrpo_train.rewards.shipped.hpsv2_1:load",
+    "image_reward": "ngrpo_train.rewards.shipped.image_reward:load",
+    "pickscore": "ngrpo_train.rewards.shipped.pickscore:load",
+    "shapes_judge": "ngrpo_train.rewards.shipped.shapes_verifier:judge",
+    "shapes_verifier": "ngrpo_train.rewards.shipped.shapes_verifier:verifier",
+    "unified": "ngrpo_train.rewards.vision_judge:load",
 }
 
 _REMOTE = "ngrpo_train.rewards.remote:load"

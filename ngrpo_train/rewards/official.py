@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import modeling_utils, pytorch_utils
 
 from ngrpo_train.recipe.sections import Reward
-from ngrpo_train.rewards import image_reward as native
 from ngrpo_train.rewards.scorer import Scorer
+from ngrpo_train.rewards.shipped import image_reward as native
 from ngrpo_train.rewards.weights import fill, find_file, read_state
 
 _INSTALL = {

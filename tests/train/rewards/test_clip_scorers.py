@@ -16,7 +16,8 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from ngrpo_train.recipe.sections import Reward
-from ngrpo_train.rewards import aesthetic, clip, clip_score, find_scorer, hpsv2_1, pickscore
+from ngrpo_train.rewards import clip_scorer, find_scorer
+from ngrpo_train.rewards.shipped import aesthetic, clip, hpsv2_1, pickscore
 from ngrpo_train.shapes.pipeline import clip_tokenizer
 
 from .clip_models import (
@@ -171,7 +172,7 @@ def test_open_clips_layout(tmp_path, processor, weights, quick_gelu, fit):
         pixels = functional.pad(pixels, (0, 0, (12 - height) // 2, (12 - height) // 2))
     exact = OpenClip(state, quick_gelu=quick_gelu).scores(pixels, PROMPTS)
     for path in (tmp_path, tmp_path / weights):
-        scores = clip_score.load("clip", Reward(path=str(path), processor=processor), CPU)(images, PROMPTS)
+        scores = clip.load("clip", Reward(path=str(path), processor=processor), CPU)(images, PROMPTS)
         torch.testing.assert_close(scores.double(), exact, **EXACT)
 
 
@@ -179,12 +180,15 @@ def test_open_clips_own_mean_and_std(tmp_path, processor):
     state, images = open_clip_state(), pictures()
     save_file(state, tmp_path / "open_clip_model.safetensors")
     write_json(tmp_path / "open_clip_config.json", open_clip_config(mean=[0.5, 0.4, 0.3], std=[0.5, 0.6, 0.7]))
-    scores = clip_score.load("clip", Reward(path=str(tmp_path), processor=processor), CPU)(images, PROMPTS)
+    scores = clip.load("clip", Reward(path=str(tmp_path), processor=processor), CPU)(images, PROMPTS)
     column = {"dtype": torch.float64}
     from_theirs = (pixels_of(images) - torch.tensor([0.5, 0.4, 0.3], **column)[:, None, None]) / torch.tensor(
         [0.5, 0.6, 0.7], **column
     )[:, None, None]
-    usual = torch.tensor(clip.CLIP_MEAN, **column)[:, None, None], torch.tensor(clip.CLIP_STD, **column)[:, None, None]
+    usual = (
+        torch.tensor(clip_scorer.CLIP_MEAN, **column)[:, None, None],
+        torch.tensor(clip_scorer.CLIP_STD, **column)[:, None, None],
+    )
     exact = OpenClip(state, quick_gelu=True).scores(from_theirs * usual[1] + usual[0], PROMPTS)
     torch.testing.assert_close(scores.double(), exact, **EXACT)
 
@@ -219,14 +223,14 @@ def test_transformers_layout(tmp_path, hf_directory, layout):
     else:
         exact = transformers_scores(hf_directory, images, PROMPTS)
         assert exact.std() > 0.05
-    scores = clip_score.load("clip", Reward(path=str(tmp_path)), CPU)(images, PROMPTS)
+    scores = clip.load("clip", Reward(path=str(tmp_path)), CPU)(images, PROMPTS)
     torch.testing.assert_close(scores.double(), exact, **EXACT)
 
 
 @pytest.mark.parametrize("height, width", [(40, 40), (21, 12), (12, 19), (48, 31)])
 def test_transformers_layout_prepares_bytes_as_its_processor(hf_directory, height, width):
     images = pictures(height, width)
-    scores = clip_score.load("clip", Reward(path=str(hf_directory)), CPU)(images, PROMPTS)
+    scores = clip.load("clip", Reward(path=str(hf_directory)), CPU)(images, PROMPTS)
     exact = transformers_scores(hf_directory, images, PROMPTS)
     torch.testing.assert_close(scores.double(), exact, rtol=0, atol=1e-2)  # bytes are rounded, ours are not
     assert (scores - exact).abs().max() < 0.1 * exact.std()
@@ -240,7 +244,7 @@ def test_a_preprocessor_that_squashes(tmp_path, hf_directory):
         tmp_path
     )
     images = pictures(24, 15)
-    scores = clip_score.load("clip", Reward(path=str(tmp_path)), CPU)(images, PROMPTS)
+    scores = clip.load("clip", Reward(path=str(tmp_path)), CPU)(images, PROMPTS)
     exact = transformers_scores(tmp_path, images, PROMPTS)
     torch.testing.assert_close(scores.double(), exact, rtol=0, atol=1e-2)
     assert (scores - exact).abs().max() < 0.1 * exact.std()
@@ -338,7 +342,7 @@ def test_batches_are_single_pictures(any_scorer, batch):
 
 
 def test_each_distinct_prompt_is_encoded_once(hf_directory, monkeypatch):
-    scorer = clip_score.load("clip", Reward(path=str(hf_directory), batch=2), CPU)
+    scorer = clip.load("clip", Reward(path=str(hf_directory), batch=2), CPU)
     images, tokenized, encoded = pictures(), [], []
     text_features, tokens = scorer.model.get_text_features, scorer.tokens
     monkeypatch.setattr(
@@ -461,7 +465,7 @@ def test_typography_is_mended_with_ftfy_and_its_absence_told(hps_file, processor
     settings = Reward(path=hps_file, processor=processor)
     scorer = hpsv2_1.load("hpsv2_1", settings, CPU)
     monkeypatch.setattr(clip, "find_spec", lambda name: None)
-    with caplog.at_level(logging.WARNING, "ngrpo_train.rewards.clip"):
+    with caplog.at_level(logging.WARNING, "ngrpo_train.rewards.clip_scorer"):
         hpsv2_1.load("hpsv2_1", settings, CPU)
     assert "rewards.hpsv2_1: without ftfy" in caplog.text
     assert words(scorer, "&amp;quot;")[1:-1] == ['"</w>']
@@ -472,7 +476,7 @@ def test_typography_is_mended_with_ftfy_and_its_absence_told(hps_file, processor
 
 
 def test_pickscore_takes_prompts_as_they_are(hf_directory):
-    assert words(clip_score.load("clip", Reward(path=str(hf_directory)), CPU), "&lt;")[1:-1] == ["<</w>"]
+    assert words(clip.load("clip", Reward(path=str(hf_directory)), CPU), "&lt;")[1:-1] == ["<</w>"]
     scorer = pickscore.load("pickscore", Reward(path=str(hf_directory)), CPU)
     assert words(scorer, "&lt;")[1:-1] == ["&</w>", "l", "t</w>", ";</w>"]
     assert words(scorer, "“")[1:-1] == ["â", "Ģ", "ľ</w>"]

@@ -30,8 +30,8 @@ def test_what_is_missing_is_in_the_table(name, monkeypatch):
 
 
 def test_a_tokenizer_elsewhere_is_in_the_table():
-    from ngrpo_train.rewards.clip import TOKENIZER
-    from ngrpo_train.rewards.image_reward import TOKENIZER as BERT
+    from ngrpo_train.rewards.clip_scorer import TOKENIZER
+    from ngrpo_train.rewards.shipped.image_reward import TOKENIZER as BERT
 
     for name, tokenizer in (("hpsv2_1", TOKENIZER), ("pickscore", TOKENIZER), ("image_reward", BERT)):
         assert HUB_FILES[name][1][0] == tokenizer

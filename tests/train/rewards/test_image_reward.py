@@ -10,7 +10,8 @@ from huggingface_hub import constants
 from torch.nn import functional
 
 from ngrpo_train.recipe.sections import Reward
-from ngrpo_train.rewards import find_scorer, image_reward
+from ngrpo_train.rewards import find_scorer
+from ngrpo_train.rewards.shipped import image_reward
 
 CPU = torch.device("cpu")
 SIZE, PATCH, VISION, TEXT, LAYERS, POSITIONS = 32, 8, 128, 192, 2, 48

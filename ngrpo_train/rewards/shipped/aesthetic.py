@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from ngrpo_train.recipe.sections import Reward
-from ngrpo_train.rewards.clip import Preprocessing, Released, native_only, read_clip, unit
+from ngrpo_train.rewards.clip_scorer import Preprocessing, Released, native_only, read_clip, unit
 from ngrpo_train.rewards.scorer import ModelScorer, Scorer
 from ngrpo_train.rewards.weights import fill, find_state
 

@@ -20,7 +20,7 @@ from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, find_scorer
 from ngrpo_train.rewards.http import Endpoint, HttpError
-from ngrpo_train.rewards.judge import Judge, Template, answer_text, read_score, read_template
+from ngrpo_train.rewards.vision_judge import Judge, Template, answer_text, read_score, read_template
 
 CPU = torch.device("cpu")
 UNIFIED, FINAL, RATE = map(read_template, ("unified", "unified_final", "rate_1_to_10"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ngrpo_train.recipe.sections import Reward
-from ngrpo_train.rewards.clip import (
+from ngrpo_train.rewards.clip_scorer import (
     ClipScorer,
     Preprocessing,
     clean_prompt,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ngrpo_train.recipe.sections import Reward
-from ngrpo_train.rewards.clip import ClipScorer, Preprocessing, load_tokenizer, native_only, read_hf_clip
+from ngrpo_train.rewards.clip_scorer import ClipScorer, Preprocessing, load_tokenizer, native_only, read_hf_clip
 from ngrpo_train.rewards.scorer import Scorer
 
 _OFFICIAL = "yuvalkirstain/PickScore_v1"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ngrpo_train.recipe.sections import Reward
-from ngrpo_train.rewards.clip import (
+from ngrpo_train.rewards.clip_scorer import (
     TOKENIZER,
     ClipScorer,
     clean_prompt,
