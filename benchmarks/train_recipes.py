@@ -4,17 +4,18 @@ import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
 from ngrpo_train.experiments.grid import Variant, find_grid
 from ngrpo_train.models.sizes import KNOWN, Architecture, find_architecture
-from ngrpo_train.plan.scorers import WITH_WEIGHTS, scorer_sizes
+from ngrpo_train.plan.scorers import scorer_sizes
 from ngrpo_train.recipe.algorithms import Algorithm, field_names
 from ngrpo_train.recipe.parsing import as_flags, as_toml, overlay, resolve
 from ngrpo_train.recipe.sections import Model, Optimizer, Parallel, Prompts, Recipe, Reward
-from ngrpo_train.rewards import SHIPPED, find_scorer
+from ngrpo_train.rewards import find_scorer, shipped
 from ngrpo_train.shapes.pipeline import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 
 RANDOM = {
@@ -120,7 +121,8 @@ def as_measured(recipe: Recipe, depth: str = "") -> tuple[Recipe, list[str]]:
         notes.append("prompts of the shapes world")
     made_up = [name for name in scorer_sizes(recipe.rewards) if recipe.rewards[name].backend == "native"]
     if made_up:
-        SHIPPED.update(dict.fromkeys(made_up, "benchmarks.train_scorers:load"))
+        for reward in made_up:
+            _load_random(reward)
         notes.append(f"random weights of the scorers {', '.join(made_up)}")
     rewards = {
         name: reward for name, reward in recipe.rewards.items() if name in made_up or _is_installed(name, reward)
@@ -139,9 +141,18 @@ def as_measured(recipe: Recipe, depth: str = "") -> tuple[Recipe, list[str]]:
     return recipe, notes
 
 
+def _load_random(name: str) -> None:
+    """Give a reward that ships a loader that makes it with random weights."""
+    from benchmarks import train_scorers  # which imports this module
+
+    module = import_module(f"{shipped.__name__}.{name}")
+    module.REWARD = replace(module.REWARD, load=train_scorers.load)
+
+
 def _is_installed(name: str, reward: Reward) -> bool:
     """Weights are not looked for: that would download them."""
-    if name in WITH_WEIGHTS and not (reward.remote or ":" in reward.path):
+    ours = shipped.find(name)
+    if ours and ours.hub_files and not (reward.remote or ":" in reward.path):
         return False
     try:
         find_scorer(name, reward, torch.device("cpu"))

@@ -205,7 +205,7 @@ def _score(case: Case, recipe: Recipe, name: str, reward: Reward, scorer: Scorer
         seconds = seconds_of(lambda: scorer(images, prompts), device, ROUNDS)
     case.add("score", "ms", *(1e3 * each for each in seconds))
     known = scorer_size(name, reward) if reward.path != TINY else None
-    if known:
+    if known and known.parameters:
         case.add("rate", "TFLOP/s", *(known.flops(count, groups) / 1e12 / each for each in seconds))
 
 

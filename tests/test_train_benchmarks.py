@@ -6,6 +6,7 @@ import os
 import subprocess
 import weakref
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ngrpo_train.prompts import Prompt, PromptCursor
 from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.parsing import RecipeFlags, parse
 from ngrpo_train.recipe.sections import Model, Recipe, Reward
-from ngrpo_train.rewards import SHIPPED, Rewards, find_scorer
+from ngrpo_train.rewards import Rewards, find_scorer, shipped
 from ngrpo_train.run.stopwatch import Stopwatch
 from ngrpo_train.run.trainer import Trainer
 from ngrpo_train.update.policy import update
@@ -35,8 +36,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _own_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scorers have their own loaders again after a test that has replaced them."""
-    for name, loader in SHIPPED.items():
-        monkeypatch.setitem(SHIPPED, name, loader)
+    for name in shipped.NAMES:
+        monkeypatch.setattr(import_module(f"{shipped.__name__}.{name}"), "REWARD", shipped.find(name))
 
 
 @pytest.fixture

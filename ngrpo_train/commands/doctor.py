@@ -243,11 +243,17 @@ def _reward_weights() -> Iterator[Row]:
     """For each shipped scorer, the files that it reads from the hub, and whether they are in its cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    from ngrpo_train.rewards.files import HUB_FILES, download_command
+    from ngrpo_train.parallel.hub import download_command
+    from ngrpo_train.rewards import shipped
 
     section = "Weights of the rewards, in the cache of the Hugging Face hub"
-    for reward, repositories in HUB_FILES.items():
-        for repository, names in repositories:
+    for reward in shipped.NAMES:
+        try:
+            ours = shipped.find(reward)
+        except Exception as error:  # a library that it needs does not import
+            yield Row(section, reward, "", "broken", f"{type(error).__name__}: {error}")
+            continue
+        for repository, names in ours.hub_files if ours else ():
             cached = all(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
             if cached:
                 yield Row(section, reward, repository)

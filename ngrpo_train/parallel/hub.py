@@ -6,11 +6,27 @@ import shlex
 from collections.abc import Sequence
 
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    DryRunError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+HUB_ERRORS = (DryRunError, HfHubHTTPError, LocalEntryNotFoundError)
+"""What the hub's library raises where it cannot give what is asked of it; `why_missing` says it in a line."""
+
+
+def download_command(repository: str, fetch: Sequence[str], *, dataset: bool = False) -> str:
+    """What brings it into the hub's cache; `fetch` are arguments of `hf download`, such as names of files."""
+    kind = ["--repo-type", "dataset"] if dataset else []
+    return shlex.join(["hf", "download", *kind, repository, *fetch])
 
 
 def why_missing(repository: str, error: BaseException | None, fetch: Sequence[str], *, dataset: bool = False) -> str:
     """One line for what the hub raised about a repository of which `fetch` (arguments of `hf download`) is wanted."""
+    error = error.__cause__ if isinstance(error, DryRunError) else error
     if isinstance(error, GatedRepoError):
         return f"{repository} is gated: accept its licence on its hub page, then run `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
@@ -20,6 +36,5 @@ def why_missing(repository: str, error: BaseException | None, fetch: Sequence[st
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"{repository} cannot be fetched from the hub: {reason:.200}"
     cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-    kinds = ["--repo-type", "dataset"] if dataset else []
-    command = shlex.join(["hf", "download", *kinds, repository, *fetch])
+    command = download_command(repository, fetch, dataset=dataset)
     return f"{repository} is not in the cache, and {cause}: fetch it with `{command}`"

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import DryRunError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import tqdm
 
-from ngrpo_train.parallel.hub import why_missing
+from ngrpo_train.parallel.hub import HUB_ERRORS, why_missing
 from ngrpo_train.prompts.files import READERS, is_prompt_file
 from ngrpo_train.recipe.parsing import suggestion
 
@@ -26,7 +26,6 @@ _SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<count>\d{5})(?:-[0-9a-f]+)?")  # of the hub's own making
-_HUB_ERRORS = (DryRunError, HfHubHTTPError, LocalEntryNotFoundError)
 
 
 class _NoBar(tqdm):
@@ -55,7 +54,7 @@ class Dataset:
                 allow_patterns=[f"*{suffix}" for suffix in READERS],
                 tqdm_class=_NoBar,
             )
-        except _HUB_ERRORS as error:
+        except HUB_ERRORS as error:
             if not (files := _in_cache(repository)):
                 raise _refusal(repository, error, wanted) from error
             logger.warning("the hub does not give %s: what the cache has of it will do", repository)
@@ -82,7 +81,7 @@ class Dataset:
                 local_files_only=not self.commit,
                 allow_patterns=[glob.escape(name) for name in names],
             )
-        except _HUB_ERRORS as error:
+        except HUB_ERRORS as error:
             raise _refusal(self.repository, error, names) from error
         return Path(folder)
 
@@ -152,5 +151,4 @@ def _in_cache(repository: str) -> list[str]:
 
 
 def _refusal(repository: str, error: Exception | None, wanted: Sequence[str]) -> ValueError:
-    cause = error.__cause__ if isinstance(error, DryRunError) else error
-    return ValueError(why_missing(repository, cause, wanted, dataset=True))
+    return ValueError(why_missing(repository, error, wanted, dataset=True))

@@ -9,7 +9,7 @@ training, behind a server and from a file.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -21,11 +21,10 @@ from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Reward
-from ngrpo_train.rewards import threads
+from ngrpo_train.rewards import shipped, threads
 from ngrpo_train.rewards.scorer import RewardError, Scorer, takes_rows
 
 __all__ = [
-    "SHIPPED",
     "RewardError",
     "Rewards",
     "Scorer",
@@ -33,20 +32,6 @@ __all__ = [
     "find_scorer",
     "refuse_non_finite",
 ]
-
-# name -> "module:load"; load(name, settings: Reward, device) gives the scorer, or raises ValueError.
-SHIPPED = {
-    "aesthetic": "ngrpo_train.rewards.shipped.aesthetic:load",
-    "clip": "ngrpo_train.rewards.shipped.clip:load",
-    "hpsv2_1": "ngrpo_train.rewards.shipped.hpsv2_1:load",
-    "image_reward": "ngrpo_train.rewards.shipped.image_reward:load",
-    "pickscore": "ngrpo_train.rewards.shipped.pickscore:load",
-    "shapes_judge": "ngrpo_train.rewards.shipped.shapes_verifier:judge",
-    "shapes_verifier": "ngrpo_train.rewards.shipped.shapes_verifier:verifier",
-    "unified": "ngrpo_train.rewards.vision_judge:load",
-}
-
-_REMOTE = "ngrpo_train.rewards.remote:load"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,34 +157,36 @@ def find_scorer(name: str, reward: Reward, device: torch.device) -> Scorer:
     """The scorer that a recipe's [rewards.NAME] means. Raises ValueError, naming it, where there is none."""
     if reward.is_callable and not reward.remote:
         return _own_scorer(name, reward.path)
-    if name not in SHIPPED and not (reward.remote or reward.template):
-        raise ValueError(
-            f"rewards.{name}: no reward of that name{suggestion(name, SHIPPED)}; there are "
-            f"{', '.join(sorted(SHIPPED))}, or set rewards.{name}.path = 'package.module:callable'"
-        )
     try:
-        scorer: Scorer = _attribute(_loader(name, reward))(name, reward, device)
-        return scorer
+        return _loader(name, reward)(name, reward, device)
     except ValueError as error:
         raise ValueError(f"rewards.{name}: {error}") from error
 
 
-def _loader(name: str, reward: Reward) -> str:
-    if reward.template or name == "unified":  # a judge has a server of its own kind
-        return SHIPPED["unified"]
-    return _REMOTE if reward.remote else SHIPPED[name]
+def _loader(name: str, reward: Reward) -> Callable[[str, Reward, torch.device], Scorer]:
+    ours = shipped.find(name)
+    if reward.template:
+        from ngrpo_train.rewards import vision_judge
+
+        return vision_judge.load
+    if reward.remote and not (ours and ours.asks_a_server):
+        from ngrpo_train.rewards import remote
+
+        return remote.load
+    if ours is None:
+        raise ValueError(
+            f"no reward of that name{suggestion(name, shipped.NAMES)}; there are {', '.join(shipped.NAMES)}, or set "
+            f"rewards.{name}.path = 'package.module:callable'"
+        )
+    return ours.load
 
 
 def _own_scorer(name: str, path: str) -> Scorer:
+    module, _, attribute = path.partition(":")
     try:
-        scorer: Scorer = _attribute(path)
+        scorer: Scorer = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"rewards.{name}.path = {path!r}: {error}; expected 'package.module:callable'") from error
     if not callable(scorer):
         raise ValueError(f"rewards.{name}.path = {path!r} is not callable")
     return scorer
-
-
-def _attribute(path: str) -> Any:
-    module_name, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module_name), attribute)

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ngrpo_train.parallel import processes
-from ngrpo_train.parallel.hub import why_missing
+from ngrpo_train.parallel.hub import HUB_ERRORS, why_missing
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _INDEX = ".index.json"  # of weights in several files
@@ -54,7 +54,7 @@ def _downloaded(repository: str, names: Sequence[str], fetch: Sequence[str]) -> 
             raise ValueError(f"{why_missing(repository, error, fetch)}, or give a directory or file") from error
         except EntryNotFoundError:
             continue
-        except HfHubHTTPError as error:
+        except HUB_ERRORS as error:
             raise ValueError(why_missing(repository, error, fetch)) from error
     raise ValueError(f"{repository} on the hub has none of {', '.join(names)}")
 

@@ -1,1 +1,47 @@
-"""The rewards that ship with ngrpo, a file each, of the reward's name."""
+"""The rewards that ship with ngrpo, a file each: the file's name is the reward's, and its `REWARD` says all of it.
+
+A further one is a further file. Listing their names imports none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+
+import torch
+
+from ngrpo_train.recipe.sections import Reward
+from ngrpo_train.rewards.scorer import Scorer
+from ngrpo_train.rewards.towers import NOTHING, ScorerSize
+
+
+def listed() -> tuple[str, ...]:
+    """The names of the files beside this one."""
+    return tuple(sorted(module.name for module in iter_modules(__path__)))
+
+
+NAMES = listed()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shipped:
+    """What a reward's file says of it."""
+
+    load: Callable[[str, Reward, torch.device], Scorer]
+    """The scorer of a recipe's [rewards.NAME] on a device. Raises ValueError for settings or weights of no use."""
+    hub_files: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """What is read from the hub where a recipe gives no other path: repositories with their files, weights first."""
+    size: Callable[[Reward], ScorerSize | None] = lambda settings: NOTHING
+    """What the scorer costs on this machine, for the planner; None where that is not known."""
+    asks_a_server: bool = False
+    """Whether `remote` is a server of a kind of its own, and not `ngrpo reward-server`."""
+
+
+def find(name: str) -> Shipped | None:
+    """The reward of that name; None where none ships."""
+    if name not in NAMES:
+        return None
+    reward: Shipped = import_module(f"{__name__}.{name}").REWARD
+    return reward

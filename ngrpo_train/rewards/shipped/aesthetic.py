@@ -17,12 +17,20 @@ from transformers import CLIPVisionModelWithProjection
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards.clip_scorer import Preprocessing, Released, native_only, read_clip, unit
 from ngrpo_train.rewards.scorer import ModelScorer, Scorer
+from ngrpo_train.rewards.shipped import Shipped
+from ngrpo_train.rewards.towers import NO_TOWER, ScorerSize, clip_size
 from ngrpo_train.rewards.weights import fill, find_state
 
 _MLP = "camenduru/improved-aesthetic-predictor"
 _MLP_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 _TOWER = "openai/clip-vit-large-patch14"
 _TOWER_FILES = ("config.json", "model.safetensors")
+
+
+def size(settings: Reward) -> ScorerSize | None:
+    """The CLIP's vision tower: the rest is a map of the embedding, whose bytes are not worth counting."""
+    clip = clip_size(settings.processor or _TOWER)
+    return ScorerSize(clip.vision, NO_TOWER, clip.side, clip.values) if clip else None
 
 
 def load(name: str, settings: Reward, device: torch.device) -> Scorer:
@@ -77,3 +85,6 @@ def _head(path: str, released: Released) -> tuple[Tensor, Tensor]:
         bias = mlp.layers.double()(torch.zeros(widths[0], dtype=torch.float64))
         weight = mlp.layers(torch.eye(widths[0], dtype=torch.float64)) - bias
     return weight[:, 0].float(), bias[0].float()
+
+
+REWARD = Shipped(load=load, hub_files=((_MLP, (_MLP_FILE,)), (_TOWER, _TOWER_FILES)), size=size)

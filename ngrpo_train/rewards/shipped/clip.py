@@ -17,6 +17,8 @@ from ngrpo_train.rewards.clip_scorer import (
     warn_without_ftfy,
 )
 from ngrpo_train.rewards.scorer import Scorer
+from ngrpo_train.rewards.shipped import Shipped
+from ngrpo_train.rewards.towers import clip_size
 
 _OFFICIAL = "apple/DFN5B-CLIP-ViT-H-14-384"  # 378 x 378 pixels, whatever its name says
 _FILES = ("open_clip_config.json", "open_clip_pytorch_model.bin", "tokenizer.json")
@@ -34,3 +36,8 @@ def load(name: str, settings: Reward, device: torch.device) -> Scorer:
     tokenizer = load_tokenizer(settings, path, TOKENIZER if Path(path).expanduser().exists() else path)
     warn_without_ftfy(name)
     return ClipScorer(settings, device, released, tokenizer, clean=clean_prompt).ready()
+
+
+REWARD = Shipped(
+    load=load, hub_files=((_OFFICIAL, _FILES),), size=lambda settings: clip_size(settings.path or _OFFICIAL)
+)

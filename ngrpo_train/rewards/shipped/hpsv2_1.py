@@ -6,6 +6,7 @@ import torch
 
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards.clip_scorer import (
+    TOKENIZER,
     ClipScorer,
     Preprocessing,
     clean_prompt,
@@ -14,6 +15,8 @@ from ngrpo_train.rewards.clip_scorer import (
     warn_without_ftfy,
 )
 from ngrpo_train.rewards.scorer import Scorer
+from ngrpo_train.rewards.shipped import Shipped
+from ngrpo_train.rewards.towers import VIT_H_14
 
 _OFFICIAL = "xswu/HPSv2"
 _FILE = "HPS_v2.1_compressed.pt"
@@ -37,3 +40,8 @@ def load(name: str, settings: Reward, device: torch.device) -> Scorer:
     # The official preprocessing resizes tensors, and what overshoots there is not cut off.
     preprocessing = Preprocessing(released.preprocessing.size, "longest", clamp=False)
     return ClipScorer(settings, device, released, tokenizer, preprocessing=preprocessing, clean=clean_prompt).ready()
+
+
+REWARD = Shipped(
+    load=load, hub_files=((_OFFICIAL, (_FILE,)), (TOKENIZER, ("tokenizer.json",))), size=lambda settings: VIT_H_14
+)

@@ -9,6 +9,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards.pixels import normalise, shortest_edge_crop
 from ngrpo_train.rewards.scorer import ModelScorer, Scorer
+from ngrpo_train.rewards.shipped import Shipped
+from ngrpo_train.rewards.towers import ScorerSize, Tower, block_flops, block_parameters
 from ngrpo_train.rewards.weights import fill, find_file, mismatch, read_json, read_state, some
 
 HUB_ID = "THUDM/ImageReward"
@@ -28,6 +31,10 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of raw scores, as its aut
 
 _TOKENIZER_FILES = ("vocab.txt", "tokenizer.json")
 _HEAD_WIDTH = 64
+
+# Of the released model.
+_POSITIONS, _VOCABULARY = 512, 30524
+_MLP = (768, 1024, 128, 64, 16, 1)
 
 # Beginnings and ends of the official names, and what they are called here and in transformers.
 _RENAMED = {
@@ -179,3 +186,31 @@ def _renamed(key: str) -> str:
     for pattern, name in _RENAMED.items():
         key = re.sub(pattern, name, key)
     return key
+
+
+# T tokens of a picture, h width of its tower, `width` of the text's.
+def _size(side: int = 224, patch: int = 16, h: int = 1024, layers: int = 24) -> ScorerSize:
+    """BLIP's ViT-L/16 and BERT-base, which attends to it in every block, and an MLP."""
+    T, L, width, blocks = (side // patch) ** 2 + 1, MAX_TOKENS, 768, 12
+    first = 3 * patch**2 * h
+    vision = Tower(
+        parameters=first + 2 * h + T * h + layers * block_parameters(h) + 2 * h,
+        flops=2 * (T - 1) * first + layers * block_flops(T, h),
+    )
+    # Queries and output are width x width, keys and values h x width of all of the picture's tokens; and a norm.
+    attends = 2 * (width * width + h * width) + 4 * width + 2 * width
+    reads = 2 * (L * 2 * width * width + T * 2 * h * width) + 2 * 2 * L * T * width
+    mlp = sum(before * after for before, after in pairwise(_MLP))
+    text = Tower(
+        parameters=(_VOCABULARY + _POSITIONS + 2) * width + blocks * (block_parameters(width) + attends),
+        flops=blocks * (block_flops(L, width) + reads) + 2 * mlp,
+    )
+    values = T * (6 * h + 3 * (h // 64) * T)  # its attention writes out what every head sees
+    return ScorerSize(vision, text, side, values, parameters_around=mlp + sum(_MLP[1:]), reads=True)
+
+
+REWARD = Shipped(
+    load=load,
+    hub_files=((HUB_ID, (FILE,)), (TOKENIZER, ("vocab.txt",))),
+    size=lambda settings: _size(),
+)

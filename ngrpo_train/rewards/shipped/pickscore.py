@@ -8,8 +8,17 @@ from __future__ import annotations
 import torch
 
 from ngrpo_train.recipe.sections import Reward
-from ngrpo_train.rewards.clip_scorer import ClipScorer, Preprocessing, load_tokenizer, native_only, read_hf_clip
+from ngrpo_train.rewards.clip_scorer import (
+    TOKENIZER,
+    ClipScorer,
+    Preprocessing,
+    load_tokenizer,
+    native_only,
+    read_hf_clip,
+)
 from ngrpo_train.rewards.scorer import Scorer
+from ngrpo_train.rewards.shipped import Shipped
+from ngrpo_train.rewards.towers import VIT_H_14
 
 _OFFICIAL = "yuvalkirstain/PickScore_v1"
 _FILES = ("config.json", "model.safetensors")
@@ -27,3 +36,8 @@ def load(name: str, settings: Reward, device: torch.device) -> Scorer:
     # Its processor is that of the CLIP it was tuned from, which takes prompts as they are.
     preprocessing = Preprocessing(released.config.vision_config.image_size, half_pixel="down")
     return ClipScorer(settings, device, released, tokenizer, preprocessing=preprocessing, scaled=True).ready()
+
+
+REWARD = Shipped(
+    load=load, hub_files=((_OFFICIAL, _FILES), (TOKENIZER, ("tokenizer.json",))), size=lambda settings: VIT_H_14
+)

@@ -1,20 +1,6 @@
-"""The scorers of the shapes world, with nothing to load: a rule-based reward and a learned out-of-domain judge."""
+"""The rule-based reward of the shapes world, with nothing to load."""
 
-from __future__ import annotations
+from ngrpo_train.rewards.shipped import Shipped
+from ngrpo_train.shapes.verifier import score
 
-import torch
-
-from ngrpo_train.recipe.sections import Reward
-from ngrpo_train.rewards.scorer import Scorer
-
-
-def verifier(name: str, settings: Reward, device: torch.device) -> Scorer:
-    from ngrpo_train.shapes.verifier import score
-
-    return score
-
-
-def judge(name: str, settings: Reward, device: torch.device) -> Scorer:
-    from ngrpo_train.shapes.judge import judge
-
-    return judge
+REWARD = Shipped(load=lambda name, settings, device: score)

@@ -18,12 +18,12 @@ from ngrpo_train.plan.layout import Layout
 from ngrpo_train.plan.machines import GIB, MACHINES
 from ngrpo_train.plan.memory import Memory, iteration_memory
 from ngrpo_train.plan.remedies import with_settings
-from ngrpo_train.plan.scorers import WITH_WEIGHTS, Scoring, of_unknown_cost, scorer_size, scorer_sizes
+from ngrpo_train.plan.scorers import Scoring, of_unknown_cost, scorer_size, scorer_sizes
 from ngrpo_train.plan.traffic import iteration_traffic
 from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.parsing import as_toml, find_recipe, parse, read_recipe, resolve
 from ngrpo_train.recipe.sections import Recipe, Reward
-from ngrpo_train.rewards import SHIPPED
+from ngrpo_train.rewards import shipped
 
 DEV, META = KNOWN["flux-dev"], torch.device("meta")
 H200 = MACHINES["h200-141"]
@@ -96,10 +96,10 @@ def test_scorers_are_as_large_as_their_classes(name: str, reward: Reward, monkey
 
 
 def test_every_scorer_that_ships_has_a_place() -> None:
-    nothing_here = {"shapes_judge", "shapes_verifier", "unified"}
-    assert SHIPPED.keys() == {*WITH_WEIGHTS} | nothing_here
-    assert of_unknown_cost({name: Reward() for name in SHIPPED}) == []
-    assert scorer_sizes({name: Reward() for name in SHIPPED}).keys() == {*WITH_WEIGHTS}
+    with_weights = {"aesthetic", "clip", "hpsv2_1", "image_reward", "pickscore"}
+    assert {*shipped.NAMES} == with_weights | {"shapes_judge", "shapes_verifier", "unified"}
+    assert of_unknown_cost({name: Reward() for name in shipped.NAMES}) == []
+    assert scorer_sizes({name: Reward() for name in shipped.NAMES}).keys() == with_weights
 
 
 def test_what_is_computed_elsewhere_costs_nothing_here() -> None:
