@@ -341,7 +341,7 @@ def test_a_reward_that_fails_stops_and_nothing_is_lost(ngrpo, here, chance, tmp_
     chance.bad = PROMPTS[2]
     code, out, err = ngrpo("eval", "runs/full", *flags)
     assert code == 1
-    assert f"ngrpo eval: rewards.score = nan for the prompt {PROMPTS[2]!r}\n" in err
+    assert f"ngrpo eval: rewards.score = nan for the prompt {PROMPTS[2]!r} (row 3 of its file)\n" in err
     assert "Traceback" not in err
     assert not (tmp_path / "table.txt").exists()
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}

@@ -170,9 +170,8 @@ def test_no_picture_is_scored_twice(ended):
 def test_processes_end_together_when_a_reward_fails(ended):
     ends, directory = ended
     first, second = ends["failed"].outputs
-    assert (
-        "ngrpo eval: rewards.shapes_verifier failed on 2 pictures, the first for 'a dog': ValueError: not a" in second
-    )
+    failure = "failed on 2 pictures, the first for 'a dog' (row 5 of its file): ValueError: not a"
+    assert f"ngrpo eval: rewards.shapes_verifier {failure}" in second
     assert "ngrpo eval: rewards.shapes_verifier failed on another process, which says why\n" in first
     assert "Traceback" not in first + second
     assert "redness" not in first + second

@@ -20,6 +20,7 @@ from ngrpo_train.experiments.results import BASE_MODEL, Row, read_rows
 from ngrpo_train.experiments.runs import Experiment, Yardstick, course, identity
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.algorithms import Neighbor
 from ngrpo_train.recipe.parsing import parse, read_recipe, resolve
 from ngrpo_train.recipe.sections import Evaluation, Log, Prompts, Recipe, Reward, Sampling, Train
@@ -228,9 +229,9 @@ def test_an_experiment_from_end_to_end(
     base = resolve(read_recipe(Path("tiny.toml")), name="tiny")
     rewards = Rewards(base.rewards)
     flux = FlowModel(base.model, base.sampling, base.parallel, torch.device("cpu"))
-    before = evaluate(flux, base, rewards, PROMPTS).mean()
+    before = evaluate(flux, base, rewards, list(map(Prompt, PROMPTS))).mean()
     load_weights(flux, deleted["euler_seed7"] / "step_000001")
-    after = evaluate(flux, base, rewards, PROMPTS).mean()
+    after = evaluate(flux, base, rewards, list(map(Prompt, PROMPTS))).mean()
     for row, expected in ((ends[BASE_MODEL, None], before), (ends["Euler", 7], after)):
         assert row.values["reward"] == pytest.approx(expected["brightness"], rel=1e-5)
         assert row.values["out_of_domain"] == pytest.approx(expected["redness"], rel=1e-5)

@@ -175,7 +175,7 @@ def test_a_scorers_embedding_measures_diversity(tiny_dev, load_flux, tmp_path, m
     )
     recipe = Recipe(rewards={"x": Reward(batch=3)}, evaluation=EvaluationSettings(num_images_per_prompt=2, batch=4))
     flux, rewards = load_flux(tiny_dev), Rewards(recipe.rewards)
-    base = Watch.begin(tmp_path / "watch.json", flux, recipe, rewards, ["a dog", "a cat"]).base
+    base = Watch.begin(tmp_path / "watch.json", flux, recipe, rewards, [Prompt("a dog"), Prompt("a cat")]).base
     brightness = base.evaluation.scores_RN[0]
     expected = (brightness[::2] - brightness[1::2]).abs()
     torch.testing.assert_close(base.diversity_P, expected, rtol=0, atol=1e-5)
