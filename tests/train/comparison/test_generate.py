@@ -129,7 +129,7 @@ def test_a_lora_over_another_base_brings_that_base_along(tiny_dev, tiny_schnell,
     lora = load_flux(tiny_dev, tuning="lora", num_inference_steps=STEPS)
     schnell = load_flux(tiny_dev, transformer=tiny_schnell, num_inference_steps=STEPS)
     recipe = Recipe(sampling=lora.sampling)
-    tail = base_tail(lora, replace(lora.model, name_or_path=tiny_schnell), STEPS)
+    tail = base_tail(lora, replace(lora.spec, name_or_path=tiny_schnell), STEPS)
     beside = pictures(lora, recipe, PROMPTS, [0, 1], tail)
     assert not torch.equal(beside, pictures(lora, recipe, PROMPTS, [0, 1]))
     assert tail.sampler.transformer.config.guidance_embeds is False
