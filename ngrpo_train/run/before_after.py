@@ -100,7 +100,7 @@ def side_by_side(before: Path, after: Path, out: Path) -> None:
 
 
 def look_before(
-    run: Path, model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[str]]
+    run: Path, model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[Prompt]]
 ) -> None:
     """Score and draw the untrained model, unless an earlier part of the run did; a collective."""
     if not Evaluations.is_made(run / "before.json", recipe, rewards, prompts):
@@ -109,7 +109,9 @@ def look_before(
             before.save(run / "before.json")
 
 
-def look_after(run: Path, model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[str]]) -> None:
+def look_after(
+    run: Path, model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[Prompt]]
+) -> None:
     """Score and draw the trained model, and write and print what sets it beside the untrained one; a collective."""
     after = Evaluations.make(model, recipe, rewards, prompts, run / "after.png")
     if processes.rank() != 0:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ngrpo_train.models.export import export
 from ngrpo_train.parallel import processes
 from ngrpo_train.plan.settle import cost_of, explained_out_of_memory, settle_memory
-from ngrpo_train.prompts import prompts_per_iteration
+from ngrpo_train.prompts import Prompt, prompts_per_iteration
 from ngrpo_train.recipe.parsing import as_toml
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.run.before_after import look_after, look_before
@@ -117,7 +117,7 @@ def _end(run: Path, trainer: Trainer, prepared: Prepared, launch: PartialState) 
             launch.print(f"exported to {export(trainer.model, run / 'export')}")
 
 
-def _prompts_of_the_table(prepared: Prepared) -> dict[str, list[str]]:
+def _prompts_of_the_table(prepared: Prepared) -> dict[str, list[Prompt]]:
     return {"test": prepared.test, "train": prepared.prompts[: len(prepared.test)]}
 
 

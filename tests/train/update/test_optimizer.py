@@ -296,7 +296,7 @@ def go_on(flux: FlowModel, optimizer: torch.optim.Optimizer, step: int) -> None:
 
 def trainer_of(model: FlowModel, optimizer: torch.optim.Optimizer, step: int = 0) -> Trainer:
     """What a checkpoint takes; it cannot iterate."""
-    cursor = PromptCursor(["a", "b"], seed=0, per_iteration=1)
+    cursor = PromptCursor([Prompt("a"), Prompt("b")], seed=0, per_iteration=1)
     return Trainer(
         model=model,
         optimizer=optimizer,
