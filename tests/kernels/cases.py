@@ -10,13 +10,20 @@ from torch import Tensor
 
 from ngrpo_kernels import LossOutput, neighbor_grpo_loss, neighbor_grpo_loss_from_velocity, reference
 
+from .rounding import Points, assert_within_rounding, loss_errors
+
 OLD = ["tensor", "detach", "literal"]  # what `run` takes for the old policy
 
 
 def assert_as_accurate_as_torch(got: Tensor, exact: Tensor, native: Tensor, slack: float = 2.0) -> None:
-    """`got` errs at most `slack` times as much as `native` does against `exact`, rounding to its dtype aside."""
+    """`got` errs at most `slack` times as much as `native` does against `exact`, rounding to its dtype aside.
+
+    `native` must not depend on the machine: float64 arithmetic on inputs that were rounded. What float32 arithmetic
+    happens to err by on one machine is no yardstick; see rounding.py.
+    """
     floor = torch.finfo(got.dtype).eps * exact.abs().max()
-    assert (got.double() - exact).abs().max() <= slack * ((native.double() - exact).abs().max() + floor)
+    assert native.dtype == exact.dtype == torch.float64
+    assert (got.double() - exact).abs().max() <= slack * ((native - exact).abs().max() + floor)
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,11 @@ def truth(
     return Truth(loss.detach(), log_ratio, grad)
 
 
-def run(case: Case, old: Any = "tensor", **settings: Any) -> tuple[LossOutput, Tensor]:
-    """The public loss from velocities, and its gradient."""
+def run(
+    case: Case, old: Any = "tensor", dtype: torch.dtype | None = None, **settings: Any
+) -> tuple[LossOutput, Tensor]:
+    """The public loss from velocities, and its gradient; in `dtype`, if given, of inputs as the case has them."""
+    case = case if dtype is None else case.to(dtype)
     velocity = case.velocity.detach().requires_grad_()
     old_velocity = case.old_velocity if isinstance(old, str) and old == "tensor" else old
     output = neighbor_grpo_loss_from_velocity(
@@ -119,19 +129,30 @@ def run(case: Case, old: Any = "tensor", **settings: Any) -> tuple[LossOutput, T
     return output, torch.autograd.grad(output.loss, velocity)[0]
 
 
-def run_from_anchors(case: Case, old: Any = "tensor", **settings: Any) -> tuple[LossOutput, Tensor]:
-    """The public loss from anchors, and its gradient carried back to the velocity."""
-    velocity = case.velocity.detach().requires_grad_()
-    old_anchors = case.latents - case.dt * case.old_velocity if isinstance(old, str) and old == "tensor" else old
+def run_from_anchors(
+    case: Case, old: Any = "tensor", dtype: torch.dtype | None = None, **settings: Any
+) -> tuple[LossOutput, Tensor]:
+    """The public loss from anchors, and its gradient carried back to the velocity; `dtype` as for `run`.
+
+    Anchors are computed in the case's dtype, so that in any other they are the same points.
+    """
+    anchors, old_anchors = _anchors(case)
+    case = case if dtype is None else case.to(dtype)
+    anchors = anchors.to(case.latents.dtype).requires_grad_()
     output = neighbor_grpo_loss(
-        case.latents - case.dt * velocity,
+        anchors,
         case.candidates,
         case.anchor_index,
         case.advantages,
-        old_anchors=old_anchors,
+        old_anchors=old_anchors.to(case.latents.dtype) if isinstance(old, str) and old == "tensor" else old,
         **settings,
     )
-    return output, torch.autograd.grad(output.loss, velocity)[0]
+    return output, -case.dt * torch.autograd.grad(output.loss, anchors)[0]
+
+
+def _anchors(case: Case) -> tuple[Tensor, Tensor]:
+    """Where the new and the old velocity lead, rounded to the case's dtype."""
+    return case.latents - case.dt * case.velocity.detach(), case.latents - case.dt * case.old_velocity
 
 
 def keep_some(case: Case) -> Tensor:
@@ -152,16 +173,29 @@ def assert_identical(got: tuple[LossOutput, Tensor], want: tuple[LossOutput, Ten
 def assert_as_accurate_as_reference(
     form: Callable[..., Any], case: Case, old: str, backend: str, **settings: Any
 ) -> None:
-    """Every output and the gradient, against the reference in float64 on the same inputs."""
-    got, grad = form(case, old, backend=backend, **settings)
-    native, native_grad = form(case, old, backend="reference", **settings)
-    exact, exact_grad = form(case.to(torch.float64), old, backend="reference", **settings)
-    assert grad.dtype == native_grad.dtype
-    assert_as_accurate_as_torch(grad, exact_grad, native_grad)
-    for name in LossOutput._fields:
-        value, other, truth = getattr(got, name), getattr(native, name), getattr(exact, name)
-        assert value.dtype == other.dtype, name
-        if name in ("loss", "kl"):  # sums that cancel, held to the rounding of their terms
-            terms = torch.stack([exact.advantages.abs().sum(-1).max(), exact.log_ratio.abs().max()])
-            value, other, truth = (torch.cat([tensor.flatten(), terms.to(tensor)]) for tensor in (value, other, truth))
-        assert_as_accurate_as_torch(value, truth, other)
+    """Every output and the gradient of a backend, and of the reference, are float64's but for their rounding.
+
+    The truth is the reference in float64 on the same inputs, points included. How much float32 may lose follows from
+    the case alone: see rounding.py.
+    """
+    exact, exact_grad = form(case, old, torch.float64, backend="reference", **settings)
+    wide, by_point = case.to(torch.float64), 1.0
+    if form is run:
+        slope = torch.full_like(wide.velocity[..., :1], -case.dt)
+        points = Points(wide.velocity, wide.old_velocity if old == "tensor" else old, wide.latents, slope)
+    else:
+        anchors, old_anchors = (point.double() for point in _anchors(case))
+        slope, by_point = torch.ones_like(anchors[..., :1]), case.dt
+        points = Points(anchors, old_anchors if old == "tensor" else old, None, slope)
+    advantages, rewards = (None if "rewards" in settings else wide.advantages), settings.get("rewards")
+    rewards = None if rewards is None else rewards.double()
+    of_sums = settings | {"rewards": rewards, "eps": torch.finfo(torch.float32).eps}
+    errors = loss_errors(points, wide.candidates, case.anchor_index, advantages, **of_sums)
+    results = {name: form(case, old, backend=name, **settings) for name in (backend, "reference")}
+    for name, (output, grad) in results.items():
+        assert grad.dtype == case.velocity.dtype, name
+        assert_within_rounding(grad, exact_grad, by_point * errors["grad"], f"{name}'s gradient")
+        for field in LossOutput._fields:
+            value, native = getattr(output, field), getattr(results["reference"][0], field)
+            assert value.dtype == native.dtype, field
+            assert_within_rounding(value, getattr(exact, field), errors[field], f"{name}'s {field}")

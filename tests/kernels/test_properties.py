@@ -15,13 +15,14 @@ from .cases import (
     OLD,
     Case,
     assert_as_accurate_as_reference,
-    assert_as_accurate_as_torch,
     make_case,
     run,
     run_from_anchors,
 )
+from .rounding import advantages_error, assert_within_rounding, sqdist_errors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = torch.finfo(torch.float32).eps
 
 # The fixture `backend` is a name, the same for every example.
 checked = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
@@ -74,9 +75,10 @@ def test_pairwise_sqdist(
     group: tuple[Case, Tensor | None], left: torch.dtype, right: torch.dtype, backend: str
 ) -> None:
     anchors, candidates = group[0].velocity.to(left), group[0].candidates.to(right)
-    got, native = (pairwise_sqdist(anchors, candidates, backend=name) for name in (backend, "reference"))
     exact = pairwise_sqdist(anchors.double(), candidates.double(), backend="reference")
-    assert_as_accurate_as_torch(got, exact, native)
+    error, *_ = sqdist_errors(torch.zeros_like(exact), anchors.double(), candidates.double(), EPS)
+    for name in (backend, "reference"):
+        assert_within_rounding(pairwise_sqdist(anchors, candidates, backend=name), exact, error, name)
 
 
 @checked
@@ -98,7 +100,9 @@ def test_quasi_norm_advantages(
     chosen: dict[str, Any] = {"p": p, "weights": weights, "candidate_mask": mask}
     got, native = (quasi_norm_advantages(values, **chosen, backend=name) for name in (backend, "reference"))
     exact = quasi_norm_advantages(values.double(), **chosen, backend="reference")
-    assert_as_accurate_as_torch(got, exact, native)
+    error = advantages_error(values.double(), p, torch.tensor(weights)[:, None, None], mask, EPS)
+    assert_within_rounding(got, exact, error, backend)
+    assert_within_rounding(native, exact, error, "reference")
     if rewards == 1:
         valid = torch.ones(2, members, dtype=torch.bool) if mask is None else mask
         for row in range(2):

@@ -73,7 +73,5 @@ def test_several_processes_train_as_one_does(made: Path, ranks: int, case: str) 
         torch.testing.assert_close(theirs[name], mine[name], rtol=0, atol=TOLERANCE[name])
     rows, expected = figures(made / case), figures(made / f"{case}-alone")
     assert any(name.startswith("velocity_grad_norm/") for name in rows[0])
-    for row in (*rows, *expected):  # what a rollout rounds otherwise than an update: nothing but rounding
-        assert row.pop("policy/mismatch_log_ratio_std") < 1e-4
-    assert_close_figures(rows, expected)
+    assert_close_figures(rows, expected, mine["gains"])
     assert_close(made / case, made / f"{case}-alone")

@@ -175,13 +175,13 @@ def test_a_server_that_takes_for_ever(slow):
     with scripted(slow) as server:
         error, seconds = refused(server, attempts=2, timeout_s=0.3)
     assert str(error) == f"POST {server.url}/score: no complete answer within the timeout of 0.3 s (2 attempts)"
-    assert 0.6 <= seconds < 2
+    assert 0.6 <= seconds < 20  # a single attempt would take longer without its timeout
     assert len(server.received) == 2
 
 
 def test_a_late_answer_is_fetched_anew():
     with scripted(hang, OK) as server:
-        assert post(server, timeout_s=0.3) == b"fine"
+        assert post(server, timeout_s=1) == b"fine"
 
 
 @pytest.mark.parametrize("timeout_s", [0.2, 20])
@@ -189,7 +189,7 @@ def test_all_attempts_together_have_a_deadline(timeout_s):
     with scripted(hang) as server:
         error, seconds = refused(server, attempts=1000, timeout_s=timeout_s, deadline_s=0.7)
     assert "no complete answer within" in str(error)
-    assert 0.6 <= seconds < 2
+    assert 0.6 <= seconds < 15  # a timeout, or a thousand, would take longer
 
 
 def test_a_slow_answer_is_taken():

@@ -107,7 +107,7 @@ def test_two_ranks_train_as_one_process_does(one: Path, two: Path, case: str) ->
         assert torch.equal(theirs[name], observed(two / case, rank=1)[name])  # both ranks know all of them
         assert mine[name].shape[-2:] == (2, 4)
         torch.testing.assert_close(theirs[name], mine[name], rtol=0, atol=TOLERANCE[name])
-    assert_close_figures(figures(two / case), figures(one / case))
+    assert_close_figures(figures(two / case), figures(one / case), mine["gains"])
     assert_close_figures(validations(two / case), validations(one / case))
     assert_close(two / case, one / case)
 
@@ -179,7 +179,7 @@ def test_one_process_goes_on_where_two_stopped(
     shutil.copytree(two / "full" / checkpoint, tmp_path / "run" / checkpoint)
     third = recipes["full"] | PLAIN | {"train.steps": "3"}
     assert Run(tmp_path / "run", third, resume="latest").make() == 0
-    assert_close_figures(figures(tmp_path / "run"), figures(one / "full")[2:3])
+    assert_close_figures(figures(tmp_path / "run"), figures(one / "full")[2:3], observed(one / "full")["gains"][2:3])
     assert_close(tmp_path / "run", one / "full")
 
 
@@ -195,7 +195,8 @@ def test_a_killed_rank_ends_the_run_and_sigterm_saves_it(
     assert launched.returncode == 1, output
     assert re.search(r"rank +: 1 .*\n +exitcode +: -9", output), output
     assert steps_kept(run) == ["step_000001", "step_000002", "step_000003.partial"]
-    assert ended - (run / "checkpoints" / "step_000003.partial").stat().st_mtime < 20
+    # The launcher ended it, not the collective that waits for the dead rank, which gives up after 180 seconds.
+    assert ended - (run / "checkpoints" / "step_000003.partial").stat().st_mtime < 120
 
     endless = Run(run, recipe | {"train.steps": "1000", "checkpoint.every": "1000"}, resume="latest")
     launched = accelerate_launch("-m", "ngrpo_train", *endless.arguments())
@@ -218,9 +219,9 @@ def test_without_a_launcher_too_a_killed_rank_ends_the_run(
     recipes: dict[str, dict[str, str]], two: Path, tmp_path: Path
 ) -> None:
     recipe = recipes["full"] | ONE_EACH | PLAIN | {"train.steps": "3"}
-    started = time.time()
     output, _ = on_ranks(2, [Run(tmp_path / "run", recipe, kill_in_step=2)], codes=[1, -signal.SIGKILL])
-    assert time.time() - started < 120  # the timeout is 180 seconds
+    killed_after = (tmp_path / "run" / "checkpoints" / "step_000002").stat().st_mtime
+    assert time.time() - killed_after < 120  # the timeout is 180 seconds
     assert re.search(r"rank 0 of 2 ends: a collective failed,\s+so another process died", output), output
     assert steps_kept(tmp_path / "run") == ["step_000001", "step_000002"]
     on_ranks(2, [Run(tmp_path / "run", recipe, resume="latest")])
