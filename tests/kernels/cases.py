@@ -180,13 +180,13 @@ def assert_as_accurate_as_reference(
     """
     exact, exact_grad = form(case, old, torch.float64, backend="reference", **settings)
     wide, by_point = case.to(torch.float64), 1.0
-    if form is run:
-        slope = torch.full_like(wide.velocity[..., :1], -case.dt)
-        points = Points(wide.velocity, wide.old_velocity if old == "tensor" else old, wide.latents, slope)
-    else:
+    if form is run_from_anchors:
         anchors, old_anchors = (point.double() for point in _anchors(case))
         slope, by_point = torch.ones_like(anchors[..., :1]), case.dt
         points = Points(anchors, old_anchors if old == "tensor" else old, None, slope)
+    else:
+        slope = torch.full_like(wide.velocity[..., :1], -case.dt)
+        points = Points(wide.velocity, wide.old_velocity if old == "tensor" else old, wide.latents, slope)
     advantages, rewards = (None if "rewards" in settings else wide.advantages), settings.get("rewards")
     rewards = None if rewards is None else rewards.double()
     of_sums = settings | {"rewards": rewards, "eps": torch.finfo(torch.float32).eps}
