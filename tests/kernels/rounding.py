@@ -78,14 +78,18 @@ def loss_errors(
     # The sums over D: logits are -<y, y - 2 (a - x_j)> and shifts 2 <y, delta>, both over tau.
     own = reference.own_candidate(candidates, anchor_index, torch.float64)
     offset_terms, delta_terms = _displacement_terms(points, own)
-    y = [difference.abs() for difference in reference._differences(candidates, own, mask)]
+    differences = list(reference._differences(candidates, own, mask))
+    y = [difference.abs() for difference in differences]
     logit_err = eps * _stacked(y, lambda y: (y * (y + 2 * offset_terms)).sum(-1)) / tau
     shift = 2 * measured.projections / tau
-    # Both bounds of a sum hold for <y, delta>, whose terms have either sign; its own value is its drift.
+    # Both bounds of a sum hold for <y, delta>, whose terms have either sign. To chance come its drift, which is its own
+    # value, and the rounding of the slope, which all terms share.
     by_size = _stacked(y, lambda y: (y * delta_terms).sum(-1))
     growth = (1 + min(64, candidates.shape[-1] / 4) / 4) ** 0.5
-    by_chance = growth * _stacked(y, lambda y: (y * delta_terms).square().sum(-1).sqrt()) + measured.projections.abs()
-    shift_err = eps * 2 * torch.minimum(by_size, by_chance) / tau
+    by_chance = growth * _stacked(y, lambda y: (y * delta_terms).square().sum(-1).sqrt())
+    sloped = points.slope * (points.moving - points.old if isinstance(points.old, Tensor) else points.moving)
+    shared = _stacked(differences, lambda difference: (difference * sloped).sum(-1)).abs()
+    shift_err = eps * 2 * torch.minimum(by_size, by_chance + measured.projections.abs() + shared) / tau
 
     # The policies: a logit's error moves log pi_i by what is not common to all, and log pi is rounded before its exp.
     normalizer = (shift - log_ratio).gather(-1, anchor_index[:, :, None])
