@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ngrpo_kernels import LossOutput, neighbor_grpo_loss, neighbor_grpo_loss_from_velocity, reference
+from ngrpo_kernels._inputs import Group, check_clip_range
+from ngrpo_kernels.reference import Settings
 
-from .rounding import Points, assert_within_rounding, loss_errors
+from .rounding import assert_within_rounding, loss_errors
 
 OLD = ["tensor", "detach", "literal"]  # what `run` takes for the old policy
 
@@ -180,17 +182,23 @@ def assert_as_accurate_as_reference(
     """
     exact, exact_grad = form(case, old, torch.float64, backend="reference", **settings)
     wide, by_point = case.to(torch.float64), 1.0
+    group = Group.check(wide.candidates, wide.anchor_index, settings.get("candidate_mask"))
+    rewards = settings.get("rewards")
+    values = {"advantages": wide.advantages} if rewards is None else {"rewards": rewards.double()}
     if form is run_from_anchors:
         anchors, old_anchors = (point.double() for point in _anchors(case))
-        slope, by_point = torch.ones_like(anchors[..., :1]), case.dt
-        points = Points(anchors, old_anchors if old == "tensor" else old, None, slope)
+        by_point = case.dt
+        points = group.points_of_anchors(anchors, old_anchors if old == "tensor" else old, **values)
     else:
-        slope = torch.full_like(wide.velocity[..., :1], -case.dt)
-        points = Points(wide.velocity, wide.old_velocity if old == "tensor" else old, wide.latents, slope)
-    advantages, rewards = (None if "rewards" in settings else wide.advantages), settings.get("rewards")
-    rewards = None if rewards is None else rewards.double()
-    of_sums = settings | {"rewards": rewards, "eps": torch.finfo(torch.float32).eps}
-    errors = loss_errors(points, wide.candidates, case.anchor_index, advantages, **of_sums)
+        old_velocity = wide.old_velocity if old == "tensor" else old
+        points = group.points_of_velocity(wide.velocity, wide.latents, case.dt, old_velocity, **values)
+    numbers = Settings(
+        settings.get("p", 0.8),
+        *check_clip_range(settings.get("clip_range", 1e-4)),
+        group.temperature(settings.get("temperature", 1.0)),
+        settings.get("kl_coef", 0.0),
+    )
+    errors = loss_errors(points, numbers, eps=torch.finfo(torch.float32).eps)
     results = {name: form(case, old, backend=name, **settings) for name in (backend, "reference")}
     for name, (output, grad) in results.items():
         assert grad.dtype == case.velocity.dtype, name

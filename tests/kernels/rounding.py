@@ -16,12 +16,13 @@ SLACK = 2 on top of either allows three standard deviations, or more, of every e
 # P prompts, B anchors, G candidates, D latent elements (tokens x channels, flattened), R rewards. Letters as in
 # ngrpo_kernels/reference.py; `x_err` bounds the error of x.
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ngrpo_kernels import reference
+from ngrpo_kernels.reference import Points, Settings
 
 SLACK = 2.0
 LIMIT = reference.LOG_RATIO_LIMIT
@@ -35,59 +36,36 @@ def assert_within_rounding(got: Tensor, exact: Tensor, error: Tensor, name: str 
     assert (excess <= 0).all(), f"{name} is beyond its rounding by {excess.max().item():.3g}, {bound.max().item():.3g}"
 
 
-class Points(NamedTuple):
-    """The model's point x_theta = latents + slope * moving in float64, as `reference.objective` takes it."""
-
-    moving: Tensor  # [P, B, D]
-    old: reference.OldPolicy
-    latents: Tensor | None  # [P, B, D]; None is zero
-    slope: Tensor  # [P, B, 1]
-
-
-def loss_errors(
-    points: Points,
-    candidates: Tensor,
-    anchor_index: Tensor,
-    advantages: Tensor | None,
-    *,
-    eps: float,
-    rewards: Tensor | None = None,
-    p: float = 0.8,
-    candidate_mask: Tensor | None = None,
-    temperature: reference.Temperature = 1.0,
-    clip_range: float | tuple[float, float] = (1e-4, 1e-4),
-    kl_coef: float = 0.0,
-) -> dict[str, Tensor]:
+def loss_errors(points: Points, settings: Settings, *, eps: float) -> dict[str, Tensor]:
     """The error of every field of LossOutput and, as "grad", of the gradient at `moving`; `eps` is that of the sums.
 
-    All inputs but the settings are float64. The log-ratio is u_i less its normalizer, u_i = 2 <delta, y_i> / tau: terms
+    `points` are float64. The log-ratio is u_i less its normalizer, u_i = 2 <delta, y_i> / tau: terms
     of <delta, y_i> of either sign leave little, and what they leave is the error of log rho, however large log rho is.
     The ratio and the gradient then err by expm1 of it, relatively.
     """
-    mask = candidate_mask
-    below, above = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
-    low, high = 1 - below, 1 + above
-    measured = reference.measure(*points, candidates, anchor_index, mask)
+    mask, anchor_index = points.mask, points.anchor_index
+    low, high, kl_coef = settings.ratio_low, settings.ratio_high, settings.kl_coef
+    measured = reference.measure(points)
     spread = reference.mean_sqdist(measured.sqdist, mask)
-    tau = reference.temperature_rows(temperature, candidates.shape[-1], spread)
-    policy = reference.leaping_policy(measured, tau, anchor_index, mask)
+    tau = reference.temperature_rows(settings.temperature, spread)
+    policy = reference.leaping_policy(measured, points, tau)
     log_ratio, change, old, new = policy.log_ratio, policy.change(), policy.old(), policy.new()
     log_old = policy.log_old.masked_fill(old == 0, 0)  # weighs nothing
     log_new = (policy.log_old + log_ratio).masked_fill(new == 0, 0)
 
     # The sums over D: logits are -<y, y - 2 (a - x_j)> and shifts 2 <y, delta>, both over tau.
-    own = reference.own_candidate(candidates, anchor_index, torch.float64)
+    own = reference.own_candidate(points.candidates, anchor_index, torch.float64)
     offset_terms, delta_terms = _displacement_terms(points, own)
-    differences = list(reference._differences(candidates, own, mask))
+    differences = list(reference._differences(points.candidates, own, mask))
     y = [difference.abs() for difference in differences]
     logit_err = eps * _stacked(y, lambda y: (y * (y + 2 * offset_terms)).sum(-1)) / tau
     shift = 2 * measured.projections / tau
     # Both bounds of a sum hold for <y, delta>, whose terms have either sign. To chance come its drift, which is its own
     # value, and the rounding of the slope, which all terms share.
     by_size = _stacked(y, lambda y: (y * delta_terms).sum(-1))
-    growth = (1 + min(64, candidates.shape[-1] / 4) / 4) ** 0.5
+    growth = (1 + min(64, points.candidates.shape[-1] / 4) / 4) ** 0.5
     by_chance = growth * _stacked(y, lambda y: (y * delta_terms).square().sum(-1).sqrt())
-    sloped = points.slope * (points.moving - points.old if isinstance(points.old, Tensor) else points.moving)
+    sloped = points.slope * (points.moving if points.old is None else points.moving - points.old)
     shared = _stacked(differences, lambda difference: (difference * sloped).sum(-1)).abs()
     shift_err = eps * 2 * torch.minimum(by_size, by_chance + measured.projections.abs() + shared) / tau
 
@@ -103,7 +81,7 @@ def loss_errors(
         + ((new - old).abs() * logit_err).sum(-1, keepdim=True)
         + eps * (by_terms.sum(-1, keepdim=True) + normalizer.abs())
     )
-    if not isinstance(points.old, Tensor) and points.old == "detach":
+    if points.old is None and not points.literal:
         log_ratio_err = torch.zeros_like(log_ratio)  # exactly zero, as the log-ratio is
     if mask is not None:
         log_ratio_err = log_ratio_err.masked_fill(~mask[:, None], 0)
@@ -111,10 +89,10 @@ def loss_errors(
     change_err = (new * torch.expm1(log_ratio_err) + change.abs() * torch.expm1(log_old_err + eps)).clamp_max(1)
 
     # The surrogate. A candidate that its error may take across a bound is counted on both sides.
-    used = reference._used_advantages(advantages, rewards, p, mask, torch.float64)
+    used = reference._used_advantages(points, settings.p)
     used_err = torch.zeros_like(used)
-    if rewards is not None:
-        used_err = advantages_error(rewards[None], p, torch.ones_like(used[:1, :1, None]), mask, eps)
+    if points.rewards is not None:
+        used_err = advantages_error(points.rewards[None], settings.p, torch.ones_like(used[:1, :1, None]), mask, eps)
     gain, gain_err = used[:, None], used_err[:, None]
     ratio = log_ratio.clamp(-LIMIT, LIMIT).exp()
     ratio_err = ratio * torch.expm1(log_ratio_err + eps)
@@ -178,13 +156,13 @@ def _stacked(tensors: Any, function: Any) -> Tensor:
 
 def _displacement_terms(points: Points, own: Tensor) -> tuple[Tensor, Tensor]:
     """|terms| of the old point's offset from x_j and of delta. Two latents are subtracted with one rounding."""
-    moving, old, latents, slope = points
+    moving, old, latents, slope = points.moving, points.old, points.latents, points.slope
     base = own if latents is None else latents - own
-    if isinstance(old, Tensor):
+    if old is not None:
         return base.abs() + (slope * old).abs(), (slope * (moving - old)).abs()
     to_moving = base.abs() + (slope * moving).abs()
     nothing = torch.zeros_like(own)
-    return (to_moving, nothing) if old == "detach" else (nothing, to_moving)
+    return (nothing, to_moving) if points.literal else (to_moving, nothing)
 
 
 def _of_log_softmax(probabilities: Tensor, logit_err: Tensor) -> Tensor:

@@ -130,8 +130,8 @@ def _observed() -> Iterator[tuple[list[tuple[Tensor, Tensor]], list[float]]]:
     gains: list[float] = []
     explore = NeighborGRPO.explore
 
-    def explored(self: NeighborGRPO, flux: Any, prompts: Any, step: int) -> Any:
-        groups = explore(self, flux, prompts, step)
+    def explored(self: NeighborGRPO, model: Any, prompts: Any, step: int) -> Any:
+        groups = explore(self, model, prompts, step)
         gains.append(mismatch_gain(groups, self.settings.temperature))
         return groups
 
