@@ -234,6 +234,7 @@ class Neighbor(Algorithm):
     """B: candidates per prompt that are trained; the other algorithms train all."""
     num_train_steps: Positive[int] = 4
     """K: solver steps per prompt that are trained."""
+    # All but the last of 8 steps, as in 0.1.0, whose recipes may leave it open. Packaged recipes train the noisy half.
     step_range: Annotated[tuple[float, float], _RISING] = (0.0, 0.875)
     sigma: Fraction[float] = 0.3
     """Strength of the perturbation of the initial noise (Eq. 7), in (0, 1]."""

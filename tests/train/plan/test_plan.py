@@ -403,9 +403,9 @@ def test_the_8_step_iteration() -> None:
 @pytest.mark.parametrize(
     "steps, solver, anchors, trained, step_range, nfe_theta",
     [
-        (25, "ddim", 12, 4, (0, 0.96), 4.00),
-        (16, "dpmpp_2m", 4, 9, (0, 0.9375), 3.00),
-        (8, "dpmpp_2m", 4, 4, (0, 0.875), 1.33),
+        (25, "ddim", 12, 4, (0, 0.5), 4.00),
+        (16, "dpmpp_2m", 4, 9, (0, 0.5625), 3.00),
+        (8, "dpmpp_2m", 4, 4, (0, 0.5), 1.33),
     ],
 )
 def test_evaluations_of_the_papers_rows(

@@ -241,6 +241,16 @@ def test_packaged_recipes_can_train(name):
     check(parsed(read_recipe(find_recipe(name))))
 
 
+@pytest.mark.parametrize("name", [name for name in PACKAGED if name.startswith("flux")])
+def test_flux_recipes_train_the_noisy_half_by_the_papers_k(name):
+    """The paper's K = 9 of 16 steps is one more than half of them; else no step of the late half is trained."""
+    recipe = parsed(read_recipe(find_recipe(name)))
+    N, settings = recipe.sampling.num_inference_steps, recipe.algorithm
+    steps = settings.trainable_steps(N)
+    assert steps == (range(9) if name == "flux_dpmpp16" else range(N // 2))
+    assert settings.num_train_steps == {"flux_dpmpp16": 9, "flux_schnell": 2}.get(name, 4) <= len(steps)
+
+
 def test_an_unknown_recipe_is_answered_with_the_near_one_and_the_list():
     with pytest.raises(ValueError, match=r"no recipe 'shapes_cup'.* did you mean shapes_cpu\?") as raised:
         find_recipe("shapes_cup")
