@@ -464,7 +464,7 @@ def test_tokens(hps_file, processor, prompt, expected):
 def test_typography_is_mended_with_ftfy_and_its_absence_told(hps_file, processor, monkeypatch, caplog):
     settings = Reward(path=hps_file, processor=processor)
     scorer = hpsv2_1.load("hpsv2_1", settings, CPU)
-    monkeypatch.setattr(clip, "find_spec", lambda name: None)
+    monkeypatch.setattr(clip_scorer, "find_spec", lambda name: None)
     with caplog.at_level(logging.WARNING, "ngrpo_train.rewards.clip_scorer"):
         hpsv2_1.load("hpsv2_1", settings, CPU)
     assert "rewards.hpsv2_1: without ftfy" in caplog.text
