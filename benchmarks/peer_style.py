@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from ngrpo_kernels import quasi_norm_advantages
-from ngrpo_train.models.encoders import Conditioning
+from ngrpo_train.models.encoders import TextFeatures
 from ngrpo_train.recipe.algorithms import Neighbor
 from ngrpo_train.recipe.sections import Sampling
 from ngrpo_train.rewards import Scorer
@@ -51,7 +51,7 @@ class Peer:
     vae: Any
     sampling: Sampling
     algorithm: Neighbor
-    conditioning: Conditioning
+    conditioning: TextFeatures
     """Of one prompt."""
     prompt: str
     scorer: Scorer

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from benchmarks.train_recipes import settings_of, with_depth
 from benchmarks.train_rows import Case, Session, Skip, clock, peak_memory, seconds_of
-from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.model import FlowModel
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.model import Conditioning, FlowModel
 from ngrpo_train.models.sizes import find_architecture, transformer_on
 from ngrpo_train.parallel import blocks
 from ngrpo_train.plan.machines import machine_of
@@ -115,7 +115,7 @@ def _prepare_again(model: FlowModel, recipe: Recipe) -> None:
     import torch._functorch.config as functorch
 
     functorch.activation_memory_budget = 1.0
-    repeated = [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]
+    repeated = list(model.adapter.blocks(model.transformer).values())
     for block in repeated:
         block.__dict__.pop("forward", None)
     blocks.prepare(repeated, recipe.model, recipe.parallel, model.device)
@@ -234,9 +234,10 @@ def decode(session: Session, recipe: Recipe) -> None:
 
 
 def _set_decoder(model: FlowModel, compiled: bool, channels_last: bool) -> None:
-    vae = model.pipeline.vae
+    assert isinstance(model.adapter, Flux)
+    vae = model.adapter.pipeline.vae
     vae.decoder.__dict__.pop("forward", None)
     vae.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     model.compiled = compiled
     if compiled:
-        vae.decoder.forward = torch.compile(vae.decoder.forward, dynamic=False)
+        blocks.compile_whole(vae.decoder)

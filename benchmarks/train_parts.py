@@ -26,7 +26,7 @@ from benchmarks.peer_style import Draws, Peer
 from benchmarks.train_recipes import full_size, score, settings_of, table_3, tiny, with_depth
 from benchmarks.train_rows import Case, Session, clock
 from ngrpo_train.draws import draw_anchors, draw_train_steps
-from ngrpo_train.models.encoders import Conditioning
+from ngrpo_train.models.encoders import TextFeatures
 from ngrpo_train.models.loading import fill
 from ngrpo_train.models.sizes import Architecture, find_architecture, transformer_on, vae_on
 from ngrpo_train.plan import iteration_flops
@@ -199,7 +199,7 @@ def make_peer(
         return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
 
     length, config = recipe.sampling.max_sequence_length, architecture.transformer
-    conditioning = Conditioning(
+    conditioning = TextFeatures(
         made_up(1, length, config["joint_attention_dim"]),
         made_up(1, config["pooled_projection_dim"]),
         torch.zeros(length, 3, device=device),

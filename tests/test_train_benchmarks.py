@@ -360,7 +360,7 @@ def test_the_peer_computes_the_same_gradient(tmp_path: Path) -> None:
     peer = train_parts.make_peer(
         recipe, architecture, CPU, torch.float32, tmp_path, Stopwatch(CPU), with_optimizer=False
     )
-    peer = replace(peer, conditioning=flux.encode([prompt]), vae=flux.pipeline.vae, autocast=False)
+    peer = replace(peer, conditioning=flux.encode([prompt]), vae=flux.adapter.pipeline.vae, autocast=False)
     draws = next(train_parts._draws(recipe, architecture, CPU))
     assert (peer.iterate(draws, max_grad_norm=float("inf"))) > 0
     theirs = {name: p.grad for name, p in peer.transformer.named_parameters()}

@@ -17,8 +17,7 @@ from torch import Tensor
 from ngrpo_train.algorithms.advantages import group_rewards, standardised
 from ngrpo_train.algorithms.stochastic import StochasticGRPO, Transitions, draw_noise, step_constants
 from ngrpo_train.draws import NOISE, stream
-from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.model import FlowModel
+from ngrpo_train.models.model import Conditioning, FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.algorithms import BranchGRPO as BranchSettings

@@ -60,8 +60,7 @@ from torch import Tensor
 from ngrpo_kernels import leaping_log_ratio, neighbor_grpo_loss_from_velocity
 from ngrpo_train.algorithms.advantages import group_rewards, quasi_norm
 from ngrpo_train.draws import draw_anchors, draw_train_steps
-from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.model import FlowModel
+from ngrpo_train.models.model import Conditioning, FlowModel
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.algorithms import Neighbor
 from ngrpo_train.recipe.sections import Sampling

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ngrpo_train.algorithms.advantages import group_rewards, standardised
 from ngrpo_train.draws import NOISE, draw_train_steps, stream
-from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.model import FlowModel
+from ngrpo_train.models.model import Conditioning, FlowModel
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.algorithms import Algorithm, Stochastic
 from ngrpo_train.recipe.sections import Sampling

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ngrpo_train.comparison.gallery import Gallery
-from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.model import FlowModel
+from ngrpo_train.models.model import Conditioning, FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.progress import progress
 from ngrpo_train.recipe.sections import Model, Recipe

@@ -23,15 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ngrpo_train.models.encoders import (
-    Manifest,
-    PromptEncoder,
-    TextEncoders,
-    encoder_hash,
-    frozen_dtype,
-    hashes_in,
-    prompt_hash,
-)
+from ngrpo_train.models.embeddings import Manifest, encoder_hash, hashes_in, prompt_hash
+from ngrpo_train.models.encoders import PromptEncoder, TextEncoders, frozen_dtype
 from ngrpo_train.models.loading import load_text_encoders
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.progress import progress
@@ -56,6 +49,8 @@ def embed_command(recipe: Recipe, out: Path, batch: int = 16) -> int:
     with processes.joined(recipe.parallel) as launch:
         prompts = training_prompts(recipe)
         length = recipe.sampling.max_sequence_length
+        if recipe.model.adapter != "auto":
+            raise ValueError(f"model.adapter = {recipe.model.adapter!r} brings text encoders that are not FLUX.1's")
         pipeline, directory = load_text_encoders(recipe.model.name_or_path, frozen_dtype(launch.device))
         encoder = encoder_hash(directory)
         if encoder is None:

@@ -6,11 +6,10 @@ and float8 rounds those by more than an optimizer step moves them. So training n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from ngrpo_train.models.loading import quiet_diffusers
@@ -23,26 +22,25 @@ class Float8Copy:
     def __init__(
         self,
         transformer: nn.Module,
+        empty: nn.Module,
+        blocks: Sequence[nn.Module],
         dtype: torch.dtype,
         device: torch.device,
         *,
-        prepare: Callable[[Sequence[nn.Module]], None] = lambda blocks: None,
         config: Any = None,
     ) -> None:
-        """Of `transformer`, sharded and with adapters as it may be, in arithmetic of `dtype`; empty until `refresh`.
+        """Make `empty`, on the meta device, the copy of `transformer`, sharded and with adapters as it may be.
 
-        `prepare` compiles the copy's blocks, say; `config` is torchao's quantisation, by default a scale for each row
-        of weights and, on the fly, of activations. Raises ValueError where the device or `dtype` has no such products.
+        It computes in `dtype`, and is empty until `refresh`. `blocks` are the copy's. `config` is torchao's
+        quantisation, by default a scale for each row of weights and, on the fly, of activations. Raises ValueError
+        where the device or `dtype` has no such products.
         """
         self.dtype, self.device = dtype, device
         self._source: Any = transformer
         self._config = _rowwise(device, dtype) if config is None else config
-        with torch.device("meta"), quiet_diffusers():
-            self.model: Any = FluxTransformer2DModel.from_config(transformer.config).to(dtype)
-        self.model.requires_grad_(False).eval()
-        repeated = [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
-        self._quantised = {linear for block in repeated for linear in block.modules() if isinstance(linear, nn.Linear)}
-        prepare(repeated)
+        with quiet_diffusers():
+            self.model = empty.to(dtype).requires_grad_(False).eval()
+        self._quantised = {linear for block in blocks for linear in block.modules() if isinstance(linear, nn.Linear)}
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -9,34 +9,35 @@ import functools
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ngrpo_train.models.sizes import Architecture, find_architecture, text_encoders_on, transformer_on, vae_on
+from ngrpo_train.models.sizes import (
+    PARTS,
+    TEXT_PARTS,
+    Architecture,
+    find_architecture,
+    text_encoders_on,
+    transformer_on,
+    vae_on,
+)
 from ngrpo_train.parallel import processes
+from ngrpo_train.parallel.hub import why_missing
 from ngrpo_train.recipe.sections import Model
 from ngrpo_train.shapes.world import shapes_pipeline_dir
 
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-_PARTS = ("model_index.json", "transformer", "vae", *TEXT_PARTS)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
@@ -53,7 +54,7 @@ def find_directory(name_or_path: str, absent: tuple[str, ...] = ()) -> Path | No
     directory = shapes_pipeline_dir() if name_or_path == "shapes" else Path(name_or_path).expanduser()
     if not directory.is_dir():
         directory = _downloaded(name_or_path, absent)
-    for part in (part for part in _PARTS if part not in absent):
+    for part in (part for part in ("model_index.json", *PARTS) if part not in absent):
         if not (directory / part).exists():
             raise ValueError(f"model.name_or_path = {name_or_path!r} has no {part}; it must be in FLUX.1's layout")
         # Without its files transformers makes a tokenizer that knows no word, and says nothing.
@@ -126,40 +127,37 @@ def absent_of(model: Model, absent: tuple[str, ...] = ()) -> tuple[str, ...]:
 
 
 def load_parts(
-    name_or_path: str,
-    directory: Path | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    text: bool = True,
-    transformer: Path | None = None,
+    name_or_path: str, directory: Path | None, device: torch.device, dtype: torch.dtype, *, text: bool = True
 ) -> FluxPipeline:
-    """The pipeline in `dtype`, its transformer still empty, on the meta device; random parts are made on `device`.
+    """The pipeline in `dtype` without its transformer; random parts are made on `device`.
 
-    `transformer` is the directory of its config, by default the pipeline's. Without `text` the pipeline has neither
-    text encoders nor tokenizers. Raises ValueError as `find_directory` does.
+    Without `text` the pipeline has neither text encoders nor tokenizers. Raises ValueError as `find_directory` does.
     """
     if directory is None:
-        return _random_parts(find_architecture(name_or_path, transformer), device, dtype, text=text)
-    empty = empty_transformer(name_or_path, transformer or directory / "transformer")
+        return _random_parts(find_architecture(name_or_path), device, dtype, text=text)
     with _explained(name_or_path):
         absent = dict.fromkeys(() if text else TEXT_PARTS)
-        pipeline: Any = FluxPipeline.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, transformer=None, **absent
-        )
-    pipeline.register_modules(transformer=empty)
-    return pipeline
+        return FluxPipeline.from_pretrained(directory, dtype=dtype, local_files_only=True, transformer=None, **absent)
+
+
+def load_vae_config(name_or_path: str, directory: Path | None) -> Mapping[str, Any]:
+    """The config in the `directory` of a pipeline; the name's known one where that is None."""
+    if directory is None:
+        return find_architecture(name_or_path).vae
+    with _explained(name_or_path):
+        config: dict[str, Any] = AutoencoderKL.load_config(directory / "vae")
+    return config
 
 
 def empty_transformer(name_or_path: str, directory: Path | None) -> FluxTransformer2DModel:
-    """On the meta device, by the config in `directory`; by the name's known sizes where that is None."""
+    """A transformer on the meta device, by the config in `directory`; by the name's known sizes where that is None."""
     if directory is None:
         return transformer_on(find_architecture(name_or_path))
     with _explained(name_or_path):
         config: dict[str, Any] = FluxTransformer2DModel.load_config(directory)
         if (kind := config.get("_class_name", FluxTransformer2DModel.__name__)) != FluxTransformer2DModel.__name__:
             raise ValueError(f"has a {kind} where FLUX has its transformer")
-    with torch.device("meta"):
+    with torch.device("meta"), quiet_diffusers():
         return FluxTransformer2DModel.from_config(config)
 
 
@@ -229,7 +227,7 @@ def _random_parts(architecture: Architecture, device: torch.device, dtype: torch
         text_encoder_2=t5,
         tokenizer=clip_tokenizer() if text else None,
         tokenizer_2=t5_tokenizer() if text else None,
-        transformer=transformer_on(architecture),
+        transformer=None,
     )
 
 
@@ -246,23 +244,17 @@ def _explained(name_or_path: str, setting: str = "model.name_or_path") -> Iterat
 
 def _remedy(error: BaseException, name_or_path: str) -> str:
     """What is wrong with a model that did not load, and what to do. diffusers hides the hub's errors as causes."""
-    chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-    if any(isinstance(each, GatedRepoError) for each in chain):
-        return "is gated: accept its licence on its hub page, then run `hf auth login` with an account that did"
     if Path(name_or_path).expanduser().is_dir() or name_or_path == "shapes":
         reason = f"{str(error).strip().splitlines()[0]:.300}"
         return reason if reason.startswith(("has ", "has, ", "lacks ")) else f"cannot be loaded: {reason}"
     if not _HUB_ID.fullmatch(name_or_path):
         return "is neither a directory nor a hub id such as black-forest-labs/FLUX.1-dev"
-    if any(isinstance(each, RepositoryNotFoundError) for each in chain):
-        return "is not on the hub, or is private: check the spelling, or run `hf auth login`"
-    offline = ", for HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
-    return (
-        f"is no directory, and the hub cannot be reached{offline}: download it once with `hf download {name_or_path}` "
-        "or give a directory in FLUX.1's layout"
-    )
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    of_hub = (each for each in chain if isinstance(each, HfHubHTTPError))
+    said = next((each for each in of_hub if not isinstance(each, LocalEntryNotFoundError)), None)
+    return f"is no directory here: {why_missing(name_or_path, said, [])}"
 
 
 @contextmanager

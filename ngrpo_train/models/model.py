@@ -1,50 +1,118 @@
-"""The model: encode text, evaluate the velocity, decode latents.
+"""The model that is trained: an `Adapter` says what a family of models is, `FlowModel` has what is done to any.
 
-Latents are FLUX's packed tokens, [*, T, C] with C = 4 * latent channels; `sigma` is the flow time in [0, 1].
+A model is a velocity v_theta(x, sigma, text) on latents x at flow time sigma in [0, 1], a text encoder before it and a
+decoder behind it. An adapter brings these as plain modules. Everything else is the same for all and stands here once:
+weights are placed, sharded and adapted, forwards are cut into chunks, weights stay gathered or go, a float8 copy
+explores, another model draws beside this one.
 """
 
-# N pictures, P prompts, T image tokens, C channels of a packed token, L text tokens.
+# N pictures, P prompts, T tokens and C channels of a latent.
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self, cast
 
 import torch
-from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from ngrpo_train.draws import stream
-from ngrpo_train.models.encoders import (
-    Conditioning,
-    EmbeddingCache,
-    PromptEncoder,
-    TextEncoders,
-    encoder_hash,
-    frozen_dtype,
-)
 from ngrpo_train.models.float8 import Float8Copy
-from ngrpo_train.models.loading import (
-    TEXT_PARTS,
-    absent_of,
-    empty_transformer,
-    fill,
-    find_directory,
-    find_transformer,
-    load_parts,
-    quiet_diffusers,
-)
-from ngrpo_train.models.sizes import LORA_TARGETS
+from ngrpo_train.models.flux import Flux
+from ngrpo_train.models.loading import quiet_diffusers
 from ngrpo_train.parallel import blocks, sharding
+from ngrpo_train.parallel.layout import compiles
 from ngrpo_train.recipe.sections import Model, Parallel, Sampling
 
 
+class Conditioning(Protocol):
+    """Encoded prompts, a row for each, in whatever form an adapter's `velocity` takes them."""
+
+    def rows(self, index: Tensor) -> Self:
+        """The rows that `index` [N] (int64, on the device) asks for, repeats allowed."""
+        ...
+
+    @staticmethod
+    def cat(parts: Sequence[Any]) -> Any:
+        """The rows of all parts, joined."""
+        ...
+
+
+class Adapter(Protocol):
+    """A family of models, as far as the trainer knows it: what a recipe's `model.adapter` names.
+
+    Beside these methods it is constructed as `Adapter(spec, sampling, settings, device, embeddings=directory)` with the
+    recipe's [model], [sampling] and [parallel] and `prompts.embeddings` ("" for none). It then loads all but the
+    weights of the transformer, and raises ValueError, naming the field, its value and the remedy, for what it cannot
+    load. Modules that are not trained are its own affair; `settings` says how it should place them.
+    """
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """The latent of one picture, (T, C)."""
+        ...
+
+    @property
+    def lora_targets(self) -> str | list[str]:
+        """Linear layers that `tuning = "lora"` adapts: a regular expression for their whole names, or ends of names."""
+        ...
+
+    def empty_transformer(self) -> nn.Module:
+        """The module that is trained, on the "meta" device; a new one at each call."""
+        ...
+
+    def blocks(self, transformer: nn.Module) -> dict[str, nn.Module]:
+        """Its repeated blocks, in the order of their calls, by names for tables.
+
+        Each is sharded, recomputed and compiled for itself, and has no randomness of its own.
+        """
+        ...
+
+    def fill(self, transformer: nn.Module) -> None:
+        """Give weights their first values: on every process its shards, adapters left as they are. A collective."""
+        ...
+
+    def velocity(self, transformer: nn.Module, x_NTC: Tensor, sigma_N: Tensor, conditioning: Any) -> Tensor:
+        """v_theta [N, T, C] by this transformer, at `x_NTC` and `sigma_N` (both float32), in its arithmetic's dtype."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """P prompts, without gradients."""
+        ...
+
+    def decode(self, latents_NTC: Tensor) -> Tensor:
+        """Pictures as every scorer sees them: uint8 [N, 3, H, W]."""
+        ...
+
+    def beside(self, spec: Model) -> Adapter:
+        """An adapter of another model of this family, which shares this one's text encoders and decoder."""
+        ...
+
+    def save(self, directory: Path, transformer: nn.Module, trained: Mapping[str, Tensor]) -> None:
+        """Write the `trained` weights by name (whole, on the CPU) for other programs; on one process only."""
+        ...
+
+
+def find_adapter(name: str) -> Callable[..., Adapter]:
+    """The adapter that `model.adapter` names. Raises ValueError where it cannot be imported."""
+    if name == "auto":
+        return Flux
+    module, _, attribute = name.partition(":")
+    try:
+        return cast(Callable[..., Adapter], getattr(importlib.import_module(module), attribute))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f'model.adapter = {name!r} cannot be imported ({error}): it must be "auto" or "package.module:Name"'
+        ) from error
+
+
 class FlowModel:
-    """A FLUX pipeline on one device whose transformer is trained, sharded over processes where there are several."""
+    """A model on one device whose transformer is trained, sharded over processes where there are several."""
 
     def __init__(
         self,
@@ -56,114 +124,66 @@ class FlowModel:
         embeddings: str = "",
         seed: int = 0,
     ) -> None:
-        """Raises ValueError, naming the field, where no FLUX pipeline, or no `embeddings` of it, can be loaded.
+        """Raises ValueError, naming the field, where the model, or the `embeddings` of its prompts, cannot be loaded.
 
         `settings.attention` is a backend's name, or "auto" for diffusers' choice. `seed` draws LoRA's first weights.
         """
         self.spec, self.sampling, self.settings, self.device = spec, sampling, settings, device
-        self.directory = find_directory(spec.name_or_path, absent_of(spec, TEXT_PARTS if embeddings else ()))
-        self.transformer_directory = find_transformer(spec, self.directory)
         self.compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
-        self.compiled = blocks.compiles(settings, device)
-        self.pipeline = load_parts(
-            spec.name_or_path,
-            self.directory,
-            device,
-            frozen_dtype(device),
-            text=not embeddings,
-            transformer=self.transformer_directory,
-        )
-        self.pipeline.set_progress_bar_config(disable=True)
-        self.text = self._text_encoder(embeddings)
-        self._prepare_vae()
-        self.transformer: Any = self.pipeline.transformer  # FluxTransformer2DModel, an FSDPModule too where sharded
-        self._prepare_transformer(seed)
+        self.compiled = compiles(settings, device.type)
+        self.adapter: Adapter = find_adapter(spec.adapter)(spec, sampling, settings, device, embeddings=embeddings)
+        self.transformer: Any = self._prepared_transformer(seed)
         self._float8 = self._float8_copy() if settings.rollout_dtype == "float8" else None
-        factor = 2 * self.pipeline.vae_scale_factor  # pixels per token, each way
-        self.tokens = (sampling.height // factor) * (sampling.width // factor)
-        self.channels: int = self.pipeline.transformer.config.in_channels
-        self._img_ids = FluxPipeline._prepare_latent_image_ids(
-            1, sampling.height // factor, sampling.width // factor, device, torch.float32
-        )
 
-    def _text_encoder(self, embeddings: str) -> PromptEncoder:
-        length = self.sampling.max_sequence_length
-        if embeddings:
-            return EmbeddingCache(
-                Path(embeddings).expanduser(),
-                device=self.device,
-                dtype=self.compute_dtype,
-                max_sequence_length=length,
-                encoder=encoder_hash(self.directory) if self.directory else None,
-            )
-        return TextEncoders(
-            self.pipeline,
-            device=self.device,
-            dtype=self.compute_dtype,
-            max_sequence_length=length,
-            placement=self.settings.text_encoders,
-        )
+    def beside(self, spec: Model) -> FlowModel:
+        """Another model's transformer, whole, with this one's encoders and decoder: two models in one memory."""
+        other = copy.copy(self)
+        other.spec = replace(spec, tuning="full")
+        other.adapter = self.adapter.beside(other.spec)
+        other.transformer = other._prepared_transformer(seed=0)
+        other._float8 = None
+        return other
 
-    def _prepare_vae(self) -> None:
-        vae = self.pipeline.vae.to(self.device).requires_grad_(False).eval()
-        if self.device.type == "cuda":
-            vae.to(memory_format=torch.channels_last)  # as cuDNN's convolutions want it
-        if self.compiled:
-            vae.decoder.forward = torch.compile(vae.decoder.forward, dynamic=False)
+    # -- Placed --------------------------------------------------------------------------------------------------------
 
-    def _prepare_transformer(self, seed: int) -> None:
-        """On the meta device up to the sharding, then filled shard by shard."""
-        transformer, settings = self.transformer, self.settings
+    def _prepared_transformer(self, seed: int) -> nn.Module:
+        """The transformer, on the meta device up to its sharding, then filled shard by shard."""
+        transformer, settings = self.adapter.empty_transformer(), self.settings
         if self.spec.tuning == "lora":
-            from peft import LoraConfig
-
             _store_as(transformer.requires_grad_(False), self.compute_dtype)
-            transformer.add_adapter(
-                LoraConfig(
-                    r=self.spec.lora_rank,
-                    lora_alpha=self.spec.lora_alpha,
-                    init_lora_weights=False,
-                    target_modules=LORA_TARGETS,
-                )
-            )
-            for adapter in self.trainable.values():  # peft made them in the base's dtype
-                adapter.data = adapter.data.float()
+            _add_adapters(transformer, self.spec, self.adapter.lora_targets)
         else:
             _store_as(transformer.requires_grad_(True), getattr(torch, settings.master_dtype))
-        transformer.train()  # FLUX has no dropout, but diffusers loads models for evaluation
+        transformer.train()  # diffusers' models come as for evaluation
         self._set_attention(transformer)
-        repeated = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        repeated = list(self.adapter.blocks(transformer).values())
         blocks.prepare(repeated, self.spec, settings, self.device)
         sharding.shard(transformer, repeated, self.spec, settings, self.device)
         transformer.to_empty(device="cpu" if settings.offload else self.device)
-        fill(transformer, self.spec, self.transformer_directory)
-        for name, adapter in self.trainable.items():
+        self.adapter.fill(transformer)
+        for name, parameter in transformer.named_parameters():
             if ".lora_" in name:
-                _draw_adapter(name, adapter, seed)
-
-    def beside(self, spec: Model) -> FlowModel:
-        """Another model's transformer, whole, with this one's encoders and VAE: two models in one memory."""
-        other = copy.copy(self)
-        other.spec = replace(spec, tuning="full")
-        other.directory = find_directory(spec.name_or_path, absent_of(spec, (*TEXT_PARTS, "vae")))
-        other.transformer_directory = find_transformer(spec, other.directory)
-        other.transformer = empty_transformer(spec.name_or_path, other.transformer_directory)
-        other._float8 = None
-        other._prepare_transformer(seed=0)
-        return other
-
-    def _set_attention(self, transformer: Any) -> None:
-        if self.settings.attention != "auto":
-            with quiet_diffusers():
-                transformer.set_attention_backend(self.settings.attention)
+                _draw_adapter(name, parameter, seed)
+        return transformer
 
     def _float8_copy(self) -> Float8Copy:
-        def prepare(repeated: Sequence[nn.Module]) -> None:
-            blocks.prepare(repeated, replace(self.spec, gradient_checkpointing="none"), self.settings, self.device)
+        empty = self.adapter.empty_transformer()
+        self._set_attention(empty)
+        repeated = list(self.adapter.blocks(empty).values())
+        blocks.prepare(repeated, replace(self.spec, gradient_checkpointing="none"), self.settings, self.device)
+        return Float8Copy(self.transformer, empty, repeated, self.compute_dtype, self.device)
 
-        copy = Float8Copy(self.transformer, self.compute_dtype, self.device, prepare=prepare)
-        self._set_attention(copy.model)
-        return copy
+    def _set_attention(self, transformer: Any) -> None:
+        name = self.settings.attention
+        if hasattr(transformer, "set_attention_backend"):
+            if name != "auto":
+                with quiet_diffusers():
+                    transformer.set_attention_backend(name)
+        elif name not in ("auto", "native"):
+            raise ValueError(
+                f"parallel.attention = {name!r} is for models of diffusers, and model.adapter = {self.spec.adapter!r} "
+                'brings one with its own attention: it must be "auto" or "native"'
+            )
 
     @property
     def transformers(self) -> list[Any]:
@@ -174,37 +194,16 @@ class FlowModel:
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
 
+    # -- Asked ---------------------------------------------------------------------------------------------------------
+
     @property
     def latent_shape(self) -> tuple[int, int]:
-        """(T, C) of one picture."""
-        return self.tokens, self.channels
+        """The latent of one picture, (T, C)."""
+        return self.adapter.latent_shape
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """A collective where text encoders are sharded."""
-        return self.text.encode(prompts)
-
-    @contextmanager
-    def exploring(self) -> Iterator[None]:
-        """Around an iteration's rollout, during which the weights stand still; a collective."""
-        if self._float8:
-            self._float8.refresh()
-        with self.gathered("rollout"):
-            yield
-
-    @contextmanager
-    def gathered(self, phase: Literal["rollout", "iteration"]) -> Iterator[None]:
-        """Within the phase that the recipe says it of, sharded weights stay gathered after their first use.
-
-        Whoever changes the weights in between calls `sharding.release`.
-        """
-        if phase != self.settings.keep_gathered:
-            yield
-            return
-        sharding.keep_gathered(self.transformer, True)
-        try:
-            yield
-        finally:
-            sharding.keep_gathered(self.transformer, False)
+        """P prompts; a collective where text encoders are sharded."""
+        return self.adapter.encode(prompts)
 
     def velocity(self, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning) -> Tensor:
         """v_theta at `x_NTC` (fp32) and `sigma_N`, in the arithmetic's dtype. `conditioning` has N rows.
@@ -212,22 +211,7 @@ class FlowModel:
         Rollout and update both come through here: the model rounds its timestep, and the ratio is only right where
         both round alike.
         """
-        return self._velocity(self.transformer, x_NTC, sigma_N, conditioning)
-
-    def _velocity(self, transformer: Any, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning) -> Tensor:
-        guidance = None
-        if transformer.config.guidance_embeds:
-            guidance = torch.full_like(sigma_N, self.sampling.guidance_scale)
-        return transformer(
-            hidden_states=x_NTC.to(self.compute_dtype),
-            timestep=sigma_N,
-            guidance=guidance,
-            encoder_hidden_states=conditioning.prompt_embeds,
-            pooled_projections=conditioning.pooled,
-            txt_ids=conditioning.txt_ids,
-            img_ids=self._img_ids,
-            return_dict=False,
-        )[0]
+        return self.adapter.velocity(self.transformer, x_NTC, sigma_N, conditioning)
 
     @torch.no_grad()
     def sampling_velocity(
@@ -237,34 +221,16 @@ class FlowModel:
         transformer = self._float8.model if explore and self._float8 else self.transformer
 
         def run(rows: Tensor) -> Tensor:
-            return self._velocity(transformer, x_NTC[rows], sigma_N[rows], conditioning.rows(rows))
+            return self.adapter.velocity(transformer, x_NTC[rows], sigma_N[rows], conditioning.rows(rows))
 
         return self._in_chunks(run, x_NTC, self.settings.rollout_batch)
 
-    @contextmanager
-    def base_model(self) -> Iterator[None]:
-        """The model before training: LoRA's adapters switched off."""
-        self.transformer.disable_adapters()
-        try:
-            yield
-        finally:
-            self.transformer.enable_adapters()
-
     @torch.no_grad()
     def decode(self, latents_NTC: Tensor) -> Tensor:
-        """Pictures as every scorer sees them: uint8 [N, 3, H, W]."""
-        vae, sampling = self.pipeline.vae, self.sampling
-
-        def run(rows: Tensor) -> Tensor:
-            latents = FluxPipeline._unpack_latents(
-                latents_NTC[rows], sampling.height, sampling.width, self.pipeline.vae_scale_factor
-            )
-            latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-            decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
-            # The same arithmetic as diffusers' image processor, so that a saved picture gets the same score.
-            return ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-
-        return self._in_chunks(run, latents_NTC, self.settings.decode_batch)
+        """Pictures as every scorer sees them: uint8 [N, 3, H, W]; `decode_batch` at a time."""
+        return self._in_chunks(
+            lambda rows: self.adapter.decode(latents_NTC[rows]), latents_NTC, self.settings.decode_batch
+        )
 
     def _in_chunks(self, run: Callable[[Tensor], Tensor], x: Tensor, batch: int) -> Tensor:
         """`run` on the row numbers of `x`, `batch` at a time (0: all), joined.
@@ -281,14 +247,74 @@ class FlowModel:
             results.append(run(rows)[: count - start])
         return torch.cat(results)
 
+    # -- For a while ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def exploring(self) -> Iterator[None]:
+        """Around an iteration's rollout, during which the weights stand still; a collective."""
+        if self._float8:
+            self._float8.refresh()
+        with self.gathered("rollout"):
+            yield
+
+    @contextmanager
+    def gathered(self, phase: Literal["rollout", "iteration"]) -> Iterator[None]:
+        """Within the phase that `parallel.keep_gathered` names, sharded weights stay gathered after their first use.
+
+        Code that changes the weights in between calls `sharding.release`.
+        """
+        if phase != self.settings.keep_gathered:
+            yield
+            return
+        sharding.keep_gathered(self.transformer, True)
+        try:
+            yield
+        finally:
+            sharding.keep_gathered(self.transformer, False)
+
+    @contextmanager
+    def base_model(self) -> Iterator[None]:
+        """The model before training: LoRA's adapters switched off."""
+        _switch_adapters(self.transformer, on=False)
+        try:
+            yield
+        finally:
+            _switch_adapters(self.transformer, on=True)
+
 
 def _store_as(module: nn.Module, dtype: torch.dtype) -> None:
     with quiet_diffusers():  # which means to warn that some of its models do not bear this
         module.to(dtype)
 
 
+# -- Adapted -----------------------------------------------------------------------------------------------------------
+
+
+def _add_adapters(transformer: nn.Module, spec: Model, targets: str | list[str]) -> None:
+    """Put LoRA's adapters, float32 and trainable, into a frozen transformer."""
+    from diffusers.loaders import PeftAdapterMixin
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=spec.lora_rank, lora_alpha=spec.lora_alpha, init_lora_weights=False, target_modules=targets)
+    if isinstance(transformer, PeftAdapterMixin):  # which notes that it has some
+        transformer.add_adapter(config)
+    else:
+        inject_adapter_in_model(config, transformer)
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:  # peft made them in the base's dtype
+            parameter.data = parameter.data.float()
+
+
+def _switch_adapters(transformer: nn.Module, *, on: bool) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(enabled=on)
+
+
 def _draw_adapter(name: str, adapter: Tensor, seed: int) -> None:
-    """As peft's "gaussian": A ~ N(0, 1/rank), B = 0; alike however the adapter is sharded."""
+    """Draw as peft's "gaussian": A ~ N(0, 1/rank), B = 0; alike however the adapter is sharded."""
     values = torch.zeros(adapter.shape)
     if ".lora_A." in name:
         values.normal_(std=1 / adapter.shape[0], generator=stream(seed, 0, 0, name))

@@ -18,9 +18,13 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from ngrpo_train.recipe.parsing import suggestion
-from ngrpo_train.recipe.sections import Sampling
+from ngrpo_train.recipe.sections import Model, Sampling
 
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+# Folders of a model's directory in FLUX.1's layout; a scheduler's is there too, which nobody here reads.
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+PARTS = ("transformer", "vae", *TEXT_PARTS)
+MODULES = tuple(part for part in PARTS if not part.startswith("tokenizer"))
+"""Those with weights, and a config that says their size."""
 
 LORA_TARGETS = (  # every linear layer inside the blocks' attention and feed-forward
     r"(transformer_blocks|single_transformer_blocks)\.\d+\."
@@ -57,9 +61,26 @@ class Architecture:
         return int(self.transformer["in_channels"])
 
     def image_tokens(self, sampling: Sampling) -> int:
-        """T: a token is two by two latents, and the VAE halves once for every stage but the first."""
-        pixels = 2 * 2 ** (len(self.vae["block_out_channels"]) - 1)
-        return (sampling.height // pixels) * (sampling.width // pixels)
+        """T. Raises ValueError as `token_grid` does."""
+        rows, columns = token_grid(self.vae, sampling)
+        return rows * columns
+
+
+def vae_factor(vae: Mapping[str, Any]) -> int:
+    """Pixels per latent, each way, by the VAE's config: it halves once for every stage but the first."""
+    return int(2 ** (len(vae["block_out_channels"]) - 1))
+
+
+def token_grid(vae: Mapping[str, Any], sampling: Sampling) -> tuple[int, int]:
+    """Rows and columns of image tokens, each of two by two latents.
+
+    Raises ValueError, naming `sampling.height` or `sampling.width`, for a picture that is no whole number of tokens.
+    """
+    pixels = 2 * vae_factor(vae)
+    for name in ("height", "width"):
+        if (size := getattr(sampling, name)) % pixels:
+            raise ValueError(f"sampling.{name} = {size} must be a positive multiple of {pixels}, for the model's VAE")
+    return sampling.height // pixels, sampling.width // pixels
 
 
 def _flux(*, guidance_embeds: bool) -> Architecture:
@@ -145,17 +166,36 @@ def find_architecture(name_or_path: str, transformer: Path | None = None) -> Arc
         architecture = KNOWN[known] if known else _random(name_or_path)
         return _with_transformer(architecture, elsewhere["transformer"]) if elsewhere else architecture
     directory = _directory(name_or_path)
-    own = {part: _config_file(name_or_path, directory, part) for part in PARTS if part not in elsewhere}
+    own = {part: _config_file(name_or_path, directory, part) for part in MODULES if part not in elsewhere}
     return _read(tuple((own | elsewhere).items()))
 
 
 def native_size(name_or_path: str) -> int:
     """The pixels a side that a model is made for, as its VAE's config has it; 0 where that is not at hand."""
+    vae = _own_vae(name_or_path)
+    return int(vae.get("sample_size", 0)) if vae else 0
+
+
+def refuse_size(model: Model, sampling: Sampling) -> None:
+    """Raise ValueError as `token_grid` does, where the config of the model's VAE is at hand: nothing is downloaded.
+
+    Loading a model refuses such a size too; this is for a command that has work to do before it loads one.
+    """
+    if model.adapter == "auto":
+        known = _HUB_IDS.get(model.name_or_path)
+        vae = KNOWN[known].vae if known else _own_vae(model.name_or_path)
+        if vae:
+            token_grid(vae, sampling)
+
+
+def _own_vae(name_or_path: str) -> Mapping[str, Any] | None:
+    """The config of the VAE in a model's directory; None where there is no such directory."""
     directory = _directory(name_or_path)
     file = directory / "vae" / "config.json" if directory else None
     if file is None or not file.is_file():
-        return 0
-    return int(json.loads(file.read_text("utf-8")).get("sample_size", 0))
+        return None
+    config: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return config
 
 
 @lru_cache

@@ -13,35 +13,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from ngrpo_train.parallel.layout import compiles, keep_what_is_costly
 from ngrpo_train.recipe.sections import Model, Parallel
 
 logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
 
-_COSTLY = {  # what selective checkpointing keeps: results of matrix products and attention
-    getattr(torch.ops.aten, name).default
-    for name in (
-        "mm",
-        "addmm",
-        "bmm",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-    )
-}
-
-
-def compiles(settings: Parallel, device: torch.device) -> bool:
-    return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
-
 
 def prepare(blocks: Sequence[nn.Module], model: Model, settings: Parallel, device: torch.device) -> None:
     """Make blocks recompute and compile as the recipe says; nothing is compiled before it is called."""
-    compiled = compiles(settings, device)
+    compiled = compiles(settings, device.type)
     if compiled:
         _configure_compiler(model, settings)
     elif not isinstance(model.gradient_checkpointing, str):
@@ -54,13 +38,18 @@ def prepare(blocks: Sequence[nn.Module], model: Model, settings: Parallel, devic
         block.forward = torch.compile(forward, fullgraph=True, dynamic=False) if compiled else forward
 
 
+def compile_whole(module: nn.Module) -> None:
+    """Compile a module that is not trained, such as a VAE's decoder; nothing is compiled before it is called."""
+    module.forward = torch.compile(module.forward, dynamic=False)
+
+
 def recomputing(forward: Forward, what: str | float) -> Forward:
     """`forward` that keeps less for its backward pass and computes it again there."""
     if what == "none" or not isinstance(what, str):  # a number is the compiler's own budget
         return forward
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # FLUX draws nothing
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # blocks draw nothing
     if what == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_what_is_costly)
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_what_is_costly)
 
     @functools.wraps(forward)
     def recomputed(*arguments: Any, **named: Any) -> Any:
@@ -69,10 +58,6 @@ def recomputing(forward: Forward, what: str | float) -> Forward:
         return checkpoint(forward, *arguments, **options, **named)
 
     return recomputed
-
-
-def _keep_what_is_costly(_: object, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _configure_compiler(model: Model, settings: Parallel) -> None:

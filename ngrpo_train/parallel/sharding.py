@@ -19,19 +19,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from ngrpo_train.parallel import processes
+from ngrpo_train.parallel.layout import Layout
 from ngrpo_train.recipe.sections import Model, Parallel
-
-
-def share_size(settings: Parallel, world_size: int, node_size: int) -> int:
-    """Processes that share one copy of the weights. Raises ValueError where nodes and groups do not fit together."""
-    if settings.sharding == "none" or world_size == 1:
-        return 1
-    if settings.sharding != "hybrid":
-        return world_size
-    size = settings.shard_size or min(node_size, world_size)
-    if world_size % size:
-        raise ValueError(f"parallel.shard_size = {size} must divide the {world_size} processes")
-    return size
 
 
 def node_size() -> int:
@@ -39,20 +28,14 @@ def node_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size()))
 
 
-def is_plain(model: Model, settings: Parallel, world_size: int) -> bool:
-    """Whether one process trains ordinary modules: nothing to share, and weights are stored as they compute."""
-    stored = settings.master_dtype if model.tuning == "full" else "float32"
-    alike = stored == settings.compute_dtype
-    return world_size == 1 and settings.sharding != "full" and alike and not settings.offload
-
-
 def shard(
     module: nn.Module, blocks: Sequence[nn.Module], model: Model, settings: Parallel, device: torch.device
 ) -> None:
     """FSDP2 in place, block by block, reducing gradients in float32. `module` may still be on the meta device."""
-    if is_plain(model, settings, processes.world_size()):
+    layout = Layout.of(model, settings, processes.world_size(), node_size())
+    if layout.plain:
         return
-    mesh = _mesh(settings, device)
+    mesh = _mesh(layout, settings, device)
     # With nothing to share, LoRA's frozen base is left alone: gathering would only copy it.
     shares = mesh["shard"].size()
     frozen = {p for p in module.parameters() if not p.requires_grad} if shares == 1 else set()
@@ -62,7 +45,7 @@ def shard(
         param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype, cast_forward_inputs=False
     )
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.offload else OffloadPolicy()
-    # FLUX's blocks return slices, which is harmless as long as nothing writes into them.
+    # Blocks of FLUX return slices, which is harmless as long as nothing writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for part in (*blocks, module):
         # The root too gives its gathered weights up after a forward, which by default it keeps until a backward: what
@@ -81,16 +64,21 @@ def shard(
         block.set_modules_to_forward_prefetch([following])
 
 
-def _mesh(settings: Parallel, device: torch.device) -> DeviceMesh:
+def shard_frozen(parts: Sequence[nn.Module], device: torch.device) -> None:
+    """Shard modules that are not trained over all processes, in place: each is whole only while it computes."""
+    mesh = init_device_mesh(device.type, (processes.world_size(),))
+    for part in parts:
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+def _mesh(layout: Layout, settings: Parallel, device: torch.device) -> DeviceMesh:
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    ranks = processes.world_size()
-    size = share_size(settings, ranks, node_size())
-    mesh = init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("copies", "shard"))
+    mesh = init_device_mesh(device.type, (layout.copies, layout.shares), mesh_dim_names=("copies", "shard"))
     # With one copy there is nobody to average with, which FSDP would do all the same. Offloaded, that is welcome: what
     # it has reduced waits on the device for the last batch, and crosses to the host once.
-    return mesh["shard"] if ranks == size and not settings.offload else mesh
+    return mesh["shard"] if layout.copies == 1 and not settings.offload else mesh
 
 
 def keep_gathered(module: nn.Module, kept: bool) -> None:

@@ -6,7 +6,7 @@
 """
 
 from ngrpo_train.plan.flops import Flops, iteration_flops
-from ngrpo_train.plan.forecast import Plan, Settled, make_plan, settle
+from ngrpo_train.plan.forecast import Plan, Settled, fastest_that_fits, make_plan
 from ngrpo_train.plan.remedies import Remedy, explain_out_of_memory, remedies, speedups
 from ngrpo_train.plan.report import plan_command, print_plan
 
@@ -16,11 +16,11 @@ __all__ = [
     "Remedy",
     "Settled",
     "explain_out_of_memory",
+    "fastest_that_fits",
     "iteration_flops",
     "make_plan",
     "plan_command",
     "print_plan",
     "remedies",
-    "settle",
     "speedups",
 ]

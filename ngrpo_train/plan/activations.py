@@ -6,10 +6,10 @@ Everything is of one picture or prompt, in bytes; it grows in proportion to thei
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -19,10 +19,17 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from ngrpo_train.models.sizes import Architecture, text_encoders_on, transformer_inputs, transformer_on, vae_on
+from ngrpo_train.models.sizes import (
+    Architecture,
+    text_encoders_on,
+    transformer_inputs,
+    transformer_on,
+    vae_factor,
+    vae_on,
+)
+from ngrpo_train.parallel.blocks import recomputing
 
 aten = torch.ops.aten
 Kind = Literal["double", "single"]
@@ -156,7 +163,7 @@ def block_bytes(
         kept, recomputed = _partition(block, named, 1.0 if isinstance(keep, str) else keep)
         return BlockBytes(forward, kept, block_bytes(architecture, kind, shape).backward, recomputed)
     with measuring() as live:
-        outputs = _checkpointing(block, keep)(**_copies(named))
+        outputs = recomputing(block.forward, keep)(**_copies(named))
         edges, shapes = [get_gradient_edge(x) for x in outputs], [x.shape for x in outputs]
         del outputs  # the next block's inputs, and its to count
         kept, start = live.now, live.mark()
@@ -191,27 +198,6 @@ def _block_inputs(architecture: Architecture, shape: Shape) -> dict[str, Any]:
 def _copies(named: Mapping[str, Any]) -> dict[str, Any]:
     """As if another block had made them: counted, and freed where nothing keeps them."""
     return {name: x.clone() if isinstance(x, Tensor) else x for name, x in named.items()}
-
-
-_COSTLY = {
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten._scaled_dot_product_flash_attention.default,
-}
-
-
-def _checkpointing(block: nn.Module, keep: Keep) -> Callable[..., Any]:
-    if keep == "full":
-        return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-    if keep == "selective":
-        contexts = partial(create_selective_checkpoint_contexts, _keep_what_is_costly)
-        return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-    return block
-
-
-def _keep_what_is_costly(_: object, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _partition(block: nn.Module, named: Mapping[str, Any], budget: float) -> tuple[int, float]:
@@ -302,7 +288,7 @@ class Pass:
 def decode_pass(architecture: Architecture, height: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Pass:
     """The VAE's decoder for one picture of so many pixels."""
     vae = vae_on(architecture, dtype=dtype)
-    factor = 2 ** (len(architecture.vae["block_out_channels"]) - 1)
+    factor = vae_factor(architecture.vae)
     with FlopCounterMode(display=False) as flops, measuring() as live, torch.no_grad():
         latents = torch.empty(
             1, architecture.vae["latent_channels"], height // factor, width // factor, dtype=dtype, device="meta"

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ngrpo_train.models.sizes import Architecture, Parameters, find_architecture, parameters
+from ngrpo_train.parallel.layout import Layout
 from ngrpo_train.plan.flops import Flops, iteration_flops
-from ngrpo_train.plan.layout import Batches, Layout, Weights, filled, shape_of
+from ngrpo_train.plan.layout import Batches, Weights, filled, shape_of
 from ngrpo_train.plan.machines import Machine
 from ngrpo_train.plan.memory import Memory, iteration_memory
 from ngrpo_train.plan.traffic import Traffic, iteration_traffic
@@ -49,14 +50,14 @@ FULL_DECODE_PIXELS = 4 * 1024**2
 """Likewise, pixels in a VAE decode."""
 
 
-def settle(
+def fastest_that_fits(
     recipe: Recipe, architecture: Architecture, gpu_bytes: int, world_size: int, gpus_per_node: int = 8
 ) -> Settled:
     """The fastest values that fit; where none do, those that need the least memory. What the recipe sets stays.
 
     A function of its arguments alone, so that all ranks choose alike: of unequal GPUs, give it the smallest's bytes.
     """
-    layout, asked = Layout.of(recipe, world_size, gpus_per_node), recipe.parallel
+    layout, asked = Layout.of(recipe.model, recipe.parallel, world_size, gpus_per_node), recipe.parallel
     keeps = ("never", "rollout", "iteration") if asked.keep_gathered == "auto" else (asked.keep_gathered,)
     reduces = ("batch", "step") if asked.reduce_gradients == "auto" else (asked.reduce_gradients,)
     shape, batches = shape_of(recipe, architecture), Batches.of(recipe)
@@ -167,11 +168,13 @@ def make_plan(
     architecture: Architecture | None = None,
 ) -> Plan:
     """`machine` may be a GPU's bytes alone. Raises ValueError where the model's sizes are not at hand."""
+    if recipe.model.adapter != "auto":
+        raise ValueError(f"model.adapter = {recipe.model.adapter!r}: a plan knows the sizes of FLUX.1's layout only")
     architecture = architecture or find_architecture(recipe.model.name_or_path)
     known = machine if isinstance(machine, Machine) else None
     gpu_bytes = machine.memory_bytes if isinstance(machine, Machine) else machine
-    layout = Layout.of(recipe, world_size, gpus_per_node)
-    settled = settle(recipe, architecture, gpu_bytes, world_size, gpus_per_node)
+    layout = Layout.of(recipe.model, recipe.parallel, world_size, gpus_per_node)
+    settled = fastest_that_fits(recipe, architecture, gpu_bytes, world_size, gpus_per_node)
     resolved = settled.within(recipe)
     flops, traffic = iteration_flops(resolved, architecture), iteration_traffic(resolved, architecture, layout)
     weights = Weights.of(resolved, architecture, layout)
@@ -204,7 +207,7 @@ def _seconds(
         return flops_in_bfloat16 / (machine.matmul_tflops * 1e12)
 
     compute = arithmetic(machine.float8_speedup)
-    node = layout.gpus_per_node
+    node = layout.per_node
     # A ring over nodes goes through every adapter of a node at once, as many as the ring has members there.
     within = machine.nvlink_gbps
     shared = within if layout.shares <= node else min(within, machine.network_gbps * node)

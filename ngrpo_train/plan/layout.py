@@ -1,4 +1,4 @@
-"""How a recipe lays weights over processes, and cuts an iteration into batches."""
+"""What a recipe shards and gathers of the weights, and the batches that it cuts an iteration into."""
 
 # P prompts together, G candidates, B anchors, U optimizer steps of an iteration, S processes that share a copy of the
 # weights. A row is that of `rows`: b states of one prompt and solver step, B / U anchors or a single transition.
@@ -10,48 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from ngrpo_train.models.sizes import Architecture, lora_parameters, lora_total, parameters
+from ngrpo_train.parallel.layout import Layout, compiles
 from ngrpo_train.plan.activations import Shape
 from ngrpo_train.recipe.sections import Recipe
 
 TEXT_BYTES = 2
 """Of a weight of the text encoders, and of the VAE: bfloat16, whatever the transformer computes in."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How the weights lie over processes."""
-
-    world_size: int
-    gpus_per_node: int
-    shares: int
-    """S: processes that share one copy of the weights."""
-    plain: bool
-    """One process with ordinary modules: weights are stored as they compute, and nothing is ever gathered."""
-
-    @staticmethod
-    def of(recipe: Recipe, world_size: int, gpus_per_node: int) -> Layout:
-        settings = recipe.parallel
-        node = min(gpus_per_node, world_size)
-        if settings.sharding == "none" or world_size == 1:
-            shares = 1
-        elif settings.sharding == "hybrid":
-            shares = settings.shard_size or node
-        else:
-            shares = world_size
-        if world_size % shares:
-            raise ValueError(f"parallel.shard_size = {shares} must divide the {world_size} processes")
-        stored = settings.master_dtype if recipe.model.tuning == "full" else "float32"
-        plain = (
-            world_size == 1
-            and settings.sharding != "full"
-            and stored == settings.compute_dtype
-            and not settings.offload
-        )
-        return Layout(world_size, node, shares, plain)
-
-    @property
-    def copies(self) -> int:
-        return self.world_size // self.shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +115,12 @@ class Batches:
 
 def filled(count: int, batch: int, recipe: Recipe) -> int:
     """So many pictures in batches, with those that only fill up the last one of compiled code."""
-    return -(-count // batch) * batch if compiles(recipe) else count
+    return -(-count // batch) * batch if compiled(recipe) else count
 
 
 def _batch(asked: int, count: int, recipe: Recipe) -> int:
     """Compiled code always gets as many as it was compiled for, of which some only fill up."""
-    return asked or count if compiles(recipe) else min(asked or count, count)
+    return asked or count if compiled(recipe) else min(asked or count, count)
 
 
 def shape_of(recipe: Recipe, architecture: Architecture) -> Shape:
@@ -168,10 +132,9 @@ def shape_of(recipe: Recipe, architecture: Architecture) -> Shape:
     )
 
 
-def compiles(recipe: Recipe) -> bool:
-    """On a GPU, unless the recipe is for a CPU."""
-    settings = recipe.parallel
-    return settings.compile == "on" or (settings.compile == "auto" and settings.device != "cpu")
+def compiled(recipe: Recipe) -> bool:
+    """Whether blocks are compiled: the plan is for a GPU, unless the recipe is for a CPU."""
+    return compiles(recipe.parallel, "cpu" if recipe.parallel.device == "cpu" else "cuda")
 
 
 def bytes_of(dtype: str) -> int:

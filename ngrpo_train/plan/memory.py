@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from ngrpo_train.models.sizes import Architecture, Parameters, parameters
+from ngrpo_train.parallel.layout import Layout
 from ngrpo_train.plan.activations import BlockBytes, Shape, block_bytes, decode_pass, encode_pass, ends_bytes
-from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Layout, Weights, bytes_of, compiles, shape_of
+from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, compiled, shape_of
 from ngrpo_train.plan.machines import GIB
 from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.recipe.sections import Recipe
@@ -106,7 +107,7 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
     if not encoders:
         del phases["encode"]
     by_phase = {phase: {part: size for part, size in parts.items() if size} for phase, parts in phases.items()}
-    return Memory(by_phase, host * layout.gpus_per_node)
+    return Memory(by_phase, host * layout.per_node)
 
 
 # -- The transformer's weights and what training adds to them ----------------------------------------------------------
@@ -184,7 +185,7 @@ def _blocks(recipe: Recipe, architecture: Architecture, shape: Shape) -> list[tu
     """(layers, bytes of one) of double blocks, then of single ones."""
     keep, doubles, singles = recipe.model.gradient_checkpointing, *architecture.layers
     return [
-        (layers, block_bytes(architecture, kind, shape, keep, compiled=compiles(recipe)))
+        (layers, block_bytes(architecture, kind, shape, keep, compiled=compiled(recipe)))
         for layers, kind in ((doubles, "double"), (singles, "single"))
         if layers
     ]

@@ -77,7 +77,7 @@ def speedups(plan: Plan) -> list[Remedy]:
 def _changed(plan: Plan, settings: Mapping[str, Any], effect: str) -> Remedy:
     machine, layout = plan.machine or plan.gpu_bytes, plan.layout
     recipe = with_settings(plan.recipe, settings)
-    changed = make_plan(recipe, machine, layout.world_size, layout.gpus_per_node, plan.architecture)
+    changed = make_plan(recipe, machine, layout.world_size, layout.per_node, plan.architecture)
     time = changed.seconds.estimate / plan.seconds.estimate if changed.seconds and plan.seconds else math.nan
     return Remedy(settings, effect, changed, time)
 

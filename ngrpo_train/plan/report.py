@@ -89,8 +89,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 def _title(plan: Plan) -> str:
     recipe, layout = plan.recipe, plan.layout
     gpu = plan.machine.name if plan.machine else f"a GPU of {plan.gpu_bytes / GIB:.1f} GiB"
-    nodes = -(-layout.world_size // layout.gpus_per_node)
-    where = f"{layout.gpus_per_node} x {gpu}" + (f" on each of {nodes} nodes" if nodes > 1 else "")
+    nodes = -(-layout.world_size // layout.per_node)
+    where = f"{layout.per_node} x {gpu}" + (f" on each of {nodes} nodes" if nodes > 1 else "")
     tuning = f"LoRA of rank {recipe.model.lora_rank}" if recipe.model.tuning == "lora" else "full fine-tune"
     return f"{recipe.model.name_or_path}, {tuning}, {recipe.sampling.width} x {recipe.sampling.height}: {where}"
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 
 from ngrpo_train import plan
-from ngrpo_train.models.loading import TEXT_PARTS, load_architecture
-from ngrpo_train.models.sizes import Architecture
+from ngrpo_train.models.loading import load_architecture
+from ngrpo_train.models.sizes import TEXT_PARTS, Architecture
 from ngrpo_train.parallel import attention, processes, sharding
 from ngrpo_train.plan.cost import Cost
 from ngrpo_train.plan.layout import Batches
@@ -28,20 +28,20 @@ def settle_attention(recipe: Recipe, device: torch.device, kept: str = "") -> Re
     """
     name = recipe.parallel.attention
     if name == "auto":
-        name = kept or attention.choose(_attention_shapes(recipe), device)
+        name = kept or _fastest_attention(recipe, device)
     attention.refuse(name, device, getattr(torch, recipe.parallel.compute_dtype))
     return replace(recipe, parallel=replace(recipe.parallel, attention=name))
 
 
 def settle_memory(recipe: Recipe, device: torch.device) -> Parallel:
     """The recipe's [parallel] with what "auto" and batches of 0 mean on this device: the fastest choice that fits."""
-    settings = recipe.parallel
-    if device.type != "cuda":
+    settings, architecture = recipe.parallel, _architecture(recipe) if device.type == "cuda" else None
+    if not architecture:
         keep = "rollout" if settings.keep_gathered == "auto" else settings.keep_gathered
         reduce = "step" if settings.reduce_gradients == "auto" else settings.reduce_gradients
         return replace(settings, keep_gathered=keep, reduce_gradients=reduce)
     smallest = -processes.max_over_ranks(-torch.cuda.get_device_properties(device).total_memory)
-    settled = plan.settle(recipe, _architecture(recipe), smallest, processes.world_size(), sharding.node_size())
+    settled = plan.fastest_that_fits(recipe, architecture, smallest, processes.world_size(), sharding.node_size())
     logger.info(
         "settled for %.0f GiB: keep_gathered %s, reduce_gradients %s, %d pictures per rollout forward, %d per decode",
         smallest / 2**30,
@@ -60,9 +60,11 @@ def settle_memory(recipe: Recipe, device: torch.device) -> Parallel:
 
 
 def cost_of(recipe: Recipe, device: torch.device) -> Cost:
-    """What to count an iteration's cost by; without utilisation where the device's peak is not known."""
-    machine = _machine(device)
-    flops = plan.iteration_flops(recipe, _architecture(recipe))
+    """What to count an iteration's cost by; without utilisation where the device's peak or the model is not known."""
+    machine, architecture = _machine(device), _architecture(recipe)
+    if not architecture:
+        return Cost(device, 0.0, 0.0, 0.0)
+    flops = plan.iteration_flops(recipe, architecture)
     return Cost(device, flops.model, flops.hardware, machine.tflops * 1e12 if machine else 0.0)
 
 
@@ -72,20 +74,24 @@ def explained_out_of_memory(recipe: Recipe, device: torch.device) -> Iterator[No
     try:
         yield
     except torch.OutOfMemoryError:
-        logger.error(
-            "%s",
-            plan.explain_out_of_memory(
-                recipe,
-                _architecture(recipe),
-                torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
-                processes.world_size(),
-                sharding.node_size(),
-            ),
-        )
+        if architecture := _architecture(recipe):
+            logger.error(
+                "%s",
+                plan.explain_out_of_memory(
+                    recipe,
+                    architecture,
+                    torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
+                    processes.world_size(),
+                    sharding.node_size(),
+                ),
+            )
         raise
 
 
-def _architecture(recipe: Recipe) -> Architecture:
+def _architecture(recipe: Recipe) -> Architecture | None:
+    """The sizes of the model; None for one that a `model.adapter` brings, which only that knows."""
+    if recipe.model.adapter != "auto":
+        return None
     return load_architecture(recipe.model, TEXT_PARTS if recipe.prompts.embeddings else ())
 
 
@@ -96,11 +102,18 @@ def _machine(device: torch.device) -> Machine | None:
     return machine_of(properties.name, properties.total_memory)
 
 
-def _attention_shapes(recipe: Recipe) -> attention.Shapes:
-    sampling, batches = recipe.sampling, Batches.of(recipe)
-    config = _architecture(recipe).transformer
+def _fastest_attention(recipe: Recipe, device: torch.device) -> str:
+    shapes = _attention_shapes(recipe)
+    return attention.choose(shapes, device) if shapes else "native"
+
+
+def _attention_shapes(recipe: Recipe) -> attention.Shapes | None:
+    architecture, batches = _architecture(recipe), Batches.of(recipe)
+    if not architecture:
+        return None
+    config = architecture.transformer
     return attention.Shapes(
-        tokens=sampling.height // 16 * (sampling.width // 16) + sampling.max_sequence_length,
+        tokens=architecture.image_tokens(recipe.sampling) + recipe.sampling.max_sequence_length,
         heads=config["num_attention_heads"],
         head_dim=config["attention_head_dim"],
         dtype=getattr(torch, recipe.parallel.compute_dtype),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ngrpo_train.models.sizes import Architecture, parameters
-from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Layout, Weights, bytes_of, stored_bytes
+from ngrpo_train.parallel.layout import Layout
+from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, stored_bytes
 from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.recipe.sections import Recipe
 

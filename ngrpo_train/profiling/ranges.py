@@ -50,14 +50,9 @@ class Ranges:
         for transformer in model.transformers:
             # After FSDP's hook, which queues what it does at the end of a backward pass: ours is to end after that.
             handles += self._hook(transformer, "forward", self._begin_backward, timed=True, first=False)
-            for kind, repeated in (
-                ("double", transformer.transformer_blocks),
-                ("single", transformer.single_transformer_blocks),
-            ):
-                for index, block in enumerate(repeated):
-                    # Before FSDP's hook, so that the wait for a block's weights is in its own range.
-                    name = f"{kind} {index}"
-                    handles += self._hook(block, name, partial(self._begin_block, name), timed=False, first=True)
+            for name, block in model.adapter.blocks(transformer).items():
+                # Before FSDP's hook, so that the wait for a block's weights is in its own range.
+                handles += self._hook(block, name, partial(self._begin_block, name), timed=False, first=True)
         try:
             yield
         finally:

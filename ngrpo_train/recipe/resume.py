@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ngrpo_train.recipe.algorithms import Algorithm, field_names
-from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.recipe.sections import Model, Recipe
 
 # Fields that may differ between a checkpoint and the run that resumes from it: none of them changes the numbers.
 # Two of them may make up for another number of processes: the prompt cursor sees to it that they do.
@@ -31,6 +31,8 @@ def refuse_changed(saved: Mapping[str, Any], current: Mapping[str, Any], prefix:
 
     A field that the checkpoint's version did not have must be as that version was: at its default.
     """
+    if prefix == "model.":
+        saved = dataclasses.asdict(Model()) | dict(saved)
     if prefix == "algorithm.":
         saved = _of_today(saved, current)
     for key in sorted({*saved, *current}, key=lambda key: (key != "name", key)):

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from ngrpo_train.recipe.algorithms import Algorithm, Neighbor, Workload
 from ngrpo_train.recipe.ranges import Finite, NotNegative, Positive, Range
 
-_PIXELS = Range("must be a positive multiple of 16", lambda value: value > 0 and value % 16 == 0)
 _BELOW_ONE = Range("must be in [0, 1)", lambda value: 0 <= value < 1)
 _EACH_BELOW_ONE = Range("must be in [0, 1)", lambda values: all(0 <= value < 1 for value in values))
 _SEED = Range("must be less than 2**63", lambda value: value < 2**63)
@@ -27,6 +26,10 @@ class Model:
     transformer: str = ""
     """Directory or hub id of a transformer alone, in diffusers' layout, in place of name_or_path's own: one that others
     trained, to evaluate or to train on."""
+    adapter: str = "auto"
+    """What says how the model is loaded, encodes, computes and decodes: "auto" for FLUX.1's layout, or
+    "package.module:Name" for a class of your own, see `Adapter` in ngrpo_train/models/model.py. name_or_path is then
+    whatever that class makes of it."""
     tuning: Literal["full", "lora"] = "full"
     """Train every weight of the transformer, or low-rank adapters (peft) on its attention and feed-forward layers."""
     lora_rank: Positive[int] = 128
@@ -64,9 +67,9 @@ class Sampling:
     """Timestep shift s of the schedule s*t / (1 + (s-1)*t)."""
     guidance_scale: NotNegative[float] = 3.5
     """Ignored by models without a guidance embedding (schnell)."""
-    height: Annotated[int, _PIXELS] = 720
-    """Pixels, a multiple of 16; width likewise."""
-    width: Annotated[int, _PIXELS] = 720
+    height: Positive[int] = 720
+    """Pixels, a multiple of what one image token covers (16 for FLUX.1's VAE); width likewise."""
+    width: Positive[int] = 720
     max_sequence_length: Positive[int] = 512
     """T5 tokens per prompt."""
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ngrpo_train.algorithms import refuse_backend
-from ngrpo_train.models.encoders import EmbeddingCache, frozen_dtype
+from ngrpo_train.models.embeddings import EmbeddingCache
+from ngrpo_train.models.encoders import frozen_dtype
+from ngrpo_train.models.sizes import refuse_size
 from ngrpo_train.plan.settle import settle_attention
 from ngrpo_train.prompts import Prompt, PromptCursor, load_prompts
 from ngrpo_train.recipe.checks import check
@@ -40,6 +42,7 @@ def prepare(
     used.
     """
     check(recipe, launch.num_processes)
+    refuse_size(recipe.model, recipe.sampling)
     prompts, evaluation = load_prompts(recipe.prompts.source), recipe.evaluation
     cursor = PromptCursor.of(recipe, prompts, launch.process_index, launch.num_processes)
     validation: list[Prompt] = []

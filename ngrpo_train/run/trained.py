@@ -12,6 +12,7 @@ import torch
 
 from ngrpo_train.models.loading import is_transformer
 from ngrpo_train.models.model import FlowModel
+from ngrpo_train.models.sizes import refuse_size
 from ngrpo_train.parallel import processes
 from ngrpo_train.plan.settle import settle_attention, settle_memory
 from ngrpo_train.recipe.parsing import is_run
@@ -35,8 +36,15 @@ class Source:
     def find(name: str, recipe: Recipe, checkpoint: str = "latest", base: str = FLUX_DEV) -> Source:
         """A run, a pipeline, or a transformer alone, which takes the rest of `base`.
 
-        `recipe` is the run's, or that of `--model` settings. Raises ValueError where there is no such thing.
+        `recipe` is the run's, or that of `--model` settings. Raises ValueError where there is no such
+        thing, or where it cannot draw pictures of the recipe's size.
         """
+        source = Source._found(name, recipe, checkpoint, base)
+        refuse_size(source.model, recipe.sampling)
+        return source
+
+    @staticmethod
+    def _found(name: str, recipe: Recipe, checkpoint: str, base: str) -> Source:
         if is_run(name):
             return Source(name, recipe.model, find_checkpoint(Path(name), checkpoint))
         if checkpoint != "latest":

@@ -11,8 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.model import FlowModel
+from ngrpo_train.models.model import Conditioning, FlowModel
 from ngrpo_train.sampling.solvers import SOLVERS, Previous, SolverStep
 
 

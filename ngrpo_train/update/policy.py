@@ -116,7 +116,7 @@ def update(
     old_velocity: list[list[Tensor | None]] = [[None] * num_batches for _ in blocks]
     if settings.old_policy == "exact":
         with torch.no_grad():
-            old_velocity[1:] = [[rows.velocity(model) for rows in batches(block)] for block in blocks[1:]]
+            old_velocity[1:] = [[velocity_of(model, rows) for rows in batches(block)] for block in blocks[1:]]
 
     totals = {name: torch.zeros((), device=device) for name in ("loss", "grad_norm", "skipped")}
     tallies: list[Tally] = []
@@ -124,7 +124,7 @@ def update(
         tally = Tally(("ratio_mean", *policy.FIGURES), model.sampling.num_inference_steps, device)
         for batch, rows in enumerate(batches(block)):
             sharding.sync_gradients(model.transformer, model.settings, last=batch == num_batches - 1)
-            velocity = rows.velocity(model)
+            velocity = velocity_of(model, rows)
             base = base_velocity(model, rows) if settings.reference_coef else None
             if rows.real == 0:
                 (0 * velocity.sum()).backward()  # the other ranks' backward waits for this one's
@@ -168,8 +168,13 @@ def drift_figure(rows: Rows, velocity: Tensor) -> Tensor:
     return drift / rows.rollout_velocity_rbTC.flatten(1).norm(dim=1)
 
 
+def velocity_of(model: FlowModel, rows: Rows) -> Tensor:
+    """v_theta of all rows, [r, b, T, C]."""
+    return model.velocity(*rows.inputs).view_as(rows.before_rbTC)
+
+
 @torch.no_grad()
 def base_velocity(model: FlowModel, rows: Rows) -> Tensor:
     """What the untrained model gives at all rows, in float32: a collective, like every forward."""
     with model.base_model():
-        return rows.velocity(model).float()
+        return velocity_of(model, rows).float()

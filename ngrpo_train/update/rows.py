@@ -12,8 +12,7 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from ngrpo_train.models.encoders import Conditioning
-from ngrpo_train.models.model import FlowModel
+from ngrpo_train.models.model import Conditioning
 from ngrpo_train.prompts import Prompt
 
 
@@ -29,10 +28,11 @@ class Rows:
     rollout_velocity_rbTC: Tensor  # what the rollout's forward gave there
     conditioning: Conditioning  # r * b rows
 
-    def velocity(self, model: FlowModel) -> Tensor:
-        """v_theta of all rows, [r, b, T, C]."""
-        sigma = self.sigma_before_r.repeat_interleave(self.before_rbTC.shape[1])
-        return model.velocity(self.before_rbTC.flatten(0, 1), sigma, self.conditioning).view_as(self.before_rbTC)
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Conditioning]:
+        """What the model is asked about all r * b states: the states, their sigmas, their text."""
+        sigma_N = self.sigma_before_r.repeat_interleave(self.before_rbTC.shape[1])
+        return self.before_rbTC.flatten(0, 1), sigma_N, self.conditioning
 
     def counted(self) -> Self:
         """Only the rows that count, for the loss."""
@@ -80,7 +80,7 @@ def in_parts(prompts: Sequence[Prompt], at_once: int, explore: Callable[[list[Pr
 def _joined(values: Sequence[Any]) -> Any:
     if isinstance(values[0], Tensor):
         return torch.cat(list(values))
-    return Conditioning.cat(values)
+    return type(values[0]).cat(values)  # conditioning
 
 
 def batches_of_rows(block: Explored, active_P: Tensor, num_batches: int, rows_per_batch: int) -> Iterator[Rows]:

@@ -94,7 +94,7 @@ def model_in_float64(flux):
             encoder_hidden_states=groups.conditioning.prompt_embeds[rows].double(),
             pooled_projections=groups.conditioning.pooled[rows].double(),
             txt_ids=groups.conditioning.txt_ids,
-            img_ids=flux._img_ids,
+            img_ids=flux.adapter._img_ids,
         ).sample
 
     return transformer, velocity

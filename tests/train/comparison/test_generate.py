@@ -65,7 +65,7 @@ def noise_of(flux, slots=(0, 1)):
 def by_hand(flux, trained, base, tail_steps, solver, slots=(0, 1)):
     """The last state [N, T, C]: every step written out, the model chosen by counting."""
     sigmas = flow_sigmas(STEPS, SHIFT)
-    embeds, pooled, txt_ids = flux.pipeline.encode_prompt(PROMPTS, None, max_sequence_length=16)
+    embeds, pooled, txt_ids = flux.adapter.pipeline.encode_prompt(PROMPTS, None, max_sequence_length=16)
     ids = FluxPipeline._prepare_latent_image_ids(1, 2, 2, "cpu", torch.float32)
     x, previous = noise_of(flux, slots), None
     for index in range(STEPS):

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from ngrpo_train.models import embed as embed_module
 from ngrpo_train.models.embed import embed, embed_command, training_prompts
-from ngrpo_train.models.encoders import EmbeddingCache, Manifest, TextEncoders, encoder_hash
+from ngrpo_train.models.embeddings import EmbeddingCache, Manifest, encoder_hash
+from ngrpo_train.models.encoders import TextEncoders
 from ngrpo_train.recipe.sections import Evaluation, Model, Parallel, Prompts, Recipe, Sampling
 
 from ..runs import environment, finish, free_ports, start
@@ -367,7 +368,10 @@ def test_the_command_loads_neither_transformer_nor_vae(recipe, tiny_dev, counted
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        ({"model": Model(name_or_path="some/model")}, "model.name_or_path = 'some/model' is no directory, and the hub"),
+        (
+            {"model": Model(name_or_path="some/model")},
+            "model.name_or_path = 'some/model' is no directory here: some/model is not in",
+        ),
         (
             {"model": Model(name_or_path="model")},
             "model.name_or_path = 'model' has no text_encoder_2; it must be in FL",
@@ -397,7 +401,8 @@ from ngrpo_train.models import embed as embed_module
 from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.sections import Parallel
 from ngrpo_train.models.embed import embed
-from ngrpo_train.models.encoders import Manifest, TextEncoders
+from ngrpo_train.models.embeddings import Manifest
+from ngrpo_train.models.encoders import TextEncoders
 
 embed_module._SHARD_PROMPTS = 2
 model, out, *prompts = sys.argv[1:]

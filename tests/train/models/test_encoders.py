@@ -11,7 +11,8 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from ngrpo_train.models import encoders as encoders_module
-from ngrpo_train.models.encoders import Conditioning, TextEncoders, encoder_hash
+from ngrpo_train.models.embeddings import encoder_hash
+from ngrpo_train.models.encoders import TextEncoders, TextFeatures
 
 LENGTH = 16
 PROMPTS = ["a large red circle on a blue background", "", "an étoile, far away 🐈", "a star on " * 20]
@@ -74,7 +75,7 @@ def test_rows_and_cat(tiny_dev):
     whole = encoders(tiny_dev).encode(PROMPTS)
     first, last = whole.rows(torch.tensor([0, 1])), whole.rows(torch.tensor([2, 3, 2]))
     assert torch.equal(last.pooled, whole.pooled[[2, 3, 2]])
-    joined = Conditioning.cat([first, last])
+    joined = TextFeatures.cat([first, last])
     assert torch.equal(joined.prompt_embeds, whole.prompt_embeds[[0, 1, 2, 3, 2]])
     assert torch.equal(joined.pooled, whole.pooled[[0, 1, 2, 3, 2]])
     assert joined.txt_ids is whole.txt_ids

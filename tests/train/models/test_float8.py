@@ -61,6 +61,13 @@ def quantised(flux: FlowModel, dtype: torch.dtype) -> Any:
     return theirs
 
 
+def copy_of(flux: FlowModel, dtype: torch.dtype, prepare: Callable[[Any], object] = lambda blocks: None) -> Float8Copy:
+    empty = flux.adapter.empty_transformer()
+    repeated = list(flux.adapter.blocks(empty).values())
+    prepare(repeated)
+    return Float8Copy(flux.transformer, empty, repeated, dtype, CPU, config=Float8WeightOnlyConfig())
+
+
 def move(flux: FlowModel, by: float = 0.05) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -71,7 +78,7 @@ def move(flux: FlowModel, by: float = 0.05) -> None:
 @torch.no_grad()
 def velocities(flux: FlowModel, transformer: Any) -> Tensor:
     x = torch.randn(len(PROMPTS), TOKENS, 64, generator=torch.Generator().manual_seed(0))
-    return flux._velocity(transformer, x, torch.full((len(PROMPTS),), 0.6), flux.encode(PROMPTS)).float()
+    return flux.adapter.velocity(transformer, x, torch.full((len(PROMPTS),), 0.6), flux.encode(PROMPTS)).float()
 
 
 def error(x: Tensor, truth: Tensor) -> float:
@@ -88,7 +95,7 @@ def test_it_follows_the_trained_weights(
 ) -> None:
     """Bias for bias and code for code those of a model that others merged and quantised; no adapter is left."""
     flux = load_flux(tiny_dev, tuning=tuning, compute_dtype=compute, lora_alpha=12)
-    copy = Float8Copy(flux.transformer, flux.compute_dtype, CPU, config=Float8WeightOnlyConfig())
+    copy = copy_of(flux, flux.compute_dtype)
     assert {p.device.type for p in copy.model.parameters()} == {"meta"}
     seen = []
     for _ in range(2):
@@ -120,7 +127,7 @@ def test_it_has_tensors_of_its_own(tiny_dev: str, load_flux: Callable[..., FlowM
     """Nothing that is done to it reaches what is trained."""
     flux = load_flux(tiny_dev)
     before = {name: p.detach().clone() for name, p in flux.trainable.items()}
-    copy = Float8Copy(flux.transformer, torch.float32, CPU, config=Float8WeightOnlyConfig())
+    copy = copy_of(flux, torch.float32)
     copy.refresh()
     with torch.no_grad():
         for name, parameter in copy.model.named_parameters():
@@ -138,8 +145,8 @@ def test_a_refresh_compiles_nothing_anew(
     prepare = partial(
         blocks.prepare, model=Model(gradient_checkpointing="none"), settings=Parallel(compile="on"), device=CPU
     )
-    copy = Float8Copy(flux.transformer, torch.float32, CPU, config=Float8WeightOnlyConfig(), prepare=prepare)
-    plain = Float8Copy(flux.transformer, torch.float32, CPU, config=Float8WeightOnlyConfig())
+    copy = copy_of(flux, torch.float32, prepare)
+    plain = copy_of(flux, torch.float32)
     graphs = []
     for _ in range(3):
         move(flux)
@@ -164,7 +171,7 @@ def test_only_exploring_goes_through_it(tiny_dev: str, load_flux: Callable[..., 
         assert torch.equal(flux.sampling_velocity(x, sigma, conditioning), truth)
         assert torch.equal(flux.velocity(x, sigma, conditioning), truth)
     assert 0 < error(explored, truth) < 0.2
-    assert torch.equal(explored, flux._velocity(flux._float8.model, x, sigma, conditioning))
+    assert torch.equal(explored, flux.adapter.velocity(flux._float8.model, x, sigma, conditioning))
     assert not any("_float8" in name for name, _ in flux.transformer.named_parameters())
 
 

@@ -130,7 +130,7 @@ def test_full_tuning_trains_every_weight_in_float32(tiny_dev, load_flux):
     expected = dict(stock(tiny_dev).transformer.named_parameters())
     assert flux.trainable.keys() == expected.keys()
     assert {parameter.dtype for parameter in flux.trainable.values()} == {torch.float32}
-    for part in (flux.pipeline.vae, flux.pipeline.text_encoder, flux.pipeline.text_encoder_2):
+    for part in (getattr(flux.adapter.pipeline, name) for name in ("vae", "text_encoder", "text_encoder_2")):
         assert not any(parameter.requires_grad for parameter in part.parameters())
 
 
@@ -208,15 +208,15 @@ def test_what_is_neither_directory_nor_hub_id(load_flux, name):
 
 def test_hub_model_offline_says_what_to_do(load_flux):
     assert constants.HF_HUB_OFFLINE
-    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set: download it once with `hf download some/model`"):
+    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set: fetch it with `hf download some/model`"):
         load_flux("some/model")
 
 
 @pytest.mark.parametrize(
     "error, remedy",
     [
-        (GatedRepoError, "is gated: accept its licence on its hub page, then run `hf auth login`"),
-        (RepositoryNotFoundError, "is not on the hub, or is private"),
+        (GatedRepoError, "some/model is gated: accept its licence on its hub page, then run `hf auth login`"),
+        (RepositoryNotFoundError, "there is no model some/model on the hub, or it is private: check the spelling"),
     ],
 )
 @pytest.mark.parametrize("function", ["model_info", "hf_hub_download"])
@@ -230,6 +230,8 @@ def test_hub_refusals_say_what_to_do(load_flux, monkeypatch, error, remedy, func
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils._resolve_revision", lambda *a, **k: "main", raising=False)
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils.model_info", info)
     monkeypatch.setattr(f"diffusers.pipelines.pipeline_utils.{function}", refuse)
-    with pytest.raises(ValueError, match=rf"^model\.name_or_path = 'some/model' {re.escape(remedy)}") as raised:
+    with pytest.raises(
+        ValueError, match=rf"^model\.name_or_path = 'some/model' is no directory here: {re.escape(remedy)}"
+    ) as raised:
         load_flux("some/model")
     assert "\n" not in str(raised.value)

@@ -74,7 +74,7 @@ def velocities(flux: FlowModel, transformer: nn.Module) -> Tensor:
     """Of PROMPTS at four times."""
     x = torch.randn(len(PROMPTS), TOKENS, 64, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([1.0, 0.9545, 0.6, 0.1])
-    return flux._velocity(transformer, x, sigma, flux.encode(PROMPTS))
+    return flux.adapter.velocity(transformer, x, sigma, flux.encode(PROMPTS))
 
 
 # --- what arrives
@@ -112,7 +112,7 @@ def test_frozen_parts_are_diffusers_own(tiny_dev: str, load_flux: Callable[..., 
     flux, pipeline = load_flux(tiny_dev), stock(tiny_dev)
     for part in PARTS:
         theirs = dict(getattr(pipeline, part).named_parameters())
-        for name, value in getattr(flux.pipeline, part).named_parameters():
+        for name, value in getattr(flux.adapter.pipeline, part).named_parameters():
             assert torch.equal(value, theirs[name])
             assert not value.requires_grad
 
@@ -276,7 +276,7 @@ def test_random_weights_keep_activations_sane(
     flux = load_flux(name, tuning=tuning, master_dtype=master, compute_dtype=compute, max_sequence_length=24)
     base = {p.dtype for n, p in flux.transformer.named_parameters() if ".lora_" not in n}
     assert base == {getattr(torch, master if tuning == "full" else compute)}
-    assert {p.dtype for part in PARTS for p in getattr(flux.pipeline, part).parameters()} == {torch.float32}
+    assert {p.dtype for part in PARTS for p in getattr(flux.adapter.pipeline, part).parameters()} == {torch.float32}
     assert bool(flux.transformer.config.guidance_embeds) is (name == "random:flux-dev")
     assert all(
         processes.local(p).detach().float().isfinite().all() for p in flux.transformer.parameters()
@@ -308,7 +308,8 @@ def test_random_weights_without_text_encoders(
 ) -> None:
     parts = loading.load_parts("random:flux-dev", None, torch.device("cpu"), torch.bfloat16, text=False)
     assert parts.text_encoder is parts.text_encoder_2 is parts.tokenizer is None
-    assert {p.device.type for p in parts.transformer.parameters()} == {"meta"}
+    empty = loading.empty_transformer("random:flux-dev", None)
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
     assert {p.dtype for p in parts.vae.parameters()} == {torch.bfloat16}
 
 
@@ -347,9 +348,9 @@ def test_a_model_is_downloaded_once_and_without_the_parts_nobody_reads(
     monkeypatch.setattr(FluxPipeline, "download", lambda name, **options: asked.append((name, options)) or tiny_dev)
     loading._downloaded.cache_clear()
     for _ in range(2):
-        assert loading.find_directory("some/model", loading.TEXT_PARTS) == Path(tiny_dev)
+        assert loading.find_directory("some/model", sizes.TEXT_PARTS) == Path(tiny_dev)
     loading._downloaded.cache_clear()
-    assert asked == [("some/model", dict.fromkeys(loading.TEXT_PARTS))]
+    assert asked == [("some/model", dict.fromkeys(sizes.TEXT_PARTS))]
 
 
 # --- what leaves
@@ -399,16 +400,16 @@ def test_an_export_of_a_run_on_embeddings(
     )
     assert embed_command(recipe, tmp_path / "embedded", batch=4) == 0
     if not at_hand:
-        for part in loading.TEXT_PARTS:
+        for part in sizes.TEXT_PARTS:
             shutil.rmtree(model / part)
     trainer = Trainer.make(recipe, recipe.parallel, cursor=None, rewards=None, device=torch.device("cpu"), stage=None)
     export(trainer.model, tmp_path / "export")
     assert ("lacks ['text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2']" in caplog.text) is not at_hand
-    absent = {} if at_hand else dict.fromkeys(loading.TEXT_PARTS)  # which diffusers asks for by name
+    absent = {} if at_hand else dict.fromkeys(sizes.TEXT_PARTS)  # which diffusers asks for by name
     pipeline = FluxPipeline.from_pretrained(tmp_path / "export", local_files_only=True, **absent)
     flux = load_flux(tiny_dev)
     assert torch.equal(velocities(flux, pipeline.transformer), velocities(flux, stock(tiny_dev).transformer))
-    for part in loading.TEXT_PARTS:
+    for part in sizes.TEXT_PARTS:
         assert (getattr(pipeline, part) is None) is not at_hand
 
 

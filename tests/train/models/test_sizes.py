@@ -101,7 +101,7 @@ def test_an_unknown_name_says_what_to_do(name: str, message: str) -> None:
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no transformer/config\.json"):
         find_architecture(str(tmp_path))
-    for part in sizes.PARTS:
+    for part in sizes.MODULES:
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
     with pytest.raises(ValueError, match="is of a SD3Transformer2DModel"):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ngrpo_train.parallel import blocks
+from ngrpo_train.parallel.layout import compiles
 from ngrpo_train.recipe.sections import Model, Parallel
 
 from ..conftest import PROMPTS
@@ -83,7 +84,7 @@ def test_without_gradients_nothing_is_recomputed():
     "setting, device, expected", [("auto", "cpu", False), ("auto", "cuda", True), ("on", "cpu", True)]
 )
 def test_what_is_compiled(setting, device, expected):
-    assert blocks.compiles(Parallel(compile=setting), torch.device(device)) is expected
+    assert compiles(Parallel(compile=setting), device) is expected
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import train_scorers
 from ngrpo_train.commands.train import TrainCommand
 from ngrpo_train.models.sizes import KNOWN
+from ngrpo_train.parallel.layout import Layout
 from ngrpo_train.plan import explain_out_of_memory, iteration_flops, make_plan, plan_command, remedies, speedups
 from ngrpo_train.plan.activations import decode_pass, measuring
 from ngrpo_train.plan.forecast import FLOAT32_SLOWDOWN
-from ngrpo_train.plan.layout import Layout
 from ngrpo_train.plan.machines import GIB, MACHINES
 from ngrpo_train.plan.memory import Memory, iteration_memory
 from ngrpo_train.plan.remedies import with_settings
@@ -54,7 +54,7 @@ def recipe(rewards: dict[str, Reward], **settings: Any) -> Recipe:
 
 
 def memory(asked: Recipe, world_size: int = 1) -> Memory:
-    return iteration_memory(asked, DEV, Layout.of(asked, world_size, 8))
+    return iteration_memory(asked, DEV, Layout.of(asked.model, asked.parallel, world_size, 8))
 
 
 # -- One scorer --------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_offloaded_scorers_visit_one_at_a_time() -> None:
     assert held.phases["update"]["scorers"] == held.phases["rollout"]["scorers"] == 4 * VIT_L_VISION
     assert held.phases["decode"]["scorers"] == 4 * (VIT_L_VISION + VIT_H)
     assert held.host - without.host == 8 * 4 * (2 * VIT_H + BLIP + 427_616_513)
-    layout = Layout.of(recipe({}), 1, 8)
+    layout = Layout.of(recipe({}).model, recipe({}).parallel, 1, 8)
     moved = [iteration_traffic(recipe(each), DEV, layout).host_bytes for each in (rewards, {})]
     assert moved[0] - moved[1] == 2 * 4 * (2 * VIT_H + BLIP)  # there and back; the watch rests in an iteration
 

@@ -56,7 +56,7 @@ def test_a_gpu_is_settled_for_by_the_smallest_of_them(
     monkeypatch.setattr(processes, "max_over_ranks", lambda value: gathered.append(value) or max(value, -80 * GIB))
     monkeypatch.setattr(processes, "world_size", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(plan, "settle", decide)
+    monkeypatch.setattr(plan, "fastest_that_fits", decide)
     with caplog.at_level(logging.INFO):
         settings = settle.settle_memory(DEV, CUDA)
     assert gathered == [-h200.total_memory]

@@ -94,7 +94,7 @@ def model_in_float64(flux):
             encoder_hidden_states=conditioning.prompt_embeds[rows].double(),
             pooled_projections=conditioning.pooled[rows].double(),
             txt_ids=conditioning.txt_ids,
-            img_ids=flux._img_ids,
+            img_ids=flux.adapter._img_ids,
         ).sample.flatten(1)
 
     return transformer, velocity

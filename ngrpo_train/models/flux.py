@@ -1,0 +1,175 @@
+"""FLUX.1, directly: its transformer's velocity, its packing, its text encoders and VAE; no pipeline's code in a step.
+
+Latents are packed tokens [N, T, C] with C = 4 * latent channels, two by two latents each.
+"""
+
+# N pictures, P prompts, T image tokens, C channels of a packed token.
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor, nn
+
+from ngrpo_train.models.embeddings import EmbeddingCache, encoder_hash
+from ngrpo_train.models.encoders import PromptEncoder, TextEncoders, TextFeatures, frozen_dtype
+from ngrpo_train.models.loading import (
+    absent_of,
+    empty_transformer,
+    fill,
+    find_directory,
+    find_transformer,
+    load_parts,
+    load_vae_config,
+    quiet_diffusers,
+)
+from ngrpo_train.models.sizes import LORA_TARGETS, PARTS, TEXT_PARTS, token_grid
+from ngrpo_train.parallel.blocks import compile_whole
+from ngrpo_train.parallel.layout import compiles
+from ngrpo_train.recipe.sections import Model, Parallel, Sampling
+
+logger = logging.getLogger(__name__)
+
+_FROZEN_PARTS = ("scheduler", *(part for part in PARTS if part != "transformer"))
+
+
+class Flux:
+    """The adapter of FLUX.1 and of models in its layout; see `ngrpo_train.models.model.Adapter`."""
+
+    lora_targets = LORA_TARGETS
+
+    def __init__(
+        self, spec: Model, sampling: Sampling, settings: Parallel, device: torch.device, *, embeddings: str = ""
+    ) -> None:
+        """Load all parts but the transformer's weights.
+
+        Raises ValueError, naming the field, where no FLUX pipeline, or no `embeddings` of it, can be loaded, or where
+        it has no tokens for pictures of this size.
+        """
+        self.spec, self.sampling, self.settings, self.device = spec, sampling, settings, device
+        self.directory = find_directory(spec.name_or_path, absent_of(spec, TEXT_PARTS if embeddings else ()))
+        self.transformer_directory = find_transformer(spec, self.directory)
+        self._config = self.empty_transformer().config
+        rows, columns = token_grid(load_vae_config(spec.name_or_path, self.directory), sampling)
+        self.latent_shape: tuple[int, int] = (rows * columns, self._config.in_channels)
+        self._img_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, torch.float32)
+        self._compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
+        self.pipeline = load_parts(spec.name_or_path, self.directory, device, frozen_dtype(device), text=not embeddings)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.text = self._text_encoder(embeddings)
+        self._prepare_vae()
+
+    def _text_encoder(self, embeddings: str) -> PromptEncoder:
+        length = self.sampling.max_sequence_length
+        if embeddings:
+            return EmbeddingCache(
+                Path(embeddings).expanduser(),
+                device=self.device,
+                dtype=self._compute_dtype,
+                max_sequence_length=length,
+                encoder=encoder_hash(self.directory) if self.directory else None,
+            )
+        return TextEncoders(
+            self.pipeline,
+            device=self.device,
+            dtype=self._compute_dtype,
+            max_sequence_length=length,
+            placement=self.settings.text_encoders,
+        )
+
+    def _prepare_vae(self) -> None:
+        vae = self.pipeline.vae.to(self.device).requires_grad_(False).eval()
+        if self.device.type == "cuda":
+            vae.to(memory_format=torch.channels_last)  # as cuDNN's convolutions want it
+        if compiles(self.settings, self.device.type):
+            compile_whole(vae.decoder)
+
+    def beside(self, spec: Model) -> Flux:
+        other = copy.copy(self)
+        other.spec = spec
+        other.directory = find_directory(spec.name_or_path, absent_of(spec, (*TEXT_PARTS, "vae")))
+        other.transformer_directory = find_transformer(spec, other.directory)
+        other._config = other.empty_transformer().config
+        return other
+
+    # -- The transformer -----------------------------------------------------------------------------------------------
+
+    def empty_transformer(self) -> Any:
+        return empty_transformer(self.spec.name_or_path, self.transformer_directory)
+
+    def blocks(self, transformer: nn.Module) -> dict[str, nn.Module]:
+        kinds: Any = {"double": transformer.transformer_blocks, "single": transformer.single_transformer_blocks}
+        return {f"{kind} {index}": block for kind, blocks in kinds.items() for index, block in enumerate(blocks)}
+
+    def fill(self, transformer: nn.Module) -> None:
+        fill(transformer, self.spec, self.transformer_directory)
+
+    def velocity(self, transformer: nn.Module, x_NTC: Tensor, sigma_N: Tensor, conditioning: TextFeatures) -> Tensor:
+        guidance = None
+        if self._config.guidance_embeds:
+            guidance = torch.full_like(sigma_N, self.sampling.guidance_scale)
+        velocity: Tensor = transformer(
+            hidden_states=x_NTC.to(self._compute_dtype),
+            timestep=sigma_N,
+            guidance=guidance,
+            encoder_hidden_states=conditioning.prompt_embeds,
+            pooled_projections=conditioning.pooled,
+            txt_ids=conditioning.txt_ids,
+            img_ids=self._img_ids,
+            return_dict=False,
+        )[0]
+        return velocity
+
+    # -- Text and pictures ---------------------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """Encode P prompts; a collective where text encoders are sharded."""
+        return self.text.encode(prompts)
+
+    def decode(self, latents_NTC: Tensor) -> Tensor:
+        vae, sampling = self.pipeline.vae, self.sampling
+        latents = FluxPipeline._unpack_latents(
+            latents_NTC, sampling.height, sampling.width, self.pipeline.vae_scale_factor
+        )
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
+        # The same arithmetic as diffusers' image processor, so that a saved picture gets the same score.
+        return ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    # -- For others ----------------------------------------------------------------------------------------------------
+
+    def save(self, directory: Path, transformer: nn.Module, trained: Mapping[str, Tensor]) -> None:
+        """Write a directory for `FluxPipeline.from_pretrained`, or for `pipeline.load_lora_weights`."""
+        if self.spec.tuning == "lora":
+            _save_lora(directory, transformer, trained)
+            return
+        saved: Any = self.empty_transformer()
+        saved.load_state_dict(trained, strict=True, assign=True)
+        with quiet_diffusers():
+            saved.save_pretrained(directory / "transformer")
+            if self.directory is None:  # random weights, which stand in no file
+                self.pipeline.vae.save_pretrained(directory / "vae")
+                return
+        absent = [part for part in _FROZEN_PARTS if not (self.directory / part).is_dir()]
+        for part in (part for part in _FROZEN_PARTS if part not in absent):
+            shutil.copytree(self.directory / part, directory / part, dirs_exist_ok=True)
+        if absent:  # trained on embeddings, without a need for them
+            logger.warning("%s lacks %s, which %s has not: add them from the model", directory, absent, self.directory)
+        shutil.copy(self.directory / "model_index.json", directory)
+
+
+def _save_lora(directory: Path, transformer: nn.Module, trained: Mapping[str, Tensor]) -> None:
+    """Write `pytorch_lora_weights.safetensors`."""
+    from diffusers.training_utils import _collate_lora_metadata
+
+    # peft names its adapter inside the parameters' names; files leave that out.
+    layers = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in trained.items()}
+    metadata = _collate_lora_metadata({"transformer": transformer})
+    FluxPipeline.save_lora_weights(directory, transformer_lora_layers=layers, **metadata)

@@ -1,0 +1,75 @@
+"""Rules of how a model lies and computes, which the trainer follows and a plan foretells.
+
+Who shares one copy of the weights, whether blocks compile, and what a block keeps for its backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ngrpo_train.recipe.sections import Model, Parallel
+
+_COSTLY = {  # what selective checkpointing keeps: results of matrix products and attention
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the weights lie over processes."""
+
+    world_size: int
+    per_node: int
+    """Processes of a node."""
+    shares: int
+    """S: processes that share one copy of the weights."""
+    plain: bool
+    """One process with ordinary modules: weights are stored as they compute, and nothing is ever gathered."""
+
+    @staticmethod
+    def of(model: Model, settings: Parallel, world_size: int, per_node: int) -> Layout:
+        """The layout on `world_size` processes. Raises ValueError where groups of `parallel.shard_size` do not fit."""
+        node = min(per_node, world_size)
+        if settings.sharding == "none" or world_size == 1:
+            shares = 1
+        elif settings.sharding == "hybrid":
+            shares = settings.shard_size or node
+        else:
+            shares = world_size
+        if world_size % shares:
+            raise ValueError(f"parallel.shard_size = {shares} must divide the {world_size} processes")
+        stored = settings.master_dtype if model.tuning == "full" else "float32"
+        plain = (
+            world_size == 1
+            and settings.sharding != "full"
+            and stored == settings.compute_dtype
+            and not settings.offload
+        )
+        return Layout(world_size, node, shares, plain)
+
+    @property
+    def copies(self) -> int:
+        return self.world_size // self.shares
+
+
+def compiles(settings: Parallel, device_type: str) -> bool:
+    """Whether blocks go through torch.compile on a device of this type ("cuda", "cpu")."""
+    return settings.compile == "on" or (settings.compile == "auto" and device_type == "cuda")
+
+
+def keep_what_is_costly(_: object, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    """A policy of selective checkpointing: matrix products and attention are kept, all else is computed again."""
+    return CheckpointPolicy.MUST_SAVE if operator in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
