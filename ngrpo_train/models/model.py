@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, cast
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -98,17 +98,23 @@ class Adapter(Protocol):
         ...
 
 
-def find_adapter(name: str) -> Callable[..., Adapter]:
-    """The adapter that `model.adapter` names. Raises ValueError where it cannot be imported."""
-    if name == "auto":
-        return Flux
-    module, _, attribute = name.partition(":")
+def load_adapter(
+    spec: Model, sampling: Sampling, settings: Parallel, device: torch.device, embeddings: str = ""
+) -> Adapter:
+    """The adapter that `model.adapter` names, constructed. Raises ValueError where it cannot be, or refuses by one."""
+    if spec.adapter == "auto":
+        return Flux(spec, sampling, settings, device, embeddings=embeddings)
+    module, _, name = spec.adapter.partition(":")
     try:
-        return cast(Callable[..., Adapter], getattr(importlib.import_module(module), attribute))
+        make: Callable[..., Adapter] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f'model.adapter = {name!r} cannot be imported ({error}): it must be "auto" or "package.module:Name"'
+            f'model.adapter = {spec.adapter!r} cannot be imported ({error}): it must be "auto" or "package.module:Name"'
         ) from error
+    try:
+        return make(spec, sampling, settings, device, embeddings=embeddings)
+    except ValueError as error:  # in code of others, but about what a user can mend: that is the protocol
+        raise ValueError(f"model.adapter = {spec.adapter!r}: {error}") from error
 
 
 class FlowModel:
@@ -131,7 +137,7 @@ class FlowModel:
         self.spec, self.sampling, self.settings, self.device = spec, sampling, settings, device
         self.compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
         self.compiled = compiles(settings, device.type)
-        self.adapter: Adapter = find_adapter(spec.adapter)(spec, sampling, settings, device, embeddings=embeddings)
+        self.adapter = load_adapter(spec, sampling, settings, device, embeddings)
         self.transformer: Any = self._prepared_transformer(seed)
         self._float8 = self._float8_copy() if settings.rollout_dtype == "float8" else None
 

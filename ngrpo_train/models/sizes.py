@@ -181,11 +181,15 @@ def refuse_size(model: Model, sampling: Sampling) -> None:
 
     Loading a model refuses such a size too; this is for a command that has work to do before it loads one.
     """
-    if model.adapter == "auto":
-        known = _HUB_IDS.get(model.name_or_path)
-        vae = KNOWN[known].vae if known else _own_vae(model.name_or_path)
-        if vae:
-            token_grid(vae, sampling)
+    if model.adapter == "auto" and (vae := _vae_at_hand(model.name_or_path)):
+        token_grid(vae, sampling)
+
+
+def _vae_at_hand(name_or_path: str) -> Mapping[str, Any] | None:
+    if name_or_path.startswith("random:"):
+        return _random(name_or_path).vae
+    known = _HUB_IDS.get(name_or_path)
+    return KNOWN[known].vae if known else _own_vae(name_or_path)
 
 
 def _own_vae(name_or_path: str) -> Mapping[str, Any] | None:

@@ -1,19 +1,22 @@
 """Sizes and operations from configs alone, against the modules themselves and torch's own counter."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from ngrpo_train.models import sizes
 from ngrpo_train.models.sizes import KNOWN, Architecture, find_architecture, lora_total, parameters
+from ngrpo_train.plan import settle
 from ngrpo_train.plan.flops import transformer_flops
-from ngrpo_train.recipe.sections import Sampling
+from ngrpo_train.recipe.sections import Model, Recipe, Sampling
 from ngrpo_train.shapes.world import shapes_pipeline_dir
 
 DEV, SCHNELL = KNOWN["flux-dev"], KNOWN["flux-schnell"]
@@ -106,6 +109,69 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
         (tmp_path / part / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
     with pytest.raises(ValueError, match="is of a SD3Transformer2DModel"):
         find_architecture(str(tmp_path))
+
+
+# -- Another VAE -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def halves_twice(tiny_dev: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny pipeline with a VAE of three stages: a latent is 4 by 4 pixels, a token 8 by 8."""
+    directory = tmp_path_factory.mktemp("halves_twice") / "model"
+    shutil.copytree(tiny_dev, directory)
+    config = AutoencoderKL.load_config(directory / "vae")
+    stages = {"block_out_channels": (8,) * 3}
+    stages |= {f"{way}_block_types": config[f"{way}_block_types"][:3] for way in ("down", "up")}
+    shutil.rmtree(directory / "vae")
+    AutoencoderKL.from_config({**config, **stages}).save_pretrained(directory / "vae")
+    return str(directory)
+
+
+def test_tokens_are_of_the_models_own_vae(halves_twice: str, load_flux: Any) -> None:
+    """40 by 24 pixels are 5 by 3 tokens; with FLUX.1's VAE they would be none in whole."""
+    sampling = Sampling(height=40, width=24, max_sequence_length=16)
+    assert find_architecture(halves_twice).image_tokens(sampling) == 15
+    flux = load_flux(halves_twice, height=40, width=24)
+    assert flux.latent_shape == (15, 64)
+    assert flux.decode(torch.randn(2, 15, 64)).shape == (2, 3, 40, 24)
+    x, sigma = torch.randn(1, 15, 64), torch.full((1,), 0.5)
+    assert flux.sampling_velocity(x, sigma, flux.encode(["a dog"])).shape == (1, 15, 64)
+    recipe = Recipe(model=Model(name_or_path=halves_twice), sampling=sampling)
+    shapes = settle._attention_shapes(recipe)
+    assert shapes is not None
+    assert shapes.tokens == 15 + 16
+
+
+@pytest.mark.parametrize("height, refused", [(40, "width = 36"), (36, "height = 36"), (20, "height = 20")])
+def test_a_picture_of_no_whole_number_of_tokens_is_refused(
+    ngrpo: Any, tiny_recipe: Path, halves_twice: str, height: int, refused: str
+) -> None:
+    """Before a run directory is made, with the multiple of this model's VAE."""
+    size = [f"--sampling.height={height}", "--sampling.width=36"]
+    code, _, err = ngrpo("train", tiny_recipe, f"--model.name-or-path={halves_twice}", *size)
+    assert (code, err) == (
+        2,
+        f"ngrpo train: sampling.{refused} must be a positive multiple of 8, for the model's VAE\n",
+    )
+    assert not Path("runs").exists()
+
+
+def test_a_model_refuses_such_a_size_by_itself(halves_twice: str, load_flux: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"^sampling\.width = 36 must be a positive multiple of 8, for the model's VAE$"
+    ):
+        load_flux(halves_twice, height=40, width=36)
+
+
+@pytest.mark.parametrize("name", ["black-forest-labs/FLUX.1-dev", "random:flux-schnell", "shapes"])
+def test_a_known_models_size_is_checked_without_its_files(name: str) -> None:
+    sizes.refuse_size(Model(name_or_path=name), Sampling(height=720, width=1024))
+    with pytest.raises(ValueError, match=r"^sampling\.height = 40 must be a positive multiple of 16"):
+        sizes.refuse_size(Model(name_or_path=name), Sampling(height=40))
+
+
+def test_what_is_not_at_hand_is_left_to_loading() -> None:
+    sizes.refuse_size(Model(name_or_path="some/model"), Sampling(height=41))
 
 
 # -- LoRA --------------------------------------------------------------------------------------------------------------
