@@ -18,7 +18,7 @@ from ngrpo_train.models import float8
 from ngrpo_train.models.float8 import Float8Copy
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import blocks, processes
-from ngrpo_train.prompts import PromptCursor
+from ngrpo_train.prompts import Prompt, PromptCursor
 from ngrpo_train.recipe.algorithms import Neighbor
 from ngrpo_train.recipe.sections import Model, Parallel, Prompts, Recipe, Reward, Sampling
 from ngrpo_train.rewards import Rewards
@@ -187,7 +187,7 @@ def recipe_of(directory: str, rollout: str, **algorithm: Any) -> Recipe:
 
 
 def trainer_of(recipe: Recipe) -> Trainer:
-    cursor = PromptCursor.of(recipe, PROMPTS[:2], 0, 1)
+    cursor = PromptCursor.of(recipe, [Prompt(text) for text in PROMPTS[:2]], 0, 1)
     return Trainer.make(recipe, recipe.parallel, cursor, Rewards(recipe.rewards), CPU, Stopwatch(CPU))
 
 
