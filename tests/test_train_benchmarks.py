@@ -347,7 +347,7 @@ def test_the_peer_computes_the_same_gradient(tmp_path: Path) -> None:
     """From the same weights, prompt, noise, steps and anchors, through its own rollout, pictures and loss."""
     recipe = tiny(on_gpu=False)
     prompt = "a large red circle on a blue background"
-    cursor = PromptCursor.of(recipe, [prompt], 0, 1)
+    cursor = PromptCursor.of(recipe, [Prompt(prompt)], 0, 1)
     trainer = Trainer.make(recipe, settle_memory(recipe, CPU), cursor, Rewards(recipe.rewards), CPU, Stopwatch(CPU))
     flux, keep = trainer.model, Keep(trainer.model.trainable)
     groups = trainer.algorithm.explore(flux, [Prompt(prompt, 0)], 0)

@@ -197,7 +197,7 @@ def encoder_hash(model: Path) -> str | None:
 
 
 def _weight_samples(directory: Path) -> Iterator[tuple[str, bytes]]:
-    """Of each tensor in the safetensors files that transformers would load: name, dtype and shape; its two ends."""
+    """Name, dtype and shape, then the two ends, of each tensor in the safetensors files that transformers loads."""
     index = directory / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():

@@ -37,13 +37,13 @@ class Architecture:
     """The configs of a pipeline's parts. Equal to itself only, so that what is computed from it can be cached."""
 
     transformer: Mapping[str, Any]
-    """Of diffusers' FluxTransformer2DModel."""
+    """As for diffusers' FluxTransformer2DModel."""
     vae: Mapping[str, Any]
-    """Of diffusers' AutoencoderKL."""
+    """As for diffusers' AutoencoderKL."""
     text_encoder: Mapping[str, Any]
-    """Of transformers' CLIPTextConfig. Empty where the model has come without text encoders."""
+    """As for transformers' CLIPTextConfig. Empty where the model has come without text encoders."""
     text_encoder_2: Mapping[str, Any]
-    """Of transformers' T5Config."""
+    """As for transformers' T5Config."""
 
     @property
     def width(self) -> int:
@@ -186,6 +186,7 @@ def refuse_size(model: Model, sampling: Sampling) -> None:
 
 
 def _vae_at_hand(name_or_path: str) -> Mapping[str, Any] | None:
+    """The VAE's config of a known model or of a directory; None where it would have to be downloaded."""
     if name_or_path.startswith("random:"):
         return _random(name_or_path).vae
     known = _HUB_IDS.get(name_or_path)
@@ -393,7 +394,7 @@ def _count(module: nn.Module) -> int:
 
 
 def lora_parameters(architecture: Architecture, rank: int) -> tuple[int, int]:
-    """Of the adapters of one double and of one single block: r * (inputs + outputs) of every target."""
+    """Parameters of the adapters of one double and of one single block: r * (inputs + outputs) of every target."""
     h = architecture.width
     double = 8 * (h + h) + 4 * (h + 4 * h)  # q, k, v, out and the two layers of a feed-forward, for picture and text
     single = 3 * (h + h) + (h + 4 * h) + (5 * h + h)  # q, k, v; the feed-forward's first; its second with attention's

@@ -25,7 +25,7 @@ CANDIDATES = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3", "
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Of one iteration's attention: `tokens` of text and image together; pictures per forward in rollout and update."""
+    """One iteration's attention: `tokens` of text and image together; pictures per forward in rollout and update."""
 
     tokens: int
     heads: int

@@ -40,7 +40,7 @@ def shard(
     shares = mesh["shard"].size()
     frozen = {p for p in module.parameters() if not p.requires_grad} if shares == 1 else set()
     dtype = getattr(torch, settings.compute_dtype)
-    # Inputs are cast by whoever makes them: FSDP would round the rotary embeddings too, which diffusers keeps float32.
+    # Inputs are cast where they are made: FSDP would round the rotary embeddings too, which diffusers keeps float32.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype, cast_forward_inputs=False
     )

@@ -37,7 +37,7 @@ class Policy(Protocol):
     """Names of `Terms.figures`, alike for every batch: all ranks report the same."""
 
     def terms(self, rows: Any, velocity: Tensor, old_velocity: Tensor | None, advantages: Tensor) -> Terms:
-        """Of rows that count. `old_velocity` is given where theta has moved since the rollout."""
+        """The loss of rows that count. `old_velocity` is given where theta has moved since the rollout."""
         ...
 
     def tether(self, rows: Any, velocity: Tensor, base_velocity: Tensor) -> Tensor:
