@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from ngrpo_kernels import LossOutput, reference
+
+from .tiny import tiny_transformer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 C, L = 64, 3
@@ -503,26 +505,12 @@ def test_a_group_cut_short_is_refused() -> None:
 # -- With diffusers' own classes ---------------------------------------------------------------------------------------
 
 
-def tiny_flux() -> FluxTransformer2DModel:
-    torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=4,
-        pooled_projection_dim=2,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
-    )
-
-
 @pytest.mark.parametrize("name", ["dance_grpo", "mix_grpo", "flow_grpo", "diffusers_training"])
 def test_adapters_call_the_transformer_of_diffusers_as_it_wants(name: str) -> None:
     """Not Flow-Factory's: it calls the model through that trainer's own adapter."""
     case = Rollout(P=1, G=3, N=4, T=16, B=2)
-    case.moved = tiny_flux()  # type: ignore[assignment]
+    torch.manual_seed(0)
+    case.moved = tiny_transformer(4, 2)  # type: ignore[assignment]
     if name == "diffusers_training":
         adapter, scheduler = example("adapters/diffusers_training"), FlowMatchEulerDiscreteScheduler(shift=3.0)
         scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])

@@ -21,7 +21,7 @@ from ngrpo_train.recipe.sections import Model, Recipe, Reward
 from ngrpo_train.run.trained import FLUX_DEV, Source
 from ngrpo_train.sampling.pictures import pictures
 
-from ..conftest import PROMPTS, SIZE
+from ...tiny import PROMPTS, SIZE, write_recipe
 
 STYLED = [{"prompt": prompt, "style": style} for prompt, style in zip(PROMPTS, ("photo", "", "photo", ""), strict=True)]
 SMALL = ["--sampling.max-sequence-length=16", "--parallel.device=cpu", "--parallel.compute-dtype=float32"]
@@ -38,39 +38,7 @@ def made(tiny_dev, scorers, tmp_path_factory):
         patch.chdir(directory)
         patch.syspath_prepend(scorers)
         Path("styled.json").write_text(json.dumps(STYLED))
-        Path("tiny.toml").write_text(f"""
-            [model]
-            name_or_path = "{tiny_dev}"
-            gradient_checkpointing = "none"
-            lora_rank = 4
-            [prompts]
-            source = "styled.json"
-            [sampling]
-            num_inference_steps = 4
-            height = {SIZE}
-            width = {SIZE}
-            max_sequence_length = 16
-            [algorithm]
-            num_generations = 4
-            num_anchors = 2
-            num_train_steps = 2
-            step_range = [0, 0.75]
-            [rewards.brightness]
-            path = "tiny_scorers:brightness"
-            [rewards.redness]
-            path = "tiny_scorers:redness"
-            log_only = true
-            [optimizer]
-            learning_rate = 1e-2
-            [train]
-            steps = 1
-            [parallel]
-            device = "cpu"
-            compute_dtype = "float32"
-            [log]
-            trackers = []
-            export = false
-            """)
+        write_recipe(Path("tiny.toml"), tiny_dev, "styled.json", steps=1, learning_rate=1e-2)
         for tuning in ("full", "lora"):
             assert main(["train", "tiny.toml", f"--model.tuning={tuning}", f"--log.output-dir=runs/{tuning}"]) == 0
         assert main(["export", "runs/full", "--out", "exported"]) == 0

@@ -29,7 +29,7 @@ from ngrpo_train.run.checkpoint import load_weights
 from ngrpo_train.run.trained import Source
 from ngrpo_train.sampling.evaluate import evaluate
 
-from ..conftest import PROMPTS
+from ...tiny import PROMPTS
 
 RECIPE = Recipe(
     prompts=Prompts(per_rank=2),

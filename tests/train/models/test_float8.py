@@ -25,7 +25,7 @@ from ngrpo_train.rewards import Rewards
 from ngrpo_train.run.stopwatch import Stopwatch
 from ngrpo_train.run.trainer import Trainer
 
-from ..conftest import PROMPTS, SIZE
+from ...tiny import PROMPTS, SIZE
 
 CPU = torch.device("cpu")
 TOKENS = 4

@@ -27,7 +27,7 @@ from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.sections import Model, Parallel, Recipe, Sampling
 from ngrpo_train.run.trainer import Trainer
 
-from ..conftest import PROMPTS, SIZE
+from ...tiny import PROMPTS, SIZE
 
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 TOKENS = 4

@@ -13,7 +13,7 @@ from ngrpo_train.parallel import blocks
 from ngrpo_train.parallel.layout import compiles
 from ngrpo_train.recipe.sections import Model, Parallel
 
-from ..conftest import PROMPTS
+from ...tiny import PROMPTS
 
 TOKENS = 4
 

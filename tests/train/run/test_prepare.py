@@ -7,7 +7,7 @@ import pytest
 
 from ngrpo_train.run import trainer
 
-from ..conftest import PROMPTS
+from ...tiny import PROMPTS
 
 
 @pytest.fixture
