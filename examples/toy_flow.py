@@ -1,7 +1,7 @@
 """Neighbor GRPO from start to end on a 2-D toy: python examples/toy_flow.py, some seconds on a CPU.
 
-A small flow draws points from four modes; the reward asks for the right-hand one. Printed is how often points from
-held-out noise land there. It has the whole algorithm and nothing of an image trainer.
+A small flow draws points from four modes; the reward asks for the right-hand one. The script prints how often
+points from held-out noise land there. It has the whole algorithm and no other part of an image trainer.
 """
 # P prompts, G candidates, B anchors, K trained steps of N; points have D = 2 coordinates. Suffixes are shapes.
 
@@ -50,7 +50,7 @@ def main(seed: int = 0, K: int = N // 2, shuffle: bool = False) -> tuple[float, 
         noise_PGD = (1 - SIGMA**2) ** 0.5 * torch.randn(P, 1, 2) + SIGMA * torch.randn(P, G, 2)  # Eq. 7
         states = solve(model, noise_PGD)
         rewards_PG = -(states[-1] - MODES[0]).norm(dim=-1)
-        if shuffle:  # the control: advantages that say nothing
+        if shuffle:  # the control: advantages without information
             rewards_PG = rewards_PG.gather(1, torch.rand(P, G).argsort(1))
         advantages_PG = quasi_norm_advantages(rewards_PG)  # Eqs. 3, 11
         anchors_PB = torch.rand(P, G).argsort(1)[:, :B]

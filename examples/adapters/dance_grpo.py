@@ -1,20 +1,19 @@
 """Neighbor GRPO in DanceGRPO: fastvideo/train_grpo_flux.py of XueZeyue/DanceGRPO, read at commit 22b85ef.
 
-`neighbor_one_step` takes the place of `grpo_one_step` and of the ratio and clipping after it in `train_one_step`. What
-else changes:
+`neighbor_one_step` replaces `grpo_one_step` and the ratio and clipping after it in `train_one_step`. Other changes:
 
-- `sample_reference_model`: under `init_same_noise` one `input_latents` serves all samples. Use it as the base and give
+- `sample_reference_model`: under `init_same_noise` all samples share one `input_latents`. Use it as the base and give
   each candidate `math.sqrt(1 - s**2) * input_latents + s * torch.randn_like(input_latents)`, s = 0.3. Draw a new base
   for every prompt: with `train_batch_size` > 1 there are several groups.
 - `run_sample_step`: call `flux_step` with `grpo=False, sde_solver=False`. It then takes the Euler step and returns two
   values. `--eta 0` alone fails: the log-probability takes the logarithm of a standard deviation of 0.
 - `train_one_step`: leave out `perms`, which shuffles the steps of each sample on its own: the candidates of a group
   must all be at the same step. Loop over the groups, B anchors of each (one at a time if memory is short) and K steps
-  of the first half, with `(out.loss / (groups * K)).backward()`, divided by B, too, where anchors go one at a time.
-  Make one optimizer step at the end, whatever `gradient_accumulation_steps` says, or give `old_pred`.
+  of the first half, with `(out.loss / (groups * K)).backward()`. Divide by B as well if anchors go one at a time.
+  Make only one optimizer step, at the end, and ignore `gradient_accumulation_steps`; or give `old_pred`.
 - Advantages: `quasi_norm_advantages(rewards.view(-1, num_generations))` for the loop over groups. No `adv_clip_max`:
   the quasi-norm bounds them by 1.
-- Gone: `all_log_probs`, `log_probs`, `eta`.
+- Remove `all_log_probs`, `log_probs`, `eta`.
 
 A group is on one rank already: `use_group` repeats each prompt `num_generations` times on its own.
 """

@@ -1,7 +1,7 @@
 """Neighbor GRPO in a plain diffusers script, such as examples/dreambooth/train_dreambooth_flux.py of
 huggingface/diffusers (read at commit 02a0169). A test runs this with diffusers' own transformer and scheduler.
 
-`neighbor_loss` takes the place of the flow-matching loss; the names are that script's. Before it, per prompt:
+`neighbor_loss` replaces the flow-matching loss; the names are that script's. Before it, per prompt:
 
     noise = math.sqrt(1 - s**2) * torch.randn(1, 16, h, w) + s * torch.randn(G, 16, h, w)  # s = 0.3
     noise = FluxPipeline._pack_latents(noise, G, 16, h, w).to(device)  # fp32 [G, h * w / 4, 64]
@@ -12,9 +12,9 @@ Then decode as FluxPipeline does, score the images, and take `quasi_norm_advanta
 transformer's other arguments: `guidance`, `pooled_projections`, `encoder_hidden_states` with one row, `txt_ids` and
 `img_ids`. Set the scheduler as FluxPipeline does: `sigmas=np.linspace(1, 1 / N, N)`, and `mu` from `calculate_shift`.
 
-- The data set of images, `vae.encode`, `compute_density_for_timestep_sampling` and `weighting` go.
+- Remove the data set of images, `vae.encode`, `compute_density_for_timestep_sampling` and `weighting`.
 - Do not step with `scheduler.step`: it returns states in the dtype of the model's output.
-- Each process takes prompts of its own, and all G candidates of each.
+- Each process takes its own prompts, and all G candidates of each.
 """
 # G candidates of one prompt, B anchors, N steps, T image tokens, C channels.
 
@@ -28,7 +28,7 @@ from ngrpo_kernels import LossOutput, neighbor_grpo_loss_from_velocity
 
 
 def predict(transformer: nn.Module, scheduler: Any, latents: Tensor, i: int, conditioning: dict[str, Any]) -> Tensor:
-    """The velocity at step i of any number of packed states of one prompt. Conditioning of one row serves all."""
+    """The velocity at step i of any number of packed states of one prompt. One row of conditioning is used for all."""
     rows = {
         name: value.expand(len(latents), *value.shape[1:])
         for name, value in conditioning.items()
@@ -62,7 +62,7 @@ def neighbor_loss(
 ) -> LossOutput:
     """The loss of anchors (int64 [B]) of one group at step i.
 
-    `old_pred` [B, T, C] is what the model gave before the first optimizer step on these states; without it the old
+    `old_pred` [B, T, C] is the model's output before the first optimizer step on these states; without it the old
     policy is the present one. `settings` go to the loss.
     """
     latents = states[i][anchors]

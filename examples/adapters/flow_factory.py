@@ -1,21 +1,21 @@
 """Neighbor GRPO in Flow-Factory: src/flow_factory/trainers/grpo.py of X-GenGroup/Flow-Factory, read at commit 0574042;
 samples/samples.py at 2e6dd8c, models/flux/flux1.py at 5405453. Later versions keep the trainer in trainers/rl/grpo.py
-(read at b30dc00) and look states up with `adapter.get_replay_step`; the rest of this applies to them, too.
+(read at b30dc00) and look states up with `adapter.get_replay_step`; everything else here applies to them, too.
 
-`neighbor_loss` takes the place of steps 1 to 3 of the loop over timesteps in `GRPOTrainer.optimize`. What else changes:
+`neighbor_loss` replaces steps 1 to 3 of the loop over timesteps in `GRPOTrainer.optimize`. Other changes:
 
 - Sampler: `GroupContiguousSampler` (data_utils/sampler.py) keeps a group on one rank; `DistributedKRepeatSampler` does
   not.
 - Scheduler: `dynamics_type` "ODE", and `compute_log_prob=False` in `sample`. Still store the states on both sides of
-  each trained step; `latent_storage_dtype` decides how finely.
+  each trained step; `latent_storage_dtype` sets their precision.
 - Noise: the model adapter's `inference` draws it in `pipeline.prepare_latents`. Draw it there once per prompt and give
   candidate i `math.sqrt(1 - s**2) * base + s * torch.randn_like(base)`, s = 0.3. The copies of a prompt may come in
   several batches, so make the base a function of (seed, epoch, prompt).
-- `optimize`: permute groups instead of samples. `train_timesteps` is the noisy half. `num_inner_epochs` 1 and one
-  optimizer step per epoch; with several give `old_noise_pred`.
-- Advantages: `quasi_norm_advantages` of the group's rewards, stored as each sample's `advantage` as before. No
+- `optimize`: permute groups instead of samples. `train_timesteps` is the noisy half. Set `num_inner_epochs` to 1 and
+  make one optimizer step per epoch; with several steps give `old_noise_pred`.
+- Advantages: `quasi_norm_advantages` of the group's rewards, stored as each sample's `advantage` as before. Remove
   `adv_clip_range`.
-- Gone: `log_probs`, `noise_level`. `kl_type` "v-based" still works as a tether to the reference model.
+- Remove `log_probs` and `noise_level`. `kl_type` "v-based" still works as a tether to the reference model.
 """
 # P prompts, G candidates of each, B anchors of each, N steps, T image tokens, C channels.
 
@@ -40,10 +40,10 @@ def neighbor_loss(
 ) -> LossOutput:
     """The loss of whole groups of samples at one step.
 
-    Groups are told apart by `unique_id` and come in the order of their first samples; `anchors` (int64 [P, B]) count
-    within each. `forward` is the model adapter's, given what it takes of its inputs: `lambda **inputs:
+    Each `unique_id` is a group. Groups stand in the order of their first samples; `anchors` (int64 [P, B]) count within
+    each group. `forward` is the model adapter's, given what it takes of its inputs: `lambda **inputs:
     adapter.forward(**filter_kwargs(adapter.forward, **{**training_args, **inputs}))`. `old_noise_pred` [P, B, T, C] is
-    what it gave before the first optimizer step of the epoch; without it the old policy is the present one. `settings`
+    its output before the first optimizer step of the epoch; without it the old policy is the present one. `settings`
     go to the loss.
 
     Raises ValueError unless every group has `group_size` samples.

@@ -1,20 +1,20 @@
 """Neighbor GRPO in flow_grpo: scripts/train_flux.py and flow_grpo/sampler.py of yifan123/flow_grpo, read at commit
 74db691; flow_grpo/diffusers_patch/sd3_sde_with_logprob.py, read at 54809b5.
 
-`neighbor_loss` takes the place of `compute_log_prob` and of the lines under "grpo logic" in `main`. What else changes:
+`neighbor_loss` replaces `compute_log_prob` and the lines under "grpo logic" in `main`. Other changes:
 
 - `DistributedKRepeatSampler.__iter__` shuffles the k copies of each prompt over batches and ranks. Make
-  `train_batch_size` a multiple of k and slice `repeated_indices` instead of `shuffled_samples`: a batch, hence a rank,
-  then has whole groups. A group cannot be put together later without gathering its latents.
+  `train_batch_size` a multiple of k and slice `repeated_indices` instead of `shuffled_samples`: a batch, and so a
+  rank, then has whole groups. Later a group can only be completed by gathering its latents.
 - `sample`: `noise_level=0` makes `sde_step_with_logprob` an Euler step (its log-probability is then NaN; nothing reads
   it). `same_latent` gives every copy of a prompt one noise; use that as the base, and pass the pipeline
   `latents=math.sqrt(1 - s**2) * base + s * torch.randn_like(base)`, s = 0.3, packed as it packs them.
-- `train`: the permutation of `samples` by `perm` would tear groups apart. Leave it out, or permute groups. Keep
+- `train`: the permutation of `samples` by `perm` would split groups. Leave it out, or permute groups. Keep
   `prompt_ids` instead of deleting them. `train.timestep_fraction` 0.5 trains the noisy half. Accumulate gradients
   over all batches and steps, or give `old_pred`.
 - Advantages: `quasi_norm_advantages(rewards.view(-1, k))`, for each group on its own rank, in place of
   `PerPromptStatTracker` and the gather before it.
-- Gone: `log_probs`, and `prev_sample_mean` with the KL term. A tether to the base model is
+- Remove `log_probs`, and `prev_sample_mean` with the KL term. A tether to the base model is
   `(model_pred - reference_pred).square().mean()`, with the adapter disabled for the reference.
 """
 # P prompts, G candidates of each, B anchors of each; S = P * G samples in any order; N steps, T tokens, C channels.
@@ -40,7 +40,7 @@ def neighbor_loss(
     """The loss of `sample` at step j: S rows of whole groups, in any order, with "prompt_ids" still there.
 
     `anchors` (int64 [P, B]) count the members of a group in the order of the batch, groups in the order of
-    `torch.unique(prompt_ids, dim=0)`. `old_pred` [P, B, T, C] is what the model gave before the first optimizer step on
+    `torch.unique(prompt_ids, dim=0)`. `old_pred` [P, B, T, C] is the model's output before the first optimizer step on
     these samples; without it the old policy is the present one. `settings` go to the loss.
 
     Raises ValueError unless every prompt has exactly `config.sample.num_image_per_prompt` samples here.

@@ -1,22 +1,22 @@
 """Neighbor GRPO in MixGRPO: fastvideo/train_grpo_flux.py and fastvideo/utils/sampling_utils.py of
 Tencent-Hunyuan/MixGRPO, read at commits 10293dd and d270daf.
 
-`neighbor_window` takes the place of `grpo_one_step`, the ratio, the clipping and `kl_loss` in `train_one_step`, for
-`training_strategy` "part". What else changes:
+`neighbor_window` replaces `grpo_one_step`, the ratio, the clipping and `kl_loss` in `train_one_step`, for
+`training_strategy` "part". Other changes:
 
-- `sample_reference_model`: under `init_same_noise` one `input_latents` serves all samples. Use it as the base and give
+- `sample_reference_model`: under `init_same_noise` all samples share one `input_latents`. Use it as the base and give
   each candidate `math.sqrt(1 - s**2) * input_latents + s * torch.randn_like(input_latents)`, s = 0.3, with a new base
   for every prompt. Set `determistic = [True] * sample_steps`: the window no longer says where noise is added.
 - DPM-Solver++: `dpm_apply_strategy` "all" works with every step deterministic; "post" looks for a stochastic step and
-  finds none. The loss takes an Euler step from states that another solver reached: right with `old_pred` or without
-  it, wrong with `old_velocity="literal"`.
+  finds none. The loss takes an Euler step from states that another solver reached: this is right with or without
+  `old_pred`, and wrong with `old_velocity="literal"`.
 - `timesteps_train`: a window in the first half of the schedule.
 - `train_one_step`: leave out `balance_pos_neg`, which reorders single samples. Draw B anchors of each group and call
   this once for the group, `(out.loss / groups).backward()`; or, if memory is short, with one step of the window at a
   time, divided by its length as well. Make one optimizer step when all groups are through, or give `old_pred`.
 - Advantages: `quasi_norm_advantages` of `[rewards, groups, num_generations]` with `reward_weights` does what
   "advantage_aggr" does, and divides by the quasi-norm. No `trimmed_ratio`, no `adv_clip_max`.
-- Gone: `all_log_probs`, `log_probs`, `eta`, `noise_level`, `sde_type`.
+- Remove `all_log_probs`, `log_probs`, `eta`, `noise_level`, `sde_type`.
 
 A group is on one rank already: `use_group` repeats each prompt `num_generations` times on its own.
 """
@@ -48,7 +48,7 @@ def neighbor_window(
 ) -> LossOutput:
     """The loss of anchors (int64 [B]) of one group at the window's K steps, from fp32 all_latents [G, N+1, T, C].
 
-    The steps are the rows of the loss: log-ratios are [K, B, G]. `old_pred` [K, B, T, C] is what the model gave before
+    The steps are the rows of the loss: log-ratios are [K, B, G]. `old_pred` [K, B, T, C] is the model's output before
     the first optimizer step of the iteration; without it the old policy is the present one. `settings` go to the loss.
     """
 
