@@ -1,7 +1,7 @@
 """The shapes verifier made worse on purpose, in ways that a real reward may be bad: noisy, rare, or all-or-nothing.
 
-What chance decides is drawn from a hash of the picture and its prompt, so that a picture has one score wherever and
-whenever it is scored, as a judge's error would have it.
+Random numbers are drawn from a hash of the picture and its prompt. So a picture has one score, wherever and whenever it
+is scored, just as a judge's error would repeat.
 """
 
 # N pictures.
@@ -38,13 +38,13 @@ def rare(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def all_or_nothing(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """1 where background, colour, shape and size are all the asked ones, else 0."""
+    """1 where background, colour, shape and size are all as asked for, else 0."""
     return verify(images, prompts).all_right.float()
 
 
 def _noisy(images: Tensor, prompts: Sequence[str], sd: float) -> Tensor:
     uniform = _uniform(images, prompts)
-    normal = (-2 * (1 - uniform[:, 0]).log()).sqrt() * (2 * math.pi * uniform[:, 1]).cos()  # Box and Muller
+    normal = (-2 * (1 - uniform[:, 0]).log()).sqrt() * (2 * math.pi * uniform[:, 1]).cos()  # the Box-Muller transform
     return score(images, prompts) + sd * normal.float()
 
 
@@ -53,6 +53,6 @@ def _uniform(images: Tensor, prompts: Sequence[str]) -> Tensor:
     draws = []
     for image, prompt in zip(images.cpu().numpy(), prompts, strict=True):
         digest = hashlib.blake2b(image.tobytes() + prompt.encode(), digest_size=16).digest()
-        # 53 bits each, which float64 holds exactly: rounded up, the largest would be 1
+        # 53 bits each, which float64 holds exactly; with more bits, the largest number would be rounded up to 1
         draws.append([(int.from_bytes(half, "little") >> 11) / 2**53 for half in (digest[:8], digest[8:])])
     return torch.tensor(draws, dtype=torch.float64, device=images.device).view(-1, 2)

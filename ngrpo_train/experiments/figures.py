@@ -1,4 +1,4 @@
-"""Pictures of an experiment, from its CSV alone: a mean and a band over seeds for every variant, controls dashed."""
+"""Figures of an experiment, from its CSV alone: each variant's mean and band over seeds, with controls dashed."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _AGAINST: dict[str, Callable[[Row], float]] = {
 }
 _DPI = 110
 _LEGEND_COLUMNS = 3
-_MOST_BANDS = 14  # of more variants nothing would be seen
+_MOST_BANDS = 14  # with more variants, bands would cover each other
 
 
 def draw_figures(grid: Grid, rows: Sequence[Row], out: Path) -> list[str]:
-    """Write the grid's figures as PNG below `out`, those that there are numbers for; their file names."""
+    """Write those of the grid's figures that have numbers, as PNG files below `out`, and return their file names."""
     drawn = []
     for kind in grid.figures:
         figure = _DRAW[kind](grid, rows) if kind in _DRAW else over_time(grid, rows, kind)
         if figure.axes:
             name = f"{grid.name}_{kind.replace('/', '_')}.png"
-            aside = out / f".{name}"  # so that a reader sees a whole picture
+            aside = out / f".{name}"  # written here first, so that a reader sees a whole picture
             figure.savefig(aside, format="png", dpi=_DPI)
             aside.replace(out / name)
             drawn.append(name)
@@ -39,7 +39,7 @@ def draw_figures(grid: Grid, rows: Sequence[Row], out: Path) -> list[str]:
 
 
 def curves(grid: Grid, rows: Sequence[Row]) -> Figure:
-    """Validation scores against iterations, transformer evaluations and, where they mean something, seconds."""
+    """Validation scores against iterations, transformer evaluations and, where times mean something, seconds."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
     scores = _scores([row for row in rows if not row.is_closing])
@@ -62,7 +62,7 @@ def curves(grid: Grid, rows: Sequence[Row]) -> Figure:
 
 
 def _against_time(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Callable[[Row], float]]:
-    """Seconds of training; those of a CPU in iterations of the first variant."""
+    """Seconds of training as the x axis; on a CPU, their number of iterations of the first variant."""
     measured = [row.values["s_per_iteration"] for row in closing(rows, names[0])] if names else []
     if not measured or not any("CPU" in row.hardware for row in rows):
         return {"seconds of training": lambda row: row.values["train_s"]}
@@ -71,7 +71,7 @@ def _against_time(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Callab
 
 
 def over_time(grid: Grid, rows: Sequence[Row], column: str) -> Figure:
-    """A column of the CSV against iterations: each point is of the iterations since the one before."""
+    """A figure of one CSV column against iterations; each point covers the iterations since the one before."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.4 + _legend_height(grid, rows)), layout="constrained")
@@ -112,7 +112,7 @@ def gradient_by_step(grid: Grid, rows: Sequence[Row]) -> Figure:
 
 
 def final(grid: Grid, rows: Sequence[Row]) -> Figure:
-    """Scores of each variant at the end: a point for each seed, a bar at their mean, the base model as a line."""
+    """Scores of each variant at the end: a point for each seed, a bar at their mean, a line for the base model."""
     from matplotlib.figure import Figure
 
     ends = [row for row in rows if row.is_closing]
@@ -154,7 +154,7 @@ def _scores(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _styles(grid: Grid, rows: Sequence[Row]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every variant with its colour, which its control shares, and the kind of its line."""
+    """Each variant with its colour, which it shares with its control, and its line style."""
     from matplotlib import colormaps
 
     names = variants_of(grid, rows)
@@ -166,7 +166,7 @@ def _styles(grid: Grid, rows: Sequence[Row]) -> Iterator[tuple[str, dict[str, An
 
 
 def _course(rows: Sequence[Row], name: str, column: str) -> list[list[Row]]:
-    """The validations of a variant that have this column: by iteration, the seeds of each."""
+    """The validations of a variant that have this column: for each iteration, the rows of all seeds."""
     mine = [row for row in rows if row.variant == name and not row.is_closing and column in row.values]
     return [[row for row in mine if row.step == step] for step in sorted({row.step for row in mine})]
 
@@ -180,7 +180,7 @@ def _line(
     style: dict[str, Any],
     band: bool,
 ) -> None:
-    """A mean over seeds, and a band of one standard deviation to both sides, which controls go without."""
+    """Draw a mean over seeds and, except for controls, a band of one standard deviation on both sides."""
     values = [[row.values[column] for row in at] for at in points]
     middle = [mean(at) for at in values]
     panel.plot(x, middle, label=name, marker="o", markersize=2.5, **style)
@@ -191,7 +191,7 @@ def _line(
 
 
 def _scale(panel: Axes, grid: Grid, rows: Sequence[Row], column: str) -> None:
-    """Make room for what is compared: controls fall far below it, and run out of the picture."""
+    """Fit the y axis to the variants that are compared; controls fall far below, and may leave the picture."""
     names = variants_of(grid, rows)
     compared = [name for name in names if not name.endswith(CONTROL)]
     heights = [mean([row.values[column] for row in at]) for name in compared for at in _course(rows, name, column)]
@@ -207,7 +207,7 @@ def _dress(panel: Axes, xlabel: str) -> None:
 
 
 def _legend_height(grid: Grid, rows: Sequence[Row]) -> float:
-    """Inches."""
+    """The height of the legend in inches."""
     return 0.2 * -(-len(variants_of(grid, rows)) // _LEGEND_COLUMNS)
 
 

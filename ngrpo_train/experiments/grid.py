@@ -1,37 +1,37 @@
-"""Grids: which runs an experiment makes, as a TOML file, and the recipes they stand for.
+"""Grids: an experiment's runs as a TOML file, and the recipes of these runs.
 
     title = "..."                    one line, for the list of grids
-    question = "..."                 one sentence: what it is to find out
+    question = "..."                 one sentence: what the runs shall answer
     claim = "..."                    what the paper says, with its table
-    base = "shapes_cpu"              recipe under all runs where --base names no other
+    base = "shapes_cpu"              recipe that all runs start from, unless --base is given
     seeds = [0, 1, 2]
-    only_own_base = false            whether --base is refused, for rewards or prompts that only this base has
-    timed = false                    show times of a CPU too, for which nothing else may run beside; a GPU's always are
+    only_own_base = false            true refuses --base: only this base has the rewards or prompts
+    timed = false                    show a CPU's times too; then nothing else may run. A GPU's are always shown
     test = true                      score trained models on the base recipe's evaluation.test
     figures = ["curves", "final"]    also "gradient_by_step", and any column of the CSV, to be drawn over iterations
-    columns = ["G"]                  columns of the CSV to show in the table, means over a whole run
-    paper_table = "Table 3"          where the variants' `paper` numbers stand
+    columns = ["G"]                  CSV columns that the table shows, as means over a whole run
+    paper_table = "Table 3"          source of the variants' `paper` numbers
     tuning = "FILE"                  CSV that `tuned` variants take their settings from; beside this file
 
-    [recipe.algorithm]               sections of a recipe, over the base, for all variants
+    [recipe.algorithm]               sections of a recipe that replace the base's, for all variants
     p = 2.0
-    [own_base.train]                 the same where the base is the grid's own: what fits its size
+    [own_base.train]                 the same, only if the base is the grid's own: settings for its size
     steps = 30
 
     [[variants]]
-    name = "sigma 0.3"               then any sections of a recipe, over all that stands above
+    name = "sigma 0.3"               then any sections of a recipe, which replace all of the above
     algorithm = { sigma = 0.3 }
-    own_base.train = { steps = 20 }  sections where the base is the grid's own
-    each = { "algorithm.p" = [1, 2] }             one variant for each, "sigma 0.3, p 1" and "sigma 0.3, p 2"; of
-    times = { "train.steps" = [1, 2] }            several fields all combinations. `times` are factors of what would be
-    control = true                   another run with rewards dealt out at random within each group
+    own_base.train = { steps = 20 }  sections used only if the base is the grid's own
+        each = { "algorithm.p" = [1, 2] }             one variant for each value: "sigma 0.3, p 1" and "sigma 0.3, p 2";
+        times = { "train.steps" = [1, 2] }            for several fields, all combinations. `times` multiplies the field
+    control = true                   a second run, with rewards shuffled at random within each group
     family = "neighbor"              in a grid for tuning: a trial of this family
-    tuned = "neighbor"               the settings of this family's best trial, under the variant's own
-    paper = { "s / Iter." = 45.08 }  the paper's numbers, beside ours
+    tuned = "neighbor"               settings of this family's best trial; the variant's own win
+    paper = { "s / Iter." = 45.08 }  the paper's numbers, shown beside ours
 
 Only title, question, claim, and a name for each variant that its lists do not name, have no default. Models are tested
-by the base recipe's own rewards and sampler, whatever they were trained with. What is validated in the course of a run
-is by its own sampler.
+with the base recipe's own rewards and sampler, whatever they were trained with. Validations during a run use the run's
+own sampler.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from ngrpo_train.experiments.results import is_column
 from ngrpo_train.recipe.parsing import overlay, suggestion
 from ngrpo_train.recipe.sections import Recipe
 
-CONTROL = ", rewards permuted"  # what a control is called, after its variant
-DRAWN = ("curves", "final", "gradient_by_step")  # figures by name; any column of the CSV is another, over iterations
+CONTROL = ", rewards permuted"  # added to a variant's name to name its control
+DRAWN = ("curves", "final", "gradient_by_step")  # figures by name; any CSV column is a further one, over iterations
 
 _SECTIONS = tuple(section.name for section in dataclasses.fields(Recipe))
 
@@ -60,14 +60,14 @@ class Variant:
     name: str
     sections: Mapping[str, Any] = field(default_factory=dict)  # of a recipe
     is_control: bool = False
-    own_base: Mapping[str, Any] = field(default_factory=dict)  # sections where the base is the grid's own
-    times: Mapping[str, float] = field(default_factory=dict)  # "section.field": factor of what it would be without
+    own_base: Mapping[str, Any] = field(default_factory=dict)  # sections used only if the base is the grid's own
+    times: Mapping[str, float] = field(default_factory=dict)  # "section.field": factor of its value without it
     family: str = ""
     tuned: str = ""
     paper: Mapping[str, float | str] = field(default_factory=dict)
 
     def settings(self, best: Mapping[str, Any], *, on_own_base: bool) -> dict[str, Any]:
-        """Sections of a recipe: those of its family's best trial, `best`, and its own on top."""
+        """Sections of a recipe: those of its family's best trial, `best`, with the variant's own on top."""
         own = overlay(best, self.sections)
         if on_own_base:
             own = overlay(own, self.own_base)
@@ -76,7 +76,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """`variants` has each control after its variant."""
+    """The description of an experiment; in `variants`, each control follows its variant."""
 
     name: str
     title: str
@@ -96,7 +96,7 @@ class Grid:
     variants: tuple[Variant, ...] = ()
 
     def chosen(self, names: Iterable[str]) -> tuple[Variant, ...]:
-        """The variants of these names with their controls, or all. Raises ValueError for one that there is not."""
+        """The variants of these names with their controls; without names, all. Raises ValueError if unknown."""
         known = [variant.name for variant in self.variants]
         names = list(names) or known
         for name in names:
@@ -117,7 +117,7 @@ def packaged() -> dict[str, Path]:
 
 
 def find_grid(name: str) -> Grid:
-    """A packaged grid by bare name, or a TOML file. Raises ValueError where there is none, or it is malformed."""
+    """A packaged grid by its name, or one from a TOML file. Raises ValueError if it is missing or malformed."""
     known = packaged()
     path = known.get(name, Path(name))
     if path.suffix != ".toml" or not path.is_file():
@@ -168,7 +168,7 @@ def _grid(path: Path, content: Mapping[str, Any]) -> Grid:
 
 
 def _variants(table: Any, where: str) -> list[Variant]:
-    """What a table stands for: a variant for each combination of its lists, and the control of each."""
+    """The variants of a table: one for each combination of its lists, and the control of each."""
     if not isinstance(table, Mapping):
         raise ValueError(f"{where}{table!r} must be a table, [[variants]]")
     kinds = {

@@ -1,4 +1,4 @@
-"""The CSV of an experiment: a row for every evaluation of every run, written here and read here only."""
+"""The CSV of an experiment: a row for every evaluation of every run, written and read only here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-BASE_MODEL = "base model"  # the variant of the row for the model that all runs began from
+BASE_MODEL = "base model"  # the variant of the row for the model that all runs start from
 
-# Columns of numbers that stand first, in this order; scores by name and velocity gradients by solver step follow.
+# Columns of numbers that come first, in this order; then scores by name and velocity gradients by solver step.
 FIGURES = (
     "reward/mean",
     "advantage/flatness",
@@ -50,28 +50,28 @@ _MADE_BY = ("run", "settings", "common", "hardware", "torch", "ngrpo", "date")
 class Row:
     """One evaluation.
 
-    `split` is "validation" within a run; at its end "test", or "none" where it is not tested: then the scores are those
-    of a validation after the last iteration. At the end means and medians are of the whole run, else of the iterations
-    since the last evaluation.
+    `split` is "validation" within a run. At the run's end it is "test", or "none" where the model is not tested: then
+    the scores are those of a validation after the last iteration. At the end, means and medians are over the whole run,
+    else over the iterations since the last evaluation.
 
     `values` has, where known: "score/NAME", the mean of a score; "reward" and "out_of_domain", means of the scores that
-    the base recipe trains on and of its others; "reward_trained_on", of those that this run trains on; "nfe_rollout"
-    and "nfe_update", transformer evaluations so far, the old policy's among the latter; "train_s", seconds of all
-    iterations so far, the first one, which compiles, counted as the median one; "s_per_iteration", the median; G, B, K
-    and the NFEs of the paper's Table 3; means of a run's own figures.
+    the base recipe trains on and of its others; "reward_trained_on", the mean of those that this run trains on;
+    "nfe_rollout" and "nfe_update", transformer evaluations so far, the old policy's among the latter; "train_s",
+    seconds of all iterations so far, with the first one, which compiles, counted as the median one; "s_per_iteration",
+    the median; G, B, K and the NFEs of the paper's Table 3; means of a run's own figures.
     """
 
     experiment: str
     base: str
     variant: str
     family: str = ""
-    seed: int | None = None  # none for the base model
+    seed: int | None = None  # None for the base model
     control: bool = False
     split: str
     step: int
-    run: str  # hash of all that decides the numbers: equal runs are made once
-    settings: str = "{}"  # JSON: the variant's sections over base and grid
-    common: str = ""  # hash of what stands under all variants: base, grid and flags
+    run: str  # hash of all that decides the numbers; equal runs are made once
+    settings: str = "{}"  # JSON: the variant's sections, on top of base and grid
+    common: str = ""  # hash of what all variants share: base, grid and flags
     hardware: str = ""
     torch: str = ""
     ngrpo: str = ""
@@ -80,17 +80,17 @@ class Row:
 
     @property
     def is_closing(self) -> bool:
-        """Whether it is what a run ended with."""
+        """True for the row of a run's end."""
         return self.split != "validation"
 
 
 def is_column(name: str) -> bool:
-    """Whether a row may have a number of this name."""
+    """True where a row may have a number of this name."""
     return name in _NUMBERS or name.startswith((SCORE, BY_STEP))
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """All rows of an experiment, floats at six significant digits; a reader meanwhile sees a whole file."""
+    """Write all rows of an experiment, floats with six significant digits; a reader always sees a whole file."""
     names = {name for row in rows for name in row.values} - set(_NUMBERS)
     scores = sorted(name for name in names if name.startswith(SCORE))
     by_step = sorted((name for name in names if name.startswith(BY_STEP)), key=solver_step)
@@ -115,13 +115,13 @@ def _text(value: Any) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV, none where there is no file. Raises ValueError for a file that is no such CSV."""
+    """The rows of a CSV; an empty list where the file is missing. Raises ValueError for any other file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
-        missing = [name for name in (*_TEXTS, *_MADE_BY) if name not in columns and name != "common"]  # it came later
+        missing = [name for name in (*_TEXTS, *_MADE_BY) if name not in columns and name != "common"]  # added later
         if missing:
             raise ValueError(f"{path} is no CSV of an experiment: it has no column {missing[0]!r}")
         return [_row(record) for record in reader]
@@ -143,10 +143,10 @@ def solver_step(name: str) -> int:
 
 
 def closing(rows: Iterable[Row], variant: str) -> list[Row]:
-    """What the runs of a variant ended with, by seed."""
+    """The last rows of a variant's runs, ordered by seed."""
     return sorted((row for row in rows if row.variant == variant and row.is_closing), key=lambda row: row.seed or 0)
 
 
 def mean(values: Sequence[float]) -> float:
-    """NaN of none."""
+    """The mean; NaN for no values."""
     return sum(values) / len(values) if values else math.nan

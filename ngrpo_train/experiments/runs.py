@@ -1,4 +1,4 @@
-"""The runs of an experiment in sequence: each is trained, tested, written to the CSV, and never made again."""
+"""The runs of an experiment, one after the other: each is trained, tested, written to the CSV, and never made again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ngrpo_train.sampling.evaluate import evaluate
 @dataclass(frozen=True, slots=True)
 class Run:
     variant: Variant
-    settings: str  # JSON: what the variant lays over base and grid
+    settings: str  # JSON: the variant's settings on top of base and grid
     recipe: Recipe
 
     @property
@@ -45,7 +45,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Yardstick:
-    """What every model is judged by: rewards, sampler and test prompts of the base recipe."""
+    """The common measure for all models: rewards, sampler and test prompts of the base recipe."""
 
     recipe: Recipe
     test: bool
@@ -62,7 +62,7 @@ class Yardstick:
             return evaluate(model, self.recipe, rewards, prompts).mean()
 
     def judged(self, scores: Mapping[str, float], trained_on: Sequence[str]) -> dict[str, float]:
-        """An evaluation's columns of the CSV."""
+        """The CSV columns of an evaluation with these scores."""
         values = {f"{SCORE}{name}": score for name, score in scores.items()}
         others = [name for name in self.recipe.rewards if name not in self.trained]
         for column, names in (("reward", self.trained), ("out_of_domain", others), ("reward_trained_on", trained_on)):
@@ -71,7 +71,7 @@ class Yardstick:
         return values
 
     def record(self) -> dict[str, Any]:
-        """What of it decides the numbers of a test."""
+        """The settings in it that decide the numbers of a test."""
         if not self.test:
             return {}
         evaluation = self.recipe.evaluation
@@ -82,14 +82,14 @@ class Yardstick:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
-    """`runs` in the order in which they are made; `reuse` are rows of other experiments, whose equal runs are taken."""
+    """An experiment: `runs` in the order in which they are made; `reuse`: other experiments' rows, for equal runs."""
 
     name: str
     base: str
     yardstick: Yardstick
     runs: tuple[Run, ...]
     out: Path
-    common: str = ""  # hash of what stands under all runs
+    common: str = ""  # hash of what all runs share
     reuse: Sequence[Row] = ()
 
     @property
@@ -97,15 +97,15 @@ class Experiment:
         return self.out / f"{self.name}.csv"
 
     def make(self) -> int:
-        """Make what is missing; returns the exit code of the first run that was stopped, 1 if a reward failed, or 0.
+        """Make the missing runs. Returns the exit code of the first run that was stopped, 1 if a reward failed, else 0.
 
         A run whose reward fails is left out, and made when the command is called again. Every process keeps the same
-        rows in memory; the first one writes them. Raises ValueError where the CSV has a run of a variant and seed by
-        another recipe.
+        rows in memory; the first one writes them. Raises ValueError where the CSV has a run of the same variant and
+        seed with another recipe.
         """
         rows = read_rows(self.csv)
         self._refuse_other_recipes(rows)
-        with processes.joined(self.yardstick.recipe.parallel) as launch:  # one group, which all runs find standing
+        with processes.joined(self.yardstick.recipe.parallel) as launch:  # one process group for all runs
             return self._make(rows, launch.device)
 
     def _make(self, rows: list[Row], device: torch.device) -> int:
@@ -191,7 +191,7 @@ class Experiment:
 
     def _rows(self, run: Run, identity: str, directory: Path, device: torch.device) -> list[Row]:
         """The rows of a finished run, the test's last; a collective."""
-        processes.barrier()  # the first process has written the last figures
+        processes.barrier()  # after it, the first process has written its last figures
         scores = None
         if self.yardstick.test:
             latest = checkpoints(directory / "checkpoints")[-1]
@@ -206,9 +206,9 @@ class Experiment:
 def course(
     metrics: Path, recipe: Recipe, yardstick: Yardstick, scores: Mapping[str, float] | None
 ) -> Iterator[tuple[str, int, dict[str, float]]]:
-    """(split, iterations made, values) of every evaluation that a run recorded, and of its end with a test's `scores`.
+    """(split, iterations made, values) of each evaluation that a run recorded, and of its end with a test's `scores`.
 
-    Where there was no test, the scores of a validation after the last iteration stand at the end too.
+    If there was no test, the end has the scores of a validation after the last iteration.
     """
     recorded: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text().splitlines()]
     made = sorted((row for row in recorded if "time/iteration_s" in row), key=lambda row: row["step"])
@@ -251,15 +251,15 @@ def course(
 
 
 def identity(recipe: Recipe, yardstick: Yardstick) -> str:
-    """A hash of what decides a run's numbers, alike for settings of a later version that are left at their defaults."""
+    """A hash of what decides a run's numbers. New settings of a later version do not change it at their defaults."""
     sections = [name for name in as_dict(recipe) if name not in ("log", "checkpoint")]
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as a launcher sets it: between runs there is no group to ask
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # from the launcher: between runs there is no group to ask
     record = {"recipe": _changed(recipe, sections), "yardstick": yardstick.record(), "processes": processes}
     return _hash(record)
 
 
 def _changed(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
-    """The fields of these sections that are not at their defaults; of rewards all."""
+    """The fields of these sections that differ from their defaults; for rewards, all fields."""
     values, defaults = as_dict(recipe), as_dict(Recipe()) | {"algorithm": _algorithms_defaults()}
     return {
         section: {
@@ -272,7 +272,7 @@ def _changed(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
 
 
 def _algorithms_defaults() -> dict[str, Any]:
-    """Each field's default in the first algorithm that has it, for all alike: so version 0.1.0 had them."""
+    """Each field's default in the first algorithm that has it, for all algorithms, as version 0.1.0 had it."""
     defaults: dict[str, Any] = {}
     for kind in ALGORITHMS.values():
         defaults = dataclasses.asdict(kind()) | defaults
@@ -284,7 +284,7 @@ def _hash(record: Mapping[str, Any]) -> str:
 
 
 def _of(rows: Sequence[Row], identity: str) -> list[Row]:
-    """The rows of one run of that identity."""
+    """The rows of one run with that identity."""
     equal = [row for row in rows if row.run == identity]
     return [row for row in equal if (row.experiment, row.variant) == (equal[0].experiment, equal[0].variant)]
 
@@ -301,7 +301,7 @@ def _made_by(device: torch.device) -> dict[str, Any]:
     ranks = processes.world_size()
     try:
         ngrpo = version("ngrpo")
-    except PackageNotFoundError:  # run from a source tree
+    except PackageNotFoundError:  # running from a source tree
         ngrpo = ""
     return {
         "hardware": f"{ranks} x {hardware}" if ranks > 1 else hardware,

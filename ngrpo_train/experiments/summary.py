@@ -1,4 +1,4 @@
-"""What came out of an experiment, as a table in Markdown and on the terminal: all of it from the CSV."""
+"""The results of an experiment, as a table in Markdown and on the terminal, all of it from the CSV."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ngrpo_train.experiments.grid import CONTROL, Grid
 from ngrpo_train.experiments.results import BASE_MODEL, SCORE, Row, closing, mean
 from ngrpo_train.experiments.tuning import Best, best_trial, last_validations
 
-SCORES = {"reward": "reward", "out of domain": "out_of_domain"}  # as they are called here, and in the CSV
+SCORES = {"reward": "reward", "out of domain": "out_of_domain"}  # names here: names in the CSV
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Cells of a table, a row per variant, and the lines that stand below it."""
+    """The cells of a table, one row per variant, and the notes below it."""
 
     header: list[str]
     cells: list[list[str]]
@@ -28,7 +28,7 @@ class Summary:
 
     @staticmethod
     def of(grid: Grid, rows: Sequence[Row], best: Mapping[str, Best]) -> Summary:
-        """A summary of the variants that have finished runs; columns that nothing is known of are left out."""
+        """A summary of the variants that have finished runs; columns without any value are left out."""
         names = variants_of(grid, rows)
         columns: dict[str, list[str]] = {"variant": names, "seeds": [str(len(closing(rows, name))) for name in names]}
         for title, column in SCORES.items():
@@ -56,7 +56,7 @@ class Summary:
         )
 
     def markdown(self, grid: Grid, pictures: Sequence[str]) -> str:
-        """The whole page: what was asked, what the paper says, the table, the pictures by file name."""
+        """The whole page: the question, the paper's claim, the table, the pictures by file name."""
         lines = [f"# {grid.title}", "", grid.question, "", f"The paper: {grid.claim}", ""]
         for cells in (self.header, ["---"] * len(self.header), *self.cells):
             lines.append(f"| {' | '.join(cells)} |")
@@ -76,19 +76,19 @@ class Summary:
 
 
 def variants_of(grid: Grid, rows: Sequence[Row]) -> list[str]:
-    """The variants with finished runs, in the grid's order; those that the grid has no more come last."""
+    """The variants with finished runs, in the grid's order; variants that are no longer in the grid come last."""
     finished = dict.fromkeys(row.variant for row in rows if row.is_closing and row.variant != BASE_MODEL)
     of_grid = [variant.name for variant in grid.variants if variant.name in finished]
     return [*of_grid, *(name for name in finished if name not in of_grid)]
 
 
 def shows_times(grid: Grid, rows: Sequence[Row]) -> bool:
-    """Runs of a grid are made whatever else a machine does, and only counts are safe from that."""
+    """True where times may be shown. Other work on the machine slows runs down, and only counts are safe from that."""
     return grid.timed or not any("CPU" in row.hardware for row in rows)
 
 
 def judged_on(finished: Sequence[Row]) -> str:
-    """Which prompts the scores that runs ended with are of."""
+    """The prompts on which runs were scored at their end: "test" or "validation"."""
     return "test" if any(row.split == "test" for row in finished) else "validation"
 
 
@@ -107,7 +107,7 @@ def _change(values: Sequence[float], base: Sequence[float]) -> str:
 
 
 def _against_control(rows: Sequence[Row], name: str) -> str:
-    """The reward's difference to the control, paired by seed."""
+    """The mean difference in reward between a variant and its control, paired by seed."""
     mine, control = ({row.seed: row for row in closing(rows, each)} for each in (name, name + CONTROL))
     seeds = [seed for seed in mine if seed in control and "reward" in mine[seed].values]
     difference = [mine[seed].values["reward"] - control[seed].values["reward"] for seed in seeds]
@@ -116,7 +116,7 @@ def _against_control(rows: Sequence[Row], name: str) -> str:
 
 
 def _best_of(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
-    """The family that a variant is the best trial of, or nothing."""
+    """For each variant, the family of which it is the best trial, or ""."""
     by_family = {
         family: last_validations(rows, family) for family in dict.fromkeys(row.family for row in rows) if family
     }
@@ -125,7 +125,7 @@ def _best_of(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
 
 
 def _time(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[str]]:
-    """Seconds per iteration, medians over seeds, against the first variant's; on a GPU also as they are."""
+    """Columns of seconds per iteration, medians over seeds: relative to the first variant, on a GPU also absolute."""
     measured = {name: _values(rows, name, "s_per_iteration") for name in names}
     seconds = {name: statistics.median(each) if each else math.nan for name, each in measured.items()}
     first = next(iter(seconds.values()), math.nan)

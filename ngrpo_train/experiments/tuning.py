@@ -1,4 +1,4 @@
-"""Settings found by the grid `tuning`: of each family of trials the best one by its last validation reward."""
+"""Settings found by the grid `tuning`: for each family of trials, those of the best by its last validation reward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Best:
 def best_trials(path: Path, base: str, families: Iterable[str]) -> dict[str, Best]:
     """The best trial of each family in a CSV of an experiment.
 
-    Raises ValueError where a family has no trials, one has more than another, or they are of another base recipe.
+    Raises ValueError where a family has no trials, families differ in their number, or the base recipe is another one.
     """
     rows = read_rows(path)
     best = {family: _best(rows, family, path) for family in families}
@@ -40,7 +40,7 @@ def best_trials(path: Path, base: str, families: Iterable[str]) -> dict[str, Bes
 
 
 def last_validations(rows: Iterable[Row], family: str) -> dict[str, dict[int | None, Row]]:
-    """The last row by seed of each trial of a family that was validated after it began."""
+    """For each trial of a family, its last validation by seed. Validations before the first iteration do not count."""
     trials: dict[str, dict[int | None, Row]] = {}
     for row in rows:
         if row.family == family and row.split == "validation" and row.step and "reward" in row.values:
@@ -51,7 +51,7 @@ def last_validations(rows: Iterable[Row], family: str) -> dict[str, dict[int | N
 
 
 def best_trial(trials: Mapping[str, Mapping[int | None, Row]]) -> tuple[str, float]:
-    """Its name and its reward, a mean over seeds."""
+    """The name of the best trial, and its reward, a mean over seeds."""
     rewards = {name: mean([row.values["reward"] for row in last.values()]) for name, last in trials.items()}
     name = max(rewards, key=lambda name: rewards[name])
     return name, rewards[name]
@@ -71,9 +71,9 @@ def _best(rows: Iterable[Row], family: str, path: Path) -> Best:
 
 
 def find_tuning(given: str, of_grid: Path | None, out: Path) -> Path | None:
-    """The CSV of trials: the one given, the grid's own, or that of an experiment `tuning` beside `out`.
+    """The CSV of trials: the one given, the grid's own, or the CSV of an experiment `tuning` beside `out`.
 
-    In a source tree the committed one comes last. Raises ValueError where the one that is given does not exist.
+    In a source tree, the committed one comes last. Raises ValueError where the given one does not exist.
     """
     if given:
         if not Path(given).is_file():

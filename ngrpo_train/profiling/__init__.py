@@ -1,1 +1,1 @@
-"""Where an iteration's time goes: ranges put around training from outside, a profiler's trace read, tables of both."""
+"""Profiles of an iteration: ranges put around training from outside, a reader of profiler traces, tables of both."""

@@ -1,4 +1,4 @@
-"""A few iterations of training under a profiler, and what to say of them."""
+"""A few iterations of training under a profiler, and the notes on what it found."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def profile(
 ) -> int:
     """Profile `iterations` of training by a recipe, after `warmup` others; returns the process's exit code.
 
-    What is found is printed and goes into the directory `out`. With `trace`, torch.profiler records the iterations;
-    without, the calls of CUDA's profiler interface stand around them and NVTX ranges in them, for Nsight. `memory`
-    records the GPU's allocations as well. `arguments` are the command's own, to say how to repeat it under Nsight.
+    The findings are printed and written into the directory `out`. With `trace`, torch.profiler records the iterations.
+    Without it, calls of CUDA's profiler interface surround them and NVTX ranges mark their parts, for Nsight. `memory`
+    also records the GPU's allocations. `arguments` are the command's own; the printed Nsight commands repeat them.
     Raises ValueError, before any work, for what cannot be profiled.
     """
     if iterations < 1:
@@ -87,16 +87,16 @@ def profile(
 
 @dataclass(frozen=True, slots=True)
 class Iteration:
-    """What was seen of one."""
+    """The measurements of one iteration."""
 
     seconds: dict[str, float]
-    """By range, and of the whole, under `ITERATION`."""
+    """Seconds by range; those of the whole iteration are under `ITERATION`."""
     groups: int
-    """Explored, on all processes."""
+    """Groups explored, on all processes."""
     trained: int
-    """Groups that were trained: the update leaves out those whose rewards say nothing."""
+    """Groups that were trained on: the update leaves out those whose rewards carry no signal."""
     graphs: int
-    """Compiled meanwhile."""
+    """Graphs compiled during the iteration."""
 
     @staticmethod
     def make(trainer: Trainer, ranges: Ranges) -> Iteration:
@@ -105,7 +105,7 @@ class Iteration:
         with ranges.mark(ITERATION):
             outcome = trainer.iterate()
             if trainer.model.device.type == "cuda":
-                torch.cuda.synchronize(trainer.model.device)  # training waits too, to read an iteration's figures
+                torch.cuda.synchronize(trainer.model.device)  # as training does to read an iteration's figures
         times = ranges.stopwatch.read()
         signal_P = (outcome.advantages != 0).any(1)
         return Iteration(
@@ -118,7 +118,7 @@ class Iteration:
 
 @contextmanager
 def _recording(out: Path, device: torch.device, *, trace: bool, memory: bool) -> Iterator[None]:
-    """Around the iterations that are profiled. Every process records, to be slowed alike; the first one writes."""
+    """Record within the block. Every process records, so that all are slowed alike; the first one writes files."""
     on_gpu, writes = device.type == "cuda", processes.rank() == 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -134,7 +134,7 @@ def _recording(out: Path, device: torch.device, *, trace: bool, memory: bool) ->
             plain = out / "trace.json"
             recorded.export_chrome_trace(str(plain))
             with plain.open("rb") as source, gzip.open(out / TRACE, "wb", compresslevel=5) as packed:
-                shutil.copyfileobj(source, packed)  # torch would do it too, line by line
+                shutil.copyfileobj(source, packed)  # torch can compress too, but does it line by line
             plain.unlink()
     elif on_gpu:
         torch.cuda.profiler.start()

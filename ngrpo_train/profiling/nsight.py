@@ -1,4 +1,4 @@
-"""The same profile under NVIDIA's Nsight: its ranges, and command lines that make it."""
+"""The same profile under NVIDIA's Nsight: its ranges, and the command lines that make it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def nvtx_mark() -> Mark:
 
 
 def nsight_commands(arguments: Sequence[str], out: Path) -> list[str]:
-    """Command lines that profile the same under Nsight Systems and, where it is one process, Nsight Compute."""
+    """Command lines for the same profile under Nsight Systems and, for a single process, under Nsight Compute."""
     command = [sys.executable, "-m"]
     processes, here = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, also where accelerate launch called it
-        nodes = ["--nnodes", str(processes // here)] if processes > here else []  # and how they find each other
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, or accelerate launch, which calls it
+        nodes = ["--nnodes", str(processes // here)] if processes > here else []  # add how nodes find each other
         command += ["torch.distributed.run", *nodes, "--nproc-per-node", str(here), "-m"]
     command += ["ngrpo_train", "profile", *arguments, "--no-trace"]
     nsys = ["nsys", "profile", "--trace", "cuda,nvtx", "--capture-range", "cudaProfilerApi"]
     nsys += ["--capture-range-end", "stop", "--output", str(out / "nsys")]
     lines = [shlex.join([*nsys, *command, "--out", str(out / "under_nsys")])]
-    if processes == 1:  # it plays kernels several times, and no collective would bear that
+    if processes == 1:  # Nsight Compute runs each kernel several times, which collectives do not survive
         ncu = ["ncu", "--profile-from-start", "off", "--nvtx", "--nvtx-push-pop-scope", "process"]
         for block in ("rollout.forward.single 0", "update.backward.single 0"):
             ncu += ["--nvtx-include", f"{block}/"]

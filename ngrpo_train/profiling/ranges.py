@@ -1,4 +1,4 @@
-"""Names for what an iteration does, put on from outside while a profile lasts: training has none of it."""
+"""Names for the parts of an iteration, put on from outside while a profile lasts: training itself has none."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Mark = Callable[[str], AbstractContextManager[Any]]  # makes a profiler's range 
 
 
 class Ranges:
-    """Names for what an iteration does, for a profiler and a stopwatch: STAGE, STAGE.PART, STAGE.PART.BLOCK."""
+    """Named ranges for the parts of an iteration, for profiler and stopwatch: STAGE, STAGE.PART, STAGE.PART.BLOCK."""
 
     def __init__(self, stopwatch: Stopwatch, mark: Mark) -> None:
         self.stopwatch, self.mark = stopwatch, mark
-        # Outermost first. On a GPU a backward pass has a thread of its own, but the one that began it waits meanwhile.
+        # Outermost first. On a GPU a backward pass has its own thread, but the thread that began it waits meanwhile.
         self._open: list[tuple[str, ExitStack]] = []
 
     @contextmanager
@@ -39,19 +39,19 @@ class Ranges:
 
     @contextmanager
     def inside(self, model: FlowModel, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Within it the model's passes, its blocks and the optimizer's steps have ranges too.
+        """Give the model's passes, its blocks and the optimizer's steps ranges too, within the block.
 
-        Hooks make them, around a block's call and so outside of what is compiled.
+        Hooks make them. They run around a block's call, and so outside of the compiled code.
         """
         handles = [
             optimizer.register_step_pre_hook(lambda *_: self._begin(OPTIMIZER)),
             optimizer.register_step_post_hook(lambda *_: self._end()),
         ]
         for transformer in model.transformers:
-            # After FSDP's hook, which queues what it does at the end of a backward pass: ours is to end after that.
+            # After FSDP's hook, which queues work for the end of a backward pass: our range must end after that work.
             handles += self._hook(transformer, "forward", self._begin_backward, timed=True, first=False)
             for name, block in model.adapter.blocks(transformer).items():
-                # Before FSDP's hook, so that the wait for a block's weights is in its own range.
+                # Before FSDP's hook, so that the wait for a block's weights is in the block's range.
                 handles += self._hook(block, name, partial(self._begin_block, name), timed=False, first=True)
         try:
             yield
@@ -62,9 +62,9 @@ class Ranges:
     def _hook(
         self, module: nn.Module, name: str, backward: Callable[[], None], *, timed: bool, first: bool
     ) -> Iterator[RemovableHandle]:
-        """A range around calls of a module. `backward` is called when a gradient of what it returned arrives.
+        """Hooks that put a range around calls of a module, and call `backward` when a gradient of its output arrives.
 
-        The first such gradient: autograd looks at it when it is done with the module that used what was returned.
+        Only the first such gradient counts: it arrives when autograd is done with the module that used the output.
         """
 
         def after(_: nn.Module, __: object, output: tuple[Tensor, ...]) -> None:
@@ -76,13 +76,13 @@ class Ranges:
         yield module.register_forward_hook(after, prepend=first)
 
     def _begin_backward(self) -> None:
-        """On the thread of the backward pass, where NVTX wants the range to end as well: as its last callback does."""
+        """Begin the range of a backward pass, on its thread. NVTX wants its end there too: a callback ends it."""
         depth = len(self._open)
         self._begin("backward")
         Variable._execution_engine.queue_callback(lambda: self._end(depth))
 
     def _begin_block(self, name: str) -> None:
-        """A block's backward lasts until that of the block before it begins; what it recomputes is part of it."""
+        """Begin the range of a block's backward; it lasts until the next block's begins, and includes recomputation."""
         if not self._open[-1][0].endswith(".backward"):
             self._end()
         self._begin(name, timed=False)
@@ -96,7 +96,7 @@ class Ranges:
         self._open.append((name, stack))
 
     def _end(self, depth: int | None = None) -> None:
-        """End the innermost range, or all but the outermost `depth`."""
+        """End the innermost range; with `depth`, all ranges but the outermost `depth`."""
         depth = len(self._open) - 1 if depth is None else depth
         while len(self._open) > depth:
             self._open.pop()[1].close()

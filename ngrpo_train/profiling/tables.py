@@ -1,4 +1,4 @@
-"""What a profile found, as tables for people and as numbers for programs."""
+"""The findings of a profile, as tables for people and as numbers for programs."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ GAPS, NAMES = 5, 15  # rows of tables; profile.json has more
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What was found. Tables and numbers are of one iteration: the mean of those profiled."""
+    """The findings of a profile. Tables and numbers are for one iteration: the mean of those profiled."""
 
     title: str
     iterations: int
     seconds: dict[str, float]
-    """By range, as the stopwatch has them."""
+    """Seconds by range, as the stopwatch measured them."""
     cost: Mapping[str, float]
     trace: Trace | None
     notes: list[str]
-    """What to bear in mind."""
+    """Remarks for the reader of the tables."""
     commands: list[str]
-    """For Nsight."""
+    """Command lines for Nsight."""
 
     @property
     def stages(self) -> dict[str, float]:
@@ -40,7 +40,7 @@ class Profile:
         return stages | {ELSEWHERE: self.seconds[ITERATION] - sum(stages.values())}
 
     def write(self, out: Path) -> None:
-        """Print it, and write it into the directory as text and as numbers."""
+        """Print the profile, and write it into the directory as text and as numbers."""
         parts = list(self.shown())
         with (out / "profile.txt").open("w") as file:
             for console in (Console(), Console(file=file, width=120)):
@@ -49,7 +49,7 @@ class Profile:
         (out / "profile.json").write_text(json.dumps(self.numbers(), indent=1))
 
     def numbers(self) -> dict[str, Any]:
-        """Everything for other programs, times in seconds."""
+        """All findings for other programs, times in seconds."""
         numbers: dict[str, Any] = {
             "title": self.title,
             "iterations": self.iterations,
@@ -145,7 +145,7 @@ def _heading(text: str) -> Text:
 
 
 def _table(*columns: str) -> Table:
-    """Columns with a heading hold numbers; of the others, only the last one may need a second line."""
+    """A table. Columns with a heading hold numbers; of the others, only the last one may need a second line."""
     table = Table(box=SIMPLE, pad_edge=False)
     for number, column in enumerate(columns, start=1):
         folds = number == len(columns) and not column
@@ -158,7 +158,8 @@ def _seconds(seconds: float, whole: float) -> tuple[str, str]:
 
 
 def _short(name: str) -> Text:
-    """What tells a kernel from others: C++ spells out every template. No markup, for names have brackets."""
+    """The part of a kernel's name that tells it from others, for C++ spells out every template; no markup, for names
+    have brackets."""
     for noise in ("void ", "at::native::", "(anonymous namespace)::"):
         name = name.replace(noise, "")
     return Text(name if len(name) <= 72 else f"{name[:71]}…")

@@ -1,7 +1,7 @@
-"""What a trace of torch.profiler says of some iterations: what the device did, and what it waited for.
+"""The analysis of a torch.profiler trace of some iterations: the work of the device, and what it waited for.
 
-Pure functions of events in Chrome's trace format. Work is what a device does: kernels and copies of a GPU; on a CPU,
-operators. Times are in nanoseconds since the first event, whole numbers, so that sums come out exactly.
+Pure functions of events in Chrome's trace format. Work is what a device does: kernels and copies on a GPU, operators on
+a CPU. Times are whole nanoseconds since the first event, so that sums are exact.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-# What the ranges in a trace are called: this around an iteration, STAGE and STAGE.PART.PART inside.
+# Names of the ranges in a trace: this one around an iteration, STAGE and STAGE.PART.PART inside.
 ITERATION = "iteration"
 OPTIMIZER = "optimizer"  # the part of a stage that is an optimizer step
-ELSEWHERE = "elsewhere"  # in an iteration, but in none of its stages
+ELSEWHERE = "elsewhere"  # inside an iteration, but in none of its stages
 
 # -- Intervals ---------------------------------------------------------------------------------------------------------
 
@@ -29,7 +29,7 @@ Interval = tuple[int, int]  # start, stop
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """What is covered, as disjoint intervals in order. Empty ones cover nothing."""
+    """The time that is covered, as disjoint intervals in order. Empty intervals cover nothing."""
     merged: list[Interval] = []
     for start, stop in sorted(intervals):
         if stop <= start:
@@ -42,9 +42,9 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def difference(these: Sequence[Interval], those: Sequence[Interval]) -> list[Interval]:
-    """What `these` cover and `those` do not; both disjoint and in order."""
+    """The time that `these` cover and `those` do not; both are disjoint and in order."""
     left: list[Interval] = []
-    first = 0  # of those that do not end before what is looked at
+    first = 0  # index of the first of `those` that does not end before the current interval
     for start, stop in these:
         while first < len(those) and those[first][1] <= start:
             first += 1
@@ -60,7 +60,7 @@ def difference(these: Sequence[Interval], those: Sequence[Interval]) -> list[Int
 
 
 def intersection(these: Sequence[Interval], those: Sequence[Interval]) -> list[Interval]:
-    """What both cover; both disjoint and in order."""
+    """The time that both cover; both are disjoint and in order."""
     return difference(these, difference(these, those))
 
 
@@ -80,7 +80,7 @@ class Event:
     thread: tuple[str, str] = ("", "")
     """Process and thread of the host, or device and stream of a GPU."""
     correlation: int | None = None
-    """What a kernel and the call that launched it have in common."""
+    """A number that a kernel shares with the call that launched it."""
 
 
 def read(path: Path) -> list[Event]:
@@ -94,7 +94,7 @@ def read(path: Path) -> list[Event]:
 
 
 def parse(trace: Mapping[str, Any]) -> list[Event]:
-    """The events that last, of {"traceEvents": [...]}. Raises ValueError for anything else."""
+    """The events with a duration in {"traceEvents": [...]}. Raises ValueError for anything else."""
     if not isinstance(trace, Mapping) or not isinstance(trace.get("traceEvents"), list):
         raise ValueError("not a trace: it has no list of traceEvents")
     rows = [row for row in trace["traceEvents"] if isinstance(row, Mapping) and row.get("ph") == "X"]
@@ -131,7 +131,7 @@ ELEMENTWISE = "norms, pointwise"
 LOSS = "loss"
 COMMUNICATION = "communication"
 COPIES = "copies"
-BOOKKEEPING = "bookkeeping"  # of a CPU: views, allocations, autograd
+BOOKKEEPING = "bookkeeping"  # on a CPU: views, allocations, autograd
 OTHER = "other"
 LOSS_KERNELS = (  # the Triton functions of ngrpo_kernels
     "_distances_kernel",
@@ -141,8 +141,8 @@ LOSS_KERNELS = (  # the Triton functions of ngrpo_kernels
     "sums_kernel",
 )
 
-# The first pattern that a name matches says its group. Inductor's fused kernels (triton_poi_..., triton_red_...) carry
-# the names of operators around them, attention among them, so they come first; its products are triton_tem_... .
+# The first pattern that matches a name decides its group. Inductor's fused kernels (triton_poi_..., triton_red_...)
+# carry the names of operators around them, also attention, so they come first; its products are triton_tem_... .
 _KERNELS = (
     (COMMUNICATION, r"nccl"),
     (LOSS, rf"^({'|'.join(LOSS_KERNELS)})$"),
@@ -158,8 +158,8 @@ _KERNELS = (
 _OPERATORS = (
     (COMMUNICATION, r"^(gloo:|c10d::)"),
     (LOSS, r"^ngrpo"),
-    (ELEMENTWISE, r"CompiledFxGraph"),  # Inductor's fused loops; the products that they call stand for themselves
-    (BOOKKEEPING, r"^(?!aten::|fsdp::)"),  # autograd, modules: what they call stands for itself
+    (ELEMENTWISE, r"CompiledFxGraph"),  # Inductor's fused loops; the products that they call count on their own
+    (BOOKKEEPING, r"^(?!aten::|fsdp::)"),  # autograd, modules; what they call counts on its own
     (ATTENTION, r"attention"),
     (CONVOLUTIONS, r"conv"),
     (MATRIX, r"::((add|b|badd)?mm|mv|dot|linear|matmul)$"),
@@ -176,7 +176,7 @@ _OPERATORS = (
 
 @cache
 def group_of(name: str, *, on_gpu: bool) -> str:
-    """What a kernel of this name does, or on a CPU an operator."""
+    """The group of a kernel by its name or, on a CPU, of an operator."""
     return next(g for g, pattern in (_KERNELS if on_gpu else _OPERATORS) if re.search(pattern, name, re.IGNORECASE))
 
 
@@ -187,11 +187,11 @@ class Work:
     name: str
     group: str
     stage: str
-    """Where the host was when it launched this."""
+    """Stage that the host was in when it launched this work."""
     start: int
     stop: int
     own: int
-    """Nanoseconds without the operators that it calls, which count for themselves."""
+    """Nanoseconds without the operators that it calls, which count on their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +203,12 @@ class Sum:
     count: int
     seconds: float
     by_stage: Mapping[str, float]
-    """Seconds; they add up to `seconds`."""
+    """Seconds in each stage; they add up to `seconds`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A time in which the device had nothing to do."""
+    """A time in which the device had no work."""
 
     start: float
     """Seconds since the first event."""
@@ -216,15 +216,15 @@ class Gap:
     where: str
     """The innermost range that the host was in."""
     call: str
-    """What took the host more than half of it: an operator, a CUDA call. Empty where that was Python itself."""
+    """The operator or CUDA call that took the host more than half of it; empty where that was Python itself."""
 
 
-_LAYERS = {COMMUNICATION: "communicating", COPIES: "copying", BOOKKEEPING: "bookkeeping"}  # and all else: computing
+_LAYERS = {COMMUNICATION: "communicating", COPIES: "copying", BOOKKEEPING: "bookkeeping"}  # all other work: computing
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The iterations in a trace, taken apart."""
+    """The iterations in a trace, split into ranges, calls and work."""
 
     stages: tuple[str, ...]
     iterations: list[Interval]
@@ -232,11 +232,11 @@ class Trace:
     ranges: list[Event]
     """Stages and their parts, by the host's clock."""
     calls: list[Event]
-    """What else the host did."""
+    """The host's other events."""
 
     @staticmethod
     def of(events: Sequence[Event], stages: Sequence[str], *, on_gpu: bool) -> Trace:
-        """Raises ValueError where a trace has no iterations, or the device no work in them."""
+        """The analysis of events. Raises ValueError if they have no iterations, or no work of the device in them."""
         host = [e for e in events if e.category in _ON_HOST]
         iterations = [e for e in host if e.category == _RANGE and e.name == ITERATION]
         ranges = [e for e in host if e.category == _RANGE and e.name.partition(".")[0] in stages]
@@ -261,10 +261,10 @@ class Trace:
         return total(self.iterations) / 1e9
 
     def timeline(self) -> dict[str, float]:
-        """Seconds of the iterations by what the device did, every moment counted once, for the first that applies of:
+        """Seconds of the iterations by the device's activity. Each moment counts once, for the first one that applies:
 
-        "computing"; "communicating", which is exposed, for no computation hides it; "copying"; "bookkeeping"; "idle".
-        They add up to `seconds`.
+        "computing"; "communicating", which no computation hides; "copying"; "bookkeeping"; "idle". They add up to
+        `seconds`.
         """
         covered: list[Interval] = []
         seconds = {}
@@ -281,11 +281,11 @@ class Trace:
         return total(intersection(self.iterations, spans)) / 1e9
 
     def by_group(self) -> list[Sum]:
-        """The longest first. They overlap where a GPU's streams do, so their sum may exceed the iterations."""
+        """Sums of work by group, the longest first. On a GPU streams overlap, so the sums may exceed the iterations."""
         return _sums(self.work, lambda work: (work.group, work.group))
 
     def by_name(self) -> list[Sum]:
-        """The longest first. What belongs to two groups, because an optimizer's step uses it too, is there twice."""
+        """Sums of work by name, the longest first; a name that an optimizer's step uses too is there twice."""
         return _sums(self.work, lambda work: (work.name, work.group))
 
     def idle_by_stage(self) -> dict[str, float]:
@@ -300,7 +300,7 @@ class Trace:
         """The longest times without work, the longest first."""
         longest = sorted(self._idle, key=lambda gap: gap[0] - gap[1])[:count]
         least = min((stop - start for start, stop in longest), default=0)
-        calls = [e for e in self.calls if 2 * (e.stop - e.start) > least]  # few of very many
+        calls = [e for e in self.calls if 2 * (e.stop - e.start) > least]  # only a few of very many
         return [
             Gap(start / 1e9, (stop - start) / 1e9, self._where((start + stop) // 2), _most_of(start, stop, calls))
             for start, stop in longest
@@ -316,25 +316,25 @@ class Trace:
 
 
 def _most_of(start: int, stop: int, calls: Iterable[Event]) -> str:
-    """The shortest of the calls that take up more than half of this time; empty where none does."""
+    """The name of the shortest call that takes up more than half of this time; empty where no call does."""
     long = [e for e in calls if 2 * (min(e.stop, stop) - max(e.start, start)) > stop - start]
     return min(long, key=lambda e: e.stop - e.start).name if long else ""
 
 
 class _Lookup:
-    """Which of disjoint events a time lies in."""
+    """Finder of the one event, among disjoint events, that a time lies in."""
 
     def __init__(self, events: Iterable[Event]) -> None:
         self._events = sorted(events, key=lambda e: e.start)
         self._starts = [e.start for e in self._events]
 
     def __call__(self, time: int) -> str:
-        """The event's name; empty where there is none."""
+        """The name of the event at this time; empty where there is none."""
         index = bisect_right(self._starts, time) - 1
         return self._events[index].name if index >= 0 and time < self._events[index].stop else ""
 
 
-_Launched = Iterator[tuple[Event, int, int]]  # work, when the host launched it, its own nanoseconds
+_Launched = Iterator[tuple[Event, int, int]]  # work, time when the host launched it, its own nanoseconds
 
 
 def _kernels(events: Sequence[Event]) -> _Launched:
@@ -347,7 +347,7 @@ def _kernels(events: Sequence[Event]) -> _Launched:
 
 
 def _operators(host: Sequence[Event]) -> _Launched:
-    """Operators and gloo's collectives, each with its time less that of those nested in it on its thread."""
+    """Operators and gloo's collectives, each with its time less the time of those nested in it on its thread."""
     by_thread: dict[tuple[str, str], list[Event]] = defaultdict(list)
     for event in host:
         if event.category == _OPERATOR or _is_collective(event):
@@ -355,12 +355,12 @@ def _operators(host: Sequence[Event]) -> _Launched:
     for on_thread in by_thread.values():
         own: list[int] = []
         kept: list[Event] = []
-        around: list[int] = []  # numbers of the kept events that the next one lies in, outermost first
+        around: list[int] = []  # indices in `kept` of the events that contain the next one, outermost first
         for event in sorted(on_thread, key=lambda e: (e.start, -e.stop)):
             while around and kept[around[-1]].stop <= event.start:
                 around.pop()
             if around and _is_collective(kept[around[-1]]):
-                continue  # what a collective calls is part of it
+                continue  # work inside a collective is part of it
             if around:
                 own[around[-1]] -= min(event.stop, kept[around[-1]].stop) - event.start
             around.append(len(kept))
@@ -383,13 +383,13 @@ def _in_iterations(
     for event, time, own in launched:
         if in_iteration(time):
             group = group_of(event.name, on_gpu=on_gpu)
-            if optimizer_at(time) and group != COMMUNICATION:  # its kernels have no names of their own
+            if optimizer_at(time) and group != COMMUNICATION:  # its kernels' names do not tell
                 group = OPTIMIZER
             yield Work(event.name, group, stage_at(time) or ELSEWHERE, event.start, event.stop, own)
 
 
 def _sums(work: Iterable[Work], key: Callable[[Work], tuple[str, str]]) -> list[Sum]:
-    """By name and group."""
+    """The sums of work by name and group, the longest first."""
     together: dict[tuple[str, str], list[Work]] = defaultdict(list)
     for each in work:
         together[key(each)].append(each)

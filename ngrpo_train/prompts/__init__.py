@@ -1,4 +1,4 @@
-"""Where prompts come from: a source read into a list, and a cursor that deals it out to ranks and can resume."""
+"""Prompts: a source is read into a list, and a cursor deals the list out to ranks and can resume."""
 
 from ngrpo_train.prompts.cursor import PromptCursor, prompts_per_iteration
 from ngrpo_train.prompts.prompt import Prompt

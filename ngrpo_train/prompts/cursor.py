@@ -1,5 +1,5 @@
-"""Which prompts an iteration explores: a cursor that deals a list out to ranks and can resume."""
-# A slot is a prompt's index in an iteration's global batch, all ranks together.
+"""The prompts of each iteration: a cursor that deals a list out to ranks and can resume."""
+# A slot is a prompt's index in an iteration's global batch, which holds the prompts of all ranks.
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ngrpo_train.recipe.sections import Recipe
 
 
 def prompts_per_iteration(recipe: Recipe, world_size: int) -> int:
-    """Of all processes together."""
+    """Prompts that all processes together take in one iteration."""
     return recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps * world_size
 
 
 class PromptCursor:
-    """Deals an endless shuffled sequence of prompts out to ranks, `per_iteration` at a time over all of them.
+    """A cursor that deals an endless shuffled sequence of prompts out to ranks, `per_iteration` at a time over them.
 
     The sequence is a function of (prompts, seed) alone: each epoch is a permutation of the list drawn from
-    (seed, epoch), and an iteration may straddle epochs. So any number of ranks sees the same global batches, and a run
-    may resume on another number of them.
+    (seed, epoch), and an iteration may span two epochs. So any number of ranks sees the same global batches, and a run
+    may resume on another number of ranks.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class PromptCursor:
 
     @classmethod
     def of(cls, recipe: Recipe, prompts: Sequence[Prompt], rank: int, world_size: int) -> PromptCursor:
-        """Over a recipe's training prompts, for one process of `world_size`."""
+        """A cursor over a recipe's training prompts, for one process of `world_size`."""
         per_iteration = prompts_per_iteration(recipe, world_size)
         return cls(prompts, seed=recipe.train.seed, per_iteration=per_iteration, rank=rank, world_size=world_size)
 
@@ -66,7 +66,7 @@ class PromptCursor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the prompts that `state` has consumed.
 
-        A state of ngrpo 0.1.0, which knew no rows, counts distinct texts: this cursor then deals each text once, with
+        A state of ngrpo 0.1.0, which had no rows, counts distinct texts: this cursor then deals each text once, with
         its first row. Raises ValueError if the state counts another prompt list, or dealt out another number of prompts
         per iteration.
         """
@@ -92,7 +92,7 @@ def _fingerprint(requests: Sequence[Any]) -> str:
     return hashlib.blake2b(json.dumps(requests, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-@lru_cache(maxsize=4)  # two epochs at a straddle, for a cursor to train on and one to validate on
+@lru_cache(maxsize=4)  # two epochs where an iteration spans both, for a cursor to train on and one to validate on
 def _permutation(count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """A shuffle of range(count) that no change of Python or torch can alter, as a resumed run needs: a sort by hash."""
+    """A shuffle of range(count) by hash, which no change of Python or torch alters: a resumed run depends on it."""
     return tuple(sorted(range(count), key=lambda i: hashlib.blake2b(f"{seed}/{epoch}/{i}".encode()).digest()))

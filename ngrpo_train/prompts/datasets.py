@@ -1,4 +1,4 @@
-"""The prompt files of a dataset on the hub: which there are, which of them a split means, and where they lie here."""
+"""The prompt files of a dataset on the hub: which files it has, which of them a split means, where they lie here."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<count>\d{5})(?:-[0-9a-f]+)?")  # of the hub's own making
+_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<count>\d{5})(?:-[0-9a-f]+)?")  # the hub's own names
 
 
 class _NoBar(tqdm):
-    """For looking a dataset up, where nothing is downloaded."""
+    """A progress bar that shows nothing, for looking a dataset up, which downloads nothing."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **(settings | {"disable": True}))
@@ -37,15 +37,15 @@ class _NoBar(tqdm):
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A dataset as the hub has it, or where the hub cannot be reached, what the cache has of it."""
+    """A dataset on the hub, or, where the hub cannot be reached, the part of it in the cache."""
 
     repository: str
-    files: dict[str, int]  # prompt files by their path in it, and the bytes that each takes to download
-    commit: str = ""  # on the hub
+    files: dict[str, int]  # prompt files: path in the dataset -> bytes to download
+    commit: str = ""  # on the hub; empty where only the cache is known
 
     @staticmethod
     def find(repository: str, wanted: Sequence[str] = ()) -> Dataset:
-        """Raises ValueError where it is neither on the hub nor in the cache, with the command that fetches `wanted`."""
+        """Look a dataset up. Raises ValueError, with the command that fetches `wanted`, if hub and cache lack it."""
         try:
             found = snapshot_download(
                 repository,
@@ -63,9 +63,9 @@ class Dataset:
         return Dataset(repository, sizes, found[0].commit_hash if found else "main")
 
     def fetch(self, names: Sequence[str]) -> Path:
-        """The directory that has these files, downloaded where they are not yet there.
+        """The directory that has these files; those that are missing are downloaded.
 
-        Raises ValueError where they are not to be had.
+        Raises ValueError where they cannot be found or downloaded.
         """
         for name in names:
             if name not in self.files:
@@ -73,7 +73,7 @@ class Dataset:
         if size := sum(self.files[name] for name in names):
             logger.info("downloading %d prompt files of %s, %.2f GiB", len(names), self.repository, size / 2**30)
         try:
-            # By pattern and not file by file, so that they come in parallel; no file's name may act as a pattern.
+            # By pattern, not file by file, so that downloads are parallel. A file's name must not act as a pattern.
             folder = snapshot_download(
                 self.repository,
                 repo_type="dataset",
@@ -86,16 +86,16 @@ class Dataset:
         return Path(folder)
 
     def without(self, path: str) -> ValueError:
-        """What to raise where a file or folder is not in it."""
+        """The error to raise for a file or folder that the dataset does not have."""
         if not self.commit:
             return _refusal(self.repository, None, [path] if is_prompt_file(path) else ["--include", f"{path}/*"])
         return ValueError(f"{self.repository} has no {path}; {listing(self.files)}{suggestion(path, self.files)}")
 
 
 def choose(files: Collection[str], split: str) -> list[str]:
-    """The files of a split, in order; where none is named, of the only one that there is.
+    """The files of a split, in order. Where no split is named, those of the only split.
 
-    Raises ValueError, which lists what there is, for a choice that is not clear.
+    Raises ValueError, which lists the splits or files, for a choice that is not clear.
     """
     by_split: dict[str, list[str]] = {}
     for name in sorted(files):
@@ -104,7 +104,7 @@ def choose(files: Collection[str], split: str) -> list[str]:
     if not split and len(splits) > 1:
         raise ValueError(f"there are splits {', '.join(splits)}: add one of them, such as :{splits[0]}")
     wanted = split or splits[0]
-    if wanted not in splits:  # by another name, perhaps
+    if wanted not in splits:  # perhaps by another name of it
         wanted = next((name for name, synonyms in _SPLITS.items() if wanted in synonyms), wanted)
     if wanted not in splits:
         known = f"known are {', '.join(splits)}{suggestion(split, splits)}" if splits else listing(files)
@@ -122,7 +122,7 @@ def choose(files: Collection[str], split: str) -> list[str]:
 
 
 def split_of(name: str) -> str:
-    """The split that a file belongs to by its name or its folders' names, "" where they do not say."""
+    """The split that a file belongs to, by its name or its folders' names; "" where the names do not say."""
     path = PurePosixPath(name)
     if shard := _SHARD.fullmatch(path.stem):
         return shard["split"]
@@ -143,7 +143,7 @@ def listing(files: Collection[str]) -> str:
 
 def _in_cache(repository: str) -> list[str]:
     try:
-        # No pattern matches, so that nothing is said to be missing: what is wanted of it is not known yet.
+        # No pattern matches, so that no file counts as missing: it is not yet known which files are wanted.
         folder = Path(snapshot_download(repository, repo_type="dataset", local_files_only=True, allow_patterns=[]))
     except LocalEntryNotFoundError:
         return []

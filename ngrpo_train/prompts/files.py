@@ -1,4 +1,4 @@
-"""Prompts out of files of every known format, each with the other fields of its row."""
+"""Prompts read from files of all known formats, each with the other fields of its row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ngrpo_train.prompts.prompt import Prompt
 
 
 def read_prompts(path: Path, style: str = "") -> list[Prompt]:
-    """The prompts of a file, stripped, blank ones dropped, of this `style` where they have none of their own.
+    """The prompts of a file, stripped, without blank ones; `style` is for prompts that have none of their own.
 
     Raises OSError, ValueError or csv.Error for a file that cannot be read, and for an entry without a text.
     """
@@ -22,7 +22,7 @@ def read_prompts(path: Path, style: str = "") -> list[Prompt]:
 
 
 def is_prompt_file(name: str) -> bool:
-    """By its ending."""
+    """True where a file's ending is that of a prompt format."""
     return Path(name).suffix.lower() in READERS
 
 
@@ -37,8 +37,8 @@ def _prompt(entry: Any, number: int, style: str) -> Prompt:
 
 
 def _lines(path: Path) -> list[str]:
-    # Not splitlines(), which also breaks at the form feeds and U+2028 that may stand inside a prompt. "-sig" drops the
-    # byte-order mark that some editors write.
+    # Not splitlines(), which also breaks at form feeds and U+2028, and these may stand inside a prompt. "-sig" drops
+    # the byte-order mark that some editors write.
     return path.read_text(encoding="utf-8-sig").split("\n")
 
 
@@ -66,11 +66,11 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
         if not header:
             return []
         prompt = _prompt_column(header)
-        columns = {name: header.index(name) for name in header}  # the first of two that go by one name
+        columns = {name: header.index(name) for name in header}  # where two have the same name, the first
         columns["prompt"] = columns.pop(prompt)
         entries = []
         for row in rows:
-            # An unquoted comma in a prompt would otherwise cut it short.
+            # An unquoted comma in a prompt would otherwise cut the prompt short.
             if row and len(row) != len(header):
                 raise ValueError(f"line {rows.line_num} has {len(row)} fields, the header {len(header)}")
             if row:
@@ -86,24 +86,24 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     with ParquetFile(path) as file:
         schema = file.schema_arrow
         prompt = _prompt_column(schema.names)
-        # Data sets keep whole pictures beside their prompts, which would fill the memory: no columns of bytes.
+        # Datasets keep whole pictures beside their prompts, which would fill the memory: columns of bytes are not read.
         table = file.read(columns=[each.name for each in schema if each.name == prompt or not _holds_bytes(each.type)])
         values: dict[str, list[Any]] = {}
         for name, column in zip(table.column_names, table.columns, strict=True):
             values.setdefault(name, [_plain(value) for value in column.to_pylist()])
-    values["prompt"] = ["" if text is None else text for text in values.pop(prompt)]  # a null is a blank
+    values["prompt"] = ["" if text is None else text for text in values.pop(prompt)]  # null counts as a blank prompt
     return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
 
 def _holds_bytes(kind: Any) -> bool:
-    """Whether values of an Arrow type are, or contain, bytes."""
+    """True where values of an Arrow type are bytes or contain bytes."""
     if kind.num_fields:
         return any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
     return "binary" in str(kind)
 
 
 def _plain(value: Any) -> Any:
-    """A value of JSON's kinds: what else a table can hold, such as a date, becomes its text."""
+    """A value of a JSON type. Other values of a table, such as a date, become their text."""
     if isinstance(value, dict):
         return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -112,7 +112,7 @@ def _plain(value: Any) -> Any:
 
 
 def _prompt_column(names: list[str]) -> str:
-    """The column of a table that has the prompts: "prompt", or the only one but the style."""
+    """The column of a table that has the prompts: "prompt", or the only column apart from the style."""
     others = [name for name in names if name != "style"]
     if "prompt" not in others and len(others) != 1:
         raise ValueError(f'no column "prompt" among {", ".join(names)}')

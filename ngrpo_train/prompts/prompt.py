@@ -9,16 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a picture is asked to show, and what its prompt file says beside the text."""
+    """A text that a picture is asked to show, and the other fields of its row in the prompt file."""
 
     text: str
     slot: int = 0
-    """Its index in an iteration's global batch, which seeds its noise: the cursor gives it."""
+    """Index in an iteration's global batch, set by the cursor; it seeds the prompt's noise."""
     row: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """The other fields of its row in the prompt file, by name: plain values, as JSON has them. Empty for a text alone.
-    Scorers may read them; `style` is what an evaluation is broken down by."""
+    Scorers may read them; an evaluation reports its results by `style`."""
     number: int = field(default=0, compare=False)
-    """Of its row in the file, from 1, for messages; 0 where it comes from no file."""
+    """Number of its row in the file, from 1, for messages; 0 where it comes from no file."""
 
     @property
     def style(self) -> str:
@@ -26,7 +26,7 @@ class Prompt:
 
     @property
     def request(self) -> str | list[Any]:
-        """What tells it from other prompts, as JSON: the text, or [text, fields] where its row has any but the style.
+        """The JSON that tells it from other prompts: the text, or [text, fields] where its row has more than a style.
 
         A style only says where a prompt belongs, so the same text in two styles is one request.
         """
@@ -40,5 +40,5 @@ class Prompt:
         return Prompt(text, row=row)
 
     def __str__(self) -> str:
-        """As messages name it."""
+        """The prompt as messages name it."""
         return f"{self.text!r}" + (f" (row {self.number} of its file)" if self.number else "")

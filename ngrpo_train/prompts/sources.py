@@ -1,4 +1,4 @@
-"""Prompt sources by name: files and directories, datasets on the hub, HPDv2, the shapes world and a list of ours."""
+"""Prompt sources by name: files, directories, datasets on the hub, HPDv2, the shapes world and a small list of ours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 SHAPES_SPLITS = ("train", "validation", "test")
 
-_HPDV2 = ("zhwang/HPDv2", "ymhao/HPDv2")  # the same dataset twice
+_HPDV2 = ("zhwang/HPDv2", "ymhao/HPDv2")  # two copies of the same dataset
 _HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 _HPDV2_FILES = {
     "benchmark": [f"benchmark/{style}.json" for style in _HPDV2_STYLES],
@@ -34,10 +34,10 @@ _KNOWN = f"{_FORMATS} files, directories of them, hub:OWNER/DATASET[/PATH][:SPLI
 
 
 def load_prompts(source: str, field: str = "prompts.source", *, by_style: bool = False) -> list[Prompt]:
-    """The distinct prompts of a source, stripped, blank ones dropped, in order of first appearance.
+    """The distinct prompts of a source, stripped, without blank ones, in order of first appearance.
 
-    Rows of equal text and different fields are different prompts, for they ask for different things; rows that differ
-    in style alone are one. With `by_style` a text is kept in each of its styles, for each style's mean is its own.
+    Rows of equal text and different fields are different prompts, for they ask for different things. Rows that differ
+    in style alone are one prompt. With `by_style`, a text is kept once for each style, for each style has its own mean.
 
     `source` is one of:
     the path of a UTF-8 file: txt, one prompt per line; json, a list of strings or of objects with "prompt"; jsonl, the
@@ -50,10 +50,10 @@ def load_prompts(source: str, field: str = "prompts.source", *, by_style: bool =
     hpdv2:benchmark (3,200 prompts in four styles), hpdv2:train, hpdv2:test. A local copy's benchmark directory and
     files can be given by their paths.
     shapes:train, shapes:validation, shapes:test.
-    smoke: 42 prompts that ship with ngrpo, in HPDv2's four styles and one of what is hard to draw.
+    smoke: 42 prompts that ship with ngrpo: HPDv2's four styles, and a fifth style of things that are hard to draw.
 
     Raises ValueError, in one line that names the recipe's `field`, for an unknown source or format, an unreadable or
-    malformed file, a dataset that is not to be had, and a source without prompts.
+    malformed file, a dataset that cannot be found, and a source without prompts.
     """
     try:
         prompts = _distinct(_read(source), by_style)
@@ -68,7 +68,7 @@ def load_prompts(source: str, field: str = "prompts.source", *, by_style: bool =
 def _distinct(prompts: list[Prompt], by_style: bool) -> list[Prompt]:
     first: dict[str, Prompt] = {}
     for prompt in prompts:
-        # By JSON, in which 1 is not true, and a NaN is itself.
+        # Compared as JSON, in which 1 differs from true, and NaN equals NaN.
         first.setdefault(json.dumps([prompt.request, by_style and prompt.style], sort_keys=True), prompt)
     return list(first.values())
 
@@ -77,7 +77,7 @@ def _read(source: str) -> list[Prompt]:
     if source == "smoke":
         return read_prompts(Path(str(files("ngrpo_train") / "prompts" / "smoke.jsonl")))
     path = Path(source).expanduser()
-    scheme = re.match(r"(\w\w+):(.*)", source)  # two letters at least: C: is a drive
+    scheme = re.match(r"(\w\w+):(.*)", source)  # two letters or more: C: is a drive
     if scheme and not path.exists():
         return _from_scheme(*scheme.groups())
     if path.is_dir():
@@ -96,7 +96,7 @@ def _from_scheme(scheme: str, name: str) -> list[Prompt]:
             return _from_hpdv2(name)
         case "shapes":
             _refuse_unknown_split(name, SHAPES_SPLITS)
-            from ngrpo_train.shapes.world import prompts  # costs nothing to those who train on their own
+            from ngrpo_train.shapes.world import prompts  # imported here, so that other sources do not pay for it
 
             return [Prompt(text) for text in prompts(name)]
     raise ValueError(f"unknown scheme {scheme!r}; known are {_KNOWN}{suggestion(scheme, ['hub', 'hpdv2', 'shapes'])}")
@@ -130,7 +130,7 @@ def _from_hub(name: str) -> list[Prompt]:
     if split or any(split_of(file) for file in within):
         chosen = choose(within, split)
         return _read_all(dataset.fetch(chosen), chosen, styled=False)
-    if not path and len(within) != 1:  # one of several may be a licence
+    if not path and len(within) != 1:  # even a single file may be something else, such as a licence
         raise ValueError(listing(within) + (f": add one of them, such as /{within[0]}" if within else ""))
     return _read_all(dataset.fetch(within), within, styled=bool(path))
 
@@ -139,7 +139,7 @@ def _from_hpdv2(split: str) -> list[Prompt]:
     _refuse_unknown_split(split, tuple(_HPDV2_FILES))
     wanted = _HPDV2_FILES[split]
     read = _read_all(_hpdv2_folder(wanted), wanted, styled=split == "benchmark")
-    # What else its rows say is of other pictures: how people ranked them.
+    # The other fields of its rows are about other pictures: how people ranked them.
     prompts = [replace(prompt, row={"style": prompt.style} if prompt.style else {}) for prompt in read]
     if split == "benchmark":
         counts = Counter(prompt.style for prompt in prompts)
@@ -160,7 +160,7 @@ def _hpdv2_folder(wanted: list[str]) -> Path:
 
 
 def _read_all(folder: Path, names: list[str], *, styled: bool) -> list[Prompt]:
-    """The prompts of these files; if `styled`, a file's name without its ending is their style."""
+    """The prompts of these files; if `styled`, the style of each is its file's name without the ending."""
     return [prompt for name in names for prompt in _read_one(folder, name, PurePosixPath(name).stem if styled else "")]
 
 

@@ -1,10 +1,10 @@
 """Scorers: callables from pictures and prompts to numbers, and the set of them that a recipe names.
 
-A scorer is what `scorer` says. Its images are on the run's device, and bytes, which makes a picture's score the same in
-training, behind a server and from a file.
+A scorer is a callable as the module `scorer` describes it. Its images are bytes on the run's device. So a picture has
+the same score in training, behind a server and from a file.
 """
 
-# R rewards, P prompts (of all ranks where it says so), G candidates, N pictures.
+# R rewards, P prompts (of all ranks where the text says so), G candidates, N pictures.
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The scores of all ranks' groups, on the CPU, and which of the rewards the policy is trained on."""
+    """The scores of all ranks' groups, on the CPU, and the names of the rewards that the policy is trained on."""
 
     names: tuple[str, ...]
     trained: tuple[str, ...]
-    """Of `names`, in their order."""
+    """Those of `names` that the policy is trained on, in the same order."""
     weights: tuple[float, ...]
     """One for each trained reward."""
     all_RPG: Tensor
@@ -57,10 +57,10 @@ class Scores:
         return self.all_RPG[[self.names.index(name) for name in self.trained]]
 
     def combined(self, how: Literal["standardized", "raw_sum"]) -> tuple[Tensor, tuple[float, ...]]:
-        """Rewards [R, P, G] to standardise one by one, and their weights: what advantages are made of.
+        """The rewards [R, P, G] that advantages are made of, and their weights; each reward is standardised on its own.
 
-        Standardised, each trained reward counts by its weight, whatever its spread. As a "raw_sum" they become one,
-        [1, P, G], in which a reward of wide spread outweighs the others.
+        With `how` = "standardized", each trained reward counts by its weight, whatever its spread. With "raw_sum", the
+        rewards are summed into one, [1, P, G], and a reward of wide spread outweighs the others.
         """
         if how == "standardized":
             return self.trained_RPG, self.weights
@@ -71,7 +71,7 @@ class Rewards:
     """The scorers of a recipe, in its order."""
 
     def __init__(self, settings: Mapping[str, Reward], device: torch.device | None = None) -> None:
-        """Load them onto `device`. Raises ValueError, naming the reward, where there is no such scorer or weights."""
+        """Load the scorers onto `device`. Raises ValueError, naming the reward, for a missing scorer or weights."""
         device = device or torch.device("cpu")
         self.names = tuple(settings)
         self.in_training = tuple(name for name, reward in settings.items() if not reward.watch_only)
@@ -79,18 +79,18 @@ class Rewards:
         self.weights = tuple(settings[name].weight for name in self.trained)
         self.scorers = {name: find_scorer(name, reward, device) for name, reward in settings.items()}
         self.with_rows = frozenset(name for name, scorer in self.scorers.items() if takes_rows(scorer))
-        # Answers from elsewhere are awaited together, while this machine computes its own.
+        # Answers from other machines are awaited together, while this machine computes its own scores.
         self._elsewhere = [name for name, reward in settings.items() if reward.remote]
-        self.running: set[str] = set()  # names of the scorers that compute now; where one hangs, it stays
+        self.running: set[str] = set()  # names of the scorers that compute now; a scorer that hangs stays here
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[Prompt], names: Sequence[str] | None = None) -> Tensor:
-        """Float32 [R, N] on the images' device, by all rewards, or by those of `names`; N images and their prompts.
+        """Scores of N images for their N prompts, by all rewards or by those of `names`: float32 [R, N].
 
-        Raises RewardError, naming the reward, where a scorer fails.
+        They are on the images' device. Raises RewardError, naming the reward, where a scorer fails.
         """
         names = self.names if names is None else names
-        images = images.contiguous()  # else sums over a channels_last picture round otherwise than over the same bytes
+        images = images.contiguous()  # a channels_last picture would be summed in another order, and rounded otherwise
         elsewhere = [name for name in names if name in self._elsewhere]
         on_host = images.cpu() if elsewhere else images
         asked = [partial(self.score_with, name, on_host, prompts) for name in elsewhere]
@@ -105,7 +105,7 @@ class Rewards:
         self.running.add(name)
         try:
             scores = torch.as_tensor(self._asked(name, images, prompts), device=images.device, dtype=torch.float32)
-        except RewardError:  # a judge's, which names prompt and answer
+        except RewardError:  # from a judge; it names prompt and answer
             raise
         except Exception as error:
             if name in self.with_rows and name not in self._elsewhere:
@@ -124,7 +124,7 @@ class Rewards:
         return self.scorers[name](images, texts)
 
     def _culprit(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> str:
-        """The first prompt that a scorer of rows fails on alone, with the fields of its row; "" for none."""
+        """The first prompt on which a scorer that takes rows fails alone, with the fields of its row; else ""."""
         for picture, prompt in zip(images.split(1), prompts, strict=True):
             try:
                 self._asked(name, picture, [prompt])
@@ -154,7 +154,7 @@ def refuse_non_finite(names: Sequence[str], scores_RN: Tensor, prompts: Sequence
 
 
 def find_scorer(name: str, reward: Reward, device: torch.device) -> Scorer:
-    """The scorer that a recipe's [rewards.NAME] means. Raises ValueError, naming it, where there is none."""
+    """The scorer that a recipe's [rewards.NAME] means. Raises ValueError, naming the reward, if it does not exist."""
     if reward.is_callable and not reward.remote:
         return _own_scorer(name, reward.path)
     try:

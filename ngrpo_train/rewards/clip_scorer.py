@@ -1,7 +1,7 @@
-"""CLIP as scorers use it: read in the layouts it is released in, prompts tokenised as in its training, both embedded.
+"""CLIP for scorers: reads released CLIP models, tokenises prompts as in CLIP's training, embeds pictures and prompts.
 
 Three layouts are read: transformers' (config.json), open_clip's (open_clip_config.json), and a bare checkpoint with
-open_clip's names, whose sizes are those of its tensors. All become transformers' CLIPModel.
+open_clip's names, whose sizes are read from its tensors. Each becomes transformers' CLIPModel.
 """
 
 # N pictures, M prompts, L tokens, E features of an embedding.
@@ -31,19 +31,19 @@ from ngrpo_train.rewards.weights import fill, find_file, find_state, mismatch, r
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # OpenAI's vocabulary, as all of these models have it
+TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # OpenAI's vocabulary, which all of these models use
 
 _HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-_BICUBIC = 3  # PIL's number for it
+_BICUBIC = 3  # PIL's number for bicubic resizing
 
 Fit = Literal["shortest", "longest", "squash"]
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """What a vision tower's pictures go through: float32 [N, 3, H, W] in [0, 1] to [N, 3, size, size]."""
+    """The preparation of a vision tower's pictures: float32 [N, 3, H, W] in [0, 1] to [N, 3, size, size]."""
 
     size: int
     fit: Fit = "shortest"
@@ -65,7 +65,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """A released CLIP: its weights by transformers' names, on the CPU, and how it is built."""
+    """A released CLIP: its weights under transformers' names, on the CPU, and its configuration."""
 
     file: Path
     state: dict[str, Tensor]
@@ -80,12 +80,12 @@ class Released:
         fill(model, state, self.file)
         for module in model.modules():
             if isinstance(positions := getattr(module, "position_embedding", None), nn.Embedding):
-                module.position_ids = torch.arange(positions.num_embeddings).expand(1, -1)  # in no file
+                module.position_ids = torch.arange(positions.num_embeddings).expand(1, -1)  # no file holds these
         return model
 
 
 class ClipScorer(ModelScorer):
-    """The cosine between embeddings of picture and prompt, `scaled` by the model's own factor or not."""
+    """The cosine between the embeddings of picture and prompt; with `scaled`, times the model's own factor."""
 
     def __init__(
         self,
@@ -105,17 +105,17 @@ class ClipScorer(ModelScorer):
                 f"{released.file} has embeddings for {config.text_config.vocab_size} tokens, and the tokenizer "
                 f"{tokenizer.name_or_path} has {len(tokenizer)}: set processor to the model's own"
             )
-        # open_clip's files do not say which token ends a text, and transformers' older ones say 2.
+        # open_clip's files do not say which token ends a text. In transformers' older files it is 2.
         config.text_config.eos_token_id = tokenizer.eos_token_id
         self.model: CLIPModel = released.build(CLIPModel, config)
-        self.scale = self.model.logit_scale.double().exp().item() if scaled else 1.0  # before it may be rounded
+        self.scale = self.model.logit_scale.double().exp().item() if scaled else 1.0  # before a dtype can round it
         self.preprocessing = preprocessing or released.preprocessing
         self.tokenizer, self.clean, self.length = tokenizer, clean, config.text_config.max_position_embeddings
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """Ids [M, L], truncated to the L that the model has positions for, filled up with 0.
+        """Token ids [M, L], truncated to the L positions that the model has, and filled up with 0.
 
-        What follows the end of a prompt does not matter: attention is causal, and the end is what is pooled.
+        Ids after the end of a prompt do not matter: attention is causal, and the end token is the one that is pooled.
         """
         ids = self.tokenizer([self.clean(prompt) for prompt in prompts], truncation=True, max_length=self.length)
         rows = torch.zeros(len(prompts), self.length, dtype=torch.long)
@@ -134,13 +134,13 @@ class ClipScorer(ModelScorer):
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Unit vectors, float32 [N, E], of float32 pixels [N, 3, H, W] in [0, 1]; differentiable.
 
-        Where weights are offloaded, within `on_device`.
+        Where weights are offloaded, call it inside `on_device`.
         """
         return unit(self.model.get_image_features(self.preprocessing(pixels)).pooler_output)
 
 
 def unit(embeddings: Tensor) -> Tensor:
-    """Of length 1, in float32: a cosine in bfloat16 has two digits."""
+    """The embeddings scaled to length 1, in float32, for a cosine in bfloat16 has only two digits."""
     return functional.normalize(embeddings.float(), dim=-1)
 
 
@@ -153,16 +153,16 @@ def native_only(settings: Reward) -> None:
 
 
 def clean_prompt(prompt: str) -> str:
-    """As open_clip does before it tokenises: broken characters mended, HTML's entities resolved."""
+    """The prompt as open_clip prepares it for its tokenizer: broken characters repaired, HTML entities resolved."""
     if find_spec("ftfy"):
         prompt = importlib.import_module("ftfy").fix_text(prompt)
     return html.unescape(html.unescape(prompt))
 
 
 def load_tokenizer(settings: Reward, path: str, official: str = TOKENIZER) -> CLIPTokenizer:
-    """`settings.processor`, or the tokenizer beside weights on this machine, or the `official` one.
+    """The tokenizer at `settings.processor`, or the one beside weights on this machine, or the `official` one.
 
-    Raises ValueError, with the command that downloads it, where it is not to be had.
+    Raises ValueError, with the command that downloads it, where it cannot be found.
     """
     source = settings.processor or _beside(path) or official
     file = find_file(source, *_TOKENIZER_FILES)
@@ -195,7 +195,7 @@ def warn_without_ftfy(name: str) -> None:
 def read_clip(path: str, fetch: Sequence[str] = ()) -> Released:
     """A CLIP in transformers' or open_clip's layout; open_clip's where a directory or repository has both.
 
-    `fetch` are the files that the command in an error downloads. Raises ValueError for anything else.
+    `fetch` names the files that the command in an error message downloads. Raises ValueError for anything else.
     """
     local = Path(path).expanduser()
     if local.is_file():
@@ -210,7 +210,7 @@ def read_clip(path: str, fetch: Sequence[str] = ()) -> Released:
 
 
 def read_hf_clip(path: str, fetch: Sequence[str] = ()) -> Released:
-    """A CLIP in transformers' layout; as `read_clip`."""
+    """A CLIP in transformers' layout; `fetch` and errors as for `read_clip`."""
     file, state = find_state(path, *_HF_WEIGHTS, fetch=fetch)
     if not any(name.startswith("vision_model.") for name in state):
         raise mismatch(file, "a CLIP by transformers' names such as vision_model.post_layernorm.weight", some(state))
@@ -224,7 +224,7 @@ def _hf(file: Path, state: Mapping[str, Tensor], config_file: Path) -> Released:
         raise mismatch(config_file, 'model_type "clip"', repr(fields.get("model_type")))
     try:
         config = CLIPConfig.from_dict(fields)
-    except Exception as error:  # of many kinds, for each field its own
+    except Exception as error:  # of many types, a different one for each field
         raise ValueError(f"{config_file} is no configuration of a CLIP: {str(error).splitlines()[0]:.200}") from error
     state = {name: value for name, value in state.items() if not name.endswith(".position_ids")}
     preprocessor = config_file.with_name("preprocessor_config.json")
@@ -232,7 +232,7 @@ def _hf(file: Path, state: Mapping[str, Tensor], config_file: Path) -> Released:
 
 
 def _hf_preprocessing(file: Path, size: int) -> Preprocessing:
-    """What CLIPImageProcessor does by this file, or without one."""
+    """CLIPImageProcessor's preprocessing by this file, or by its defaults where there is no file."""
     fields = read_json(file) if file.is_file() else {}
     edges, crop = fields.get("size", size), fields.get("crop_size", size)
     if isinstance(edges, int):
@@ -298,9 +298,10 @@ def _open_clip(file: Path, state: Mapping[str, Tensor], config_file: Path) -> Re
 
 
 def read_checkpoint(path: str, name: str, *, vision_head_width: int, text_head_width: int) -> Released:
-    """A bare checkpoint by open_clip's names, `name` where `path` is a directory or hub id; as `read_clip`.
+    """A bare checkpoint under open_clip's names; `name` is its file where `path` is a directory or hub id.
 
-    Of the architecture, the widths of heads cannot be told from tensors, and the activation, which is GELU.
+    Errors as for `read_clip`. Tensors do not tell the widths of the attention heads, which are given, and not the
+    activation, which is GELU.
     """
     file, state = find_state(path, name)
     width, _, patch_size, _ = _sizes(file, state, "visual.conv1.weight", 4)
@@ -348,7 +349,7 @@ def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _config(*, embed_dim: int, activation: str, vision: Mapping[str, Any], text: Mapping[str, Any]) -> CLIPConfig:
-    """From open_clip's settings of the towers."""
+    """transformers' configuration of a CLIP, from open_clip's settings of the two towers."""
     towers = {
         "vision_config": {
             "num_attention_heads": vision["width"] // vision["head_width"],
@@ -383,7 +384,7 @@ _NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # so spelled by transformers
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # transformers spells it so
     "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
     "visual.ln_post.weight": "vision_model.post_layernorm.weight",
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
@@ -399,7 +400,7 @@ _IN_BLOCK = {
 
 
 def _renamed(file: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's weights by transformers' names. Raises ValueError for a name that is not open_clip's."""
+    """open_clip's weights under transformers' names. Raises ValueError for a name that is not open_clip's."""
     renamed = {}
     for name, value in state.items():
         if name in ("visual.proj", "text_projection"):

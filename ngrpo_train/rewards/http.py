@@ -1,6 +1,6 @@
-"""HTTP as scorers elsewhere are asked: bounded in attempts, time and size, and no secret in a message.
+"""HTTP requests to scorers elsewhere: limited in attempts, time and size, and without secrets in messages.
 
-What is asked must be safe to ask twice, as a score is.
+A request may be sent twice, so it must be safe to repeat. A request for scores is.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _LONGEST_RETRY_AFTER_S = 60.0
 _CONNECT_S = 10.0
 _EXCERPT = 200  # characters of an error answer that a message quotes
 
-_jitter = random.Random()  # not the global one, whose state a run is reproduced by
+_jitter = random.Random()  # not the global one, whose state makes a run reproducible
 
 
 class HttpError(RuntimeError):
-    """A request that got no usable answer: one line naming the URL, the cause and how often it was tried.
+    """A request that got no usable answer: one line with the URL, the cause and the number of attempts.
 
-    `status` is None where nothing answered; `body` is what came with an error status.
+    `status` is None where no server answered; `body` is the body that came with an error status.
     """
 
     def __init__(self, message: str, *, status: int | None = None, body: bytes = b"") -> None:
@@ -45,31 +45,31 @@ class HttpError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """A server that any number of threads may ask. `check_url` and `token_from` give its `url` and `token`."""
+    """A server that any number of threads may ask. Use `check_url` and `token_from` for its `url` and `token`."""
 
     url: str
-    """Without a slash at the end."""
+    """Address without a slash at the end."""
     token: str = field(default="", repr=False)
-    """Sent as a bearer token; empty sends none."""
+    """Bearer token sent with each request; if empty, none is sent."""
     attempts: int = 5
     timeout_s: float = 120.0
-    """Of one attempt, from connecting to the answer's last byte."""
+    """Seconds for one attempt, from connecting to the answer's last byte."""
     deadline_s: float = 600.0
-    """Of all attempts and the pauses between them."""
+    """Seconds for all attempts and the pauses between them."""
     pause_s: float = 0.5
-    """Before the second attempt; it doubles with each, up to 30 s, less a random half."""
+    """Pause in seconds before the second attempt. It doubles with each attempt, up to 30 s, less a random half."""
     answer_limit: int = 16 * 2**20
-    """Bytes."""
+    """Largest size of an answer, in bytes."""
 
     def get(self, path: str) -> bytes:
         """The body of a 2xx answer. Raises HttpError as `post` does."""
         return self._ask("GET", path, None, {})
 
     def post(self, path: str, body: bytes, content_type: str, headers: Mapping[str, str] | None = None) -> bytes:
-        """The body of a 2xx answer to `body` at `url` + `path` (which begins with a slash).
+        """The body of a 2xx answer to `body`, posted to `url` + `path` (which begins with a slash).
 
-        Tried again when the connection fails or breaks, no answer comes in time, or the status is 408, 429 or 5xx.
-        Raises HttpError after the last attempt, and at once for any other status, redirects included.
+        The request is repeated when the connection fails or breaks, no answer comes in time, or the status is 408, 429
+        or 5xx. Raises HttpError after the last attempt, and at once for any other status, redirects included.
         """
         return self._ask("POST", path, body, {"Content-Type": content_type, **(headers or {})})
 
@@ -95,7 +95,7 @@ class Endpoint:
     def _try(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
     ) -> bytes | _Failure:
-        """One attempt on a connection of its own, so that threads share nothing and a restarted server is met anew."""
+        """One attempt on its own connection: threads share nothing, and a restarted server is reached anew."""
         try:
             with requests.Session() as session:
                 session.trust_env = not is_loopback(urlsplit(self.url).hostname or "")  # else a proxy would be asked
@@ -122,7 +122,7 @@ class Endpoint:
         return self._refusal(response, bytes(answer))
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        # As `auth`, so that a .netrc file cannot put another in its place.
+        # Passed as `auth`, so that a .netrc file cannot replace the token.
         if self.token:
             request.headers["Authorization"] = f"Bearer {self.token}"
         return request
@@ -143,7 +143,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """Of one attempt; `again` where another may succeed."""
+    """The failure of one attempt; `again` is true where another attempt may succeed."""
 
     cause: str
     again: bool = False
@@ -153,9 +153,9 @@ class _Failure:
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T | _Failure:
-    """What `work` returns, or the failure to do so in time: socket timeouts start anew with every byte that drips in.
+    """The result of `work`, or a failure if it takes longer; socket timeouts begin anew with every byte that arrives.
 
-    Work that is late is left to itself, until the server or this process ends.
+    Work that is late is left running, until the server or this process ends.
     """
     (future,) = threads.start([work], at_once=1)
     try:
@@ -180,7 +180,7 @@ def _failure_of(error: requests.RequestException, timeout_s: float) -> _Failure:
 
 
 def _cause(error: BaseException) -> str:
-    """What lies at the bottom of the libraries' layers, whose own messages repeat addresses and requests."""
+    """The innermost cause of an error. The libraries' outer messages repeat addresses and requests."""
     bottom = error
     while nested := bottom.__cause__ or bottom.__context__:
         bottom = nested
@@ -195,7 +195,7 @@ def _phrase(status: int) -> str:
 
 
 def _seconds(retry_after: str) -> float:
-    """Of a Retry-After header, a number or a date; 0 for none that can be read."""
+    """Seconds from a Retry-After header, a number or a date; 0 for a header that cannot be read."""
     try:
         return min(Retry().parse_retry_after(retry_after), _LONGEST_RETRY_AFTER_S) if retry_after else 0.0
     except InvalidHeader:
@@ -203,8 +203,8 @@ def _seconds(retry_after: str) -> float:
 
 
 def check_url(url: str) -> str:
-    """An address that can be asked, without a slash at the end. Raises ValueError for any other."""
-    if "@" in url:  # not quoted, as what stands before it is a secret
+    """The address without a slash at the end. Raises ValueError for one to which no request can be sent."""
+    if "@" in url:  # the message does not quote the address, as the part before the @ is a secret
         raise ValueError(
             "the address must hold no user name or password, as a recipe is written to its run's directory"
         )
@@ -215,14 +215,14 @@ def check_url(url: str) -> str:
         if parts.query or parts.fragment or any(character.isspace() for character in url):
             raise ValueError("it must end with its path, and hold no blanks")
         if parts.port == 0:
-            raise ValueError("port 0 is none")
+            raise ValueError("port 0 cannot be used")
     except ValueError as error:
         raise ValueError(f"{url!r} is no address of a server: {error}") from error
     return url.rstrip("/")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can be meant."""
+    """True where `host` can only mean this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -230,7 +230,7 @@ def is_loopback(host: str) -> bool:
 
 
 def token_from(variable: str) -> str:
-    """The secret in an environment variable, empty where it is not set. Raises ValueError where no header takes it."""
+    """The secret in an environment variable, "" if not set. Raises ValueError if it cannot be sent in a header."""
     token = os.environ.get(variable, "").strip()
     if not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError(f"the environment variable {variable} must hold printable ASCII characters without blanks")

@@ -1,8 +1,8 @@
-"""The packages hpsv2 and image-reward as scorers: a reference to hold ours against, not to train with.
+"""The packages hpsv2 and image-reward as scorers: references to compare our scorers with, not meant for training.
 
-They take one picture at a time, through PIL, and were written for libraries of their day. What those have dropped since
-is lent to them here while they are imported, and nothing else sees it. Their authors' own loading is left out: hpsv2
-reads its weights for every picture, and both download more than they use.
+They take one picture at a time, through PIL, and were written for older libraries. While they are imported, they get
+back the names that those libraries have dropped since; no other code sees these. Their own loading code is not used:
+hpsv2 reads its weights again for every picture, and both download more than they use.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _INSTALL = {
 
 
 def hpsv2(settings: Reward, device: torch.device) -> Scorer:
-    """HPSv2.1 by the package `hpsv2`: float32 on a CPU, float16 autocast on a GPU, as its own `score` has it.
+    """HPSv2.1 by the package `hpsv2`: float32 on a CPU, float16 autocast on a GPU, as in its own `score`.
 
-    Raises ValueError where the package or the weights cannot be loaded, or for a setting that it has no place for.
+    Raises ValueError where the package or the weights cannot be loaded, or for a setting that it does not support.
     """
     _refuse_settings(settings, processor=settings.processor)
     open_clip = import_hpsv2()
@@ -56,7 +56,7 @@ def image_reward(settings: Reward, device: torch.device) -> Scorer:
     """ImageReward by the package `image-reward`, in float32.
 
     Raises ValueError where the package, the weights, med_config.json or the tokenizer cannot be loaded, or for a
-    setting that it has no place for.
+    setting that it does not support.
     """
     _refuse_settings(settings)
     package, blip = import_image_reward()
@@ -65,7 +65,7 @@ def image_reward(settings: Reward, device: torch.device) -> Scorer:
     config = find_file(str(file.parent) if Path(path).expanduser().is_file() else path, native.CONFIG)
     state = read_state(file)
     vocabulary = native.read_architecture(state, file).text.vocab_size
-    # The package's own is always the hub's, and asks it for an attribute that it has no longer.
+    # The package's own tokenizer always comes from the hub, and the package uses an attribute that it no longer has.
     blip.init_tokenizer = lambda: native.load_tokenizer(settings.processor or native.beside(file), vocabulary)
     model = package.ImageReward(str(config), device)
     unread = {key: value for key, value in model.state_dict().items() if native.UNUSED.search(key)}
@@ -75,13 +75,13 @@ def image_reward(settings: Reward, device: torch.device) -> Scorer:
 
 
 def import_hpsv2() -> Any:
-    """Its version of open_clip. Raises ValueError where it is missing."""
+    """The package's copy of open_clip. Raises ValueError where the package is missing."""
     with _importing("hpsv2"):
         return importlib.import_module("hpsv2.src.open_clip")
 
 
 def import_image_reward() -> tuple[Any, Any]:
-    """Its modules with the model and with BLIP, fit for transformers 5. Raises ValueError where it is missing."""
+    """The package's modules of the model and of BLIP, adapted to transformers 5. Raises ValueError if it is missing."""
     with _importing("image-reward"), _transformers_4():
         package = importlib.import_module("ImageReward.ImageReward")
         blip = importlib.import_module("ImageReward.models.BLIP.blip_pretrain")
@@ -108,14 +108,14 @@ def _refuse_settings(settings: Reward, **given: object) -> None:
 
 @contextmanager
 def _importing(package: str) -> Iterator[None]:
-    """Where there are none, empty modules stand for two that the packages import and do not use here."""
+    """Lend empty modules for `clip` and `turtle` if missing: the packages import them, but do not use them here."""
     lent = []
     for name in ("clip", "turtle"):
         try:
             importlib.import_module(name)
         except ImportError:
             sys.modules[name] = ModuleType(name)
-            vars(sys.modules[name])["forward"] = None  # of turtle
+            vars(sys.modules[name])["forward"] = None  # image-reward imports it from turtle
             lent.append(name)
     try:
         yield
@@ -131,11 +131,11 @@ def _importing(package: str) -> Iterator[None]:
 
 @contextmanager
 def _transformers_4() -> Iterator[None]:
-    """What image-reward imports from `transformers.modeling_utils` is there, as it was in version 4."""
+    """Lend the names that image-reward imports from `transformers.modeling_utils`, as they were in version 4."""
     lent = {
         "apply_chunking_to_forward": pytorch_utils.apply_chunking_to_forward,
         "prune_linear_layer": pytorch_utils.prune_linear_layer,
-        "find_pruneable_heads_and_indices": None,  # is nowhere any more, and needed for pruning alone
+        "find_pruneable_heads_and_indices": None,  # exists nowhere any more, and is needed for pruning only
     }
     vars(modeling_utils).update(lent)
     try:
@@ -146,7 +146,7 @@ def _transformers_4() -> Iterator[None]:
 
 
 def _adapt(bert: Any) -> None:
-    """Give image-reward's own class of BERTs the attribute and methods that version 4's base class had."""
+    """Give image-reward's own BERT classes the attribute and the methods that version 4's base class had."""
 
     def invert_attention_mask(self: Any, mask: Tensor) -> Tensor:
         return (1.0 - mask[:, None, None, :].to(self.dtype)) * torch.finfo(self.dtype).min

@@ -1,4 +1,4 @@
-"""Pictures as vision towers take them, on the device and differentiable: resized, cropped or padded, normalised."""
+"""The preparation of pictures for vision towers, on the device and differentiable: resize, crop or pad, normalise."""
 
 # N pictures.
 
@@ -14,13 +14,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def resize(pixels: Tensor, height: int, width: int, *, clamp: bool = True) -> Tensor:
-    """Bicubic with antialiasing. [N, 3, H, W] in [0, 1].
+    """Pixels [N, 3, H, W] in [0, 1] resized to [N, 3, height, width], bicubic with antialiasing.
 
-    `clamp` cuts off what overshoots at edges, as PIL's bytes do; without it, it is the resizing of tensors, whose
-    overshoot some scorers see.
+    `clamp` cuts off values that overshoot at edges, as PIL's bytes do. Without it, the result is that of resizing
+    tensors, whose overshoot some scorers see.
     """
     if clamp:
-        # PIL resizes along rows, into bytes, then along columns: clamped only at the end, hard edges are off by 29.
+        # PIL resizes along rows, rounds to bytes, then along columns. One clamp at the end puts hard edges off by 29.
         return _bicubic(_bicubic(pixels, pixels.shape[-2], width).clamp(0, 1), height, width).clamp(0, 1)
     return _bicubic(pixels, height, width)
 
@@ -28,18 +28,18 @@ def resize(pixels: Tensor, height: int, width: int, *, clamp: bool = True) -> Te
 def _bicubic(pixels: Tensor, height: int, width: int) -> Tensor:
     if pixels.shape[-2:] == (height, width):
         return pixels
-    # Without antialiasing a picture reduced by four differs from PIL's by up to 33 of 255.
+    # Without antialiasing, a picture reduced by four differs from PIL's by up to 33 of 255.
     return functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
 
 
 def shortest_edge_crop(pixels: Tensor, size: int, *, half_pixel: Literal["even", "down"] = "even") -> Tensor:
-    """The shortest edge brought to `size`, then the centre [N, 3, size, size] cut out.
+    """The centre [N, 3, size, size] of pictures whose shortest edge is resized to `size`.
 
-    Where the centre lies between two pixels, torchvision rounds to the even one, transformers down.
+    Where the centre lies between two pixels, torchvision rounds to the even one, transformers rounds down.
     """
     height, width = pixels.shape[-2:]
     shortest = min(height, width)
-    # Both libraries round the longer edge down; in integers, for 214 * (224 / 107) is less than 448.
+    # Both libraries round the longer edge down. Integers here, for in floats 214 * (224 / 107) is less than 448.
     pixels = resize(pixels, size * height // shortest, size * width // shortest)
     down, across = pixels.shape[-2] - size, pixels.shape[-1] - size
     top, left = (down // 2, across // 2) if half_pixel == "down" else (round(down / 2), round(across / 2))
@@ -47,7 +47,7 @@ def shortest_edge_crop(pixels: Tensor, size: int, *, half_pixel: Literal["even",
 
 
 def longest_edge_pad(pixels: Tensor, size: int, *, clamp: bool = True) -> Tensor:
-    """The longest edge brought to `size`, then black on both sides of the other: [N, 3, size, size]."""
+    """Pictures with the longest edge resized to `size` and black on both sides of the other: [N, 3, size, size]."""
     height, width = pixels.shape[-2:]
     scale = size / max(height, width)
     pixels = resize(pixels, max(1, round(height * scale)), max(1, round(width * scale)), clamp=clamp)

@@ -1,4 +1,4 @@
-"""Scorers that `ngrpo reward-server` computes elsewhere."""
+"""Scorers that a running `ngrpo reward-server` computes."""
 
 # N pictures.
 
@@ -24,24 +24,24 @@ from ngrpo_train.rewards.scorer import Scorer
 
 TOKEN_VARIABLE = "NGRPO_REWARD_TOKEN"
 
-_AT_ONCE = 4  # requests: one that is scored and some that travel or wait
-_ATTEMPTS = 10  # with their pauses a minute at the least, in which a server can come back
+_AT_ONCE = 4  # requests: one is scored while the others travel or wait
+_ATTEMPTS = 10  # with their pauses, a minute or more in which a server can come back
 
 
 def load(name: str, settings: Reward, device: torch.device) -> Scorer:
-    """The reward that the server at `settings.remote` knows as `settings.path`, or where that is empty, as `name`.
+    """The reward that the server at `settings.remote` has under the name `settings.path`, or if that is empty, `name`.
 
-    Raises ValueError where no server answers there, or it does not have the reward.
+    Raises ValueError where no server answers there, or where it does not have the reward.
     """
     try:
         url = check_url(settings.remote)
     except ValueError as error:
         raise ValueError(f"remote: {error}") from error
     endpoint = Endpoint(url=url, token=token_from(TOKEN_VARIABLE), timeout_s=300.0, deadline_s=900.0)
-    wanted = settings.path.rpartition(":")[2] or name  # a server knows package.module:callable by its last part
+    wanted = settings.path.rpartition(":")[2] or name  # a server names package.module:callable by its last part
     health = _health(replace(endpoint, attempts=3, timeout_s=10.0), wanted)
     try:
-        # A server of ngrpo 0.1.0 says nothing of rows, and takes none.
+        # A server of ngrpo 0.1.0 says nothing about rows, and takes none.
         offered = {str(reward["name"]): bool(reward.get("rows")) for reward in health["rewards"]}
         body_limit = int(health["max_body_bytes"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -66,7 +66,7 @@ def _health(endpoint: Endpoint, wanted: str) -> Any:
 
 
 class _Remote:
-    """Sends pictures in parts, several at once; a part that gets no answer is sent again, whole."""
+    """A scorer that sends pictures in parts, several at once. A part that gets no answer is sent again as a whole."""
 
     def __init__(self, endpoint: Endpoint, reward: str, batch: int, body_limit: int, with_rows: bool) -> None:
         self._endpoint, self._reward, self._batch, self._body_limit = endpoint, reward, batch, body_limit
@@ -75,7 +75,7 @@ class _Remote:
     def __call__(self, images: Tensor, texts: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()) -> Tensor:
         """Float32 [N] on the CPU for uint8 images [N, 3, H, W], N texts and, where the server wants them, N rows.
 
-        Raises HttpError.
+        Raises HttpError where the server gives no usable answer.
         """
         images, prompts = images.cpu(), [Prompt(text) for text in texts]
         if rows and self._with_rows:

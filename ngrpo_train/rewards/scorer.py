@@ -1,7 +1,8 @@
-"""What a scorer is, and what those with weights of their own have in common.
+"""The interface of a scorer, and the common part of scorers with weights.
 
-A scorer is `score(images, prompts)` or `score(images, prompts, rows)`: uint8 images [N, 3, H, W], N texts and, where it
-asks for them, the other fields of each text's row in its prompt file, N mappings. It returns N finite numbers.
+A scorer is `score(images, prompts)` or `score(images, prompts, rows)`, with uint8 images [N, 3, H, W] and N texts.
+Where it asks for `rows`, it also gets N mappings: the other fields of each text's row in the prompt file. It returns N
+finite numbers.
 """
 
 # N pictures, M distinct prompts.
@@ -26,10 +27,10 @@ class RewardError(RuntimeError):
 
 
 def takes_rows(scorer: Scorer) -> bool:
-    """Whether a scorer asks for rows: by a third positional parameter that is called `rows` or has no default."""
+    """True where a scorer asks for rows: its third positional parameter is called `rows` or has no default."""
     try:
         signature = inspect.signature(scorer.forward if isinstance(scorer, nn.Module) else scorer)
-    except ValueError:  # some of C's functions have none
+    except ValueError:  # some functions written in C have no signature
         return False
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     third = [each for each in signature.parameters.values() if each.kind in kinds][2:3]
@@ -37,9 +38,9 @@ def takes_rows(scorer: Scorer) -> bool:
 
 
 class ModelScorer(nn.Module, ABC):
-    """A scorer with weights: pictures in batches, each distinct prompt encoded once, weights on the device when used.
+    """A scorer with weights: scores pictures in batches, encodes each distinct prompt once, offloads weights if asked.
 
-    A subclass says how prompts are encoded and how pixels are scored against what came of it.
+    A subclass defines how prompts are encoded, and how pixels are scored against the encoded prompts.
     """
 
     def __init__(self, settings: Reward, device: torch.device) -> None:
@@ -48,22 +49,22 @@ class ModelScorer(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """What scoring needs of M prompts: tensors [M, ...] on the device, with gradients to no one."""
+        """The tensors [M, ...] that scoring needs of M prompts, on the device; no gradients flow into them."""
 
     @abstractmethod
     def score(self, pixels: Tensor, *encoded: Tensor) -> Tensor:
         """Float32 [N] for float32 pixels [N, 3, H, W] in [0, 1] and N rows of encoded prompts; differentiable."""
 
     def ready(self) -> ModelScorer:
-        """Frozen, in the recipe's arithmetic, where it waits between uses: the last line of a subclass's loading."""
+        """Freeze the scorer, in the recipe's dtype, at its place between uses. A subclass's loading ends with it."""
         where = torch.device("cpu") if self.settings.offload else self.device
         self.to(device=where, dtype=getattr(torch, self.settings.dtype))
         return self.requires_grad_(False).eval()
 
     def differentiable(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Float32 [N] that pixels (float32 [N, 3, H, W] in [0, 1], on the scorer's device) get gradients from.
+        """Scores float32 [N] with gradients to the pixels (float32 [N, 3, H, W] in [0, 1], on the scorer's device).
 
-        All pictures at once; where weights are offloaded, hold `on_device` until after the backward pass.
+        All pictures are scored at once. Where weights are offloaded, hold `on_device` until after the backward pass.
         """
         encoded, rows = self._encode_distinct(prompts)
         return self.score(pixels, *(part[rows] for part in encoded))
@@ -81,7 +82,7 @@ class ModelScorer(nn.Module, ABC):
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Offloaded weights are on the device within it."""
+        """Hold offloaded weights on the device within the block."""
         if self.settings.offload:
             self.to(self.device)
         try:
@@ -91,7 +92,7 @@ class ModelScorer(nn.Module, ABC):
                 self.to("cpu")
 
     def _encode_distinct(self, prompts: Sequence[str]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The distinct prompts encoded, and each prompt's row among them, on the device."""
+        """The distinct prompts, encoded, and for each prompt its row among them, on the device."""
         distinct = list(dict.fromkeys(prompts))
         place = {prompt: row for row, prompt in enumerate(distinct)}
         with torch.no_grad():

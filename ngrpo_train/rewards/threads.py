@@ -1,7 +1,7 @@
 """Calls that wait for other machines, in threads that end with the process.
 
-Python joins the threads of a ThreadPoolExecutor when it exits: a trainer told to stop by Ctrl-C would go on asking a
-server that does not answer until the last retry has failed. Daemon threads are left behind instead.
+When Python exits, it joins the threads of a ThreadPoolExecutor. A trainer stopped by Ctrl-C would then go on asking a
+server that does not answer, until the last retry has failed. Daemon threads do not hold up the exit.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 
 def start(calls: Iterable[Callable[[], T]], *, at_once: int) -> list[Future[T]]:
-    """A future of each call, in order; daemon threads make `at_once` of the calls at a time, the first ones first.
+    """A future for each call, in order. Daemon threads make `at_once` of the calls at a time, the first ones first.
 
-    A future that is cancelled before its call began is never called.
+    A call whose future is cancelled before it began is never made.
     """
     waiting: deque[tuple[Future[T], Callable[[], T]]] = deque((Future(), call) for call in calls)
     futures = [future for future, _ in waiting]
@@ -42,7 +42,7 @@ def start(calls: Iterable[Callable[[], T]], *, at_once: int) -> list[Future[T]]:
 
 
 def results(futures: Sequence[Future[T]]) -> list[T]:
-    """What the calls returned, in order, once all have; or what the first of them to fail raised, as soon as it has.
+    """The results of all calls, in order. If a call fails, its exception is raised at once.
 
     After a failure or a Ctrl-C, calls that have not begun are never made, and those in flight are not waited for.
     """

@@ -1,6 +1,6 @@
-"""Vision-language models as judges, behind a server of OpenAI's kind (vLLM, SGLang): a question, an answer, its score.
+"""Vision-language models as judges, behind an OpenAI-compatible server (vLLM, SGLang): a question, an answer, a score.
 
-What is asked, and where in the answer the score stands, is a template: a TOML file with the fields of `Template`.
+A template says what is asked and where in the answer the score stands: a TOML file with the fields of `Template`.
 """
 
 # N pictures.
@@ -30,41 +30,41 @@ from ngrpo_train.rewards import threads
 from ngrpo_train.rewards.http import Endpoint, HttpError, check_url, token_from
 from ngrpo_train.rewards.scorer import RewardError, Scorer
 
-_API_KEY = "OPENAI_API_KEY"  # a recipe is written to the run's directory, so a secret does not stand in it
-_ASKED_AGAIN_AT = 0.7  # temperature
+_API_KEY = "OPENAI_API_KEY"  # a recipe is written to the run's directory, so it must not hold a secret
+_ASKED_AGAIN_AT = 0.7  # lowest temperature when a question is repeated
 _QUOTED = 200  # characters of an answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
-    """What a judge is asked about one picture, and how its answer is read."""
+    """The question that a judge is asked about one picture, and how its answer is read."""
 
     text: str
-    """The question; {prompt} in it becomes the picture's prompt, as it is."""
+    """The question. {prompt} in it is replaced by the picture's prompt, unchanged."""
     labels: tuple[str, ...]
-    """Regular expressions of what stands right before the score, by preference; they ignore case. The first that is
-    found counts, where the answer has it last: before that may stand what led to it."""
+    """Regular expressions for the text right before the score, in order of preference; case is ignored. The first
+    expression that matches counts, at its last match: a judge may explain itself before it gives the score."""
     minimum: float
-    """The lowest score there is. One out of range is no score."""
+    """The lowest score there is. A number below it, or above `maximum`, is not a score."""
     maximum: float
     model: str = ""
-    """Its name at the server where rewards.NAME.path is empty."""
+    """The model's name at the server, where rewards.NAME.path is empty."""
     system: str = ""
     image: str = "before"
-    """Where the picture stands: "before" the text or "after" it."""
+    """Place of the picture: "before" the text or "after" it."""
     max_tokens: int = 1024
-    """Of an answer."""
+    """Most tokens of an answer."""
     temperature: float = 0.0
     attempts: int = 3
-    """How often a picture is asked about until an answer has a score."""
+    """Questions about one picture, at most, until an answer has a score."""
     timeout_s: float = 120.0
-    """Of one answer."""
+    """Seconds to wait for one answer."""
 
 
 def load(name: str, settings: Reward, device: torch.device) -> Scorer:
-    """The judge that a recipe's [rewards.NAME] means, asked from this process. Its server must be up.
+    """The judge that a recipe's [rewards.NAME] means, asked from this process. Its server must be running.
 
-    Raises ValueError for a template, an address or a model that is not there.
+    Raises ValueError for a template, an address or a model that cannot be found.
     """
     template = read_template(settings.template or name)
     model = settings.path or template.model
@@ -86,7 +86,7 @@ def _refuse_missing(name: str, model: str, endpoint: Endpoint, start: str) -> No
         listed = json.loads(replace(endpoint, attempts=2).get("/models"))
         models = [entry["id"] for entry in listed["data"]]
     except HttpError as error:
-        if error.status in (404, 405):  # a server need not list its models
+        if error.status in (404, 405):  # a server does not have to list its models
             return
         remedy = f"set {_API_KEY}" if error.status in (401, 403) else f"start it with {start}"
         raise ValueError(f"{error}; {remedy}") from error
@@ -98,10 +98,10 @@ def _refuse_missing(name: str, model: str, endpoint: Endpoint, start: str) -> No
 
 
 class Judge:
-    """Float32 [N] on the CPU for uint8 images [N, 3, H, W] and N prompts; a question each, `in_flight` at a time.
+    """A scorer: float32 [N] on the CPU for uint8 images [N, 3, H, W] and N prompts.
 
-    Raises HttpError where the server does not answer, and RewardError, naming prompt and answer, where no answer has
-    a score.
+    It asks one question for each picture, `in_flight` at a time. Raises HttpError where the server does not answer,
+    and RewardError, naming prompt and answer, where no answer has a score.
     """
 
     def __init__(self, name: str, endpoint: Endpoint, model: str, template: Template, in_flight: int) -> None:
@@ -128,7 +128,7 @@ class Judge:
                 return read_score(answer_text(answer), self.template)
             except ValueError as error:
                 reason, last = error, answer
-                # The likeliest answer would only come again, so the next ones are drawn, by seeds that runs share.
+                # The likeliest answer would only come again. So the next ones are drawn, with fixed seeds.
                 temperature = max(temperature, _ASKED_AGAIN_AT)
         raise RewardError(
             f"rewards.{self.name}: no score for the prompt {prompt!r} in {self.template.attempts} answers of "
@@ -136,7 +136,7 @@ class Judge:
         ) from reason
 
     def _quoted(self, answer: bytes) -> str:
-        """The beginning of its text, or of all that came where there is none."""
+        """The beginning of the answer's text, or, where it has no text, of its body."""
         try:
             text, _ = _content(answer)
         except ValueError:
@@ -146,15 +146,15 @@ class Judge:
 
 
 def _data_url(picture: Tensor) -> str:
-    """Of a uint8 picture [3, H, W], exact."""
+    """The picture, uint8 [3, H, W], as a lossless data URL."""
     file = io.BytesIO()
-    # Lightly compressed: time counts here, and the server is near.
+    # Light compression: time counts here, and the server is near.
     Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _messages(template: Template, data_url: str, prompt: str) -> list[dict[str, Any]]:
-    # Not str.format, to which a brace in either text would mean something.
+    # Not str.format: a brace in either text would mean something to it.
     text = {"type": "text", "text": template.text.replace("{prompt}", prompt)}
     image = {"type": "image_url", "image_url": {"url": data_url}}
     content = [image, text] if template.image == "before" else [text, image]
@@ -166,9 +166,9 @@ def _messages(template: Template, data_url: str, prompt: str) -> list[dict[str, 
 
 
 def answer_text(answer: bytes) -> str:
-    """The text of a chat completion. Raises ValueError, saying why, where there is none or not all of it."""
+    """The text of a chat completion. Raises ValueError, with the reason, where it has no text or is cut off."""
     text, finish_reason = _content(answer)
-    if finish_reason == "length":  # a number at the cut may have lost its end, and a conclusion may be missing
+    if finish_reason == "length":  # a number at the cut may have lost its last digits, and a conclusion may be missing
         raise ValueError("the answer was cut off at max_tokens")
     if not text.strip():
         raise ValueError("the answer is empty")
@@ -176,7 +176,7 @@ def answer_text(answer: bytes) -> str:
 
 
 def _content(answer: bytes) -> tuple[str, str]:
-    """The text of a chat completion's first choice, empty where there is none, and why it ended."""
+    """The text of a chat completion's first choice, empty where it has no text, and the reason why it ended."""
     try:
         choice = json.loads(answer)["choices"][0]
         content, finish_reason = choice["message"]["content"], choice.get("finish_reason")
@@ -201,8 +201,8 @@ _NUMBER = re.compile(
 
 
 def read_score(text: str, template: Template) -> float:
-    """The score in an answer's text: the number right behind the label. Raises ValueError, saying why, if none is."""
-    text = unicodedata.normalize("NFKC", text)  # a full-width digit or colon is one
+    """The score in an answer's text: the number right behind the label. Raises ValueError, with the reason, if none."""
+    text = unicodedata.normalize("NFKC", text)  # turns full-width digits and colons into plain ones
     text = _THOUGHT.sub("", text).translate(_FORMATTING)
     for label in template.labels:
         *_, last = [None, *re.finditer(label, text, re.IGNORECASE)]

@@ -1,4 +1,4 @@
-"""A scorer's files: found on disk or on the hub, read without running code from them, and held against the model."""
+"""A scorer's files: found on disk or on the hub, read without running code in them, and compared with the model."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _INDEX = ".index.json"  # of weights in several files
 
 
 def find_file(path: str, *names: str, fetch: Sequence[str] | None = None) -> Path:
-    """The first of `names` that `path` has: a directory, a hub repository, or (whatever its name) the file itself.
+    """The first of `names` that `path` has. `path` is a directory, a hub repository, or (by any name) the file itself.
 
-    Raises ValueError, with the command that downloads it, where there is none: `fetch` are the files that the scorer
-    needs of the repository, by default the first of `names`, and all of them where it is empty.
+    Raises ValueError, with the command that downloads it, where no file is found. `fetch` names the files that the
+    scorer needs from the repository: by default the first of `names`; if empty, all files.
     """
     local = Path(path).expanduser()
     if local.is_file():
@@ -67,10 +67,10 @@ def _cached(repository: str, names: Sequence[str]) -> Path | None:
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors or PyTorch file, on the CPU; of a checkpoint, those under its "state_dict".
+    """The tensors of a safetensors or PyTorch file, on the CPU; from a checkpoint, those under its "state_dict".
 
-    Of the index of a sharded model, those of all its files, which must lie beside it. PyTorch files are read with
-    `weights_only=True`: no code in them runs. Raises ValueError for any other file.
+    For the index of a sharded model, these are the tensors of all its files, which must lie beside it. PyTorch files
+    are read with `weights_only=True`, so that no code in them runs. Raises ValueError for any other file.
     """
     try:
         if file.name.endswith(_INDEX):
@@ -78,9 +78,9 @@ def read_state(file: Path) -> dict[str, Tensor]:
             return {name: value for shard in sorted(shards) for name, value in read_state(shard).items()}
         if file.suffix == ".safetensors":
             return load_file(file)
-        # Older files than torch 1.6's are no zip archives, and cannot be mapped into memory.
+        # Files from before torch 1.6 are not zip archives, and cannot be mapped into memory.
         state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except UnpicklingError as error:  # whose own text advises to run the code
+    except UnpicklingError as error:  # its own text advises to run the code in the file
         raise ValueError(f"{file} cannot be read as weights: it is damaged, or holds more than tensors") from error
     except (OSError, RuntimeError, SafetensorError, EOFError, LookupError) as error:
         raise ValueError(f"{file} cannot be read as weights: {_first_line(error)}") from error
@@ -91,7 +91,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
 
 
 def find_state(path: str, *names: str, fetch: Sequence[str] | None = None) -> tuple[Path, dict[str, Tensor]]:
-    """What `find_file` finds and its tensors; of a sharded model's index, those of all the files that it names."""
+    """The file that `find_file` finds, and its tensors; for a sharded model's index, those of all its files."""
     file = find_file(path, *names, fetch=fetch)
     if file.name.endswith(_INDEX):
         where = str(file.parent) if Path(path).expanduser().is_file() else path
@@ -105,7 +105,7 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises ValueError for anything but a JSON object."""
+    """The JSON object in a file. Raises ValueError for anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -118,7 +118,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def fill(model: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
     """Give a model (on the meta device or not) exactly these weights.
 
-    Raises ValueError that says what `file` was expected to hold and what was found, where they do not match.
+    Where they do not match, raises ValueError that says what `file` should hold and what was found in it.
     """
     expected = model.state_dict()
     for name, parameter in expected.items():
@@ -132,7 +132,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
 
 
 def mismatch(file: Path, expected: str, found: str) -> ValueError:
-    """To be raised for a file that is another model's."""
+    """The error to raise for a file that belongs to another model."""
     return ValueError(f"{file} is not a file for this scorer: expected {expected}, found {found}")
 
 

@@ -1,7 +1,7 @@
-"""What a reward server is sent and what it answers: pictures with prompts, and scores. Nothing of it can carry code.
+"""The messages of a reward server: pictures with prompts go in, scores come back. No part of them can carry code.
 
-Pictures come as a safetensors file, which is exact and cheap, or as JSON with PNG files, which any program can write.
-Rows are an addition of version 0.2: only a server that says at /health that a reward reads them is sent any.
+Pictures are sent as a safetensors file, which is exact and cheap, or as JSON with PNG files, which any program can
+write. Rows were added in version 0.2: they are sent only to a server that says at /health that a reward reads them.
 """
 
 # N pictures.
@@ -29,15 +29,15 @@ JSON = "application/json"
 
 MAX_PICTURES = 1024
 MAX_PIXELS_OF_PICTURE = 2**24  # 4096 x 4096
-MAX_PIXELS = 2**27  # of all pictures: 384 MiB, that a small body of well compressed PNG files could exceed
+MAX_PIXELS = 2**27  # of all pictures: 384 MiB; a small body of well compressed PNG files could exceed it
 
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # others, such as 16 bits of grey, would be clipped to RGB
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # others, such as 16-bit grey, would be clipped to RGB
 
 
 def encode_pictures(images: Tensor, prompts: Sequence[Prompt]) -> bytes:
     """A safetensors file: uint8 `images` [N, 3, H, W], and in its metadata `prompts`, a JSON list of N strings.
 
-    Where a prompt has a row, there are `rows` too, a JSON list of N objects.
+    If a prompt has a row, the metadata has `rows` too, a JSON list of N objects.
     """
     metadata = {"prompts": json.dumps([prompt.text for prompt in prompts])}
     if any(prompt.row for prompt in prompts):
@@ -46,7 +46,7 @@ def encode_pictures(images: Tensor, prompts: Sequence[Prompt]) -> bytes:
 
 
 def decode_pictures(content_type: str, body: bytes) -> tuple[Tensor, list[Prompt]]:
-    """Uint8 [N, 3, H, W] on the CPU and N prompts. Raises ValueError, naming the picture where it is one's fault."""
+    """Uint8 [N, 3, H, W] on the CPU and N prompts. Raises ValueError, naming the picture if only one is at fault."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind == SAFETENSORS:
         return _from_safetensors(body)
@@ -56,18 +56,18 @@ def decode_pictures(content_type: str, body: bytes) -> tuple[Tensor, list[Prompt
 
 
 def most_pictures(images: Tensor, prompts: Sequence[Prompt], body_limit: int) -> int:
-    """How many such pictures one request of at most `body_limit` bytes may have; 0 where one is too many."""
+    """The most such pictures that one request of at most `body_limit` bytes may have; 0 if even one is too large."""
     pixels = images.shape[-2] * images.shape[-1]
-    header, escaped = 1024, 14  # bytes: what else it has, and the most that a character becomes in JSON within JSON
+    header, escaped = 1024, 14  # bytes: the rest of the header, and the most that a character takes in JSON within JSON
     longest = max((len(prompt.text) for prompt in prompts), default=0) + 8
-    # A row is JSON already: within JSON its quotes and backslashes take two characters.
+    # A row is JSON already. Within JSON, its quotes and backslashes take two characters each.
     row = max((2 * len(json.dumps(dict(prompt.row))) + 8 for prompt in prompts if prompt.row), default=0)
     each = 3 * pixels + escaped * longest + row
     return min(MAX_PICTURES, MAX_PIXELS // pixels, max(0, body_limit - header) // each)
 
 
 def encode_scores(scores: Mapping[str, Sequence[float]]) -> bytes:
-    """{"scores": {NAME: [N numbers]}} with all digits, so that float32 survives. Raises ValueError for NaN."""
+    """The body {"scores": {NAME: [N numbers]}}, with all digits that float32 needs. Raises ValueError for NaN."""
     return json.dumps({"scores": {name: list(each) for name, each in scores.items()}}, allow_nan=False).encode()
 
 
@@ -87,7 +87,7 @@ def decode_scores(body: bytes, name: str, count: int) -> Tensor:
 
 
 def _from_safetensors(body: bytes) -> tuple[Tensor, list[Prompt]]:
-    # The library gives no metadata of a file in memory. Whether the rest of the header holds it checks below.
+    # The library does not return the metadata of a file in memory. It checks the rest of the header below.
     header = _parsed(body[8 : 8 + int.from_bytes(body[:8], "little")], "the header of a safetensors body")
     header = header if isinstance(header, dict) else {}
     tensors = {key: value for key, value in header.items() if key != "__metadata__"}
@@ -140,13 +140,13 @@ def _from_json(body: bytes) -> tuple[Tensor, list[Prompt]]:
 
 
 def _picture(name: str, file: str) -> np.ndarray:
-    """Uint8 [H, W, 3]."""
+    """A PNG file in base64 as uint8 [H, W, 3]. Raises ValueError that begins with `name`."""
     try:
         content = base64.b64decode(file, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"{name} is not valid base64: {error}") from error
     try:
-        # Reads every chunk to the last and its checksum, which decoding does not.
+        # Reads every chunk to the last one and its checksum; decoding does not.
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             _check_size(name, *image.size)
             image.verify()
@@ -159,7 +159,7 @@ def _picture(name: str, file: str) -> np.ndarray:
 
 
 def _checked_prompts(prompts: object, rows: object, count: int) -> list[Prompt]:
-    """N prompts of N texts and, if not None, as many rows."""
+    """N prompts made from N texts and, unless `rows` is None, N rows. Raises ValueError for anything else."""
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("prompts must be a list of strings")
     if len(prompts) != count:
@@ -191,7 +191,7 @@ def _check_total(count: int, width: int, height: int) -> None:
 
 
 def _parsed(text: bytes | str, name: str, *, constants: bool = False) -> Any:
-    """JSON, with the `constants` NaN and Infinity or without."""
+    """The value of a JSON text; NaN and Infinity are refused unless `constants`."""
     try:
         return json.loads(text, parse_constant=None if constants else _refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -1,7 +1,8 @@
 """The out-of-domain check: a small convolutional classifier, trained on drawn pictures and never used as a reward.
 
-It is built differently from the verifier (learned features, no geometry), so a policy that games the verifier's rules
-does not automatically please it. Its score is the mean probability it gives the four attributes asked for.
+It is built differently from the verifier: it has learned features and no geometry. So a policy that games the
+verifier's rules does not automatically please it. Its score is the mean probability that it gives the four attributes
+asked for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ATTRIBUTES = {"size": tuple(SIZES), "colour": tuple(COLOURS), "shape": SHAPES, "
 
 
 class Judge(nn.Module):
-    """Images in [0, 1], [N, 3, 64, 64], to the log-probabilities of each attribute's values."""
+    """A network from images in [0, 1], [N, 3, 64, 64], to log-probabilities for each attribute's values."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ def labels(wanted: Sequence[Caption]) -> dict[str, Tensor]:
 
 @cache
 def _trained() -> Judge:
-    with torch.device("meta"):  # nothing is drawn: a run's own random numbers must not depend on when this is called
+    with torch.device("meta"):  # no random numbers are drawn: a run's own must not depend on when this is called
         judge = Judge()
     with as_file(files("ngrpo_train.shapes") / "weights" / "judge.safetensors") as path:
         judge.load_state_dict(load_file(path), assign=True)

@@ -20,7 +20,7 @@ _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-pair encoding whose merges spell out WORDS, prefix by prefix, and nothing else."""
+    """A byte-pair tokenizer whose merges spell out WORDS, prefix by prefix, and nothing else."""
     symbols = sorted(ByteLevel.alphabet())
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols)]
     merges: list[tuple[str, str]] = []
@@ -45,7 +45,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def t5_tokenizer() -> T5TokenizerFast:
-    """Unigram pieces as in T5 (<pad> 0, </s> 1, <unk> 2): the words, then printable ASCII at a far lower score."""
+    """A unigram tokenizer as in T5 (<pad> 0, </s> 1, <unk> 2): the words, then printable ASCII, scored far lower."""
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocabulary += [("▁" + word, -1.0) for word in WORDS]
     vocabulary += [(piece, -10.0) for piece in ["▁", *(chr(code) for code in range(33, 127))]]
@@ -53,7 +53,7 @@ def t5_tokenizer() -> T5TokenizerFast:
 
 
 def untrained_pipeline() -> FluxPipeline:
-    """Random weights from torch's global generator; 2.4 M parameters."""
+    """A pipeline with random weights from torch's global generator; 2.4 M parameters."""
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -106,7 +106,7 @@ def untrained_pipeline() -> FluxPipeline:
         layers_per_block=1,
         norm_num_groups=4,
         sample_size=IMAGE_SIZE,
-        scaling_factor=1.0,  # pretraining writes the measured ones
+        scaling_factor=1.0,  # pretraining writes the measured values
         shift_factor=0.0,
         use_quant_conv=False,
         use_post_quant_conv=False,

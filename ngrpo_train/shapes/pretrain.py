@@ -2,7 +2,7 @@
 
 Three models are trained on drawn pictures of the `train` captions only, one after the other: the VAE, the rectified
 flow with its two text encoders, and the judge. Captions are noisy on purpose, as web captions are: each attribute is
-replaced by a random one now and then. The flow learns to be a little unfaithful to its prompt; RL then repairs that.
+replaced by a random one with a small probability. So the flow learns to be a little unfaithful, which RL then repairs.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def train_vae(vae: AutoencoderKL, steps: int, generator: torch.Generator, batch:
         posterior = vae.encode(images).latent_dist
         restored = vae.decode(posterior.sample(generator)).sample
         error = restored - images
-        # Edges are a small share of the pixels and all of the shape.
+        # Edges are a small share of the pixels, but they define the shape.
         weight = 1 + 4 * (F.max_pool2d(images, 7, 1, 3) + F.max_pool2d(-images, 7, 1, 3) > 0.1).float()
         fidelity = (weight * (error.abs() + 2 * error.square())).mean()
         loss = fidelity + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
@@ -112,7 +112,7 @@ def train_flow(
     generator: torch.Generator,
     batch: int = 64,
 ) -> None:
-    """Rectified flow on standardised latents; both text encoders learn with the transformer."""
+    """Train a rectified flow on standardised latents; both text encoders learn together with the transformer."""
     modules = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
     for module in modules:
         module.train()
@@ -139,7 +139,7 @@ def train_flow(
         velocity = pipeline.transformer(
             hidden_states=torch.lerp(x, noise, t[:, None, None]),
             timestep=t,
-            # Guidance is embedded but carries no meaning here; the model learns to ignore it.
+            # Guidance is embedded but has no meaning here; the model learns to ignore it.
             guidance=1 + 5 * torch.rand(batch, generator=generator),
             encoder_hidden_states=pipeline.text_encoder_2(t5_ids[text])[0],
             pooled_projections=pipeline.text_encoder(clip_ids[text]).pooler_output,
@@ -159,7 +159,7 @@ def train_flow(
 
 
 def noisy(caption: Caption, known: dict[Caption, int], probability: float) -> Caption:
-    """The caption with attributes replaced at random; unchanged where that gives one outside the training split."""
+    """A caption with random attributes replaced; the caption itself where the result is outside the training split."""
     changed = Caption(
         **{
             name: random.choice(values) if random.random() < probability else getattr(caption, name)
@@ -170,7 +170,7 @@ def noisy(caption: Caption, known: dict[Caption, int], probability: float) -> Ca
 
 
 def train_judge(vae: AutoencoderKL, steps: int, generator: torch.Generator, batch: int = 64) -> Judge:
-    """A classifier of drawn pictures, half of them seen through the VAE, all of them a little noisy."""
+    """A classifier trained on drawn pictures: half of them passed through the VAE, all of them with a little noise."""
     judge = Judge()
     update = one_cycle([judge], 3e-3, steps)
     progress = Progress("judge", steps)
@@ -194,7 +194,7 @@ def _token_ids(tokenizer: Callable[..., dict[str, Tensor]], texts: list[str], le
 
 
 class Progress:
-    """A line every twentieth of a stage."""
+    """Printer of a line with the mean loss, twenty times in a stage."""
 
     def __init__(self, stage: str, steps: int) -> None:
         self.stage, self.steps, self.started = stage, steps, time.perf_counter()

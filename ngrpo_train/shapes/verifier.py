@@ -1,8 +1,8 @@
 """The in-domain reward: a rule-based verifier that measures a picture against its prompt, with no learned part.
 
 The score is the mean of three numbers in [0, 1]: how close the background is to the colour asked for, how close the
-shape's colour is, and how clearly the outline is the asked one. The last compares the asked outline *with the others*:
-overlap alone would pay a rounded compromise between circle and square nearly as well as either.
+shape's colour is, and how clearly the outline is the one asked for. The third number compares the outline asked for
+*with the others*: by overlap alone, a rounded mixture of circle and square would score nearly as well as either.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from ngrpo_train.shapes.world import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Caption, coverage, rgb
 
-_BORDER = 3  # pixels: the ring that shows nothing but background
+_BORDER = 3  # pixels: width of the outer ring that shows only background
 _COLOUR_SCALE = 0.3  # RGB distance at which closeness falls to 1/e
-_FOREGROUND_AT = 0.25  # RGB distance to the background at which a pixel counts half as shape
+_FOREGROUND_AT = 0.25  # RGB distance to the background at which a pixel counts as half shape
 _FOREGROUND_WIDTH = 0.05
-_SMALLEST_SHAPE = 40.0  # pixels; below it there is no shape to speak of
+_SMALLEST_SHAPE = 40.0  # pixels; an area below it does not count as a shape
 _OVERLAP_SCALE = 0.04  # difference in overlap that makes one outline e times likelier than another
-_OFFSETS = range(-6, 7, 2)  # pixels: where an outline is looked for around the centre
+_OFFSETS = range(-6, 7, 2)  # pixels: positions around the centre where an outline is looked for
 _FORMS = [(shape, size) for shape in SHAPES for size in SIZES]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Per picture [N]: the three parts of the score in [0, 1], and whether each attribute is the asked one."""
+    """The parts of the score in [0, 1], and whether each attribute is as asked for; one entry per picture, [N]."""
 
     background: Tensor
     colour: Tensor

@@ -1,7 +1,7 @@
-"""The shapes world: what a prompt can ask for, and how the picture it asks for is drawn.
+"""The shapes world: the prompts that there are, and how their pictures are drawn.
 
-A prompt names four attributes, "a large red circle on a blue background". Prompts are split by the combination of the
-four: pretraining and RL see `train`; `validation` chooses settings; `test` is for reported numbers only.
+A prompt names four attributes: "a large red circle on a blue background". Prompts are split by the combination of the
+four: pretraining and RL use `train`; `validation` chooses settings; `test` is for reported numbers only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Caption:
 
     @classmethod
     def parse(cls, prompt: str) -> Caption:
-        """The attributes a prompt asks for. Raises ValueError where the prompt is not one of this world's."""
+        """The attributes that a prompt asks for. Raises ValueError for a prompt that is not of this world."""
         words = prompt.lower().split()
         match words:
             case ["a", size, colour, shape, "on", "a", background, "background"] if (
@@ -78,7 +78,10 @@ def prompts(split: str) -> list[str]:
 
 
 def coverage(shape: str, radius: Tensor, centre: Tensor) -> Tensor:
-    """How much of each pixel a shape covers, 0 to 1: [N, 64, 64] for `radius` [N], `centre` [N, 2] (x, y; pixels)."""
+    """The share of each pixel that a shape covers: float32 [N, 64, 64] in [0, 1].
+
+    `radius` [N] and `centre` [N, 2] (x, y) are in pixels.
+    """
     axis = torch.arange(IMAGE_SIZE, dtype=torch.float32) + 0.5
     x = axis[None, None, :] - centre[:, 0, None, None]
     y = axis[None, :, None] - centre[:, 1, None, None]
@@ -96,14 +99,14 @@ def coverage(shape: str, radius: Tensor, centre: Tensor) -> Tensor:
 def _spiked_distance(x: Tensor, y: Tensor, reach: Tensor, points: int, waist: float) -> Tensor:
     """Signed distance to the edges of a regular star: tips at `reach`, waists at `waist * reach`, one tip upwards.
 
-    With three points and a waist of one half it is the triangle.
+    With three points and a waist of one half, it is a triangle.
     """
     half_sector = math.pi / points
     angle = torch.atan2(x, -y)
     folded = (torch.remainder(angle + half_sector, 2 * half_sector) - half_sector).abs()
     length = torch.hypot(x, y)
     along, across = length * folded.cos(), length * folded.sin()
-    # The edge runs from the tip (reach, 0) to the waist, half a sector away; its outward normal points off the centre.
+    # The edge runs from the tip (reach, 0) to the waist, half a sector away; its normal points away from the centre.
     edge_along = waist * math.cos(half_sector) - 1.0
     edge_across = waist * math.sin(half_sector)
     norm = math.hypot(edge_along, edge_across)
@@ -111,12 +114,12 @@ def _spiked_distance(x: Tensor, y: Tensor, reach: Tensor, points: int, waist: fl
 
 
 def rgb(names: Sequence[str]) -> Tensor:
-    """[N, 3] colours in [0, 1]."""
+    """The RGB values of named colours, float32 [N, 3] in [0, 1]."""
     return torch.tensor([COLOURS[name] for name in names], dtype=torch.float32)
 
 
 def draw(wanted: Sequence[Caption], generator: torch.Generator) -> Tensor:
-    """Pictures of the captions, with random place and radius: float32 [N, 3, 64, 64] in [0, 1]."""
+    """Pictures of the captions, with random centre and radius: float32 [N, 3, 64, 64] in [0, 1]."""
     n = len(wanted)
     radius = torch.tensor([SIZES[c.size] for c in wanted])
     radius = radius * (1 + RADIUS_JITTER * (2 * torch.rand(n, generator=generator) - 1))

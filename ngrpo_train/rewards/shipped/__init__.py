@@ -1,6 +1,6 @@
-"""The rewards that ship with ngrpo, a file each: the file's name is the reward's, and its `REWARD` says all of it.
+"""The rewards that ship with ngrpo, one file each. The file's name is the reward's name; its `REWARD` describes it.
 
-A further one is a further file. Listing their names imports none of them.
+To add a reward, add a file. Listing the names imports none of the files.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ NAMES = listed()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shipped:
-    """What a reward's file says of it."""
+    """The description of a shipped reward, in its file."""
 
     load: Callable[[str, Reward, torch.device], Scorer]
-    """The scorer of a recipe's [rewards.NAME] on a device. Raises ValueError for settings or weights of no use."""
+    """The scorer of a recipe's [rewards.NAME] on a device. Raises ValueError for settings or weights it cannot use."""
     hub_files: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """What is read from the hub where a recipe gives no other path: repositories with their files, weights first."""
+    """Files read from the hub where a recipe gives no other path: repositories with their files, weights first."""
     size: Callable[[Reward], ScorerSize | None] = lambda settings: NOTHING
-    """What the scorer costs on this machine, for the planner; None where that is not known."""
+    """The scorer's cost on this machine, for the planner; None where it is not known."""
     asks_a_server: bool = False
-    """Whether `remote` is a server of a kind of its own, and not `ngrpo reward-server`."""
+    """True where `remote` is a server of the reward's own kind, and not `ngrpo reward-server`."""
 
 
 def find(name: str) -> Shipped | None:
-    """The reward of that name; None where none ships."""
+    """The reward of that name; None where no such reward ships."""
     if name not in NAMES:
         return None
     reward: Shipped = import_module(f"{__name__}.{name}").REWARD

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor, version 2: a picture's CLIP embedding through an MLP; about 1 to 10, prompts unseen.
+"""LAION's aesthetic predictor, version 2: a picture's CLIP embedding through an MLP; about 1 to 10; ignores prompts.
 
 Its authors publish the MLP on GitHub (christophschuhmann/improved-aesthetic-predictor); the hub has copies.
 """
@@ -28,15 +28,16 @@ _TOWER_FILES = ("config.json", "model.safetensors")
 
 
 def size(settings: Reward) -> ScorerSize | None:
-    """The CLIP's vision tower: the rest is a map of the embedding, whose bytes are not worth counting."""
+    """The size of the CLIP's vision tower. The rest maps the embedding to one number, too small to count."""
     clip = clip_size(settings.processor or _TOWER)
     return ScorerSize(clip.vision, NO_TOWER, clip.side, clip.values) if clip else None
 
 
 def load(name: str, settings: Reward, device: torch.device) -> Scorer:
-    """`settings.path` is the MLP's: a hub id or directory with sac+logos+ava1-l14-linearMSE.pth, or such a file.
+    """The scorer; `settings.path` is a hub id or directory with the MLP, sac+logos+ava1-l14-linearMSE.pth,
+    or such a file.
 
-    `settings.processor` is the CLIP's, hub id or directory. Raises ValueError for what cannot be used.
+    `settings.processor` is the CLIP's hub id or directory. Raises ValueError for files that cannot be used.
     """
     native_only(settings)
     tower = settings.processor or _TOWER
@@ -45,7 +46,7 @@ def load(name: str, settings: Reward, device: torch.device) -> Scorer:
 
 
 class Aesthetic(ModelScorer):
-    """A vision tower and a linear map of its embedding: `weight` [E] and a bias, float32 whatever the tower is in."""
+    """A vision tower and a linear map of its embedding: `weight` [E] and a bias, float32 for any dtype of the tower."""
 
     def __init__(
         self, settings: Reward, device: torch.device, released: Released, weight: Tensor, bias: Tensor
@@ -55,7 +56,7 @@ class Aesthetic(ModelScorer):
         config.projection_dim = released.config.projection_dim
         self.model = released.build(CLIPVisionModelWithProjection, config, "vision_model.", "visual_projection.")
         self.preprocessing = Preprocessing(config.image_size)
-        self.weight, self.bias = weight.to(device), bias.to(device)  # no parameters: they keep their dtype and place
+        self.weight, self.bias = weight.to(device), bias.to(device)  # not parameters: they keep dtype and device
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         return ()
@@ -66,13 +67,13 @@ class Aesthetic(ModelScorer):
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Unit vectors, float32 [N, E], of float32 pixels [N, 3, H, W] in [0, 1]; differentiable.
 
-        Where weights are offloaded, within `on_device`.
+        Where weights are offloaded, call it inside `on_device`.
         """
         return unit(self.model(self.preprocessing(pixels)).image_embeds)
 
 
 def _head(path: str, released: Released) -> tuple[Tensor, Tensor]:
-    """The MLP's weight [E] and bias: between its five linear layers is nothing but dropout, so they are one."""
+    """The MLP's weight [E] and bias: only dropout lies between its five linear layers, so they are one linear map."""
     mlp = nn.Module()
     widths = (released.config.projection_dim, 1024, 128, 64, 16, 1)
     with torch.device("meta"):

@@ -23,7 +23,7 @@ _FILE = "HPS_v2.1_compressed.pt"
 
 
 def load(name: str, settings: Reward, device: torch.device) -> Scorer:
-    """`settings.path` is a hub id or directory with HPS_v2.1_compressed.pt, or such a file.
+    """The scorer; `settings.path` is a hub id or directory with HPS_v2.1_compressed.pt, or such a file.
 
     Raises ValueError for weights or a tokenizer that cannot be used.
     """
@@ -37,7 +37,7 @@ def load(name: str, settings: Reward, device: torch.device) -> Scorer:
     released = read_checkpoint(path, _FILE, vision_head_width=80, text_head_width=64)
     tokenizer = load_tokenizer(settings, path)
     warn_without_ftfy(name)
-    # The official preprocessing resizes tensors, and what overshoots there is not cut off.
+    # The official preprocessing resizes tensors and does not cut off their overshoot.
     preprocessing = Preprocessing(released.preprocessing.size, "longest", clamp=False)
     return ClipScorer(settings, device, released, tokenizer, preprocessing=preprocessing, clean=clean_prompt).ready()
 

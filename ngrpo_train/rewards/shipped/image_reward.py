@@ -1,4 +1,4 @@
-"""ImageReward: BLIP's text encoder reads the prompt while looking at the picture, and an MLP makes a score of that."""
+"""ImageReward: BLIP's text encoder reads the prompt while it looks at the picture; an MLP makes the score."""
 
 # N pictures, M distinct prompts, L = 35 text tokens.
 
@@ -32,11 +32,11 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of raw scores, as its aut
 _TOKENIZER_FILES = ("vocab.txt", "tokenizer.json")
 _HEAD_WIDTH = 64
 
-# Of the released model.
+# Sizes of the released model.
 _POSITIONS, _VOCABULARY = 512, 30524
 _MLP = (768, 1024, 128, 64, 16, 1)
 
-# Beginnings and ends of the official names, and what they are called here and in transformers.
+# Beginnings and ends of the official names, with those used here and in transformers.
 _RENAMED = {
     r"^blip\.visual_encoder\.": "vision.",
     r"^vision\.cls_token$": "vision.embeddings.class_embedding",
@@ -54,7 +54,7 @@ UNUSED = re.compile(r"^blip\.(vision_proj|text_proj)\.|\.position_ids$")
 
 
 def load(name: str, settings: Reward, device: torch.device) -> Scorer:
-    """`settings.path` is a hub id or directory with ImageReward.pt, or such a file.
+    """The scorer; `settings.path` is a hub id or directory with ImageReward.pt, or such a file.
 
     A med_config.json and a tokenizer beside it are read. Raises ValueError for weights or a tokenizer that cannot be
     used.
@@ -75,7 +75,7 @@ def load(name: str, settings: Reward, device: torch.device) -> Scorer:
         scorer = ImageReward(settings, device, architecture, tokenizer)
     fill(scorer, {_renamed(key): value for key, value in official.items() if not UNUSED.search(key)}, file)
     embeddings = scorer.text.embeddings
-    embeddings.position_ids = torch.arange(embeddings.position_embeddings.num_embeddings)[None]  # in no file
+    embeddings.position_ids = torch.arange(embeddings.position_embeddings.num_embeddings)[None]  # no file holds these
     return scorer.ready()
 
 
@@ -88,7 +88,7 @@ class Architecture:
 
 
 class ImageReward(ModelScorer):
-    """About N(0, 1) over the pictures that it was trained on."""
+    """A scorer whose scores are about N(0, 1) over the pictures that it was trained on."""
 
     def __init__(
         self, settings: Reward, device: torch.device, architecture: Architecture, tokenizer: BertTokenizer
@@ -96,18 +96,18 @@ class ImageReward(ModelScorer):
         super().__init__(settings, device)
         self.vision = BlipVisionModel(architecture.vision)
         self.text = BlipTextModel(architecture.text, add_pooling_layer=False)
-        # Trained with dropout between the layers, and nothing else.
+        # In training there was dropout between the layers, and nothing else.
         self.mlp = nn.Sequential(OrderedDict((each, nn.Linear(*size)) for each, size in architecture.mlp.items()))
         self.tokenizer, self.size = tokenizer, architecture.vision.image_size
 
     def ready(self) -> ImageReward:
         exact = self.mlp.state_dict()
         super().ready()
-        self.mlp.float().load_state_dict(exact)  # the score is formed in it
+        self.mlp.float().load_state_dict(exact)  # the score is computed in float32
         return self
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and attention mask, int64 [M, L]. Pictures can share no more: the prompt is read with each of them."""
+        """Ids and attention mask, int64 [M, L]. No more can be shared: the prompt is read anew with each picture."""
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
@@ -116,17 +116,17 @@ class ImageReward(ModelScorer):
     def score(self, pixels: Tensor, *encoded: Tensor) -> Tensor:
         ids, mask = encoded
         seen = self.vision(pixel_values=normalise(shortest_edge_crop(pixels, self.size))).last_hidden_state
-        # Not as the decoder that its configuration says it is: every token attends to all of them.
+        # Not a decoder, although its configuration says so: every token attends to all tokens.
         read = self.text(ids, attention_mask=mask, encoder_hidden_states=seen, is_decoder=False).last_hidden_state
         return (self.mlp(read[:, 0].float()).squeeze(-1) - MEAN) / STD
 
 
 def load_tokenizer(path: str, rows: int) -> BertTokenizer:
-    """BERT's, from a directory or hub id, with the two tokens that BLIP added.
+    """BERT's tokenizer, from a directory or hub id, with the two tokens that BLIP added.
 
-    Raises ValueError if there is none, or if it has more tokens than the weights have embeddings: `rows`.
+    Raises ValueError if there is no tokenizer, or if it has more tokens than `rows`, the weights' embeddings.
     """
-    # Of a directory without these files, transformers makes a tokenizer that knows no word, and does not say so.
+    # For a directory without these files, transformers silently makes a tokenizer that knows no words.
     file = find_file(path, *_TOKENIZER_FILES)
     tokenizer = BertTokenizer.from_pretrained(file.parent, local_files_only=True)
     tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
@@ -138,12 +138,12 @@ def load_tokenizer(path: str, rows: int) -> BertTokenizer:
 
 
 def beside(file: Path) -> str:
-    """The directory of a weights file where it has a tokenizer, or the official one's hub id."""
+    """The directory of a weights file if it has a tokenizer, else the official tokenizer's hub id."""
     return str(file.parent) if any((file.parent / name).is_file() for name in _TOKENIZER_FILES) else TOKENIZER
 
 
 def read_architecture(official: Mapping[str, Tensor], file: Path) -> Architecture:
-    """What the tensors of `file` tell, and what BLIP's are. Raises ValueError if they are of something else."""
+    """The architecture by the tensors of `file`, the rest as in BLIP. Raises ValueError if it holds another model."""
 
     def size(name: str, dimension: int) -> int:
         if name not in official:
@@ -176,7 +176,7 @@ def read_architecture(official: Mapping[str, Tensor], file: Path) -> Architectur
             intermediate_size=size(f"{text}.encoder.layer.0.intermediate.dense.weight", 0),
             num_hidden_layers=count(f"{text}.encoder.layer."),
             num_attention_heads=heads or size(f"{text}.embeddings.word_embeddings.weight", 1) // _HEAD_WIDTH,
-            is_decoder=True,  # without it, no cross-attention is built
+            is_decoder=True,  # without it, transformers builds no cross-attention
         ),
         {key.split(".")[2]: (size(key, 1), size(key, 0)) for key in layers},
     )
@@ -188,16 +188,16 @@ def _renamed(key: str) -> str:
     return key
 
 
-# T tokens of a picture, h width of its tower, `width` of the text's.
+# T tokens of a picture, h width of its tower, `width` of the text's tower.
 def _size(side: int = 224, patch: int = 16, h: int = 1024, layers: int = 24) -> ScorerSize:
-    """BLIP's ViT-L/16 and BERT-base, which attends to it in every block, and an MLP."""
+    """The size of BLIP's ViT-L/16, of BERT-base, which attends to it in every block, and of an MLP."""
     T, L, width, blocks = (side // patch) ** 2 + 1, MAX_TOKENS, 768, 12
     first = 3 * patch**2 * h
     vision = Tower(
         parameters=first + 2 * h + T * h + layers * block_parameters(h) + 2 * h,
         flops=2 * (T - 1) * first + layers * block_flops(T, h),
     )
-    # Queries and output are width x width, keys and values h x width of all of the picture's tokens; and a norm.
+    # Queries and output: width x width. Keys and values: h x width, for all tokens of the picture. And a norm.
     attends = 2 * (width * width + h * width) + 4 * width + 2 * width
     reads = 2 * (L * 2 * width * width + T * 2 * h * width) + 2 * 2 * L * T * width
     mlp = sum(before * after for before, after in pairwise(_MLP))
@@ -205,7 +205,7 @@ def _size(side: int = 224, patch: int = 16, h: int = 1024, layers: int = 24) -> 
         parameters=(_VOCABULARY + _POSITIONS + 2) * width + blocks * (block_parameters(width) + attends),
         flops=blocks * (block_flops(L, width) + reads) + 2 * mlp,
     )
-    values = T * (6 * h + 3 * (h // 64) * T)  # its attention writes out what every head sees
+    values = T * (6 * h + 3 * (h // 64) * T)  # its attention stores the weights of every head
     return ScorerSize(vision, text, side, values, parameters_around=mlp + sum(_MLP[1:]), reads=True)
 
 

@@ -1,6 +1,6 @@
 """PickScore: the scaled cosine of a ViT-H/14 fine-tuned on choices between two pictures; about 20 to 26.
 
-Tables often give a hundredth of it.
+Published tables often give this score divided by 100.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FILES = ("config.json", "model.safetensors")
 
 
 def load(name: str, settings: Reward, device: torch.device) -> Scorer:
-    """`settings.path` is a hub id or directory in transformers' layout, or a file of weights beside its config.json.
+    """The scorer; `settings.path` is a hub id or directory in transformers' layout, or weights beside a config.json.
 
     Raises ValueError for weights or a tokenizer that cannot be used.
     """
@@ -33,7 +33,7 @@ def load(name: str, settings: Reward, device: torch.device) -> Scorer:
     path = settings.path or _OFFICIAL
     released = read_hf_clip(path, _FILES if path == _OFFICIAL else ())
     tokenizer = load_tokenizer(settings, path)
-    # Its processor is that of the CLIP it was tuned from, which takes prompts as they are.
+    # Its processor is that of the CLIP it was tuned from, which takes prompts unchanged.
     preprocessing = Preprocessing(released.config.vision_config.image_size, half_pixel="down")
     return ClipScorer(settings, device, released, tokenizer, preprocessing=preprocessing, scaled=True).ready()
 

@@ -1,4 +1,4 @@
-"""The rule-based reward of the shapes world, with nothing to load."""
+"""The rule-based reward of the shapes world; it has no weights to load."""
 
 from ngrpo_train.rewards.shipped import Shipped
 from ngrpo_train.shapes.verifier import score

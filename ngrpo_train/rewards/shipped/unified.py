@@ -1,4 +1,4 @@
-"""UnifiedReward, a vision-language model behind a server of OpenAI's kind: 1 to 5."""
+"""UnifiedReward, a vision-language model behind an OpenAI-compatible server: 1 to 5."""
 
 from ngrpo_train.rewards.shipped import Shipped
 from ngrpo_train.rewards.vision_judge import load
