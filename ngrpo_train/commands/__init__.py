@@ -1,1 +1,1 @@
-"""The commands of `ngrpo`, a file each: its flags and what it does."""
+"""The commands of `ngrpo`, one file each, with its flags and its work."""

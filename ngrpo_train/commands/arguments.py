@@ -1,4 +1,4 @@
-"""Arguments that several commands share: what the first one names, a recipe under flags, the prompts to draw."""
+"""Arguments that several commands share: the first argument, a recipe with flags on top, and the prompts to draw."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ T = TypeVar("T")
 class PromptChoice:
     source: str = ""
     """A file, "hub:ID", "hpdv2:benchmark", "shapes:test", ...; empty takes the run's evaluation.test, or its training
-    prompts. Their order fixes the noise, so that any two models can be compared."""
+    prompts. A prompt's place in the list seeds its noise, so that any two models can be compared."""
 
 
 def first_argument(arguments: Sequence[str], default: str = "") -> tuple[str, list[str]]:
-    """The leading argument that is no flag, or the default, and the flags. Raises ValueError where there is neither."""
+    """The first argument, if it is no flag, or the default, and the flags. Raises ValueError where both are missing."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], list(arguments[1:])
     if not default and not {"-h", "--help"} & {*arguments}:
@@ -36,14 +36,14 @@ def first_argument(arguments: Sequence[str], default: str = "") -> tuple[str, li
 
 
 def with_recipe(kind: type[T], command: str, arguments: Sequence[str], default: str = "shapes_cpu") -> tuple[str, T]:
-    """`[RECIPE] [FLAGS]` of a command that works by a recipe: the recipe's name, and the flags over its values."""
+    """Parse `[RECIPE] [FLAGS]` of a command: the recipe's name, and the command with the flags on top of its values."""
     name, flags = first_argument(arguments, default)
     recipe = read_recipe(find_recipe(name))
     return name, parse(kind, recipe, flags, prog=f"ngrpo {command} [RECIPE]", name=name, quiet=rank_at_launch() != 0)
 
 
 def recipe_of(source: str) -> Recipe:
-    """The recipe of a run directory; for the shapes pipeline the shapes recipe; for any other model the defaults."""
+    """The recipe of a run directory; the shapes recipe for the shapes pipeline; the defaults for any other model."""
     if is_run(source):
         path = Path(source) / "recipe.toml"
         return resolve(read_recipe(path), name=str(path))
@@ -53,7 +53,7 @@ def recipe_of(source: str) -> Recipe:
 
 
 def generating(recipe: Recipe, command: SampleCommand | EvalCommand) -> Recipe:
-    """The recipe with a command's own settings; prompts are by default those that the run was tested on.
+    """The recipe with a command's own settings; by default, prompts are those that the run was tested on.
 
     Raises ValueError, naming the flag, where there are no prompts or a setting cannot be used.
     """

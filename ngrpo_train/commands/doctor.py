@@ -1,4 +1,4 @@
-"""`ngrpo doctor`: what is installed, what this machine offers, what is missing and how to get it. Uses no network."""
+"""`ngrpo doctor`: what is installed, what this machine has, what is missing and how to get it. It uses no network."""
 
 import importlib.metadata
 import importlib.util
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from diffusers.models.attention_dispatch import AttentionBackendName
 
 TESTED_TORCH = "2.13.0"
-"""The newest PyTorch that the whole test suite has passed on; constraints.txt holds development and CI to it."""
+"""The newest PyTorch that the whole test suite has passed on; constraints.txt pins it for development and CI."""
 
-Status = Literal["ok", "absent", "missing", "too old", "too new", "broken"]  # absent: optional, and not here
+Status = Literal["ok", "absent", "missing", "too old", "too new", "broken"]  # absent: optional, and not installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,11 @@ class Row:
     found: str
     status: Status = "ok"
     note: str = ""
-    """What it is for, why it cannot be used, or the command that installs or repairs it."""
+    """Its purpose, the reason why it cannot be used, or the command that installs or repairs it."""
     required: bool = False
 
 
-# Packages that ngrpo needs for one feature only: name, purpose, how to install it.
+# Packages that ngrpo needs for only one feature: name, purpose, how to install it.
 OPTIONAL = (
     ("ftfy", "for prompts repaired as CLIP's own tokenizer repairs them", 'pip install "ngrpo[rewards]"'),
     ("starlette", "for ngrpo reward-server", 'pip install "ngrpo[server]"'),
@@ -60,7 +60,7 @@ OPTIONAL = (
 def report() -> list[Row]:
     """All rows that `main` prints."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a driver's or a backend's complaint becomes a row
+        warnings.simplefilter("ignore")  # complaints of a driver or a backend become rows
         return [
             *_packages(),
             *_optional_packages(),
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] = ()) -> int:
 
 
 def compare(requirement: Requirement, version: str | None, section: str = "Packages") -> Row:
-    """The row of one required distribution, installed as `version` (None: not at all)."""
+    """The row of one required distribution; `version` is the installed one, None if it is not installed."""
     install = f'pip install "{requirement.name}{requirement.specifier}"'
     if version is None:
         return Row(section, requirement.name, "", "missing", install, required=True)
@@ -107,10 +107,10 @@ def compare(requirement: Requirement, version: str | None, section: str = "Packa
 
 
 def beside_tested(torch_row: Row) -> Row:
-    """The row of torch, and beside it the version that was tested. A newer one is no problem, but the row says so."""
+    """The row of torch, with the version that was tested. A newer one is no problem, but the row mentions it."""
     if torch_row.status != "ok":
         return torch_row
-    # Without the build's name: 2.13.0+cpu is 2.13.0.
+    # Without the build's suffix: 2.13.0+cpu is 2.13.0.
     newer = Version(Version(torch_row.found).base_version) > Version(TESTED_TORCH)
     tested = f"newer than {TESTED_TORCH}, the newest that ngrpo was tested with" if newer else f"tested: {TESTED_TORCH}"
     return replace(torch_row, note=f"{torch_row.note}; {tested}")
@@ -145,7 +145,7 @@ def _packages() -> Iterator[Row]:
 
 
 def _torchvision() -> Row:
-    """A build of torchvision that does not match torch's fails at import, and T5 and CLIP in transformers with it."""
+    """The row of torchvision. A build that does not match torch fails at import, with transformers' T5 and CLIP."""
     row = ("Packages", "torchvision", _version("torchvision") or "unknown version")
     imported = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True)
     if imported.returncode == 0:
@@ -195,7 +195,7 @@ def _loss_backends() -> Iterator[Row]:
         from ngrpo_kernels import available_backends
 
         backends = available_backends()
-    except Exception as error:  # any error is what this command looks for
+    except Exception as error:  # this command looks for errors of any kind
         yield Row(section, "ngrpo_kernels", "", "broken", f"{type(error).__name__}: {error}", required=True)
         return
     for index, backend in enumerate(backends):
@@ -217,7 +217,7 @@ def _loss_backends() -> Iterator[Row]:
 
 
 def _attention_backends() -> Iterator[Row]:
-    """Every backend that diffusers knows, tried forward and backward; those unusable for one reason share a row."""
+    """Rows of all backends that diffusers knows, tried forward and backward; one row for each reason of failure."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     section = f"Attention backends of diffusers, tried on the {'GPU' if device == 'cuda' else 'CPU'}"
     try:
@@ -225,7 +225,7 @@ def _attention_backends() -> Iterator[Row]:
 
         backends = _AttentionBackendRegistry.list_backends()
         in_use, _ = _AttentionBackendRegistry.get_active_backend()
-    except Exception as error:  # diffusers does not import, or moved its registry
+    except Exception as error:  # diffusers cannot be imported, or moved its registry
         yield Row(section, "diffusers", "", "broken", f"{type(error).__name__}: {error}", required=True)
         return
     unusable: dict[str, list[str]] = {}
@@ -240,7 +240,7 @@ def _attention_backends() -> Iterator[Row]:
 
 
 def _reward_weights() -> Iterator[Row]:
-    """For each shipped scorer, the files that it reads from the hub, and whether they are in its cache."""
+    """Rows of all shipped scorers: the files that each reads from the hub, and whether they are in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     from ngrpo_train.parallel.hub import download_command
@@ -250,7 +250,7 @@ def _reward_weights() -> Iterator[Row]:
     for reward in shipped.NAMES:
         try:
             ours = shipped.find(reward)
-        except Exception as error:  # a library that it needs does not import
+        except Exception as error:  # a library that it needs cannot be imported
             yield Row(section, reward, "", "broken", f"{type(error).__name__}: {error}")
             continue
         for repository, names in ours.hub_files if ours else ():
@@ -262,7 +262,7 @@ def _reward_weights() -> Iterator[Row]:
 
 
 def _try_attention(backend: "AttentionBackendName", device: str) -> tuple[bool, str]:
-    """Whether `backend` runs on `device`, and its limits or else the reason."""
+    """True if `backend` runs on `device`, and its limits; else False and the reason."""
     from diffusers.models.attention_dispatch import _check_attention_backend_requirements, dispatch_attention_fn
 
     try:

@@ -1,4 +1,4 @@
-"""`ngrpo embed`: a recipe's prompts through the text encoders once, so that training loads none."""
+"""`ngrpo embed`: encodes a recipe's prompts once, so that training loads no text encoder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ngrpo_train.recipe.sections import Recipe
 class EmbedCommand:
     """Encode all prompts of a recipe (training, validation, test) once: training then loads no text encoder.
 
-    What an earlier call encoded is kept, and a call that was stopped goes on. Launched processes share the work.
+    What an earlier call encoded is kept: a call that was stopped goes on. Launched processes share the work.
 
     Flags override the recipe's fields; the defaults shown are the recipe's.
     """

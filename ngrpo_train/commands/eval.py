@@ -1,4 +1,4 @@
-"""`ngrpo eval`: scores of a model's pictures beside its base's, or of pictures that exist."""
+"""`ngrpo eval`: scores of a model's pictures beside its base's, or of existing pictures."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class EvalCommand:
 
     RUN_OR_MODEL: a run, a pipeline in FLUX.1's layout, or a transformer alone.
 
-    A command that was stopped goes on: it keeps its pictures and scores.
+    A command that was stopped goes on where it stopped: it keeps its pictures and scores.
 
-    --rewards NAME,NAME,... scores with these; without it, with the run's.
+    --rewards NAME,NAME,... scores with these rewards; without it, with the run's.
 
     For any reward NAME: --rewards.NAME.path, --rewards.NAME.remote, ...
     """
@@ -32,10 +32,10 @@ class EvalCommand:
     prompts: PromptChoice = field(default_factory=PromptChoice)
     rewards: dict[str, Reward] = field(default_factory=dict)
     base: Annotated[str, tyro.conf.arg(metavar="MODEL|DIRECTORY|none", help_behavior_hint="")] = ""
-    """The model to compare with, or the directory of an earlier evaluation; empty is the one that a run began from, and
-    FLUX.1-dev for a transformer alone."""
+    """The model to compare with, or the directory of an earlier evaluation; empty means the model that a run began
+    from, and FLUX.1-dev for a transformer alone."""
     base_tail: int = 0
-    """Solver steps, the last ones, that the base model makes: MixGRPO's hybrid inference."""
+    """Last solver steps that the base model makes: MixGRPO's hybrid inference."""
     images: Annotated[str, tyro.conf.arg(metavar="DIRECTORY", help_behavior_hint="")] = ""
     """Score these pictures instead; names begin with the prompt's number, from 0, as in 00012_00.png."""
     per_prompt: int = 1
@@ -47,7 +47,7 @@ class EvalCommand:
     checkpoint: str = "latest"
     """Checkpoint of a run: "latest", "best" or a step's number."""
     out: Annotated[str, tyro.conf.arg(metavar="DIRECTORY", help_behavior_hint="")] = ""
-    """Directory for pictures, scores and tables; empty is "evaluations/NAME"."""
+    """Directory for pictures, scores and tables; empty means "evaluations/NAME"."""
     sampling: Sampling = field(default_factory=Sampling)
     parallel: Parallel = field(default_factory=Parallel)
 
@@ -95,7 +95,7 @@ def _parsed(defaults: EvalCommand, flags: Sequence[str]) -> EvalCommand:
 
 
 def _benchmark_sampling(recipe: Recipe, base: str) -> Sampling:
-    """How benchmarks generate: fifty steps of FLUX's own solver, at the size the model or its base was made for."""
+    """The sampling of benchmarks: fifty steps of FLUX's own solver, at the size of the model or its base."""
     from ngrpo_train.models.sizes import native_size
 
     size = native_size(recipe.model.name_or_path) or native_size(base) or 1024
@@ -103,7 +103,7 @@ def _benchmark_sampling(recipe: Recipe, base: str) -> Sampling:
 
 
 def _evaluating(recipe: Recipe, command: EvalCommand) -> Recipe:
-    """The recipe with the command's settings. Raises ValueError, naming the flag, for one that cannot be used."""
+    """The recipe with the command's settings. Raises ValueError, naming the flag, for a setting that cannot be used."""
     recipe = generating(recipe, command)
     if command.batch < 1:
         raise ValueError(f"--batch = {command.batch} must be positive")

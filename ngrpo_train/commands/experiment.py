@@ -25,37 +25,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentCommand:
-    """Make the runs of a grid one after the other, test each, and set them side by side in a table and figures.
+    """Make the runs of a grid one after the other, test each, and compare them in a table and figures.
 
-    NAME is a packaged grid or a TOML file; without it, the packaged ones are listed.
+    NAME is a packaged grid or a TOML file; without it, the packaged grids are listed.
 
-    What has finished is kept: the command goes on where it stopped, and can be given more seeds or variants.
+    Finished runs are kept: the command goes on where it stopped, and can be given more seeds or variants.
 
-    Flags of a recipe are laid over every run; the defaults shown are the base recipe's.
+    A recipe's flags apply to every run; the defaults shown are the base recipe's.
     """
 
     recipe: RecipeFlags = field(default_factory=Recipe)
     base: Annotated[str, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")] = ""
-    """The recipe under all runs, whose rewards and sampler judge them; empty is the grid's."""
+    """The recipe that all runs start from; its rewards and sampler judge them. Empty takes the grid's."""
     out: Annotated[str, tyro.conf.arg(metavar="DIRECTORY", help_behavior_hint="")] = ""
-    """Directory for runs, CSV, table and figures; empty is "experiments/NAME"."""
+    """Directory for runs, CSV, table and figures; empty means "experiments/NAME"."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]", help_behavior_hint="")] = ()
-    """Empty takes the grid's."""
+    """Seeds of each variant's runs; empty takes the grid's."""
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="VARIANT [VARIANT ...]", help_behavior_hint="")] = ()
     """Variants to make, with their controls; empty makes all."""
     steps: int = 0
     """Iterations of every run; 0 takes the grid's."""
     reuse: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CSV [CSV ...]", help_behavior_hint="")] = ()
-    """CSVs of other experiments, whose equal runs are taken over; not for times, which another hour measured."""
+    """CSVs of other experiments, whose equal runs are reused; refused for grids that show times."""
     tuning: Annotated[str, tyro.conf.arg(metavar="CSV|none", help_behavior_hint="")] = ""
-    """Where tuned variants find their settings: "none" for the published ones; empty is that of the experiment `tuning`
-    beside --out, or the one that ships with the source tree."""
+    """CSV of the settings for tuned variants, or "none" for the published settings; empty takes the CSV of the
+    experiment `tuning` beside --out, or the one in the source tree."""
     table_only: bool = False
-    """Make no runs: write table and figures from the CSV that is there."""
+    """Make no runs: write table and figures from the existing CSV."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`[NAME] [FLAGS]`; returns the exit code. Exits with code 2 on a wrong flag.
+    """Run `[NAME] [FLAGS]`; returns the exit code. Exits with code 2 on a wrong flag.
 
     Raises ValueError, before any run, for a grid, recipe, variant, CSV or setting that cannot be used.
     """
@@ -85,13 +85,13 @@ def _listing() -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What a command line asks for."""
+    """The request of a command line: grid, base recipe, variants and flags."""
 
     grid: Grid
     base: str
     below: Mapping[str, Any]  # the base recipe, as TOML has it
     flags: Sequence[str]
-    command: ExperimentCommand  # over the base recipe
+    command: ExperimentCommand  # with the flags on top of the base recipe
     out: Path
     variants: tuple[Variant, ...]
 
@@ -108,7 +108,7 @@ class _Asked:
         return _Asked(grid, base, below, flags, command, out, grid.chosen(command.only))
 
     def best(self) -> Mapping[str, Best]:
-        """The best trial of each family that a variant takes its settings from; for a table alone, of those at hand."""
+        """The best trial of each family that variants take settings from; only those at hand for a table alone."""
         families = list(dict.fromkeys(variant.tuned for variant in self.variants if variant.tuned))
         if not families:
             return {}
@@ -125,8 +125,8 @@ class _Asked:
         )
 
     def experiment(self, best: Mapping[str, Best]) -> Experiment:
-        """All of it parsed and checked."""
-        from ngrpo_train.experiments.runs import Experiment, Run, Yardstick, identity  # torch is not needed until here
+        """The experiment, with all its recipes parsed and checked."""
+        from ngrpo_train.experiments.runs import Experiment, Run, Yardstick, identity  # torch is not needed before
 
         grid, command = self.grid, self.command
         self._refuse_flags_that_variants_set(best)
@@ -153,13 +153,13 @@ class _Asked:
             base=self.base,
             yardstick=yardstick,
             common=identity(common, yardstick),
-            runs=tuple(run for runs in by_seed.values() for run in runs),  # whole seeds first
+            runs=tuple(run for runs in by_seed.values() for run in runs),  # all variants of a seed before the next seed
             out=self.out,
             reuse=[row for path in command.reuse for row in _read_existing(Path(path), f"--reuse = {path!r}")],
         )
 
     def _refuse_flags_that_variants_set(self, best: Mapping[str, Best]) -> None:
-        """Raise ValueError for a flag that would undo what runs differ in."""
+        """Raise ValueError for a flag that sets a field in which the runs differ."""
         names = (re.match(r"--(\w[\w-]*\.[\w.-]+)", flag) for flag in self.flags)
         given = {match[1].replace("-", "_") for match in names if match}
         for variant in self.variants:
@@ -170,7 +170,7 @@ class _Asked:
                 raise ValueError(f"--{field_name}: runs of {self.grid.name} differ in it, as {variant.name!r} says")
 
     def _common(self) -> Mapping[str, Any]:
-        """What stands under all variants."""
+        """The sections of a recipe that all variants share."""
         common = overlay(self.below, self.grid.recipe)
         return overlay(common, self.grid.own_base) if self._on_own_base else common
 
@@ -179,7 +179,7 @@ class _Asked:
         return self.base == self.grid.base
 
     def _settings(self, variant: Variant, best: Mapping[str, Best], name: str) -> dict[str, Any]:
-        """A variant's sections of a recipe, its factors multiplied out."""
+        """A variant's sections of a recipe, with its factors multiplied out."""
         tuned = best[variant.tuned].settings if variant.tuned in best else {}
         settings = variant.settings(tuned, on_own_base=self._on_own_base)
         without = _parsed(overlay(self._common(), settings), (), name).recipe
@@ -198,7 +198,7 @@ def _parsed(recipe: Mapping[str, Any], flags: Sequence[str], name: str) -> Exper
 
 
 def _as_run(command: ExperimentCommand, steps: int) -> Recipe:
-    """A recipe without what only a run on its own is to leave: trackers, pictures, a table, an export."""
+    """A recipe without the outputs that only a single run has: trackers, pictures, a table, an export."""
     recipe = command.recipe
     return replace(
         recipe,

@@ -16,13 +16,13 @@ from ngrpo_train.recipe.parsing import is_run
 class ExportCommand:
     """Write a run's weights for diffusers: a pipeline directory, or a LoRA file.
 
-    Where the run kept averaged weights (model.ema), it is those.
+    If the run kept averaged weights (model.ema), these are written.
     """
 
     out: Path
     """Directory to write."""
     checkpoint: str = "latest"
-    """"latest", "best" or a step's number."""
+    """Checkpoint of the run: "latest", "best" or a step's number."""
 
 
 def main(arguments: Sequence[str]) -> int:

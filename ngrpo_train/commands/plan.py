@@ -1,4 +1,4 @@
-"""`ngrpo plan`: whether a recipe fits a GPU, and what an iteration costs there."""
+"""`ngrpo plan`: tells whether a recipe fits a GPU, and the cost of an iteration there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ngrpo_train.recipe.sections import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCommand:
-    """Whether a recipe fits a GPU, and what an iteration costs there; nothing is loaded and no GPU is needed.
+    """Tell whether a recipe fits a GPU, and the cost of an iteration; nothing is loaded and no GPU is needed.
 
     Flags override the recipe's fields; the defaults shown are the recipe's.
     """
@@ -21,7 +21,7 @@ class PlanCommand:
     gpu: str = "h100-80"
     """A GPU by name and GB: a100-80, h100-80, h200-141, ..."""
     gpus: int = 1
-    """Processes, each with a GPU."""
+    """Number of processes, each with one GPU."""
     gpus_per_node: int = 8
 
 

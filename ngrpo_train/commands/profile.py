@@ -16,20 +16,20 @@ from ngrpo_train.recipe.sections import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileCommand:
-    """Where the time of a few iterations goes: tables, and a trace for Perfetto or chrome://tracing.
+    """Show where the time of a few iterations goes: tables, and a trace for Perfetto or chrome://tracing.
 
     Flags override the recipe's fields; the defaults shown are the recipe's.
     """
 
     recipe: RecipeFlags = field(default_factory=Recipe)
     iterations: int = 2
-    """Iterations profiled."""
+    """Iterations to profile."""
     warmup: int = 2
-    """Iterations before them: the first compile and allocate."""
+    """Iterations before the profiled ones; the first iterations compile and allocate."""
     out: Annotated[str, tyro.conf.arg(metavar="DIRECTORY", help_behavior_hint="")] = ""
-    """Directory to write; empty is "profiles/RECIPE"."""
+    """Directory to write; empty means "profiles/RECIPE"."""
     trace: bool = True
-    """Record with torch.profiler. Without, the iterations are marked for Nsight, as the printed commands want it."""
+    """Record with torch.profiler. Without it, iterations are marked for Nsight: run the printed commands."""
     memory: bool = False
     """Record the GPU's allocations too, for pytorch.org/memory_viz."""
 

@@ -1,6 +1,6 @@
 """`ngrpo reward-server`: scorers over HTTP, for trainers in other processes, environments or on other machines.
 
-Requests are scored one after the other by one thread, in the order of their arrival; the event loop only moves bytes.
+One thread scores requests one after the other, in the order of their arrival; the event loop only moves bytes.
 """
 
 # R rewards, N pictures.
@@ -46,26 +46,26 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_BODY_S = 60.0  # for a request to arrive
+_BODY_S = 60.0  # time for a request to arrive
 _ADMITTED = 64  # requests that arrive, wait or are scored; each holds its body in memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardServerCommand:
-    """Serve rewards over HTTP to trainers whose recipes have, for a reward, `remote = "http://HOST:PORT"`.
+    """Serve rewards over HTTP. A trainer's recipe sets `remote = "http://HOST:PORT"` for a reward.
 
-    --rewards NAME,NAME,... says which (names, or package.module:callable); without it, all of RECIPE's.
+    --rewards NAME,NAME,... names the rewards (or package.module:callable); without it, all of RECIPE's.
     For any reward NAME: --rewards.NAME.path, --rewards.NAME.dtype, ...
     """
 
     rewards: dict[str, Reward] = field(default_factory=dict)
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 is every one of this machine. Any but loopback needs a token."""
+    """Address to listen at; 0.0.0.0 means all addresses of this machine. Any but loopback needs a token."""
     port: int = 8000
-    """0 takes a free one, which is printed."""
+    """Port to listen at; 0 takes a free one, which is printed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_body_mb: int = 64
-    """MiB of a request; a larger one is refused."""
+    """Largest request in MiB; a larger one is refused."""
     allow_anyone: bool = False
     """Serve other machines without a token."""
     drain_s: int = 300
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def command_of(arguments: Sequence[str]) -> RewardServerCommand:
-    """`[RECIPE] --rewards NAMES ...` as a command. Exits with code 2 on a wrong flag; ValueError for a recipe."""
+    """Parse `[RECIPE] --rewards NAMES ...`. Exits with code 2 on a wrong flag; raises ValueError for a recipe."""
     recipe = Recipe()
     if arguments and not arguments[0].startswith("-"):
         recipe = resolve(read_recipe(find_recipe(arguments[0])), name=arguments[0])
@@ -87,11 +87,10 @@ def command_of(arguments: Sequence[str]) -> RewardServerCommand:
 
 
 def serve_command(command: RewardServerCommand) -> int:
-    """Serve until SIGINT or SIGTERM; requests in flight are then answered, for `drain_s` at most.
+    """Serve until SIGINT or SIGTERM; requests in flight are then answered, for at most `drain_s` seconds.
 
-    Returns 0, the exit code. If a scorer still computes when this time is over, it is named, and this
-    process exits with 1.
-    Raises ValueError for an address, device or reward that cannot be used.
+    Returns the exit code 0. If a scorer still computes when this time is over, its name is printed, and the process
+    exits with 1. Raises ValueError for an address, device or reward that cannot be used.
     """
     if not command.rewards:
         raise ValueError("--rewards must name rewards to serve, or the first argument a recipe that has some")
@@ -106,7 +105,7 @@ def serve_command(command: RewardServerCommand) -> int:
     if command.drain_s < 0:
         raise ValueError(f"--drain-s = {command.drain_s} must not be negative")
     device = _device(command.device)
-    with _bound(command.host, command.port) as listener:  # before scorers load, so that a taken port is known at once
+    with _bound(command.host, command.port) as listener:  # before scorers load: an occupied port is known at once
         rewards = Rewards(command.rewards, device)
         application = make_application(rewards, device, token=token, body_limit=command.max_body_mb * 2**20)
         server = uvicorn.Server(server_settings(application, drain_s=command.drain_s))
@@ -114,7 +113,7 @@ def serve_command(command: RewardServerCommand) -> int:
         def stop(*_: object) -> None:
             server.should_exit = True
 
-        # Its own handlers raise the signal once more when it has stopped, which would end this process with an error.
+        # After it has stopped, its own handlers raise the signal once more, which would end this process with an error.
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             listener.listen(128)
@@ -131,7 +130,7 @@ def serve_command(command: RewardServerCommand) -> int:
 
 
 def _exit_without(scorers: Sequence[str]) -> NoReturn:
-    """End this process although `scorers` still compute in a thread, which Python would wait for at a usual exit."""
+    """End this process while `scorers` still compute in a thread; a usual exit of Python would wait for them."""
     names = ", ".join(f"rewards.{name}" for name in scorers)
     print(f"ngrpo reward-server: stopped without an answer from {names}, still computing", file=sys.stderr)
     logging.shutdown()
@@ -143,7 +142,7 @@ def _exit_without(scorers: Sequence[str]) -> NoReturn:
 def make_application(
     rewards: Rewards, device: torch.device, *, token: str = "", body_limit: int = 64 * 2**20, admitted: int = _ADMITTED
 ) -> Starlette:
-    """The server as an ASGI application. `token`, where given, is asked of every request; `body_limit` is in bytes."""
+    """The server as an ASGI application. With `token`, every request must have it; `body_limit` is in bytes."""
     service = _Service(rewards, device, token=token, body_limit=body_limit, admitted=admitted)
     application = Starlette(
         routes=[
@@ -178,7 +177,7 @@ class _Service:
         self._free = admitted
         self.scoring: set[str] = set()  # names of the rewards of the request that is computed now
         self._scorer, self._decoder = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        # Pictures take more memory than their files: those of the next request are decoded while one is scored.
+        # Pictures take more memory than their files. Those of the next request are decoded while one is scored.
         self._decoded, self._turn = asyncio.Semaphore(2), asyncio.Lock()
 
     @asynccontextmanager
@@ -187,7 +186,7 @@ class _Service:
             yield
         finally:
             for executor in (self._scorer, self._decoder):
-                executor.shutdown(wait=False, cancel_futures=True)  # a scorer that hangs would be waited for for ever
+                executor.shutdown(wait=False, cancel_futures=True)  # else it would wait for a scorer that hangs
 
     async def health(self, request: Request) -> Response:
         self._refuse_stranger(request)
@@ -210,8 +209,8 @@ class _Service:
         try:
             return await self._answer(request, names)
         except ClientDisconnect:
-            return Response(status_code=400)  # to nobody
-        except asyncio.CancelledError as error:  # by uvicorn, when the server has been told to stop and time is over
+            return Response(status_code=400)  # the sender is gone
+        except asyncio.CancelledError as error:  # from uvicorn, when the server was told to stop and its time is over
             raise HTTPException(503, "the server stopped before the scores were there") from error
         finally:
             self._free += 1
@@ -224,7 +223,7 @@ class _Service:
             except ValueError as error:
                 raise HTTPException(400, str(error)) from error
             async with self._turn:
-                if await request.is_disconnected():  # gave up waiting, and may have asked again
+                if await request.is_disconnected():  # the client gave up waiting, and may have asked again
                     raise ClientDisconnect
                 began = time.perf_counter()
                 try:
@@ -264,7 +263,7 @@ class _Service:
         return list(dict.fromkeys(asked)) or list(self._rewards.names)
 
     async def _body(self, request: Request) -> bytes:
-        """All of it. Raises HTTPException as soon as it is seen to be too large, or is too slow."""
+        """The whole body. Raises HTTPException as soon as it is known to be too large, or if it is too slow."""
         declared = request.headers.get("content-length", "")
         if declared.isdigit() and int(declared) > self._body_limit:
             raise self._too_large()
@@ -304,8 +303,8 @@ def _device(setting: str) -> torch.device:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket that has the address and does not listen yet: who asks too early is refused, and tries again."""
-    if not 0 <= port < 2**16:  # which resolving the name would cut down to 16 bits
+    """A socket bound to the address, not yet listening: a client that asks too early is refused, and tries again."""
+    if not 0 <= port < 2**16:  # resolving the name would cut the port to 16 bits
         raise ValueError(f"--port = {port} must be 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -18,7 +18,7 @@ from ngrpo_train.recipe.sections import Parallel, Recipe, Sampling
 class SampleCommand:
     """Generate pictures with a run, a directory in FLUX.1's layout or a hub id.
 
-    The settings of a run are its recipe's.
+    The settings of a run are those of its recipe.
     """
 
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")] = ()
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def sample(source: str, recipe: Recipe, command: SampleCommand) -> int:
-    """Write `per_prompt` pictures of each prompt and a grid of all; without prompts, of the recipe's first eight."""
+    """Write `per_prompt` pictures of each prompt, and a grid of all; without prompts, the recipe's first eight."""
     import torch
 
     from ngrpo_train.parallel import processes

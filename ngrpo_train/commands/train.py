@@ -1,4 +1,4 @@
-"""`ngrpo train`: train by a recipe into a run directory."""
+"""`ngrpo train`: trains by a recipe, into a run directory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TrainCommand:
 
     Flags override the recipe's fields; the defaults shown are the recipe's.
 
-    --rewards NAME,NAME,... trains on these, in place of the recipe's rewards.
+    --rewards NAME,NAME,... trains on these rewards instead of the recipe's.
 
     For any reward NAME: --rewards.NAME.weight, --rewards.NAME.path, ...
     """
@@ -29,7 +29,7 @@ class TrainCommand:
     resume: Annotated[str, tyro.conf.arg(metavar="latest|PATH", help_behavior_hint="")] = ""
     """Continue a run: "latest" for the newest checkpoint in its directory, or the path of a checkpoint or run."""
     overwrite: bool = False
-    """Delete what an earlier run left in the run directory."""
+    """Delete the files that an earlier run left in the run directory."""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""A model beside its base: pictures of both, then scores of both, and the table, CSV and summary that they leave."""
+"""A model beside its base: pictures of both, then scores of both, then a table, a CSV and a summary."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ngrpo_train.run.trained import FLUX_DEV, Source
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A model's pictures, where their scores go, and what they are called."""
+    """A model's pictures, the files for their scores, and the model's label."""
 
     label: str
     pictures: Sequence[Picture]
@@ -43,12 +43,12 @@ def evaluate_model(
     checkpoint: str = "latest",
     out: Path,
 ) -> int:
-    """Generate and score pictures of a model and of its base, both or what is missing of them; returns the exit code.
+    """Generate and score pictures of a model and of its base, as far as they are missing; returns the exit code.
 
     `trained` are the rewards that the model was trained on. `base` is a model, the directory of an earlier evaluation
-    of one, "none", or empty: the model that a run began from. `tail_steps` of the solver's last steps are the base
-    model's. Raises ValueError, before any picture is made, for rewards, prompts, models and directories that cannot be
-    used.
+    of one, "none", or empty for the model that a run began from. The base model makes the last `tail_steps` of the
+    solver's steps. Raises ValueError, before any picture is made, for rewards, prompts, models and directories that
+    cannot be used.
     """
     prompts = load_prompts(recipe.prompts.source, by_style=True)
     with processes.joined(recipe.parallel) as launch:
@@ -65,7 +65,7 @@ def evaluate_model(
             beside = _claim(out / "base", original, recipe, prompts)
         elif earlier:
             _refuse_unlike(earlier, gallery)
-            # Its record has texts and styles; what scorers read of the rows is what the prompts' file says now.
+            # The record has texts and styles. Scorers read the rows of the prompt file as it is now.
             beside = Gallery(earlier.directory, earlier.made, prompts, earlier.per_prompt)
         _draw(source, recipe, launch.device, gallery, original, tail_steps)
         steps = [Step(_label(source), gallery.pictures(), ScoreFiles(gallery.directory))]
@@ -80,7 +80,7 @@ def evaluate_model(
 
 
 def evaluate_images(images: Path, recipe: Recipe, out: Path) -> int:
-    """Score existing pictures; returns the exit code, 1 where one of them cannot be read."""
+    """Score existing pictures; returns the exit code, 1 if a picture cannot be read."""
     prompts = load_prompts(recipe.prompts.source, by_style=True)
     with processes.joined(recipe.parallel) as launch:
         _refuse_scorers(recipe.rewards)
@@ -117,7 +117,7 @@ def _score_and_report(
             Console(file=file, markup=False, emoji=False, width=60 + 20 * len(rewards)).print(table, below)
         if sys.stdout.isatty():
             Console(markup=False, emoji=False, highlight=False).print(table, below)
-        else:  # whose width nobody knows
+        else:  # a file or a pipe, whose width is unknown
             print((out / "table.txt").read_text(encoding="utf-8"), end="")
         write_csv(out / "scores.csv", rewards, scored, raw)
         write_json(
@@ -132,7 +132,7 @@ def _score_and_report(
 
 
 def _refuse_scorers(rewards: Mapping[str, Reward]) -> None:
-    """Load every scorer once before hours of pictures: missing weights or a silent server are found now."""
+    """Load every scorer once before hours of generating: missing weights or a silent server are found now."""
     if not rewards:
         raise ValueError("--rewards must name at least one reward, or package.module:callable")
     for name, reward in rewards.items():
@@ -140,7 +140,7 @@ def _refuse_scorers(rewards: Mapping[str, Reward]) -> None:
 
 
 def _base_of(source: Source, recipe: Recipe, base: str) -> Source | None:
-    """The model to hold it against; None where it is a base model itself."""
+    """The model to compare with; None where the model is a base model itself."""
     if base:
         return Source(base, replace(recipe.model, name_or_path=base, transformer="", tuning="full"))
     if source.checkpoint or source.model.transformer:
@@ -185,7 +185,7 @@ def _claim(
 
 
 def _written(source: Source) -> str:
-    """When the weights were written: a run made again in the same place is another model."""
+    """The time when the weights were written: a run made again in the same place is another model."""
     if source.checkpoint:
         files = source.checkpoint.glob("**/*")
     else:
@@ -202,7 +202,7 @@ def _draw(
     base: Source | None = None,
     tail_steps: int = 0,
 ) -> None:
-    """The model is loaded only if pictures are missing, and gone afterwards."""
+    """Generate the missing pictures. The model is loaded only if there are any, and freed afterwards."""
     if gallery.missing():
         processes.barrier()
         with source.loaded(recipe, device) as model:
@@ -218,7 +218,7 @@ def _label(source: Source) -> str:
 
 
 def _label_of(earlier: Gallery) -> str:
-    """An evaluation goes by its directory; the base model's half of one by the model."""
+    """The label of an earlier evaluation: its directory's name; for the base model's half of one, the model's name."""
     made = earlier.made
     return (
         earlier.directory.parent.name

@@ -1,4 +1,4 @@
-"""A directory of generated pictures that knows what they are pictures of, so that work on it can stop and go on."""
+"""A directory of generated pictures that records how they were made, so that work on it can stop and go on."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ _RECORD = "gallery.json"
 class Picture:
     file: Path
     prompt: Prompt
-    version: str = ""  # of a file that others wrote, and may write again
+    version: str = ""  # tells versions of a file that others wrote, and may write again; empty for our own
 
     @property
     def key(self) -> str:
-        """What its scores are kept under: another where its prompt's row, which scorers may read, is another."""
+        """The key of its scores. It changes with the prompt's row, which scorers may read."""
         request = self.prompt.request
         row = "" if isinstance(request, str) else _digest(json.dumps(request, sort_keys=True))
         return " ".join(part for part in (self.file.name, self.version, row) if part)
 
 
 class Gallery:
-    """`per_prompt` pictures in a row for each prompt; a picture's place among all of them draws its noise."""
+    """A directory with `per_prompt` pictures in a row for each prompt; a picture's place among all seeds its noise."""
 
     def __init__(self, directory: Path, made: Mapping[str, Any], prompts: Sequence[Prompt], per_prompt: int) -> None:
         self.directory, self.made, self.prompts, self.per_prompt = directory, dict(made), list(prompts), per_prompt
 
     @staticmethod
     def claim(directory: Path, made: Mapping[str, Any], prompts: Sequence[Prompt], per_prompt: int) -> Gallery:
-        """Make the directory, or go on in it where it holds pictures that are `made` alike; a collective.
+        """Make the directory, or go on in it where it holds pictures with an equal `made`; a collective.
 
-        Raises ValueError, naming the difference, where they are made otherwise or the directory is something else.
+        Raises ValueError, naming the difference, where they were made otherwise or the directory is something else.
         """
         gallery = Gallery(directory, made, prompts, per_prompt)
         record = gallery.record()
@@ -53,7 +53,7 @@ class Gallery:
             raise ValueError(f"{directory} exists and holds no pictures of `ngrpo eval`: give another --out")
         if found is not None and (difference := differing(found, record)):
             raise ValueError(f"the pictures in {directory} were made with {difference}: give another --out")
-        processes.barrier()  # all have looked before one of them writes
+        processes.barrier()  # all processes have looked before one of them writes
         if processes.rank() == 0 and found is None:
             directory.mkdir(parents=True, exist_ok=True)
             aside = directory / f".{_RECORD}"
@@ -64,7 +64,7 @@ class Gallery:
 
     @staticmethod
     def read(directory: Path) -> Gallery | None:
-        """The gallery that an earlier command left; None where there is none."""
+        """The gallery that an earlier command left; None where the directory is not one."""
         found = _read(directory)
         if found is None:
             return None
@@ -72,7 +72,7 @@ class Gallery:
         return Gallery(directory, found, prompts, found.pop("per_prompt"))
 
     def record(self) -> dict[str, Any]:
-        """What the directory's pictures are, as it is written and read back."""
+        """The description of the directory's pictures, as it is written and read back."""
         prompts = [[prompt.text, prompt.style] for prompt in self.prompts]
         record: dict[str, Any] = json.loads(
             json.dumps({**self.made, "per_prompt": self.per_prompt, "prompts": prompts})
@@ -90,7 +90,7 @@ class Gallery:
         return self.prompts[slot // self.per_prompt]
 
     def missing(self) -> list[int]:
-        """The places of pictures that are still to be made."""
+        """The places of pictures that are not yet made."""
         there = set(os.listdir(self.directory))
         return [slot for slot in range(len(self)) if self.file(slot).name not in there]
 
@@ -98,7 +98,7 @@ class Gallery:
         return [Picture(self.file(slot), self.prompt(slot)) for slot in range(len(self))]
 
     def save(self, slot: int, image: Tensor) -> None:
-        """uint8 [3, H, W] on the CPU; a file is whole or not there, whenever the process is killed."""
+        """Save uint8 [3, H, W] on the CPU. Whenever the process is killed, a file is whole or not there."""
         aside = self.directory / f".{self.file(slot).name}.{os.getpid()}"
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(aside, format="PNG")
         aside.replace(self.file(slot))
@@ -115,7 +115,7 @@ def _read(directory: Path) -> dict[str, Any] | None:
 
 
 def _is_empty(directory: Path) -> bool:
-    """But for the record of a process that was killed as it wrote it."""
+    """True for a directory that is empty but for the unfinished record of a process that was killed."""
     return all(path.name == f".{_RECORD}" for path in directory.iterdir())
 
 
@@ -150,11 +150,11 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 def existing_pictures(directory: Path, prompts: Sequence[Prompt]) -> list[Picture]:
     """The pictures of a directory with their prompts.
 
-    A name that begins with a number says which prompt, from 0: 00012.png, 12_03.png, as this command and `ngrpo sample`
-    write them. Where no name does, there must be as many pictures for each prompt, and they are taken in order of name,
-    2 before 10.
+    A number at the start of a name is its prompt's, from 0: 00012.png, 12_03.png, as this command and `ngrpo sample`
+    write them. If no name begins with a number, each prompt must have the same number of pictures; they are taken in
+    order of name, 2 before 10.
 
-    Raises ValueError where a picture's prompt cannot be told.
+    Raises ValueError where the prompt of a picture cannot be found.
     """
     if not directory.is_dir():
         raise ValueError(f"--images = {str(directory)!r} is no directory")
@@ -189,13 +189,13 @@ def _is_picture(path: Path) -> bool:
 
 
 def _in_order(path: Path) -> list[tuple[str, int]]:
-    """Sorts image_2.png before image_10.png."""
+    """The sort key that puts image_2.png before image_10.png."""
     parts = re.split(r"(\d+)", path.name)
     return [(text, int(number or 0)) for text, number in zip(parts[::2], [*parts[1::2], ""], strict=True)]
 
 
 def _version(file: Path, prompt: Prompt) -> str:
-    """Changes with the file and with the prompt that it is taken to show."""
+    """A string that changes with the file, and with the text of its prompt."""
     stat = file.stat()
     return _digest(f"{stat.st_size} {stat.st_mtime_ns} {prompt.text}")
 

@@ -1,4 +1,4 @@
-"""Scores of pictures that lie on disk: one reward at a time, shared out over processes, kept as they come."""
+"""Scores of pictures on disk: one reward at a time, shared out over processes, saved as they come."""
 
 # R rewards, N pictures.
 
@@ -22,21 +22,21 @@ from ngrpo_train.parallel.progress import progress
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, refuse_non_finite
 
-_IDENTITY = ("path", "backend", "dtype", "processor", "template")  # of a reward: what its scores depend on
+_IDENTITY = ("path", "backend", "dtype", "processor", "template")  # fields of a reward that its scores depend on
 _DECODERS = 8
 
 
 class ScoreFiles:
     """A directory's scores by reward and picture, a JSON line for every batch; each process appends to its own file.
 
-    Lines of a reward with other settings do not count, nor does the last line of a process that was killed.
+    Lines of a reward with other settings are ignored, and so is an unfinished last line of a process that was killed.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def read(self, name: str, reward: Reward) -> dict[str, float]:
-        """Picture's key -> score."""
+        """The scores of a reward: picture's key -> score."""
         scores: dict[str, float] = {}
         for file in sorted(self.directory.glob("scores_*.jsonl")):
             for line in file.read_text(encoding="utf-8").splitlines():
@@ -54,7 +54,7 @@ class ScoreFiles:
             file.seek(0, 2)
             if file.tell():
                 file.seek(-1, 2)
-                torn = file.read(1) != b"\n"  # a killed process left half a line
+                torn = file.read(1) != b"\n"  # a killed process left part of a line
                 file.write(b"\n" if torn else b"")
             file.write(json.dumps(row).encode() + b"\n")
 
@@ -66,22 +66,22 @@ def _identity(reward: Reward) -> dict[str, str]:
 def score_missing(
     pictures: Sequence[Picture], rewards: Mapping[str, Reward], files: ScoreFiles, device: torch.device, what: str
 ) -> None:
-    """Score what `files` lacks; a collective. Pictures that cannot be read are left out.
+    """Compute the scores that `files` lacks; a collective. Pictures that cannot be read are left out.
 
     Raises RewardError, naming reward and prompt, where a scorer fails or a score is not finite.
     """
     todo = {name: _batches_without(pictures, files.read(name, reward), reward) for name, reward in rewards.items()}
-    processes.barrier()  # all have looked before one of them writes
+    processes.barrier()  # all processes have looked before one of them writes
     ranks, rank = processes.world_size(), processes.rank()
     for name, reward in rewards.items():
         mine = todo[name][rank::ranks]
         failure = None
         try:
-            if todo[name]:  # on every process, for loading a scorer may be a collective
+            if todo[name]:  # on every process, since loading a scorer may be a collective
                 _score(mine, name, reward, files, device, what)
         except RewardError as error:
             failure = error
-        # Together, for a process that went on alone would wait for the others until its collective timed out.
+        # All stop together. A process that went on alone would wait for the others until its collective timed out.
         if processes.any_rank(failure is not None):
             raise failure or RewardError(f"rewards.{name} failed on another process, which says why")
 
@@ -91,8 +91,8 @@ def _without(pictures: Sequence[Picture], scores: Mapping[str, float]) -> list[P
 
 
 def _batches_without(pictures: Sequence[Picture], scores: Mapping[str, float], reward: Reward) -> list[list[Picture]]:
-    """What lacks a score, in batches that are alike whatever has one and however many processes share them."""
-    size = 4 * reward.batch  # several, for scorers elsewhere that are asked for several at once
+    """The pictures without a score, in batches that existing scores and the number of processes do not change."""
+    size = 4 * reward.batch  # several times a batch, for scorers elsewhere that take several requests at once
     batches = [_without(pictures[start : start + size], scores) for start in range(0, len(pictures), size)]
     return [batch for batch in batches if batch]
 
@@ -105,7 +105,7 @@ def _score(
     device: torch.device,
     what: str,
 ) -> None:
-    rewards = Rewards({name: reward}, device)  # this reward's weights alone, and only now
+    rewards = Rewards({name: reward}, device)  # only this reward's weights, and only now
     with progress(f"{what}: {name}", sum(map(len, batches))) as advance:
         for batch, images in _decoded(batches):
             of_batch: dict[str, float] = {}
@@ -126,7 +126,7 @@ def _shape(pair: tuple[Picture, Tensor]) -> tuple[int, ...]:
 
 
 def _decoded(batches: Sequence[Sequence[Picture]]) -> Iterator[tuple[Sequence[Picture], list[Tensor | None]]]:
-    """Batches with their pictures' pixels, the next one decoded while this one is scored."""
+    """Batches with their pictures' pixels; the next batch is decoded while this one is scored."""
     with ThreadPoolExecutor(_DECODERS) as pool:
         ahead = [pool.submit(_read_or_none, picture.file) for batch in batches[:1] for picture in batch]
         for i, each in enumerate(batches):
@@ -144,10 +144,10 @@ def _read_or_none(file: Path) -> Tensor | None:
 
 
 def read_picture(file: Path) -> Tensor:
-    """uint8 [3, H, W]. Raises ValueError for a file that is not a whole picture."""
+    """The pixels of a picture, uint8 [3, H, W]. Raises ValueError for a file that is not a whole picture."""
     try:
         with Image.open(file) as image:
-            if image.mode[0] in "IF":  # which PIL would not scale, but clip
+            if image.mode[0] in "IF":  # PIL would clip these, not scale them
                 raise ValueError(f"pixels of PIL's mode {image.mode}: save it with 8 bits a channel")
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -155,7 +155,7 @@ def read_picture(file: Path) -> Tensor:
 
 
 def unreadable(pictures: Sequence[Picture], rewards: Mapping[str, Reward], files: ScoreFiles) -> dict[str, str]:
-    """The pictures that have no score after all were scored, and why: file -> reason."""
+    """The pictures that still have no score after scoring, with the reason: file -> reason."""
     lacking = {
         picture.file for name, reward in rewards.items() for picture in _without(pictures, files.read(name, reward))
     }
@@ -170,7 +170,7 @@ def unreadable(pictures: Sequence[Picture], rewards: Mapping[str, Reward], files
 
 
 def gather(pictures: Sequence[Picture], rewards: Mapping[str, Reward], files: ScoreFiles) -> Tensor:
-    """Float64 [R, N], NaN for pictures without a score."""
+    """Scores as float64 [R, N], NaN for pictures without a score."""
     rows = []
     for name, reward in rewards.items():
         scores = files.read(name, reward)

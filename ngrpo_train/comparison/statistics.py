@@ -1,4 +1,4 @@
-"""Means over prompts, and how far they can be trusted: bootstrap confidence intervals (Efron's percentiles)."""
+"""Means over prompts, and their uncertainty: bootstrap confidence intervals (Efron's percentiles)."""
 
 # R rewards, P prompts, N pictures.
 
@@ -15,7 +15,7 @@ _AT_ONCE = 2**22  # draws held at a time
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Float64 [R] each: the mean over prompts, and where 95 % of resampled means lie."""
+    """The mean over prompts, and the bounds that hold 95 % of resampled means: float64 [R] each."""
 
     mean: Tensor
     low: Tensor
@@ -23,9 +23,9 @@ class Interval:
 
 
 def prompt_means(scores_RN: Tensor, prompt_N: Tensor, prompts: int) -> Tensor:
-    """Float64 [R, P]: the mean of each prompt's pictures that have a score; NaN where none has.
+    """The mean score of each prompt's pictures: float64 [R, P]; NaN where no picture has a score.
 
-    Pictures of one prompt are not independent, so a prompt counts once, however many pictures it has.
+    Pictures of one prompt are not independent. So a prompt counts once, whatever its number of pictures.
     """
     known = scores_RN.isfinite()
     index = prompt_N.expand_as(scores_RN)
@@ -37,8 +37,8 @@ def prompt_means(scores_RN: Tensor, prompt_N: Tensor, prompts: int) -> Tensor:
 def bootstrap(values_RP: Tensor, *, resamples: int = 10_000, level: float = 0.95) -> Interval:
     """The mean over prompts of every reward and its interval, over `resamples` draws of P prompts with replacement.
 
-    Draws are fixed, so a table is the same whenever it is made. Prompts without a value (NaN in any reward) are left
-    out; with fewer than two of them the bounds are NaN.
+    Draws are fixed, so that a table is always the same. Prompts without a value (NaN in any reward) are left out. With
+    fewer than two prompts, the bounds are NaN.
     """
     values_PR = values_RP[:, values_RP.isfinite().all(0)].T.double()
     count, rewards = values_PR.shape
@@ -49,7 +49,7 @@ def bootstrap(values_RP: Tensor, *, resamples: int = 10_000, level: float = 0.95
     means, at_once = [], max(1, _AT_ONCE // count)
     for start in range(0, resamples, at_once):
         drawn = torch.randint(count, (min(at_once, resamples - start), count), generator=generator)
-        # How often each prompt was drawn: several times faster than to look up values that are then summed.
+        # Counts of how often each prompt was drawn: several times faster than to look values up and sum them.
         one = torch.ones((), dtype=torch.float64).expand(drawn.shape)
         often = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, one)
         means.append(often @ values_PR / count)

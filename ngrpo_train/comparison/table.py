@@ -1,4 +1,4 @@
-"""The row of the paper's Table 1 for a model, its base's, and their difference; and the same per style."""
+"""The row of the paper's Table 1 for a model, its base's row, and their difference; and the same for each style."""
 
 # R rewards, P prompts, N pictures.
 
@@ -24,7 +24,7 @@ from ngrpo_train.prompts import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """How the paper prints a reward: its heading, and what a score is multiplied by."""
+    """A reward's column as the paper prints it: its heading, and the factor of a score."""
 
     heading: str
     scale: float = 1.0
@@ -38,7 +38,7 @@ _COLUMNS = {
     "unified": Column("Unified"),
     "aesthetic": Column("Aes"),
 }
-# FLUX.1-dev over HPDv2's 3,200 prompts as the paper's Table 1 has it: what a base model's row should come near to.
+# The paper's Table 1 for FLUX.1-dev over HPDv2's 3,200 prompts: a base model's row should come near to it.
 PAPER = {
     "hpsv2_1": 0.310,
     "pickscore": 0.227,
@@ -67,7 +67,7 @@ class Scored:
         return Scored(label, pictures, raw_RN * scale[:, None])
 
     def by_prompt(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Float64 [R, P]."""
+        """The mean score of each prompt: float64 [R, P]."""
         row = {prompt: i for i, prompt in enumerate(prompts)}
         prompt_N = torch.tensor([row[picture.prompt] for picture in self.pictures])
         return prompt_means(self.scores_RN, prompt_N, len(prompts))
@@ -75,16 +75,16 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """All prompts, or those of one style: every model's interval, and how far the evaluated one is above its base."""
+    """All prompts, or those of one style: every model's interval, and the evaluated model's difference to its base."""
 
-    style: str | None  # None for all
+    style: str | None  # None for all prompts
     prompts: int
     models: Mapping[str, Interval]
     difference: Interval | None
 
 
 def sections(prompts: Sequence[Prompt], model: Scored, base: Scored | None) -> list[Section]:
-    """The section of all prompts, then one for each style where there are several."""
+    """The section of all prompts, then, if there are several styles, one for each style."""
     styles = list(dict.fromkeys(prompt.style for prompt in prompts))
     chosen: dict[str | None, list[int]] = {None: list(range(len(prompts)))}
     if len(styles) > 1:
@@ -101,9 +101,10 @@ def sections(prompts: Sequence[Prompt], model: Scored, base: Scored | None) -> l
 def render(
     found: Sequence[Section], rewards: Sequence[str], in_domain: Sequence[str], paper: Mapping[str, float]
 ) -> Table:
-    """A block of rows for each section. Rewards that the model was trained on are marked, as the paper underlines them.
+    """A table with a block of rows for each section. Rewards that the model was trained on are marked; the paper
+    underlines them.
 
-    `paper` is a row to hold the base model's against, or empty.
+    `paper` is a row to compare the base model's with, or empty.
     """
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("prompts", overflow="fold")
@@ -126,7 +127,7 @@ def render(
 
 
 def legend(found: Sequence[Section], rewards: Sequence[str], in_domain: Sequence[str]) -> str:
-    """What stands below the table."""
+    """The lines below the table."""
     of = "difference" if found[0].difference else "mean"
     parts = [f"95 %: bootstrap interval of the {of} over prompts"]
     if set(in_domain) & set(rewards):
@@ -143,7 +144,7 @@ def _bounds(section: Section) -> list[str]:
 
 
 def summary(found: Sequence[Section], rewards: Sequence[str]) -> dict[str, Any]:
-    """The table as plain values, in the paper's units; null where nothing is known."""
+    """The table as plain values, in the paper's units; null for an unknown value."""
     plain = {
         section.style: {
             "prompts": section.prompts,
@@ -166,7 +167,7 @@ def _plain(interval: Interval, rewards: Sequence[str]) -> dict[str, dict[str, fl
 
 
 def write_csv(path: Path, rewards: Sequence[str], scored: Sequence[Scored], raw: Mapping[str, Tensor]) -> None:
-    """A row for every picture, with scores as the rewards give them."""
+    """Write a row for every picture, with scores as the rewards return them."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["model", "picture", "style", "prompt", *rewards])

@@ -13,17 +13,17 @@
     paper_table = "Table 3"          source of the variants' `paper` numbers
     tuning = "FILE"                  CSV that `tuned` variants take their settings from; beside this file
 
-    [recipe.algorithm]               sections of a recipe that replace the base's, for all variants
+    [recipe.algorithm]               sections of a recipe that override the base's, for all variants
     p = 2.0
     [own_base.train]                 the same, only if the base is the grid's own: settings for its size
     steps = 30
 
     [[variants]]
-    name = "sigma 0.3"               then any sections of a recipe, which replace all of the above
+    name = "sigma 0.3"               then any sections of a recipe, which override all of the above
     algorithm = { sigma = 0.3 }
     own_base.train = { steps = 20 }  sections used only if the base is the grid's own
-        each = { "algorithm.p" = [1, 2] }             one variant for each value: "sigma 0.3, p 1" and "sigma 0.3, p 2";
-        times = { "train.steps" = [1, 2] }            for several fields, all combinations. `times` multiplies the field
+    each = { "algorithm.p" = [1, 2] }             one variant for each value: "sigma 0.3, p 1" and "sigma 0.3, p 2";
+    times = { "train.steps" = [1, 2] }            for several fields, all combinations. `times` multiplies the field
     control = true                   a second run, with rewards shuffled at random within each group
     family = "neighbor"              in a grid for tuning: a trial of this family
     tuned = "neighbor"               settings of this family's best trial; the variant's own win

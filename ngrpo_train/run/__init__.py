@@ -1,1 +1,1 @@
-"""A training run: the loop, what it looks at before any work, checkpoints, figures and warnings."""
+"""A training run: its loop, the checks before any work, checkpoints, figures and warnings."""

@@ -1,4 +1,4 @@
-"""What a rewarded model may do to its pictures unseen by its rewards: a grid at the patch period, a cast, sameness."""
+"""Damage that a model may do to its pictures unseen by its rewards: a grid at the patch period, a cast, sameness."""
 
 # N pictures, P prompts, n pictures of each; H, W pixels; E features of an embedding; K frequencies of a line.
 
@@ -16,25 +16,25 @@ _AT_ONCE = 8  # pictures: 1024x1024 of them take 1 GiB of intermediates
 # --- grids
 
 _LUMA = (0.2126, 0.7152, 0.0722)
-_FLOOR = 0.25  # grey levels of 255: the amplitude of a wave that nobody can see
-_NEIGHBOURS = 8  # bins on either side that a peak is held against
+_FLOOR = 0.25  # grey levels of 255: the amplitude of a wave that no one can see
+_NEIGHBOURS = 8  # bins on either side with which a peak is compared
 
 
 def grid_strength(images: Tensor, period: int = 16) -> Tensor:
-    """How much stronger pictures are at a period of `period` pixels than beside it: about 1 where there is no grid.
+    """The strength of pictures at a period of `period` pixels, relative to nearby periods: about 1 without a grid.
 
-    FLUX draws patches of 2x2 latent pixels, 16x16 of the picture; its VAE's own cells are 8x8. Float32 [N] for uint8
-    images [N, 3, H, W].
+    FLUX draws patches of 2x2 latent pixels, which are 16x16 pixels of the picture; the cells of its VAE are 8x8.
+    Returns float32 [N] for uint8 images [N, 3, H, W].
 
-    Of luminance under a Hann window, F(v, u) is the amplitude of the wave of v cycles down and u cycles across. A peak,
-    at multiples of H / period and W / period, is held against its neighbours 2 to 8 bins nearer to frequency 0 and
+    F(v, u) is the amplitude of the wave of v cycles down and u cycles across, of luminance under a Hann window. A peak,
+    at multiples of H / period and W / period, is compared with its neighbours 2 to 8 bins nearer to frequency 0 and
     farther from it:
         ratio = (F_peak^2 + floor^2) / (mean F_neighbour^2 + floor^2),    floor = 1/4 grey level.
-    The result is the largest of three means of it: over lines that cross the whole picture (u or v is 0), over what
-    repeats in both directions, and over lines of |difference of adjacent pixels|, which shows seams between patches
-    even where their steps have either sign, as those of JPEG's blocks (at period 8, and half as much at 16).
+    The result is the largest of three means of this ratio: over lines that cross the whole picture (u or v is 0), over
+    patterns that repeat in both directions, and over lines of |difference of adjacent pixels|. The third shows seams
+    between patches even where their steps have either sign, as in JPEG's blocks (at period 8, and half as much at 16).
 
-    A picture is cropped to whole periods. Of fewer than some 16 periods values scatter, and upwards (64 pixels of noise
+    A picture is cropped to whole periods. With fewer than about 16 periods, values scatter upwards (64 pixels of noise
     have 1.7 +- 0.5): compare means over pictures with those of the base model's.
     Raises ValueError for pictures of less than 4 periods.
     """
@@ -64,15 +64,16 @@ def _grid_strength(images: Tensor, period: int) -> Tensor:
 
 
 def _power(x: Tensor, window: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Squared amplitude of the wave at each frequency; the mean is taken out."""
+    """The squared amplitude of the wave at each frequency, after the mean is subtracted."""
     x = x - (x * window).sum(dims, keepdim=True) / window.sum()
     return (torch.fft.fftn(x * window, dim=dims).abs() * (2 / window.sum())).square()
 
 
 def _ratios(power: Tensor, down: int, across: int) -> Tensor:
-    """[N, V / down, U / across] of power [N, V, U]: each bin at a multiple of the spacings against its neighbours.
+    """Ratios [N, V / down, U / across] of power [N, V, U]: each bin at a multiple of the spacings over its neighbours.
 
-    Those are on the line to the bin from frequency 0: the spectrum of a single edge is such a line, and no grid.
+    The neighbours lie on the line from frequency 0 through the bin. The spectrum of a single edge is such a line, and
+    an edge is not a grid.
     """
     rows, columns = power.shape[1:]
     v = torch.fft.fftfreq(rows // down, 1 / (rows // down), device=power.device)[:, None, None] * down
@@ -80,7 +81,7 @@ def _ratios(power: Tensor, down: int, across: int) -> Tensor:
     step = torch.arange(-_NEIGHBOURS, _NEIGHBOURS + 1, device=power.device)
     farthest = torch.maximum(v.abs(), u.abs()).clamp(min=1)
     near_v, near_u = (v + v / farthest * step).round().int(), (u + u / farthest * step).round().int()
-    # Under a Hann window a peak reaches into the bins next to it.
+    # Under a Hann window, a peak extends into the bins next to it.
     on_a_peak = (((near_v + 1) % down <= 2) | (down == 1)) & ((near_u + 1) % across <= 2)
     weight = (~on_a_peak).float()
     background = (power[:, near_v % rows, near_u % columns] * weight).sum(-1) / weight.sum(-1).clamp(min=1)
@@ -107,8 +108,11 @@ def lab(images: Tensor) -> Tensor:
 
 
 def colour_balance(images: Tensor) -> Tensor:
-    """Float32 [N, 4] of uint8 images [N, 3, H, W]: the means over a picture of L*, a* (red > 0 > green), b* (yellow > 0
-    > blue) and of the chroma sqrt(a*^2 + b*^2)."""
+    """The mean colours of pictures: float32 [N, 4] of uint8 images [N, 3, H, W].
+
+    The columns are the means over a picture of L*, a* (red > 0 > green), b* (yellow > 0 > blue) and of the chroma
+    sqrt(a*^2 + b*^2).
+    """
     return _in_parts(lambda part: _colour_balance(lab(part)), images)
 
 
@@ -118,16 +122,16 @@ def _colour_balance(lab_NCHW: Tensor) -> Tensor:
 
 
 class ColourShift(NamedTuple):
-    """How the colours of pictures moved; all in units of CIELAB, where a difference of 2 or 3 is just seen."""
+    """The change in the colours of pictures, in units of CIELAB, where a difference of 2 or 3 is just visible."""
 
-    distance: Tensor  # mean over pictures of the distance of their mean colours (Delta E, 1976)
-    cast: Tensor  # length of the mean shift in (a*, b*): what all pictures share, as content that differs cancels
+    distance: Tensor  # mean over pictures of the distance between their mean colours (Delta E, 1976)
+    cast: Tensor  # length of the mean shift in (a*, b*): common to all pictures, as different contents cancel
     lightness: Tensor  # mean change of L*
-    chroma: Tensor  # mean change of the chroma: more saturated is positive
+    chroma: Tensor  # mean change of the chroma; positive means more saturated
 
 
 def colour_shift(balance: Tensor, base_balance: Tensor) -> ColourShift:
-    """From the base model's pictures to those of the same prompts and noise now: [N, 4] each, from `colour_balance`."""
+    """The shift of colours from base pictures to those of the same prompts and noise; [N, 4] from `colour_balance`."""
     change = balance - base_balance
     mean = change.mean(0)
     return ColourShift(change[:, :3].norm(dim=1).mean(), mean[1:3].norm(), mean[0], mean[3])
@@ -139,19 +143,19 @@ _CELLS = 8
 
 
 def pixel_embedding(images: Tensor) -> Tensor:
-    """Float32 [N, 192] of uint8 images [N, 3, H, W]: the mean CIELAB colours of 8x8 cells, over 8.
+    """The mean CIELAB colours of 8x8 cells, over 8: float32 [N, 192] of uint8 images [N, 3, H, W].
 
-    So the distance of two embeddings is the root mean square over the cells of their colours' Delta E.
+    So the distance of two embeddings is the root mean square, over the cells, of their colours' Delta E.
     """
     return _in_parts(lambda part: functional.adaptive_avg_pool2d(lab(part), _CELLS).flatten(1) / _CELLS, images)
 
 
 def diversity(embeddings_PnE: Tensor) -> Tensor:
-    """Float32 [P]: mean distance of the n pictures of a prompt, two at a time. Raises ValueError for n = 1."""
+    """The mean distance between the n pictures of a prompt, two at a time: float32 [P]. Raises ValueError for n = 1."""
     n = embeddings_PnE.shape[1]
     if n < 2:
         raise ValueError("diversity needs 2 or more pictures of each prompt")
-    exactly = "donot_use_mm_for_euclid_dist"  # of pictures that are alike, the products would cancel to noise
+    exactly = "donot_use_mm_for_euclid_dist"  # for pictures that are alike, matrix products would cancel to noise
     distances = torch.cdist(embeddings_PnE.float(), embeddings_PnE.float(), compute_mode=exactly)
     return distances.sum((1, 2)) / (n * (n - 1))
 

@@ -1,4 +1,4 @@
-"""A run's table of before and after: the base model and the trained one on the same prompts and noise."""
+"""A run's table of before and after: the base model and the trained model on the same prompts and noise."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Evaluations:
     def make(
         model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[Prompt]], picture_path: Path
     ) -> Evaluations:
-        """Score every prompt set and draw the first pictures of the first one; a collective."""
+        """Score every prompt set, and draw the first pictures of the first set; a collective."""
         evaluations = {name: evaluate(model, recipe, rewards, wanted) for name, wanted in prompts.items()}
         shown = [prompt.text for prompt in next(iter(prompts.values()))[: recipe.log.num_images]]
         per_prompt = recipe.evaluation.num_images_per_prompt
@@ -46,7 +46,7 @@ class Evaluations:
 
     @staticmethod
     def is_made(path: Path, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[Prompt]]) -> bool:
-        """Whether those at `path` are of these prompts and rewards, as when a run resumes unchanged."""
+        """True where `path` has scores of these prompts and rewards, as when a run resumes unchanged."""
         if not path.exists():
             return False
         per_prompt = recipe.evaluation.num_images_per_prompt
@@ -62,7 +62,7 @@ class Evaluations:
 
 
 def before_after(before: Evaluations, after: Evaluations, log_only: frozenset[str]) -> Table:
-    """A row per prompt set and reward; differences are paired by prompt, +- their standard error."""
+    """A table with a row for each prompt set and reward; differences are paired by prompt, +- their standard error."""
     table = Table(title="Before and after", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("prompts", "score", "role"):
         table.add_column(column)
@@ -85,7 +85,7 @@ def before_after(before: Evaluations, after: Evaluations, log_only: frozenset[st
 
 
 def side_by_side(before: Path, after: Path, out: Path) -> None:
-    """Two grids in one picture, labelled."""
+    """Write two grids as one picture, with labels."""
     panels = [Image.open(path) for path in (before, after)]
     font = ImageFont.load_default(size=20)
     label, gap = 30, 24
@@ -102,7 +102,7 @@ def side_by_side(before: Path, after: Path, out: Path) -> None:
 def look_before(
     run: Path, model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[Prompt]]
 ) -> None:
-    """Score and draw the untrained model, unless an earlier part of the run did; a collective."""
+    """Score and draw the untrained model, unless an earlier part of the run did so; a collective."""
     if not Evaluations.is_made(run / "before.json", recipe, rewards, prompts):
         before = Evaluations.make(model, recipe, rewards, prompts, run / "before.png")
         if processes.rank() == 0:
@@ -112,7 +112,7 @@ def look_before(
 def look_after(
     run: Path, model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: Mapping[str, list[Prompt]]
 ) -> None:
-    """Score and draw the trained model, and write and print what sets it beside the untrained one; a collective."""
+    """Score and draw the trained model; write and print the table and picture of before and after; a collective."""
     after = Evaluations.make(model, recipe, rewards, prompts, run / "after.png")
     if processes.rank() != 0:
         return

@@ -1,6 +1,6 @@
-"""Checkpoints that a run resumes from bitwise: weights, optimizer, EMA, RNG, prompt cursor, step and recipe.
+"""Checkpoints from which a run resumes bitwise: weights, optimizer, EMA, RNG, prompt cursor, step and recipe.
 
-A checkpoint is written aside as `step_000050.partial` and renamed when every rank is done. So one that has its final
+A checkpoint is first written as `step_000050.partial`, and renamed when every rank is done. So one that has its final
 name is complete, whenever the process was killed.
 """
 
@@ -33,7 +33,7 @@ _PARTIAL = ".partial"
 
 
 class Checkpointer:
-    """Writes the checkpoints of one run below `directory` and keeps the last few and the best."""
+    """Writer of one run's checkpoints below `directory`; it keeps the last few and the best."""
 
     def __init__(self, directory: Path, recipe: Recipe) -> None:
         self.directory, self.recipe = directory, recipe
@@ -47,17 +47,17 @@ class Checkpointer:
         if processes.any_rank(free < size):
             raise ValueError(f"{room}, and a checkpoint takes {size:.2f} GiB")
         best = bool(self.recipe.evaluation.validation)
-        more = self.recipe.checkpoint.keep + best + 1 - len(checkpoints(self.directory))  # one is not removed yet
+        more = self.recipe.checkpoint.keep + best + 1 - len(checkpoints(self.directory))  # a save precedes removal
         if free < more * size:
             logger.warning("%s, and %d more checkpoints take %.2f GiB: lower checkpoint.keep", room, more, more * size)
 
     def resume(self, trainer: Trainer, path: Path) -> None:
-        """Restore everything from a checkpoint, and remove those that the run makes again; a collective."""
+        """Restore everything from a checkpoint, and remove the later ones, which the run makes again; a collective."""
         restore(trainer, path)
         self.go_on_after(trainer.step)
 
     def go_on_after(self, step: int) -> None:
-        """Remove what a resumed run makes again: checkpoints of later iterations, and a save that was cut short."""
+        """Remove the files that a resumed run makes again: later checkpoints, and a save that was cut short."""
         if processes.rank() == 0:
             kept = [path.name for path in checkpoints(self.directory) if _step_of(path) <= step]
             self._remove_all_but(kept)
@@ -69,7 +69,7 @@ class Checkpointer:
             self.save(trainer, best=best)
 
     def save(self, trainer: Trainer, *, best: bool = False) -> Path:
-        """Write a checkpoint, unless this iteration has one, and remove those no longer kept; a collective."""
+        """Write a checkpoint, unless this iteration has one, and remove those that are no longer kept; a collective."""
         final = self.directory / f"step_{trainer.step:06d}"
         if self._saved_step == trainer.step:
             return final
@@ -96,7 +96,7 @@ class Checkpointer:
     def _remove_all_but(self, kept: Collection[str]) -> None:
         for path in self.directory.glob("step_*"):
             if path.name not in kept:
-                (path / "record.json").unlink(missing_ok=True)  # first, so that half of one never passes for complete
+                (path / "record.json").unlink(missing_ok=True)  # first, or half of one might pass for complete
                 shutil.rmtree(path)
 
 
@@ -111,12 +111,12 @@ def _step_of(path: Path) -> int:
 
 
 def _best_of(complete: Sequence[Path]) -> list[Path]:
-    """The last of these that was the best so far by validation when it was written, if any was."""
+    """The last of these that was the best so far by validation when it was written; empty if no one was."""
     return [path for path in complete if read_record(path)["is_best"]][-1:]
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
-    """A checkpoint of a run: "latest", "best", or a step's number. Raises ValueError if there is none."""
+    """A checkpoint of a run: "latest", "best", or a step's number. Raises ValueError if it does not exist."""
     directory = run / "checkpoints"
     found = checkpoints(directory)
     if which == "best" and (best := _best_of(found)):
@@ -138,15 +138,15 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def refuse_unlike(path: Path, recipe: Recipe, cursor: PromptCursor) -> None:
-    """Raise ValueError, naming the field, for a checkpoint whose recipe or prompts would have given other numbers."""
+    """Raise ValueError, naming the field, for a checkpoint whose recipe or prompts would give other numbers."""
     record = read_record(path)
     refuse_changed(record["recipe"], json.loads(json.dumps(as_dict(recipe))))
     cursor.load_state_dict(record["cursor"])
 
 
 def restore(trainer: Trainer, path: Path) -> None:
-    """Overwrite all that training moves, the process's random state too, with what a checkpoint holds."""
-    # In place, and the settings that an optimizer's state dict has too are the recipe's. Its `load_state_dict` would
+    """Overwrite everything that training changes, also the process's random state, with a checkpoint's content."""
+    # In place. Settings that an optimizer's state dict also has are taken from the recipe. Its `load_state_dict` would
     # cast states to their weights' dtype, which may be coarser.
     _load_tensors(trainer.tensors(), path)
     trainer.go_on_from(read_record(path))
@@ -156,7 +156,7 @@ def restore(trainer: Trainer, path: Path) -> None:
 
 
 def load_weights(model: FlowModel, path: Path) -> None:
-    """Load a checkpoint's trained weights, the averaged ones where an EMA was kept, for sampling or export."""
+    """Load a checkpoint's trained weights for sampling or export; if an EMA was kept, the averaged weights."""
     averaged = bool(read_record(path)["recipe"]["model"]["ema"])
     weights = {name: parameter.detach() for name, parameter in model.trainable.items()}
     _load_tensors({"ema" if averaged else "model": weights}, path)  # in place, cast to the weights' dtype
@@ -175,7 +175,7 @@ def _load_tensors(state: dict[str, Any], path: Path) -> None:
 
 @contextmanager
 def _one_process_is_fine() -> Iterator[None]:
-    """Silence torch's warning of every checkpoint that is not distributed."""
+    """Silence the warning that torch gives for every checkpoint that is not distributed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -190,7 +190,7 @@ def _leaves(state: Mapping[str, Any]) -> Iterator[torch.Tensor]:
 
 
 def _bytes(tensor: torch.Tensor) -> float:
-    """Bytes of all shards of a tensor. A quantised one takes what its parts take, less than its dtype says."""
+    """The bytes of all shards of a tensor. A quantised tensor takes as much as its parts, less than its dtype says."""
     shard: Any = processes.local(tensor)
     if hasattr(shard, "__tensor_flatten__") and shard.numel():
         parts = [getattr(shard, name) for name in shard.__tensor_flatten__()[0]]

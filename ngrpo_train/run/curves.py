@@ -1,4 +1,4 @@
-"""The course of a run's evaluations in one picture: a panel for each figure, those trained on first."""
+"""A run's evaluations over time in one picture: a panel for each figure, those of the trained rewards first."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _COLUMNS = 3
 
 def draw(history: Sequence[Mapping[str, float]], trained: Sequence[str], path: Path) -> None:
     """Write `chart` as a PNG."""
-    aside = path.with_name(f".{path.name}")  # so that a reader sees a whole picture
+    aside = path.with_name(f".{path.name}")  # written here first, so that a reader sees a whole picture
     chart(history, trained).savefig(aside, format="png", dpi=110)
     aside.replace(path)
 
 
 def chart(history: Sequence[Mapping[str, float]], trained: Sequence[str]) -> Figure:
-    """`history` has a mapping for each evaluation: "step", and the figures "validation/..." and "watch/..."."""
+    """The picture of `history`, a mapping per evaluation: "step" and the figures "validation/..." and "watch/..."."""
     from matplotlib.figure import Figure  # without pyplot, whose state no other thread may touch
 
     names = list(dict.fromkeys(name for row in history for name in row if name != "step"))

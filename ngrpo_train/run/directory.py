@@ -1,4 +1,4 @@
-"""Where a run lives: found for `--resume`, claimed before any work, never overwritten by accident."""
+"""The directory of a run: found for `--resume`, claimed before any work, never overwritten by accident."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ngrpo_train.run.checkpoint import find_checkpoint
 
 
 def find_resume(run: Path, resume: str) -> Path:
-    """The checkpoint that `--resume` means. Raises ValueError if there is none."""
+    """The checkpoint that `--resume` means. Raises ValueError if it does not exist."""
     if resume == "latest":
         return find_checkpoint(run, "latest")
     path = Path(resume)
@@ -27,12 +27,12 @@ def claim(
     setting: str = "log.output_dir",
     otherwise: str = "pass --resume latest, --overwrite, or another directory",
 ) -> None:
-    """Make a directory that `setting` names, or refuse: nothing of an earlier run is ever lost by accident."""
+    """Make a directory that `setting` names, or refuse, so that an earlier run is never lost by accident."""
     if run.exists() and not run.is_dir():
         raise ValueError(f"{setting} = {str(run)!r} is not a directory")
     if run.exists() and any(run.iterdir()) and not may_exist:
         raise ValueError(f"{setting} = {str(run)!r} exists: {otherwise}")
-    processes.barrier()  # every rank has looked before one of them writes
+    processes.barrier()  # all ranks have looked before one of them writes
     refused = ""
     if launch.is_main_process:
         try:
@@ -47,7 +47,7 @@ def claim(
 
 
 def clear(run: Path, launch: PartialState) -> None:
-    """Delete an earlier run, once everything that the new one needs has loaded."""
+    """Delete an earlier run, after everything that the new one needs has loaded."""
     if launch.is_main_process:
         shutil.rmtree(run)
         run.mkdir()

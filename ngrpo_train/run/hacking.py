@@ -1,11 +1,11 @@
-"""The watch for reward hacking: fixed prompts and noise, at every evaluation held against the base model's pictures.
+"""The watch for reward hacking: at every evaluation, fixed prompts and noise are compared with the base model.
 
-A policy can please its reward in ways that nobody wants. So beside the rewards it is not trained on, a few measures of
-the pictures themselves are followed: how different a prompt's pictures are, how flat its rewards, whether a grid grows
-at the latents' patch period, and how far colours drift.
+A policy can please its reward in ways that nobody wants. So, beside the rewards that it is not trained on, a few
+measures of the pictures themselves are watched: how different a prompt's pictures are, how flat its rewards are,
+whether a grid grows at the latents' patch period, and how far colours drift.
 """
 
-# R rewards, P prompts, n pictures of each, N = P * n, E columns of what is seen in a picture,
+# R rewards, P prompts, n pictures of each, N = P * n; E columns of what is observed in a picture,
 # C of them its colours.
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from ngrpo_train.run import artifacts
 from ngrpo_train.run.metrics import advantage_figures
 from ngrpo_train.sampling.evaluate import Evaluation, evaluate, standard_error
 
-_CERTAIN = 3.0  # standard errors, over prompts, that a change must be away from zero to be spoken of
-_LEAST_DIVERSITY = 0.7  # of the base model's
+_CERTAIN = 3.0  # a change counts if it is more standard errors, over prompts, away from zero
+_LEAST_DIVERSITY = 0.7  # relative to the base model's
 _MOST_GRID = 1.5  # times the base model's
-_MOST_CAST = 8.0  # CIELAB units that all pictures' colours shifted together; an eye sees 2 or 3
-_SMALLEST_WITH_GRID = 64  # pixels: below it there are too few patches to tell
+_MOST_CAST = 8.0  # CIELAB units by which all pictures' colours shifted together; an eye sees 2 or 3
+_SMALLEST_WITH_GRID = 64  # pixels; smaller pictures have too few patches to tell
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What an evaluation showed."""
+    """The outcome of an evaluation."""
 
     figures: dict[str, float]
-    warnings: list[str]  # each symptom once in a run
-    score: float  # of the rewards trained on: the larger the better
+    warnings: list[str]  # each symptom only once in a run
+    score: float  # of the rewards trained on; larger is better
 
 
 class Watch:
-    """Evaluations of one run's validation prompts, each held against the base model's."""
+    """Evaluations of one run's validation prompts, each compared with the base model's."""
 
     def __init__(self, recipe: Recipe, rewards: Rewards, base: Sight) -> None:
         self.recipe, self.rewards, self.base = recipe, rewards, base
@@ -55,21 +55,21 @@ class Watch:
 
     @staticmethod
     def begin(path: Path, model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: list[Prompt]) -> Watch:
-        """Look at the untrained model, or read at `path` what an earlier part of the run saw; a collective."""
+        """Look at the untrained model, or read from `path` what an earlier part of the run saw; a collective."""
         seen = Sight.read(path)
         known = seen is not None and seen.evaluation.is_of(
             rewards.names, prompts, recipe.evaluation.num_images_per_prompt
         )
-        if processes.any_rank(not known):  # all have looked before one of them writes
+        if processes.any_rank(not known):  # all processes have looked before one of them writes
             seen = Sight.of(evaluate(model, recipe, rewards, prompts, _observer(rewards)))
             if processes.rank() == 0:
                 seen.write(path)
         assert seen is not None
-        # The prompts as they are read now: the record keeps what they ask for, not their styles.
+        # The prompts as they are read now: the record has the texts to draw, but not their styles.
         return Watch(recipe, rewards, replace(seen, evaluation=replace(seen.evaluation, prompts=tuple(prompts))))
 
     def look(self, model: FlowModel) -> Look:
-        """Evaluate the model as it is; a collective."""
+        """Evaluate the model as it is now; a collective."""
         prompts = self.base.evaluation.prompts
         now = Sight.of(evaluate(model, self.recipe, self.rewards, prompts, _observer(self.rewards)))
         found = {symptom: text for symptom, text in self.warnings(now) if symptom not in self._said}
@@ -77,7 +77,7 @@ class Watch:
         return Look(self.figures(now), list(found.values()), self._score(now))
 
     def figures(self, now: Sight) -> dict[str, float]:
-        """`validation/REWARD` is its mean; `watch/...` are measures of the pictures."""
+        """Figures of an evaluation: `validation/REWARD`, the reward's mean, and `watch/...`, measures of pictures."""
         figures = {f"validation/{name}": mean for name, mean in now.evaluation.mean().items()}
         if now.grid_P.isfinite().all():
             figures["watch/grid"] = now.grid_P.mean().item()
@@ -89,12 +89,12 @@ class Watch:
             figures["watch/diversity"] = now.diversity_P.mean().item()
             of_groups = advantage_figures(self._advantages(now.evaluation))
             for name in ("flat_groups", "flatness"):
-                if f"advantage/{name}" in of_groups:  # without any signal there is no flatness
+                if f"advantage/{name}" in of_groups:  # without any signal, flatness is not defined
                     figures[f"watch/{name}"] = of_groups[f"advantage/{name}"]
         return figures
 
     def warnings(self, now: Sight) -> Iterator[tuple[str, str]]:
-        """The ways of pleasing a reward that nobody wants: a symptom's name, and what to do about it."""
+        """Symptoms of pleasing a reward in a way that nobody wants, each with the advice to give."""
         change = self._changes(now.evaluation)
         trained = self.rewards.trained
         rose = [name for name in trained if change[name].certainly_rose]
@@ -143,7 +143,7 @@ class Watch:
         return total
 
     def _advantages(self, now: Evaluation) -> Tensor:
-        """Advantages [P, n] with each prompt's pictures as a group: what an update would be told."""
+        """Advantages [P, n], with each prompt's pictures as a group, as an update would get them."""
         all_RPn = now.scores_RN.view(len(now.names), len(now.prompts), -1)
         scores = Scores(now.names, self.rewards.trained, self.rewards.weights, all_RPn)
         groups_RPn, weights = scores.combined(self.recipe.algorithm.combine)
@@ -183,12 +183,12 @@ def _listed(names: list[str], change: Mapping[str, Change]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """The scores of an evaluation, and what its pictures show."""
+    """The scores of an evaluation, and the measures of its pictures."""
 
     evaluation: Evaluation
     grid_P: Tensor  # strength of a grid at the patch period; NaN for pictures too small to tell
-    colour_NC: Tensor  # as `artifacts.colour_balance` has it
-    diversity_P: Tensor  # NaN for one picture of a prompt
+    colour_NC: Tensor  # from `artifacts.colour_balance`
+    diversity_P: Tensor  # NaN for a single picture of a prompt
 
     @staticmethod
     def of(evaluation: Evaluation) -> Sight:
@@ -225,9 +225,9 @@ _COLOURS = 4  # columns of `artifacts.colour_balance`
 
 
 def _observer(rewards: Rewards) -> Callable[[Tensor], Tensor]:
-    """Pictures to float32 [N, E]: grid, colours, and an embedding in which their diversity is measured.
+    """A function from pictures to float32 [N, E]: grid, colours, and an embedding in which diversity is measured.
 
-    It is that of the recipe's first scorer that has one (a CLIP), else small pictures.
+    The embedding is that of the recipe's first scorer that has one (a CLIP), else small pictures.
     """
     embedders = [scorer for scorer in rewards.scorers.values() if hasattr(scorer, "embed_images")]
 

@@ -44,7 +44,7 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
         prepared = _prepared(recipe, run, launch, resume, overwrite)
         recipe, device = prepared.recipe, launch.device
         with processes.ending_with_its_group(), explained_out_of_memory(recipe, device):
-            torch.manual_seed(recipe.train.seed)  # for scorers that draw; every draw of ours has a stream of its own
+            torch.manual_seed(recipe.train.seed)  # for scorers that draw; each draw of ours has its own stream
             stopwatch, settings = Stopwatch(device), settle_memory(recipe, device)
             trainer = Trainer.make(recipe, settings, prepared.cursor, prepared.rewards, device, stopwatch)
             checkpointer = Checkpointer(run / "checkpoints", recipe)
@@ -73,7 +73,7 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
 
 
 def _prepared(recipe: Recipe, run: Path, launch: PartialState, resume: str, overwrite: bool) -> Prepared:
-    """Everything looked at, the run's directory too."""
+    """Check everything, also the run's directory."""
     if resume and overwrite:
         raise ValueError(f"--resume {resume} and --overwrite exclude each other")
     resume_from = find_resume(run, resume) if resume else None
@@ -91,7 +91,7 @@ def _begin(
     launch: PartialState,
     overwrite: bool,
 ) -> Watch | None:
-    """The table of before and the watch's first look, then the checkpoint to go on from, and the resolved recipe."""
+    """Make the table of before and the watch's first look, load the checkpoint to resume, write the resolved recipe."""
     model, recipe, rewards, watch = trainer.model, prepared.recipe, prepared.rewards, None
     if overwrite:
         clear(run, launch)
@@ -109,7 +109,7 @@ def _begin(
 
 
 def _end(run: Path, trainer: Trainer, prepared: Prepared, launch: PartialState) -> None:
-    """The table of after, and the trained weights for others."""
+    """Make the table of after, and export the trained weights."""
     with trainer.averaged():
         if prepared.test:
             look_after(run, trainer.model, prepared.recipe, prepared.rewards, _prompts_of_the_table(prepared))
@@ -135,7 +135,7 @@ def _summary(run: Path, trainer: Trainer, prepared: Prepared, launch: PartialSta
 
 
 def _validate(recorder: Recorder, trainer: Trainer, watch: Watch) -> bool:
-    """Record what an evaluation shows; whether the rewards trained on are the best so far."""
+    """Record what an evaluation shows; returns True if the rewards trained on are the best so far."""
     with trainer.averaged():
         look = watch.look(trainer.model)
     recorder.write_evaluation(trainer.step, look.figures, look.warnings)
@@ -145,7 +145,7 @@ def _validate(recorder: Recorder, trainer: Trainer, watch: Watch) -> bool:
 
 
 def _draw(recorder: Recorder, trainer: Trainer, prepared: Prepared, images: Tensor, step: int) -> None:
-    """A grid at fixed prompts and noise, and the group that this iteration's first prompt explored."""
+    """Write a grid at fixed prompts and noise, and the group that this iteration's first prompt explored."""
     recipe, prompts = prepared.recipe, prepared.validation or prepared.prompts
     shown = [prompts[i % len(prompts)].text for i in range(recipe.log.num_images)]
     with trainer.averaged():

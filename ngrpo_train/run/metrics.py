@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress line, metrics.jsonl, trackers, pictures, and warnings that name a symptom."""
+"""The outputs of a run for people: progress line, metrics.jsonl, trackers, pictures, and warnings of symptoms."""
 
 # P prompts, G candidates, R rewards.
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Collects an iteration's figures over all ranks and shows them; on rank 0 it writes."""
+    """A recorder that collects an iteration's figures over all ranks and shows them; rank 0 writes them."""
 
     def __init__(self, run: Path, recipe: Recipe, accelerator: Accelerator, start: int, cost: Cost) -> None:
         self.run, self.recipe, self.accelerator, self._cost = run, recipe, accelerator, cost
@@ -65,13 +65,13 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
         self._pictures.shutdown()
-        for tracker in self.accelerator.trackers:  # not end_training(): that closes the process group, still needed
+        for tracker in self.accelerator.trackers:  # not end_training(): it closes the process group, still needed
             tracker.finish()
         if self.main:
             self._metrics.close()
 
     def write(self, step: int, outcome: Outcome, stopwatch: Stopwatch) -> dict[str, float]:
-        """Record a finished iteration and return its figures. Its one synchronisation reads the device's, packed."""
+        """Record a finished iteration and return its figures. Its only synchronisation reads the device's, packed."""
         figures = reward_figures(outcome.scores) | advantage_figures(outcome.advantages)
         figures |= _reduced(device_figures(outcome.groups, outcome.stats))
         figures |= stopwatch.read()
@@ -100,7 +100,7 @@ class Recorder:
         self._off_the_path(lambda: draw(history, self.recipe.trained_rewards(), self.run / "watch.png"))
 
     def write_pictures(self, name: str, images: Tensor, columns: int) -> None:
-        """Save a grid below the run directory, off the critical path. `images` is uint8 [N, 3, H, W] on the CPU."""
+        """Save a grid below the run directory, without delaying training. `images` is uint8 [N, 3, H, W] on the CPU."""
         if self.main:
             scale = max(1, 128 // images.shape[-1])
             self._off_the_path(lambda: save_picture(tile(images, columns, scale=scale), self.run / f"{name}.png"))
@@ -125,7 +125,7 @@ class Recorder:
 
 
 def reward_figures(scores: Scores) -> dict[str, float]:
-    """Means over all ranks' groups; `reward/mean` and the spreads are averages of the rewards trained on."""
+    """Means over all ranks' groups; `reward/mean` and the spreads are averages over the rewards trained on."""
     trained_RPG = scores.trained_RPG
     figures = {
         "reward/mean": trained_RPG.mean((1, 2)).mean().item(),
@@ -138,7 +138,8 @@ def reward_figures(scores: Scores) -> dict[str, float]:
 
 
 def advantage_figures(advantages_PG: Tensor) -> dict[str, float]:
-    """`advantage/flatness` is |A|_1 / (sqrt(G) |A|_2), averaged over groups with signal: 1 where all are equal."""
+    """Figures of advantages. `advantage/flatness` is |A|_1 / (sqrt(G) |A|_2), averaged over groups with signal; it is 1
+    where all |A| are equal."""
     active = (advantages_PG != 0).any(1)
     figures = {"advantage/flat_groups": 1 - active.float().mean().item()}
     if active.any():
@@ -150,7 +151,7 @@ def advantage_figures(advantages_PG: Tensor) -> dict[str, float]:
 
 
 def device_figures(groups: Explored, stats: UpdateStats | None) -> dict[str, tuple[str, Tensor, Tensor | None]]:
-    """Figures still on the device: name -> (how ranks combine, value, count for means of unequal shares)."""
+    """Figures still on the device: name -> (how ranks combine, value, count for means over unequal shares)."""
     final_PGD = groups.final_PGTC.flatten(2)
     _, G, D = final_PGD.shape
     diversity = (pairwise_sqdist(final_PGD, final_PGD).sum((1, 2)) / (G * (G - 1) * D)).sqrt().mean()
@@ -165,16 +166,16 @@ def device_figures(groups: Explored, stats: UpdateStats | None) -> dict[str, tup
         "policy/ratio_max": ("max", stats.last.ratio_max, None),
     }
     for name in stats.last.sums:
-        tally = stats.first if "mismatch" in name else stats.last  # there theta is still that of the rollout
+        tally = stats.first if "mismatch" in name else stats.last  # first: theta is still the rollout's
         figures[f"policy/{name}"] = ("sum", tally.sums[name], tally.rows)
     norms, rows = stats.last.velocity_grad_norm_by_step, stats.last.rows_by_step
-    for index in range(len(norms)):  # all of them, for ranks train different ones; without rows it is left out
+    for index in range(len(norms)):  # all of them, for ranks train different ones; one without rows is left out
         figures[f"velocity_grad_norm/step_{index}"] = ("sum", norms[index], rows[index])
     return figures
 
 
 def _reduced(figures: Mapping[str, tuple[str, Tensor, Tensor | None]]) -> dict[str, float]:
-    """Combine over ranks with one gather and one copy to the host."""
+    """Combine figures over ranks, with one gather and one copy to the host."""
     values = torch.stack([value.float() for _, value, _ in figures.values()])
     counts = torch.stack([torch.ones_like(values[0]) if count is None else count for _, _, count in figures.values()])
     gathered = processes.all_gather(torch.stack([values, counts])).cpu()  # [ranks, 2, figures]
@@ -197,7 +198,7 @@ def evaluations(path: Path) -> list[dict[str, float]]:
 
 
 def _reopen(path: Path, start: int) -> Any:
-    """Open for appending, without the lines of iterations that a resumed run makes again."""
+    """Open a file for appending, without the lines of iterations that a resumed run makes again."""
     if path.exists():
         kept = [line + "\n" for line in path.read_text().splitlines() if _stays(line, start)]
         aside = path.with_name(path.name + ".partial")
@@ -209,7 +210,7 @@ def _reopen(path: Path, start: int) -> Any:
 def _stays(line: str, start: int) -> bool:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+    except json.JSONDecodeError:  # the last line of a run that was killed while writing it
         return False
     return row["step"] < start or (row["step"] == start and _is_of_evaluation(row))
 
@@ -224,14 +225,14 @@ def _report_failure(future: Any) -> None:
 
 
 def make_trackers(run: Path, recipe: Recipe, device: torch.device) -> Accelerator:
-    """The trackers that log.trackers names, which are told the whole recipe."""
+    """The trackers that log.trackers names; they get the whole recipe."""
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(recipe.log.trackers) or None, project_dir=run)
     accelerator.init_trackers(recipe.log.project, config=flat_recipe(recipe))
     return accelerator
 
 
 def flat_recipe(recipe: Recipe) -> dict[str, str | int | float | bool]:
-    """The recipe as trackers take it: "section.field" to a plain value."""
+    """The recipe in the form that trackers take: "section.field" to a plain value."""
     flat: dict[str, str | int | float | bool] = {}
 
     def add(prefix: str, values: Mapping[str, Any]) -> None:

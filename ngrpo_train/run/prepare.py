@@ -1,4 +1,4 @@
-"""What is looked at before any work: a recipe that cannot be trained is refused while there is nothing to lose."""
+"""Checks before any work: a recipe that cannot be trained is refused while there is nothing to lose."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ngrpo_train.run.checkpoint import read_record, refuse_unlike
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What training is made from, without the model. `validation` and `test` are empty where nothing is evaluated."""
+    """The parts that training needs, but for the model. `validation` and `test` are empty if nothing is evaluated."""
 
-    recipe: Recipe  # with the attention backend by name
+    recipe: Recipe  # with the attention backend settled
     prompts: list[Prompt]
     validation: list[Prompt]
     test: list[Prompt]
@@ -35,9 +35,9 @@ class Prepared:
 def prepare(
     recipe: Recipe, launch: PartialState, *, evaluates: bool = False, resume_from: Path | None = None
 ) -> Prepared:
-    """Read, load and check everything that training by a recipe needs, but for the model.
+    """Read, load and check everything that training by a recipe needs, except for the model.
 
-    With `evaluates`, the prompts to validate and test on too; with `resume_from`, a checkpoint's record. Raises
+    With `evaluates`, also the prompts for validation and test; with `resume_from`, also a checkpoint's record. Raises
     ValueError, naming the field, for settings, prompts, embeddings, rewards, a backend or a checkpoint that cannot be
     used.
     """
@@ -63,7 +63,7 @@ def prepare(
 
 
 def _embeddings(recipe: Recipe, launch: PartialState) -> EmbeddingCache:
-    """The directory's index; whether the model's own encoders made it is asked when the model is loaded."""
+    """The index of the embeddings' directory; when the model loads, it is checked that its own encoders made them."""
     return EmbeddingCache(
         Path(recipe.prompts.embeddings).expanduser(),
         device=launch.device,

@@ -1,4 +1,4 @@
-"""Seconds per stage of an iteration, measured without making the host wait."""
+"""Seconds for each stage of an iteration, measured without making the host wait."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Stopwatch:
-    """Seconds per stage of an iteration: by device events on CUDA, where the host must not wait, else by the clock."""
+    """Seconds for each stage of an iteration: by device events on CUDA, where the host must not wait, else by clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
@@ -32,11 +32,11 @@ class Stopwatch:
         return event
 
     def restart(self) -> None:
-        """Begin an iteration: what came since the last one, such as an evaluation, is not part of it."""
+        """Begin an iteration; the time since the last one, such as for an evaluation, is not part of it."""
         self._marks, self._started = [], time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """Seconds by stage and of the whole iteration since it began; on CUDA after a synchronisation."""
+        """Seconds by stage, and of the whole iteration since it began; on CUDA, call it after a synchronisation."""
         times: dict[str, float] = {}
         for stage, start, stop in self._marks:
             seconds = start.elapsed_time(stop) / 1000 if self._on_cuda else stop - start

@@ -1,4 +1,4 @@
-"""The ways these runs fail, recognised from an iteration's figures, with the setting to try."""
+"""Common failures of training runs, recognised from an iteration's figures, each with the setting to try."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ngrpo_train.recipe.sections import Recipe
 
 
 class Symptoms:
-    """Recognises the ways these runs fail and says which setting to try; each warning at most every 25 iterations."""
+    """Recogniser of common failures; it names a setting to try, with each warning at most every 25 iterations."""
 
     QUIET = 25
 
@@ -40,7 +40,7 @@ class Symptoms:
                     f"optimizer.learning_rate = {self.recipe.optimizer.learning_rate:g}"
                 ),
             )
-        exploring_alike = self.recipe.parallel.rollout_dtype == "same"  # float8 differs, and that is no news
+        exploring_alike = self.recipe.parallel.rollout_dtype == "same"  # a float8 rollout always differs
         if exploring_alike and (mismatch := figures.get("policy/rollout_mismatch", 0)) > 1e-3:
             yield (
                 "mismatch",
@@ -108,6 +108,6 @@ class Symptoms:
                 )
 
     def _recent(self, name: str, figures: Mapping[str, float]) -> float | None:
-        """Mean over the last iterations, once there are ten."""
+        """The mean over the last iterations; None for fewer than ten."""
         values = [*self._history.get(name, ()), *([figures[name]] if name in figures else [])]
         return sum(values) / len(values) if len(values) >= 10 else None

@@ -1,4 +1,4 @@
-"""A trained model put to use: what a command's RUN_OR_MODEL names, found and loaded with its trained weights."""
+"""The trained model that a command's RUN_OR_MODEL names, found and loaded with its trained weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a command's RUN_OR_MODEL means: a model, and the checkpoint of a run of it."""
+    """The meaning of a command's RUN_OR_MODEL: a model and, for a run, its checkpoint."""
 
     name: str
     model: Model
@@ -34,10 +34,10 @@ class Source:
 
     @staticmethod
     def find(name: str, recipe: Recipe, checkpoint: str = "latest", base: str = FLUX_DEV) -> Source:
-        """A run, a pipeline, or a transformer alone, which takes the rest of `base`.
+        """The source of a run, a pipeline, or a transformer alone, which takes its other parts from `base`.
 
-        `recipe` is the run's, or that of `--model` settings. Raises ValueError where there is no such
-        thing, or where it cannot draw pictures of the recipe's size.
+        `recipe` is the run's, or that of `--model` settings. Raises ValueError where no such run or model exists, or
+        where it cannot draw pictures of the recipe's size.
         """
         source = Source._found(name, recipe, checkpoint, base)
         refuse_size(source.model, recipe.sampling)
@@ -55,7 +55,7 @@ class Source:
 
     @contextmanager
     def loaded(self, recipe: Recipe, device: torch.device) -> Iterator[FlowModel]:
-        """The model with text encoders, for prompts of any kind, and the checkpoint's weights."""
+        """The model with text encoders, for prompts of any kind, and with the checkpoint's weights."""
         recipe = _settled(replace(recipe, model=self.model), device)
         model = FlowModel(self.model, recipe.sampling, settle_memory(recipe, device), device)
         if self.checkpoint:
@@ -65,17 +65,17 @@ class Source:
 
 @contextmanager
 def trained_model(name: str, recipe: Recipe, checkpoint: str) -> Iterator[FlowModel]:
-    """A run's model at a checkpoint, or a model as it stands. Raises ValueError where there is no such thing."""
+    """A run's model at a checkpoint, or another model as it is. Raises ValueError where it does not exist."""
     source = Source.find(name, recipe, checkpoint)
     with processes.joined(recipe.parallel) as launch, source.loaded(recipe, launch.device) as model:
         yield model
 
 
 def _settled(recipe: Recipe, device: torch.device) -> Recipe:
-    """For pictures alone, maybe on another machine than trained it: no float8 copy, attention that works here.
+    """The recipe for making pictures only, perhaps on another machine: no float8 copy, attention that works here.
 
-    Weights are held as they compute, on the device, for nobody adds to them: bfloat16 ones take half of what a full
-    fine-tune holds.
+    Weights are held in the compute dtype, on the device, for no updates are added to them. So bfloat16 weights take
+    half of what a full fine-tune holds.
     """
     settings = replace(recipe.parallel, rollout_dtype="same", offload=False)
     if recipe.model.tuning == "full":

@@ -1,4 +1,4 @@
-"""What training moves, and one iteration of it: the same for every algorithm, trained, profiled or measured."""
+"""The state that training changes, and one iteration: the same for every algorithm, to train, profile or measure."""
 
 # P prompts, G candidates.
 
@@ -30,18 +30,18 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What an iteration made of its prompts."""
+    """The results of an iteration for its prompts."""
 
     groups: Explored
     images: Tensor  # uint8 [P * G, 3, H, W], on the device
     scores: Scores
-    advantages: Tensor  # [P, X] of all ranks, on the CPU; X = G but for a tree
+    advantages: Tensor  # [P, X] of all ranks, on the CPU; X = G except for a tree
     stats: UpdateStats | None
 
 
 @dataclass(slots=True, kw_only=True)
 class Trainer:
-    """Everything that training moves, the rules by which it does, and how far it has come."""
+    """Everything that training changes, the rules by which it changes, and the progress so far."""
 
     model: FlowModel
     optimizer: torch.optim.Optimizer
@@ -51,7 +51,7 @@ class Trainer:
     rewards: Rewards
     stage: Stage  # around each stage of an iteration, for clocks and profilers
     step: int = 0  # finished iterations
-    best_score: float = float("-inf")  # of the validations so far
+    best_score: float = float("-inf")  # best score of the validations so far
 
     @staticmethod
     def make(
@@ -62,9 +62,9 @@ class Trainer:
         device: torch.device,
         stage: Stage,
     ) -> Trainer:
-        """Load the model by a checked recipe and allocate all that stays; `settings` is its settled [parallel].
+        """Load the model of a checked recipe and allocate all that stays; `settings` is its settled [parallel] section.
 
-        Raises ValueError for a model, embeddings or optimizer that cannot be used.
+        Raises ValueError for a model, embeddings or an optimizer that cannot be used.
         """
         model = FlowModel(
             recipe.model,
@@ -104,11 +104,11 @@ class Trainer:
         return Outcome(groups, images, scores, advantages, stats)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within it, the model has its averaged weights where an average is kept."""
+        """Use the averaged weights, if an average is kept, within the block."""
         return self.average.applied() if self.average else nullcontext()
 
     def tensors(self) -> dict[str, Any]:
-        """The tensors that a checkpoint holds, the very ones in use: what overwrites them has restored them."""
+        """The tensors that a checkpoint holds. They are the ones in use: to overwrite them is to restore them."""
         model, optimizer = get_state_dict(self.model.transformer, self.optimizer, options=_OPTIONS)
         tensors: dict[str, Any] = {"model": model, "optimizer": optimizer}
         if self.average:
@@ -116,10 +116,10 @@ class Trainer:
         return tensors
 
     def progress(self) -> dict[str, Any]:
-        """How far training has come, as JSON takes it: the rest of what a checkpoint holds."""
+        """The progress of training, as JSON takes it: the rest of a checkpoint."""
         return {"step": self.step, "best_score": self.best_score, "cursor": self.cursor.state_dict()}
 
     def go_on_from(self, progress: Mapping[str, Any]) -> None:
-        """Continue after what `progress` says is done. Raises ValueError where it counts other prompts."""
+        """Continue after the work that `progress` records. Raises ValueError where it counts other prompts."""
         self.cursor.load_state_dict(progress["cursor"])
         self.step, self.best_score = progress["step"], progress["best_score"]
