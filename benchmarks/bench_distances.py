@@ -1,6 +1,6 @@
-"""Squared latent distances, by every provider: `pytest benchmarks/bench_distances.py --benchmark-only`.
+"""Squared latent distances, by all providers: `pytest benchmarks/bench_distances.py --benchmark-only`.
 
-What is compared, at which sizes and how is in docs/benchmarks.md.
+docs/benchmarks.md says what is compared, at which sizes and how.
 """
 
 from collections.abc import Callable

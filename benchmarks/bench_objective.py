@@ -1,6 +1,6 @@
-"""The loss, by every provider: `pytest benchmarks/bench_objective.py --benchmark-only`.
+"""The loss, by all providers: `pytest benchmarks/bench_objective.py --benchmark-only`.
 
-What is compared, at which sizes and how is in docs/benchmarks.md.
+docs/benchmarks.md says what is compared, at which sizes and how.
 """
 
 from collections.abc import Callable

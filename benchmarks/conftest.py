@@ -1,7 +1,7 @@
-"""What `pytest benchmarks --benchmark-only` takes and does beside pytest-benchmark's own.
+"""Options and fixtures of `pytest benchmarks --benchmark-only`, in addition to pytest-benchmark's own.
 
-All providers of a setting are measured together, in turns; the tests then report each of them. pytest-benchmark reads
-a clock that is moved by what was measured, as it could itself measure neither in turns nor on the device.
+All providers of a setting are measured together, taking turns; then each test reports one of them. pytest-benchmark can
+measure neither in turns nor on the device. So it reads a clock that the finished measurements move forward.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`measured` runs once per setting, so its tests have to come one after the other."""
+    """Parametrize the tests. `measured` runs once per setting, so the tests of a setting must follow each other."""
     if "measured" in metafunc.fixturenames:
         settings: tuple[Setting, ...] = metafunc.module.SETTINGS
         wanted = [name for name in metafunc.config.getoption("settings").split(";") if name]
@@ -68,7 +68,7 @@ def report(
     mode: str,
     provider: str,
 ) -> Callable[[], None]:
-    """Hands what was measured of one provider to pytest-benchmark and to the CSV."""
+    """A function that hands the measurements of one provider to pytest-benchmark and to the CSV."""
 
     def hand_over() -> None:
         if (provider, mode) not in measured:

@@ -18,13 +18,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "experiments.md"
 
 
 def names(page: str) -> Iterator[str]:
-    """The experiments whose tables the page has, in its order."""
+    """The experiments whose tables are on the page, in its order."""
     for part in page.split("<!-- end of ")[1:]:
         yield part.split(" -->")[0]
 
 
 def table(name: str) -> str:
-    """What a grid's committed runs come to: a table and its notes."""
+    """The results of a grid's committed runs: a table and its notes."""
     grid, rows = find_grid(name), read_rows(COMMITTED / f"{name}.csv")
     families = dict.fromkeys(variant.tuned for variant in grid.variants if variant.tuned)
     best = best_trials(COMMITTED / "tuning.csv", grid.base, families) if families else {}
@@ -34,7 +34,7 @@ def table(name: str) -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with every table made anew; what stands around the tables is written by hand."""
+    """The page with every table made anew; the text around the tables stays as it is."""
     for name in names(page):
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
         before, after = page.split(begin)[0], page.split(end)[1]
@@ -43,7 +43,7 @@ def with_tables(page: str) -> str:
 
 
 def draw(name: str, path: Path) -> None:
-    """An experiment's curves in 256 colours, a third of the bytes."""
+    """Draw an experiment's curves in 256 colours, for a third of the bytes."""
     buffer = BytesIO()
     curves(find_grid(name), read_rows(COMMITTED / f"{name}.csv")).savefig(buffer, format="png", dpi=110)
     Image.open(buffer).convert("RGB").quantize(256, kmeans=4).save(path, optimize=True)

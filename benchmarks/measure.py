@@ -1,8 +1,8 @@
-"""Time, host time, memory and bandwidth of calls that return what they computed.
+"""Time, host time, memory and bandwidth of calls that return their results.
 
-A call takes the number of the input set that it is to work on: sets take turns and together exceed the last cache level
-twice over, so that every call finds its inputs in memory, not in cache. Calls that are compared take turns as well, so
-that a machine that slows down slows all of them down.
+A call takes the index of the input set to work on. Sets take turns, and together exceed the last cache level twice
+over, so that every call finds its inputs in memory, not in cache. Calls that are compared take turns as well, so that a
+machine that slows down slows all of them down.
 """
 
 import ctypes
@@ -23,8 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 Call = Callable[[int], Any]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-MIN_CALLS = 10  # in one graph, to make its launch small beside them
-HOST_CALLS = 8  # few enough that no launch waits for room in the queue
+MIN_CALLS = 10  # in one graph, so that its launch is small beside them
+HOST_CALLS = 8  # few enough that no launch waits for space in the queue
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 UNKNOWN_CACHE_BYTES = 64 << 20
 
@@ -46,7 +46,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def sets_needed(set_bytes: int, device: torch.device) -> int:
-    """How many input sets exceed the cache twice over."""
+    """The number of input sets that together exceed the cache twice over."""
     return 1 + -(-2 * cache_bytes(device) // set_bytes)
 
 
@@ -56,9 +56,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have malloc reuse what was freed instead of handing it back, as PyTorch's allocator does on a GPU.
+    """Make malloc reuse freed memory instead of returning it to the system, as PyTorch's allocator does on a GPU.
 
-    Otherwise most of a large temporary's cost on a CPU is that the system clears its pages anew each time. Only glibc
+    Otherwise, on a CPU, a large temporary costs mainly the time in which the system clears its pages anew. Only glibc
     is asked.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -71,7 +71,7 @@ def keep_freed_memory() -> None:
 
 
 def times(calls: Mapping[str, Call], sets: int, device: torch.device, seconds: float) -> dict[str, Timing]:
-    """Time per call of all `calls`, in turns, for about `seconds` in all."""
+    """Time per call of all `calls`, in turns, for about `seconds` in total."""
     if device.type == "cuda":
         return _device_times(calls, sets, device, seconds)
     clocks = {name: _wall_clock(call, sets) for name, call in calls.items()}
@@ -88,7 +88,7 @@ def _wall_clock(call: Call, sets: int) -> Callable[[], float]:
         started = time.perf_counter()
         result = call(turn % sets)
         elapsed = time.perf_counter() - started
-        del result  # freed outside the time
+        del result  # freed outside of the measured time
         return elapsed
 
     return sample
@@ -106,7 +106,7 @@ def _take_turns(clocks: Mapping[str, Callable[[], float]], seconds: float) -> di
         one_round = time.perf_counter() - started
         rounds = min(max(round(seconds / one_round), MIN_ROUNDS), MAX_ROUNDS)
         for turn in range(rounds):
-            first = turn % len(names)  # nobody always comes after the same neighbour's leftovers
+            first = turn % len(names)  # no call always follows the same one
             for name in names[first:] + names[:first]:
                 samples[name].append(clocks[name]())
     return samples
@@ -114,7 +114,7 @@ def _take_turns(clocks: Mapping[str, Callable[[], float]], seconds: float) -> di
 
 def _device_times(calls: Mapping[str, Call], sets: int, device: torch.device, seconds: float) -> dict[str, Timing]:
     order = [i % sets for i in range(max(sets, MIN_CALLS))]
-    pool = torch.cuda.graph_pool_handle()  # replays never overlap, and nothing they leave behind is read
+    pool = torch.cuda.graph_pool_handle()  # replays never overlap, and no later code reads the memory that they leave
     graphs = {name: _capture(call, order, pool) for name, call in calls.items()}
 
     def clock(name: str) -> Callable[[], float]:
@@ -139,14 +139,14 @@ def _device_times(calls: Mapping[str, Call], sets: int, device: torch.device, se
 
 
 def _capture(call: Call, order: list[int], pool: Any) -> torch.cuda.CUDAGraph | None:
-    """The calls as a CUDA graph, so that only the device is timed; None where something cannot be captured."""
+    """The calls as a CUDA graph, so that only the device is timed; None where a call cannot be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         _run_all(call, order[:3])
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # memory cannot be given back while capturing
+    torch.cuda.empty_cache()  # memory cannot be freed during a capture
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, pool=pool):
@@ -164,7 +164,7 @@ def _run_all(call: Call, order: list[int]) -> None:
 
 
 def host_seconds(call: Call, sets: int, device: torch.device, rounds: int = 15) -> list[float]:
-    """Time until a call returns to Python, while the device still works: what a call costs the host."""
+    """Seconds until a call returns to Python, while the device still works: the cost of a call for the host."""
     samples = []
     with _no_garbage_collection():
         for _ in range(rounds):
@@ -191,7 +191,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """The most that PyTorch's allocator holds during a call over what it held before."""
+    """The most bytes that PyTorch's allocator holds during a call, beyond those it held before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -204,7 +204,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 
 def _peak_bytes_on_cpu(call: Call) -> int:
-    """The running sum of allocations in the profiler's record; a kernel's own malloc is not in it."""
+    """The peak of the running sum of allocations in the profiler's record; it lacks a kernel's own malloc."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = call(0)
     del result
@@ -224,7 +224,7 @@ def _peak_bytes_on_cpu(call: Call) -> int:
 
 
 def copy_bytes_per_second(device: torch.device) -> list[float]:
-    """Bytes read and written per second by a large copy: what memory gives when nothing is computed."""
+    """Bytes per second that a large copy reads and writes: the memory's bandwidth when nothing is computed."""
     size = 2 << 30 if device.type == "cuda" else 256 << 20
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
@@ -233,7 +233,7 @@ def copy_bytes_per_second(device: torch.device) -> list[float]:
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """p20, p50 and p80."""
+    """The 20th, 50th and 80th percentiles."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     fifths = statistics.quantiles(values, n=5, method="inclusive")

@@ -1,13 +1,13 @@
-"""An iteration of Neighbor GRPO built as this field's FLUX trainers are: what ours is measured against.
+"""An iteration of Neighbor GRPO built like this field's FLUX trainers: ours is measured against it.
 
-Their habits, those of DanceGRPO's FLUX script, around our mathematics. One picture per forward, in rollout and training
-alike; plain PyTorch, nothing compiled; weights in float32 under bfloat16 autocast; every block computed again in
-backward; every picture decoded alone, written as a PNG and read back; the host waits for each loss. The noise, the
-solver's steps, the anchors, the advantages and Eqs. 8 to 10 are ours, so that the gradient is the one that
-`ngrpo_train.update.policy` computes, up to rounding: a test holds both against each other. Encoded prompts are given,
-as the peers encode theirs beforehand. The optimizer is the caller's, and may be none.
+It has the habits of DanceGRPO's FLUX script, with our mathematics. There is one picture per forward, in rollout and
+training alike. It is plain PyTorch: nothing is compiled. Weights are in float32 under bfloat16 autocast. Every block is
+computed again in backward. Every picture is decoded alone, written as a PNG and read back. The host waits for each
+loss. The noise, the solver's steps, the anchors, the advantages and Eqs. 8 to 10 are ours, so that the gradient is the
+one that `ngrpo_train.update.policy` computes, up to rounding: a test compares the two. Encoded prompts are given, as
+the peers encode theirs beforehand. The caller gives the optimizer, or None.
 
-It is no trainer: one process, one prompt, one optimizer step for each rollout, the exact old policy.
+It is not a trainer: it has one process, one prompt, one optimizer step for each rollout, and the exact old policy.
 """
 
 # G candidates, B anchors, K trained steps, T image tokens, C channels of a packed token.
@@ -31,12 +31,12 @@ from ngrpo_train.rewards import Scorer
 from ngrpo_train.run.trainer import Stage
 from ngrpo_train.sampling.solvers import SOLVERS, flow_sigmas
 
-VAE_SCALE = 8  # pixels per latent, each way, of FLUX's VAE
+VAE_SCALE = 8  # pixels per latent of FLUX's VAE, in each direction
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """What is random in an iteration, as `ngrpo_train.sampling.perturb` draws it."""
+    """The random choices of an iteration, as `ngrpo_train.sampling.perturb` draws them."""
 
     noise_GTC: Tensor
     step_K: Tensor  # int64 on the CPU
@@ -45,20 +45,20 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """What an iteration works with. The pictures lie in `directory` until the next ones replace them."""
+    """The parts of an iteration. Its pictures are in `directory` until those of the next iteration replace them."""
 
     transformer: Any
     vae: Any
     sampling: Sampling
     algorithm: Neighbor
     conditioning: TextFeatures
-    """Of one prompt."""
+    """Encoded features of one prompt."""
     prompt: str
     scorer: Scorer
     directory: Path
     stage: Stage
     autocast: bool
-    """Compute in bfloat16, whatever the weights are stored in."""
+    """True to compute in bfloat16, for any dtype of the weights."""
     optimizer: torch.optim.Optimizer | None = None
 
     @property
@@ -67,7 +67,7 @@ class Peer:
         return device
 
     def iterate(self, draws: Draws, max_grad_norm: float) -> float:
-        """One iteration; returns the norm of the gradient, which stays where there is no optimizer."""
+        """Make one iteration; returns the norm of the gradient, which is kept where there is no optimizer."""
         states_GSTC, pictures = [], []
         for candidate, noise_TC in enumerate(draws.noise_GTC):
             with self.stage("rollout"):
@@ -121,7 +121,7 @@ class Peer:
 
     @torch.no_grad()
     def picture(self, latents_TC: Tensor, file: Path) -> Tensor:
-        """uint8 [3, H, W] on the CPU, through a PNG."""
+        """The picture of latents [T, C], uint8 [3, H, W] on the CPU, written to `file` as a PNG and read back."""
         sampling, vae = self.sampling, self.vae
         latents = FluxPipeline._unpack_latents(latents_TC[None], sampling.height, sampling.width, VAE_SCALE)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
@@ -132,7 +132,7 @@ class Peer:
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def backward(self, states_GSTC: Tensor, advantages_G: Tensor, draws: Draws) -> float:
-        """Adds the loss's gradient up, one anchor at one step after the other; returns the loss."""
+        """Accumulate the gradient of the loss, one anchor at one step after the other; returns the loss."""
         sigmas, count, total = self._sigmas(), len(draws.step_K) * len(draws.anchor_B), 0.0
         for step in draws.step_K.tolist():
             dt = (sigmas[step] - sigmas[step + 1]).item()
@@ -145,7 +145,7 @@ class Peer:
         return total
 
     def loss(self, point_1TC: Tensor, candidates_GTC: Tensor, advantages_G: Tensor) -> Tensor:
-        """Eqs. 8 to 10 as printed, at theta_old: the old policy's point is this one."""
+        """Eqs. 8 to 10 as printed, at theta_old, so that the point of the old policy is the same one."""
         algorithm = self.algorithm
         assert isinstance(algorithm.temperature, float | int)
         assert isinstance(algorithm.clip_range, float)

@@ -1,6 +1,6 @@
-"""Bars of speed and memory from the CSVs: `python -m benchmarks.plot benchmarks/results/kernels_cpu.csv`.
+"""Bar charts of speed and memory from the CSVs: `python -m benchmarks.plot benchmarks/results/kernels_cpu.csv`.
 
-Takes matplotlib. The picture goes to build/, which git ignores.
+It needs matplotlib. The picture goes to build/, which git ignores.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ BOTH = "forward+backward"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plot:
     results: Annotated[tuple[Path, ...], tyro.conf.Positional] = (RESULTS / "kernels_cpu.csv",)
-    """CSVs of one machine."""
+    """CSVs that were measured on one machine."""
     out: Path = Path("build/benchmarks.png")
 
 
@@ -32,7 +32,7 @@ def main(args: Plot) -> None:
 
 
 def draw(rows: list[Row]) -> Figure:
-    """A line of panels per op: speed forward, speed with backward, extra memory."""
+    """A row of panels for each op: speed forward, speed with backward, extra memory."""
     ops = sorted({row.op for row in rows})
     figure = Figure(figsize=(18, 5 * len(ops)), layout="constrained")
     for line, op in zip(figure.subplots(len(ops), 3, squeeze=False), ops, strict=True):
@@ -59,7 +59,7 @@ def draw(rows: list[Row]) -> Figure:
 
 
 def bars(axes: Axes, values: dict[tuple[str, str], float], title: str, label: str) -> None:
-    """A group of bars per setting, one bar per provider; values are by (setting, provider)."""
+    """Draw a group of bars for each setting, one bar per provider; keys of `values` are (setting, provider)."""
     settings = list(dict.fromkeys(setting for setting, _ in values))
     providers = [name for name in PROVIDERS if any(provider == name for _, provider in values)]
     width = 0.8 / max(len(providers), 1)
@@ -67,7 +67,7 @@ def bars(axes: Axes, values: dict[tuple[str, str], float], title: str, label: st
         points = [
             (s + i * width, values[name, provider]) for s, name in enumerate(settings) if (name, provider) in values
         ]
-        # A provider keeps its colour in every panel, whichever others are there.
+        # A provider has the same colour in every panel, whichever other providers are there.
         axes.bar(*zip(*points, strict=True), width, label=provider, color=f"C{PROVIDERS.index(provider)}", align="edge")
     axes.set_xticks([s + 0.4 for s in range(len(settings))], settings, rotation=20, ha="right", fontsize="small")
     axes.set_title(title)

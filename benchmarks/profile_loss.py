@@ -1,6 +1,6 @@
 """One forward and backward of the loss under torch.profiler: `python -m benchmarks.profile_loss`.
 
-The profiled call also lies between the calls of CUDA's profiler interface, so that Nsight records it and nothing else:
+Calls of CUDA's profiler interface surround the profiled call, so that Nsight records it and nothing else:
 
     ncu --profile-from-start off --clock-control none --set basic python -m benchmarks.profile_loss --quiet
     nsys profile --capture-range cudaProfilerApi --output loss python -m benchmarks.profile_loss --quiet
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--setting", default="720x720", choices=[setting.name for setting in LOSS_SETTINGS])
     parser.add_argument("--provider", choices=PROVIDERS, help="default: the kernels of this machine, else exact")
     parser.add_argument(
-        "--quiet", action="store_true", help="no torch.profiler, which Nsight does not share the GPU with"
+        "--quiet", action="store_true", help="do not use torch.profiler, which cannot share the GPU with Nsight"
     )
     args = parser.parse_args()
 
@@ -36,7 +36,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    for _ in range(3):  # compiles, and fills the allocator's cache
+    for _ in range(3):  # compile, and fill the allocator's cache
         call()
     if args.quiet:
         if device.type == "cuda":

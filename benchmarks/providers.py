@@ -1,7 +1,7 @@
-"""What the kernel benchmarks compare, on which inputs, and the float64 truth that each result is checked against.
+"""The implementations that the kernel benchmarks compare, their inputs, and the float64 truth to check results with.
 
-The direct form is Eqs. 8 to 10 typed in: squared distances through a [P, B, G, D] tensor, two log-softmaxes, their
-difference. It has neither the KL term nor the statistics of `LossOutput`, which only the exact form pays for here.
+The direct form is Eqs. 8 to 10 as written: squared distances through a [P, B, G, D] tensor, two log-softmaxes, their
+difference. It has neither the KL term nor the statistics of `LossOutput`; only the exact form pays for those here.
 """
 # P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened).
 
@@ -24,7 +24,7 @@ PROVIDERS = ("direct", "direct-compiled", "cdist", "exact", "exact-compiled", "c
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One size and configuration. Every provider gets the same tensors."""
+    """One size and configuration. All providers get the same tensors."""
 
     name: str
     D: int
@@ -63,9 +63,9 @@ DISTANCE_SETTINGS = (
 
 
 class LossInputs(NamedTuple):
-    """A neighborhood (Eq. 7) carried one Euler step through a smooth field, and a model that has moved a little."""
+    """A neighborhood (Eq. 7) after one Euler step through a smooth field, and a model that has changed a little."""
 
-    moving: Tensor  # the velocity, [P, B, D]; what gets a gradient
+    moving: Tensor  # the velocity, [P, B, D], which gets a gradient
     old: Tensor | None  # None: the velocity itself, as with one update
     latents: Tensor  # [P, B, D]
     candidates: Tensor  # [P, G, D]
@@ -74,13 +74,13 @@ class LossInputs(NamedTuple):
 
 
 class DistanceInputs(NamedTuple):
-    moving: Tensor  # the anchors, [P, B, D]; what gets a gradient
+    moving: Tensor  # the anchors, [P, B, D], which get a gradient
     candidates: Tensor  # [P, G, D]
-    upstream: Tensor  # gradient of some loss at the distances, [P, B, G]
+    upstream: Tensor  # gradient of some loss with respect to the distances, [P, B, G]
 
 
 class Result(NamedTuple):
-    value: Tensor  # what is differentiated
+    value: Tensor  # the quantity that is differentiated
     detail: Tensor  # [P, B, G]: the log-ratio, or the squared distances
 
 
@@ -91,13 +91,13 @@ class Truth(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """What a provider's errors are and, for those that have to be exact, may be at most."""
+    """A provider's errors and, for providers that must be exact, the largest allowed ones."""
 
     measured: dict[str, float]
     allowed: dict[str, float]
 
     def excess(self) -> list[str]:
-        """The errors that are too large; NaN is."""
+        """Messages for the errors that are too large; NaN counts as too large."""
         return [
             f"{name} is {self.measured[name]:.3g}, allowed is {bound:.3g}"
             for name, bound in self.allowed.items()
@@ -110,7 +110,7 @@ Inputs = TypeVar("Inputs", LossInputs, DistanceInputs)
 
 @dataclass(frozen=True, slots=True)
 class Op(Generic[Inputs]):
-    """One op as the harness sees it."""
+    """One op, with its inputs, truth and cost, as the harness uses it."""
 
     name: str
     make_inputs: Callable[[Setting, torch.device], Inputs]
@@ -121,7 +121,7 @@ class Op(Generic[Inputs]):
 
 
 def is_exact(provider: str) -> bool:
-    """Whether a provider is held to float64; the others are inaccurate by construction, and their error is reported."""
+    """True where a provider is checked against float64; others are inexact by design: only their error is reported."""
     return provider.partition("-")[0] in ("exact", "cpp", "triton")
 
 
@@ -131,13 +131,13 @@ def gradient(inputs: LossInputs | DistanceInputs, result: Result) -> Tensor:
 
 
 def _kernel_backends(device: torch.device) -> list[str]:
-    # Triton's interpreter, which stands in without a GPU, says nothing about speed.
+    # Triton's interpreter, which is used without a GPU, says nothing about speed.
     wanted = {"cpu": "cpp", "cuda": "triton"}[device.type]
     return [wanted] if wanted in available_backends() else []
 
 
 def compiled(call: Callable[[Any], Result]) -> Callable[[Any], Result]:
-    """Under `torch.compile` from its first call on: the compiler takes seconds to import."""
+    """The call under `torch.compile`, set up at its first use, since importing the compiler takes seconds."""
     build = cache(partial(torch.compile, call, fullgraph=True, dynamic=False))
     return lambda inputs: build()(inputs)
 
@@ -156,7 +156,7 @@ def make_loss_inputs(setting: Setting, device: torch.device) -> LossInputs:
     anchor_index = torch.stack([torch.randperm(G, generator=random, device=device)[:B] for _ in range(P)])
     latents = candidates.take_along_dim(anchor_index[:, :, None], dim=1)
     bend = 0.5 * normal(P, 1, D)
-    old = (0.8 * latents + bend) * (1 + 3e-3 * normal(P, B, D))  # the training forward is not the rollout's
+    old = (0.8 * latents + bend) * (1 + 3e-3 * normal(P, B, D))  # the training forward differs from the rollout's
     velocity = old * (1 + setting.change * normal(P, B, D))
     candidates.mul_(1 - 0.8 * DT).sub_(DT * bend)
     advantages = normal(P, G)
@@ -201,10 +201,10 @@ def our_loss(backend: str) -> Callable[[LossInputs], Result]:
 
 
 def loss_from_distances(log_ratio: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[LossInputs], Result]:
-    """The direct form; `log_ratio` is of anchors, old anchors and candidates."""
+    """The loss in its direct form; `log_ratio` takes anchors, old anchors and candidates."""
 
     def loss(inputs: LossInputs) -> Result:
-        # float() first: in bfloat16 the product alone would cost the log-ratio two digits more.
+        # float() first: the product in bfloat16 would cost the log-ratio two more digits.
         anchors = inputs.latents - DT * inputs.moving.float()
         old_anchors = anchors.detach() if inputs.old is None else inputs.latents - DT * inputs.old.float()
         log_rho = log_ratio(anchors, old_anchors, inputs.candidates)
@@ -214,7 +214,7 @@ def loss_from_distances(log_ratio: Callable[[Tensor, Tensor, Tensor], Tensor]) -
 
 
 def surrogate_loss(log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    """-J of Eq. 9."""
+    """The loss -J of Eq. 9."""
     ratio = log_ratio.clamp(-reference.LOG_RATIO_LIMIT, reference.LOG_RATIO_LIMIT).exp()
     gain = advantages[:, None]
     return -torch.minimum(gain * ratio, gain * ratio.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE)).sum(-1).mean()
@@ -270,13 +270,13 @@ def loss_errors(inputs: LossInputs, result: Result, grad: Tensor, truth: Truth) 
 
 
 def clipped(log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    """The candidates that the clip keeps out of the gradient."""
+    """True for the candidates whose gradient the clip removes."""
     ratio = log_ratio.exp()
     return torch.where(advantages[:, None] > 0, ratio > 1 + CLIP_RANGE, ratio < 1 - CLIP_RANGE)
 
 
 def loss_bytes(inputs: LossInputs, mode: str) -> int:
-    """Each input read once; in the backward the candidates once more, and the gradient written."""
+    """Bytes for reading each input once; in the backward, for reading candidates again and writing the gradient."""
     old = 0 if inputs.old is None else inputs.old.nbytes
     total = inputs.candidates.nbytes + inputs.moving.nbytes + old + inputs.latents.nbytes
     return total if mode == "forward" else total + inputs.candidates.nbytes + inputs.moving.nbytes
@@ -325,7 +325,7 @@ def direct_sqdist(anchors: Tensor, candidates: Tensor) -> Tensor:
 
 
 def distance_truth(inputs: DistanceInputs) -> Truth:
-    """In float64 by autograd, one anchor at a time to bound memory."""
+    """The squared distances and their gradients in float64 by autograd, one anchor at a time to bound memory."""
     P, B = inputs.moving.shape[:2]
     details, grads = [], []
     for p in range(P):
@@ -351,7 +351,7 @@ def distance_errors(inputs: DistanceInputs, result: Result, grad: Tensor, truth:
 
 
 def distance_bytes(inputs: DistanceInputs, mode: str) -> int:
-    """Anchors and candidates read once; in the backward both once more, and the gradient written."""
+    """Bytes for reading anchors and candidates once; in the backward, to read both again and write the gradient."""
     read = inputs.moving.nbytes + inputs.candidates.nbytes
     return read if mode == "forward" else 2 * read + inputs.moving.nbytes
 

@@ -27,18 +27,18 @@ class Row:
     G: int
     D: int
     moving_dtype: str
-    """Of the velocity, the old velocity and the gradient, or of the anchors; candidates and latents are float32."""
+    """Dtype of velocity, old velocity and gradient, or of the anchors; candidates and latents are float32."""
     old_policy: str
     metric: str
     unit: str
     p20: float | None
     p50: float
     p80: float | None
-    """Percentiles of the samples, or p50 alone where there is one value."""
+    """Percentiles of the samples; p50 alone where there is only one value."""
     ratio_to_direct: float | None
-    """p50 over the direct form's in the same run; None where that says nothing."""
+    """p50 relative to the direct form's in the same run; None where this means nothing."""
     clock: str
-    """How time was taken (`measure.Timing`); empty for what is not a time or made from one."""
+    """Method of timing (`measure.Timing`); empty for a metric that is neither a time nor made from one."""
     samples: int
     device: str
     threads: int
@@ -49,7 +49,7 @@ class Row:
     date: str
 
     def key(self) -> tuple[str, ...]:
-        """What a later row replaces."""
+        """The fields that identify a measurement: a later row with the same key replaces this one."""
         return self.op, self.setting, self.mode, self.provider, self.metric
 
 
@@ -70,7 +70,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def _triton_version() -> str:
     try:
         import triton
-    except ImportError:  # is not for every platform
+    except ImportError:  # not available on every platform
         return ""
     return triton.__version__
 
@@ -82,7 +82,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Empty where there is no git or no repository; "-dirty" does not count the results themselves."""
+    """The commit, with "-dirty" if files other than the results have changes; empty without git or a repository."""
     git = ["git", "-C", str(HERE.parent)]
     described = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     changed = subprocess.run(
@@ -107,7 +107,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of all files; of several with one key the last, in the place of the first."""
+    """The rows of all files. Of several rows with one key, the last one is kept, in the place of the first."""
     latest: dict[tuple[str, ...], Row] = {}
     for path in paths:
         with path.open(newline="") as file:

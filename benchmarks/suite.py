@@ -1,4 +1,4 @@
-"""Checks and measures all providers of one op at one setting: what the pytest-benchmark suites report."""
+"""Checks and measurements of all providers of one op at one setting, which the pytest-benchmark suites report."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ ACCURACY_UNITS = {  # in the order of the columns; each is a row of the mode tha
 
 @dataclass(slots=True)
 class Measured:
-    """One provider in one mode: rows for the CSV and samples for pytest-benchmark, or why there are none."""
+    """One provider in one mode: rows for the CSV and samples for pytest-benchmark, or the reason why there are none."""
 
     rows: list[Row] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -33,14 +33,14 @@ class Measured:
 def run(
     op: Op[Any], setting: Setting, device: torch.device, seconds: float, only: Collection[str] = ()
 ) -> dict[tuple[str, str], Measured]:
-    """All providers, or only some, in both modes, by (provider, mode). Timing a mode takes about `seconds`.
+    """Check and measure all providers, or those of `only`, in both modes, by (provider, mode).
 
-    A provider that is wrong or does not fit into memory is not timed.
+    Timing a mode takes about `seconds`. A provider that is wrong or does not fit into memory is not timed.
     """
     inputs = op.make_inputs(setting, device)
     providers = {name: call for name, call in op.providers(device).items() if not only or name in only}
     if any(name.endswith("-compiled") for name in providers):
-        torch.compiler.reset()  # what an earlier setting compiled counts towards the limit on recompiling
+        torch.compiler.reset()  # code compiled for an earlier setting counts towards the limit on recompiling
     measured = {(name, mode): Measured() for name in providers for mode in MODES}
     truth, errors = op.truth(inputs), {}
     for name, provider in list(providers.items()):
@@ -87,7 +87,7 @@ def run(
 
 
 def _warm_result(provider: Callable[[Any], Result], inputs: LossInputs | DistanceInputs) -> tuple[Result, torch.Tensor]:
-    for _ in range(2):  # the first call compiles or builds; what is checked is what is timed
+    for _ in range(2):  # the first call compiles or builds; the second one's result is checked
         result = provider(inputs)
         grad = gradient(inputs, result)
     return result, grad
@@ -118,7 +118,7 @@ def _call(provider: Callable[[Any], Result], sets: list[Any], mode: str, number:
 
 @cache
 def copy_bandwidth(device: torch.device) -> float:
-    """The device's in this session, in bytes per second."""
+    """Bandwidth of a copy on the device, measured once per session, in bytes per second."""
     return measure.quantiles(measure.copy_bytes_per_second(device))[1]
 
 
@@ -166,7 +166,7 @@ def _row(
         B=setting.B,
         G=setting.G,
         D=setting.D,
-        # The distances are between states, which are float32 whatever the model computes in.
+        # The distances are between states, which are float32 for any dtype of the model.
         moving_dtype=str(setting.velocity_dtype if op == "loss" else torch.float32).removeprefix("torch."),
         old_policy=setting.old if op == "loss" else "",
         metric=metric,
@@ -187,7 +187,7 @@ _now = 0.0
 
 
 def measured_clock() -> float:
-    """The timer of the suites: it stands still but for `advance_clock`."""
+    """Timer of the suites: it stands still until `advance_clock` moves it."""
     return _now
 
 

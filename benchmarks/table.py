@@ -19,8 +19,8 @@ class Column(NamedTuple):
     mode: str
     metric: str
     form: str = "{:.3g}"
-    of_direct: bool = False  # how many times faster than the direct form, instead of the value
-    absolute: bool = False  # not for a CPU, where only what is measured side by side can be compared
+    of_direct: bool = False  # the number of times faster than the direct form, instead of the value
+    absolute: bool = False  # left out on a CPU, where only ratios of what is measured side by side mean something
 
 
 COLUMNS = (
@@ -59,7 +59,7 @@ def main(args: Table) -> None:
 
 
 def markdown(rows: list[Row], absolute: bool) -> Iterator[str]:
-    """One table per op: a line per setting and provider, medians; `absolute` times or ratios only."""
+    """One table per op: a line per setting and provider, with medians; without `absolute`, only ratios."""
     runs = dict.fromkeys(
         f"{row.device}, {row.threads} CPU thread{'s' * (row.threads > 1)}, torch {row.torch}, triton {row.triton}, "
         f"commit {row.commit}, {row.date}"

@@ -1,4 +1,4 @@
-"""Forwards of the model alone, by batch, attention backend and arithmetic, and how far apart their velocities are."""
+"""Forwards of the model alone, by batch, attention backend and dtype, and the differences of their velocities."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,10 +16,10 @@ from ngrpo_train.recipe.sections import Recipe
 
 
 def forward(session: Session, recipe: Recipe) -> None:
-    """Eager and compiled, by batch and attention backend; and how far apart their velocities are."""
+    """Measure forwards, eager and compiled, by batch and attention backend, and the differences of their velocities."""
     G = recipe.algorithm.num_generations
     batches = sorted({1, recipe.algorithm.num_anchors, G})
-    seen: dict[str, Tensor] = {}  # velocities of all G pictures, by what computed them
+    seen: dict[str, Tensor] = {}  # velocities of all G pictures, by the case that computed them
     for how in ("eager", "compiled"):
         if how == "compiled" and not session.compiles:
             session.case("forward", how, skipping(NO_COMPILER))
@@ -54,7 +54,7 @@ def _forward_case(
     how: str,
     seen: dict[str, Tensor],
 ) -> None:
-    """No gradient, `batch` pictures at a time."""
+    """Measure a forward without gradient, `batch` pictures at a time."""
     name = f"{how}, batch {batch}" if backend == "native" else f"{how}, {backend}, batch {batch}"
 
     def measure(case: Case) -> None:
@@ -93,7 +93,7 @@ def _speed(case: Case, recipe: Recipe, batch: int, call: Callable[[], object]) -
 
 
 def forward_flops(recipe: Recipe) -> float:
-    """Of one picture: its share of an iteration's rollout."""
+    """Operations for one picture: its share of an iteration's rollout."""
     rollout = iteration_flops(recipe, find_architecture(recipe.model.name_or_path)).model_stages["rollout"]
     prompts = recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps
     return rollout / (prompts * recipe.algorithm.num_generations * recipe.sampling.num_inference_steps)
@@ -102,7 +102,7 @@ def forward_flops(recipe: Recipe) -> float:
 def _gradient_case(
     session: Session, model: FlowModel, inputs: Inputs, recipe: Recipe, how: str, seen: dict[str, Tensor]
 ) -> None:
-    """The forward that trains, on as many pictures as an update takes."""
+    """Measure the forward that trains, on as many pictures as an update takes."""
     B = recipe.algorithm.num_anchors
     name = f"{how}, with gradient, batch {B}"
 
@@ -140,7 +140,7 @@ def _float8(session: Session, recipe: Recipe, seen: dict[str, Tensor], G: int) -
 
 
 def _differences(session: Session, how: str, seen: dict[str, Tensor], pairs: Sequence[tuple[str, str]]) -> None:
-    """|a - b| / |b| over all pictures that both have."""
+    """Measure |a - b| / |b| over all pictures that both cases of a pair have."""
 
     def measure(case: Case) -> None:
         for one, other in pairs:

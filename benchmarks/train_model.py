@@ -1,6 +1,6 @@
-"""Parts of an iteration alone, at the model's full size: forward with backward, the optimizer's step, the VAE.
+"""Single parts of an iteration at the model's full size: forward with backward, the optimizer's step, the VAE.
 
-Each function measures the cases of one part of `train_parts`. Cases that share a model go one after the other on it.
+Each function measures the cases of one part of `train_parts`. Cases that share a model follow each other on it.
 """
 
 # N pictures, T image tokens, C channels of a packed token.
@@ -29,7 +29,7 @@ NO_COMPILER = "compiling takes minutes on a CPU"
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Of a forward: the states of N pictures, each of a prompt of its own."""
+    """Inputs of a forward: the states of N pictures, each with its own prompt."""
 
     x_NTC: Tensor
     sigma_N: Tensor
@@ -48,11 +48,11 @@ class Inputs:
 
 
 def build(session: Session, part: str, name: str, recipe: Recipe) -> tuple[FlowModel, Inputs] | None:
-    """The model of a recipe and inputs for it; None where they cannot be made, which is then a row."""
+    """The model of a recipe, and inputs for it; None where they cannot be made, which a row then says."""
     made: list[tuple[FlowModel, Inputs]] = []
 
     def measure(case: Case) -> None:
-        # So that every build has the same text encoders and VAE; the transformer's weights have seeds of their own.
+        # So every build has the same text encoders and VAE; the transformer's weights have their own seeds.
         torch.manual_seed(recipe.train.seed)
         stop = clock(session.device)
         model = FlowModel(recipe.model, recipe.sampling, recipe.parallel, session.device)
@@ -70,7 +70,7 @@ def with_compiler(recipe: Recipe, on: bool) -> Recipe:
 
 
 def peak_tflops(device: torch.device) -> float:
-    """The datasheet's for dense bfloat16; 0 for a device that is not in the table of machines."""
+    """The datasheet's TFLOP/s for dense bfloat16; 0 for a device that is not in the table of machines."""
     if device.type != "cuda":
         return 0.0
     properties = torch.cuda.get_device_properties(device)
@@ -89,7 +89,7 @@ def skipping(reason: str) -> Callable[[Case], None]:
 
 
 def activations(session: Session, recipe: Recipe) -> None:
-    """Forward and backward of an update's pictures, by what is kept in between."""
+    """Measure forward and backward of an update's pictures, by the activations that are kept."""
     built = build(session, "activations", "the model", with_compiler(recipe, False))
     if built is None:
         return
@@ -111,7 +111,7 @@ def activations(session: Session, recipe: Recipe) -> None:
 
 
 def _prepare_again(model: FlowModel, recipe: Recipe) -> None:
-    """Blocks that recompute and compile by another recipe."""
+    """Prepare the blocks again, to recompute and compile by another recipe."""
     import torch._functorch.config as functorch
 
     functorch.activation_memory_budget = 1.0
@@ -133,7 +133,7 @@ def _forward_backward(case: Case, model: FlowModel, part: tuple[Tensor, Tensor, 
         velocity.backward(direction)
         taken.append(stop())
 
-    for number in range(2):  # the second finds the gradients that it adds to
+    for number in range(2):  # the second pass adds to existing gradients
         both()
         if number == 0:
             case.add("first_call", "s", sum(taken))
@@ -151,7 +151,7 @@ def _forward_backward(case: Case, model: FlowModel, part: tuple[Tensor, Tensor, 
 
 
 def optimizer(session: Session, recipe: Recipe) -> None:
-    """Clipping and one step: 8-bit states with bfloat16 weights, float32 in as much of the model as fits."""
+    """Measure clipping and one step: 8-bit states with bfloat16 weights; float32 in as much of the model as fits."""
     name, (doubles, singles) = recipe.model.name_or_path, find_architecture(recipe.model.name_or_path).layers
     third = with_depth(name, max(1, doubles // 3), max(1, singles // 3))
     cases: tuple[tuple[str, str, Any, torch.dtype], ...] = (
@@ -199,7 +199,7 @@ def _step(case: Case, model: str, settings: Optimizer, dtype: torch.dtype, *, wh
 
 
 def decode(session: Session, recipe: Recipe) -> None:
-    """All pictures of a group: so many at once, eager or compiled, with channels last or not."""
+    """Measure decoding all pictures of a group: by batch size, eager or compiled, with or without channels last."""
     shallow = with_depth(recipe.model.name_or_path, 1, 1)  # the transformer is not used
     recipe = replace(with_compiler(recipe, False), model=Model(name_or_path=shallow))
     built = build(session, "decode", "the VAE", recipe)

@@ -1,11 +1,11 @@
-"""What an iteration of FLUX.1-dev costs on one GPU, part by part:
+"""The cost of an iteration of FLUX.1-dev on one GPU, part by part:
 
     python -m benchmarks.train_parts PART [--only NAME ...] [--out rows.csv]
 
-forward, activations, optimizer, decode and rewards are parts of an iteration alone. iteration, variants, sharded and
-algorithms (the rows of the paper's Table 3) are whole iterations, built and made as by `train_step`; peer is an
-iteration built as other trainers are. `--tiny` is to rehearse a part on a CPU, or on a GPU in little time. `train_rows`
-explains the CSV, `benchmarks/gpu.sh` runs all of it.
+forward, activations, optimizer, decode and rewards are single parts of an iteration. iteration, variants, sharded and
+algorithms (the rows of the paper's Table 3) are whole iterations, built and made as in `train_step`; peer is an
+iteration built like other trainers. `--tiny` rehearses a part on a CPU, or on a GPU in little time. `train_rows`
+explains the CSV; `benchmarks/gpu.sh` runs all parts.
 """
 
 import logging
@@ -35,7 +35,7 @@ from ngrpo_train.run.stopwatch import Stopwatch
 from ngrpo_train.sampling.perturb import neighborhood
 from ngrpo_train.update.optimizer import make_optimizer
 
-SHALLOW = (4, 8)  # double and single blocks, for what does not fit, or only shifts, at full depth
+SHALLOW = (4, 8)  # double and single blocks, for cases that need no full depth, or do not fit at it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +55,18 @@ class Parts:
         ]
     ]
     out: Path | None = None
-    """CSV that rows are appended to, as they are measured; none by default."""
+    """CSV that rows are appended to, as they are measured; by default, no file is written."""
     only: tuple[str, ...] = ()
-    """Cases to measure: those whose name has one of these in it."""
+    """Cases to measure: those whose name contains one of these."""
     tiny: bool = False
-    """A model of two small blocks and pictures of 32 pixels: says nothing about time."""
+    """Use a model of two small blocks and pictures of 32 pixels, whose times mean nothing."""
 
 
 # -- Whole iterations --------------------------------------------------------------------------------------------------
 
 
 def iteration(session: Session, recipe: Recipe) -> None:
-    """Every weight trained: one optimizer step for each rollout, and one for each anchor."""
+    """Measure iterations with every weight trained: one optimizer step for each rollout, and one for each anchor."""
     anchors = recipe.algorithm.num_anchors
     _iterations(session, "iteration", "full, 1 update", recipe, iterations=3)
     several = replace(recipe, algorithm=replace(recipe.algorithm, updates_per_iteration=anchors))
@@ -74,13 +74,13 @@ def iteration(session: Session, recipe: Recipe) -> None:
 
 
 def algorithms(session: Session, recipe: Recipe) -> None:
-    """Each row of the paper's Table 3, one iteration after the one that compiles: some take over a minute."""
+    """Measure each row of the paper's Table 3: one iteration after the one that compiles; some take over a minute."""
     for name, (_, of_row) in table_3(recipe).items():
         _iterations(session, "algorithms", name, of_row, iterations=1, runs=1)
 
 
 def variants(session: Session, recipe: Recipe) -> None:
-    """The same iteration with other means."""
+    """Measure the same iteration with kept activations, with a float8 rollout, and with LoRA."""
     parallel = recipe.parallel
     budget = replace(recipe, model=replace(recipe.model, gradient_checkpointing=0.9))
     float8 = replace(recipe, parallel=replace(parallel, rollout_dtype="float8"))
@@ -96,7 +96,7 @@ def variants(session: Session, recipe: Recipe) -> None:
 
 
 def sharded(session: Session, recipe: Recipe) -> None:
-    """What going through FSDP2 costs where there is nobody to share with, in a few blocks."""
+    """Measure the cost of FSDP2 on a single process, in a few blocks."""
     whole = recipe.model.name_or_path
     depth = map(min, SHALLOW, find_architecture(whole).layers)
     recipe = replace(recipe, model=replace(recipe.model, name_or_path=with_depth(whole, *depth)))
@@ -123,7 +123,7 @@ def _iterations(
     runs: int = 2,
     compiled: bool = False,
 ) -> None:
-    """Runs, one after the other, of one trainer; `compiled` where a recipe takes a compiler."""
+    """Measure runs of one trainer, one after the other; `compiled` is true for a recipe that needs a compiler."""
     if compiled and not session.compiles:
         session.case(part, name, train_model.skipping(train_model.NO_COMPILER))
         return
@@ -134,7 +134,7 @@ def _iterations(
 
 
 def peer(session: Session, recipe: Recipe) -> None:
-    """As the peers' scripts: float32 weights under autocast; and with bfloat16 weights, which is kinder to them."""
+    """Measure the peers' way: float32 weights under autocast; and with bfloat16 weights, which favours the peers."""
     no_step = "without the optimizer's step: float32 weights, gradients and Adam's states take 16 bytes a parameter"
     session.case(
         "peer",
@@ -188,7 +188,7 @@ def make_peer(
     *,
     with_optimizer: bool,
 ) -> Peer:
-    """With random weights of `dtype`, the same as ours but for their rounding, and made-up features of a prompt."""
+    """A peer with random weights of `dtype`, equal to ours up to rounding, and made-up features of a prompt."""
     transformer: Any = transformer_on(architecture, dtype=dtype).to_empty(device=device)
     fill(transformer, recipe.model, None)
     transformer.train()

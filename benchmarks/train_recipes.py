@@ -1,4 +1,4 @@
-"""What the training benchmarks train: random weights at a model's size, a made-up reward, and recipes around them."""
+"""Models, reward and recipes of the training benchmarks: random weights at full size, and a made-up reward."""
 
 import os
 import tomllib
@@ -28,8 +28,10 @@ _GOLDEN_RATIO = 0.6180339887498949
 
 
 def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Mean brightness, and a number for each place in the batch: random weights may draw all pictures alike, and an
-    update whose rewards are flat is left out. Stays on the device, and costs next to nothing there.
+    """A reward: mean brightness, plus a number for each place in the batch.
+
+    It stays on the device and costs almost nothing. The number is needed because random weights may draw all pictures
+    alike, and flat rewards cause no update.
     """
     places = torch.arange(len(images), device=images.device, dtype=torch.float32)
     return images.float().mean((1, 2, 3)) / 255 + (places * _GOLDEN_RATIO).frac()
@@ -39,10 +41,10 @@ def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def full_size() -> Recipe:
-    """The iteration that the target is about: FLUX.1-dev, every weight trained, on one GPU of 141 GB.
+    """The iteration of the performance target: FLUX.1-dev, every weight trained, on one GPU of 141 GB.
 
-    720 squared, 8 steps, G = 12, B = 4, K = 4, one prompt. Weights lie in bfloat16 and are rounded stochastically: with
-    float32 weights, gradients and Adam's two states it would take 190 GB.
+    720 x 720 pixels, 8 steps, G = 12, B = 4, K = 4, one prompt. Weights are stored in bfloat16 and rounded
+    stochastically: with float32 weights, gradients and Adam's two states, it would take 190 GB.
     """
     return Recipe(
         model=Model(name_or_path="random:flux-dev"),
@@ -54,7 +56,7 @@ def full_size() -> Recipe:
 
 
 def tiny(*, on_gpu: bool) -> Recipe:
-    """As `full_size` in its structure, for a rehearsal; on a CPU nothing is compiled and all is float32."""
+    """A recipe with the structure of `full_size`, for a rehearsal; on a CPU nothing is compiled and all is float32."""
     register_tiny()
     full = full_size()
     recipe = replace(
@@ -74,9 +76,9 @@ def tiny(*, on_gpu: bool) -> Recipe:
 
 
 def table_3(base: Recipe) -> dict[str, tuple[Variant, Recipe]]:
-    """The rows of the paper's Table 3, which are those of the experiment `cost`, with the model and means of `base`.
+    """The rows of the paper's Table 3, as in the experiment `cost`, with the model and the memory settings of `base`.
 
-    Of the tiny model, with no more steps and candidates than `base` has.
+    With the tiny model, they have no more steps and candidates than `base` has.
     """
     grid = find_grid("cost")
     common = {section: grid.recipe[section] for section in ("sampling", "algorithm") if section in grid.recipe}
@@ -103,9 +105,9 @@ def _at_most(recipe: Recipe, base: Recipe) -> Recipe:
 
 
 def as_measured(recipe: Recipe, depth: str = "") -> tuple[Recipe, list[str]]:
-    """A recipe as it can be measured without downloads, and what was put in place of what it asks for.
+    """A recipe that can be measured without downloads, and notes on what it replaces.
 
-    Scorers that ship get loaders that make them with random weights, for as long as the process lives. `depth` is
+    Shipped scorers get loaders that make them with random weights, for as long as the process lives. `depth` is
     "DOUBLE,SINGLE", numbers of blocks. Raises ValueError where the model's weights are not random ones.
     """
     notes = []
@@ -142,15 +144,15 @@ def as_measured(recipe: Recipe, depth: str = "") -> tuple[Recipe, list[str]]:
 
 
 def _load_random(name: str) -> None:
-    """Give a reward that ships a loader that makes it with random weights."""
-    from benchmarks import train_scorers  # which imports this module
+    """Give a shipped reward a loader that makes it with random weights."""
+    from benchmarks import train_scorers  # it imports this module
 
     module = import_module(f"{shipped.__name__}.{name}")
     module.REWARD = replace(module.REWARD, load=train_scorers.load)
 
 
 def _is_installed(name: str, reward: Reward) -> bool:
-    """Weights are not looked for: that would download them."""
+    """True where a reward loads without weights from the hub; to look for such weights would download them."""
     ours = shipped.find(name)
     if ours and ours.hub_files and not (reward.remote or ":" in reward.path):
         return False
@@ -169,11 +171,11 @@ def _two_numbers(depth: str) -> tuple[int, int]:
 
 
 def settings_of(recipe: Recipe) -> str:
-    """The recipe as flags, where it is not as by default and decides what is computed; how memory is allocated."""
+    """The flags of a recipe's fields that decide what is computed and are not defaults; the allocator's settings."""
     name = recipe.algorithm.name
     default, ours = asdict(Recipe(algorithm=Algorithm.of(name))), asdict(recipe)
     if name != Recipe().algorithm.name:
-        default["algorithm"] |= {"name": ""}  # it is to be among the flags: other defaults follow from it
+        default["algorithm"] |= {"name": ""}  # always among the flags, for other defaults follow from it
     changed = {
         section: {name: value for name, value in ours[section].items() if value != default[section][name]}
         for section in ("model", "prompts", "sampling", "algorithm", "optimizer", "train", "parallel")
@@ -192,7 +194,7 @@ def _dashed(flag: str) -> str:
 
 
 def with_depth(name_or_path: str, doubles: int, singles: int) -> str:
-    """The name of random weights like these in that many blocks. Raises ValueError for weights that are not random."""
+    """The name of the same random weights with another number of blocks. Raises ValueError for other weights."""
     if not name_or_path.startswith("random:"):
         raise ValueError(f"model.name_or_path = {name_or_path!r} has its own number of blocks: only random:... has any")
     name = f"{name_or_path}:{doubles}+{singles}"
@@ -201,10 +203,10 @@ def with_depth(name_or_path: str, doubles: int, singles: int) -> str:
 
 
 def register_tiny() -> None:
-    """Make "random:flux-tiny" known: FLUX.1-dev's parts at 1 block each and the least width."""
+    """Register "random:flux-tiny": FLUX.1-dev's parts with 1 block each and the smallest width."""
     dev, dim = KNOWN["flux-dev"], 16
     clip, t5 = clip_tokenizer(), t5_tokenizer()
-    KNOWN.setdefault(  # only once: what is computed from an architecture is cached by its identity
+    KNOWN.setdefault(  # only once: results computed from an architecture are cached by its identity
         "flux-tiny",
         Architecture(
             transformer={

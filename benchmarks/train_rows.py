@@ -1,7 +1,7 @@
-"""The CSV of the training benchmarks, and a session that fills it row by row, whatever becomes of single cases.
+"""The CSV of the training benchmarks, and a session that fills it row by row, even if single cases fail.
 
 One row is one measurement, with all that is needed to repeat it. A case that runs out of memory, fails or cannot be
-measured here has one row that says so; the cases after it are measured all the same.
+measured here has one row that says so; the cases after it are still measured.
 """
 
 import csv
@@ -32,26 +32,26 @@ Status = Literal["ok", "skipped", "out of memory", "failed"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     part: str
-    """Of `train_parts`, or "step" for `train_step`."""
+    """Part of `train_parts`, or "step" for `train_step`."""
     case: str
     status: Status
-    """Other than "ok" it is the case's, in a row without a metric whose note says why."""
+    """Outcome of the case. Other than "ok", the row has no metric, and its note gives the reason."""
     metric: str
     unit: str
     value: float | None
     """The median of the samples."""
     low: float | None
     high: float | None
-    """The least and the most of several samples."""
+    """The smallest and the largest of several samples."""
     samples: int
     note: str
     settings: str
-    """What decides the numbers: flags of a recipe where they are not its defaults, and the allocator's settings."""
+    """Settings that decide the numbers: a recipe's flags where they are not defaults, and the allocator's settings."""
     begun: str
-    """When the case began (UTC): the latest rows of a case replace all that it had before."""
+    """Time when the case began (UTC): the latest rows of a case replace all its earlier ones."""
     device: str
     gpus: int
-    """Processes, each with a device; the numbers are those of the first."""
+    """Number of processes, each with one device; the numbers are those of the first process."""
     threads: int
     torch: str
     cuda: str
@@ -66,7 +66,7 @@ class Row:
 
 
 def append(path: Path, row: Row) -> None:
-    """At once, so that nothing is lost with what comes next. Raises ValueError for a CSV with other columns."""
+    """Write a row at once, so that a later failure loses nothing. Raises ValueError for a CSV with other columns."""
     names = [column.name for column in fields(Row)]
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists() or not path.stat().st_size
@@ -81,7 +81,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of each case's latest measurement, cases in the order in which they first appear."""
+    """The rows of each case's latest measurement; cases are in the order in which they first appear."""
     found: dict[tuple[str, str], list[Row]] = {}
     if path.exists():
         with path.open(newline="") as file:
@@ -118,12 +118,12 @@ def _version(package: str) -> str:
 
 
 class Skip(Exception):
-    """Raised by a case that cannot be measured here; its message says why."""
+    """The exception of a case that cannot be measured here; its message gives the reason."""
 
 
 @dataclass(slots=True)
 class Case:
-    """One thing that is measured; hands its figures to the session as they come."""
+    """One case of measurement; it hands its figures to the session as they come."""
 
     session: "Session"
     part: str
@@ -132,14 +132,14 @@ class Case:
     begun: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def add(self, metric: str, unit: str, *values: float, note: str = "") -> None:
-        """One row, of all the samples of one measurement."""
+        """Add one row, with all the samples of one measurement."""
         spread = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
         shown = f"{median(values):.4g} {unit}{spread}" if values else ""
         self.session.say(f"   {metric:24} {shown}{'  ' if note else ''}{note}")
         self._record("ok", metric, unit, values, note)
 
     def end(self, status: Status, note: str) -> None:
-        """How it ended, if not well."""
+        """Record the outcome of a case that did not end well."""
         self.session.say(f"   {status}: {note}")
         self._record(status, "", "", (), note)
 
@@ -169,15 +169,15 @@ class Case:
 
 @dataclass(slots=True)
 class Session:
-    """Measures cases one after the other on one device; prints and writes what they find, on the first process."""
+    """A series of cases measured one after the other on one device; the first process prints and writes results."""
 
     device: torch.device
     out: Path | None = None
     """CSV that rows are appended to."""
     only: tuple[str, ...] = ()
-    """Cases to measure: those whose name has one of these in it; empty takes all."""
+    """Cases to measure: those whose name contains one of these; empty takes all."""
     compiles: bool = False
-    """Whether there is time for cases that compile."""
+    """True where there is time for cases that compile."""
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -198,10 +198,10 @@ class Session:
         always: bool = False,
         keep_compiled: bool = False,
     ) -> bool:
-        """Measure a case and free what it leaves; whether it came to its end. Nothing that it raises goes further.
+        """Measure a case and free its memory; returns True if it reached its end. No exception leaves this method.
 
-        `always` is for what other cases need, whatever `only` says. Compiled code is forgotten, for it may hold on to a
-        model, unless `keep_compiled`, where the next case is to find it.
+        `always` is for cases that others need, in spite of `only`. Compiled code is dropped, for it may hold on to a
+        model, unless `keep_compiled`: then the next case finds it.
         """
         if not (always or not self.only or any(wanted in name for wanted in self.only)):
             return False
@@ -213,13 +213,13 @@ class Session:
             done = True
         except Skip as reason:
             case.end("skipped", str(reason))
-        except Exception as error:  # whatever it is, the other cases are worth having
+        except Exception as error:  # after any failure, the other cases are still worth measuring
             if is_out_of_memory(error):
                 case.end("out of memory", _in_one_line(error))
             else:
                 case.end("failed", _in_one_line(error))
                 traceback.print_exception(error, file=sys.stderr)
-        # Only here, where the exception is gone, and with it the frames whose variables hold tensors.
+        # Only here: the exception is gone, and with it the frames whose variables hold tensors.
         if not keep_compiled:
             torch.compiler.reset()
         free(self.device)
@@ -227,12 +227,12 @@ class Session:
 
     @property
     def failed(self) -> bool:
-        """Whether a case failed by more than too little memory."""
+        """True if a case failed for another reason than too little memory."""
         return any(row.status == "failed" for row in self.rows)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's own, a CPU's, or that of a library that asked CUDA for its workspace."""
+    """True for an out-of-memory error of CUDA, of a CPU, or of a library that asked CUDA for its workspace."""
     signs = ("can't allocate memory", "STATUS_ALLOC_FAILED", "CUDA out of memory", "cudaErrorMemoryAllocation")
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
@@ -242,9 +242,9 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def free(device: torch.device) -> None:
-    """Give a GPU's memory that nobody holds any more back, and count its peak from here."""
+    """Return a GPU's unused memory to the system, and start to count its peak from here."""
     if device.type == "cuda":
-        gc.collect()  # models hold on to themselves in circles
+        gc.collect()  # models have reference cycles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -253,7 +253,7 @@ def free(device: torch.device) -> None:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
-    """Of each of `rounds` calls, from their start to the end of what they made the device do."""
+    """Seconds of each of `rounds` calls, from the start of a call to the end of its work on the device."""
     samples = []
     for _ in range(rounds):
         stop = clock(device)
@@ -263,7 +263,7 @@ def seconds_of(call: Callable[[], object], device: torch.device, rounds: int) ->
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Starts now; a call stops it and gives the seconds between, by events on a GPU."""
+    """A clock that starts now; a call stops it and returns the seconds between, by events on a GPU."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -281,7 +281,7 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 @contextmanager
 def peak_memory(case: Case, prefix: str = "") -> Iterator[None]:
-    """Adds the most that was allocated within it, and how much more that is than before; nothing on a CPU."""
+    """Add the peak of allocated memory within the block, and its increase over before; nothing on a CPU."""
     device = case.session.device
     if device.type != "cuda":
         yield

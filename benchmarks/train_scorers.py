@@ -1,7 +1,7 @@
-"""Scorers with random weights at their real sizes, made without files, and what scoring with them costs.
+"""Scorers with random weights at their real sizes, made without files, and the cost of scoring with them.
 
-`load` takes the place of a reward's own loader. `rewards` is a part of `train_parts`: the paper's three rewards, on
-pictures as an iteration makes them, beside the way of the official packages.
+`load` replaces a reward's own loader. `rewards` is a part of `train_parts`: the paper's three rewards, on pictures like
+those of an iteration, beside the way of the official packages.
 """
 
 # N pictures.
@@ -30,7 +30,7 @@ from ngrpo_train.rewards.shipped.image_reward import Architecture, ImageReward
 from ngrpo_train.shapes.pipeline import clip_tokenizer
 
 TINY = "tiny"
-"""As a reward's path: a scorer for rehearsals, with 2 layers in each tower."""
+"""Path of a reward that means a scorer for rehearsals, with 2 layers in each tower."""
 
 PAPER = ("hpsv2_1", "pickscore", "image_reward")
 
@@ -92,7 +92,7 @@ def _blip(*, tiny: bool) -> Architecture:
             num_hidden_layers=vision.layers,
             num_attention_heads=vision.heads,
             layer_norm_eps=1e-6,
-            initializer_range=0.02,  # its default is next to nothing, and products of zeros are faster
+            initializer_range=0.02,  # the default is next to nothing, and products of zeros are faster
         ),
         BlipTextConfig(
             vocab_size=30524,
@@ -102,7 +102,7 @@ def _blip(*, tiny: bool) -> Architecture:
             num_hidden_layers=text.layers,
             num_attention_heads=text.heads,
             max_position_embeddings=512,
-            is_decoder=True,  # has cross-attention
+            is_decoder=True,  # adds cross-attention
         ),
         {"0": (text.hidden, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)},
     )
@@ -112,13 +112,13 @@ def _blip(*, tiny: bool) -> Architecture:
 
 
 def load(name: str, settings: Reward, device: torch.device) -> Scorer:
-    """In place of a reward's own loader. A number for each place in the batch is added, so that no group is flat."""
+    """A random scorer, instead of the reward's own. It adds a number for each place in the batch: no group is flat."""
     scorer = random_scorer(name, settings, device)
     return lambda images, prompts: scorer(images, prompts) + score(images, prompts)
 
 
 def random_scorer(name: str, settings: Reward, device: torch.device) -> ModelScorer:
-    """The class that the reward's own loader makes, at the size that its path names; tokenizers know few words."""
+    """A scorer of the class that the reward's own loader makes, at its path's size; tokenizers know few words."""
     if name == "image_reward":
         tokenizer = BertTokenizer(vocab={token: row for row, token in enumerate(_BERT_TOKENS)})
         with device:
@@ -160,7 +160,7 @@ PROMPTS = ("a large red circle on a blue background", "a red circle", "a large c
 
 
 def rewards(session: Session, recipe: Recipe) -> None:
-    """Pictures of one group and of four, from bytes on the device to scores there; and as the official packages do."""
+    """Measure pictures of one group and of four, from bytes to scores on the device; also as the official packages."""
     for name in PAPER:
         for dtype in ("float32", "bfloat16"):
             _one_scorer(session, recipe, name, dtype)
@@ -211,9 +211,9 @@ def _score(case: Case, recipe: Recipe, name: str, reward: Reward, scorer: Scorer
 
 @torch.no_grad()
 def one_by_one(scorer: ModelScorer, images: Tensor, prompts: Sequence[str], *, half: bool = False) -> Tensor:
-    """Square pictures as official packages score them: through PIL, each alone with its prompt, awaiting every score.
+    """Scores of square pictures made as official packages do: through PIL, one picture and prompt at a time.
 
-    `half` computes under float16 autocast, as hpsv2 does on a GPU.
+    Every score is awaited. `half` computes under float16 autocast, as hpsv2 does on a GPU.
     """
     side = scorer.size if isinstance(scorer, ImageReward) else scorer.preprocessing.size
     scores = []

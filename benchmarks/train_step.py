@@ -3,9 +3,9 @@
     python -m benchmarks.train_step RECIPE [--section.field value ...] [--iterations 3] [--out rows.csv]
     torchrun --nproc-per-node 8 -m benchmarks.train_step RECIPE ...
 
-A recipe is a packaged one's name or a TOML file. It is built and iterated as `ngrpo train` does it. FLUX.1 has random
-weights, made on the device, and so have the scorers that ship. Other rewards that cannot be had are left out; where
-none is left to train on, a made-up one stands in. Rows say so. Prints what it finds, and appends it to a CSV whose
+A recipe is the name of a packaged one or a TOML file. It is built and iterated as in `ngrpo train`. FLUX.1 and the
+shipped scorers have random weights, made on the device. Other rewards that are not available are left out; if no reward
+remains to train on, a made-up one replaces them. Rows say so. The results are printed and appended to a CSV, whose
 columns `train_rows` explains.
 """
 
@@ -33,7 +33,7 @@ from ngrpo_train.run.prepare import prepare
 from ngrpo_train.run.stopwatch import Stopwatch
 from ngrpo_train.run.trainer import Trainer
 
-# What is read of each iteration: its name there, its name in a row, its unit.
+# The figures read of each iteration: name there, name in a row, unit.
 FIGURES = (
     ("time/iteration_s", "iteration", "s"),
     ("time/rollout_s", "rollout", "s"),
@@ -61,21 +61,21 @@ class Step:
     iterations: int = 3
     """Iterations of one run."""
     runs: int = 1
-    """Runs one after the other, to see how alike they are."""
+    """Runs made one after the other, to compare them."""
     warmup: int = 1
-    """Iterations before them, in which code is compiled."""
+    """Iterations before the measured ones, in which code is compiled."""
     depth: Annotated[str, tyro.conf.arg(metavar="DOUBLE,SINGLE")] = ""
-    """Blocks of the transformer, for less than the whole of it; only where its weights are random."""
+    """Blocks of the transformer, to measure only a part of it; only for random weights."""
     case: str = ""
-    """What the rows call it; empty is the recipe's name."""
+    """Name of the case in the rows; empty takes the recipe's name."""
     out: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """CSV that the rows are appended to; empty writes none."""
+    """CSV that the rows are appended to; if empty, no file is written."""
 
 
 def measure(
     case: Case, recipe: Recipe, *, iterations: int, warmup: int, runs: int = 1, notes: Sequence[str] = ()
 ) -> None:
-    """Build what `ngrpo train` builds, iterate, and add what it took to the case.
+    """Build what `ngrpo train` builds, iterate, and add the measurements to the case.
 
     Raises ValueError for a recipe that cannot train, RuntimeError where nothing was updated.
     """
@@ -93,14 +93,14 @@ def measure(
         case.add("build", "s", building())
         trained = sum(parameter.numel() for parameter in trainer.model.trainable.values())
         case.add("trained_parameters", "count", trained)
-        cost.figures(1.0)  # what was compiled before is not this recipe's
+        cost.figures(1.0)  # graphs compiled earlier do not count for this recipe
 
         def iterate() -> dict[str, float]:
             stopwatch.restart()
             outcome = trainer.iterate()
             if outcome.stats is None:
                 raise RuntimeError("no group had any signal, so that nothing was updated")
-            # Reading them waits for the device, as training does once in an iteration.
+            # Reading the figures waits for the device, as training does once in an iteration.
             figures = {"grad_norm": outcome.stats.grad_norm.item(), "skipped_steps": outcome.stats.skipped.item()}
             figures |= stopwatch.read()
             figures |= cost.figures(figures["time/iteration_s"])

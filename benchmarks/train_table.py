@@ -105,7 +105,7 @@ def main(args: Table) -> None:
 
 
 def operations() -> Iterator[str]:
-    """Of one iteration of the target, counted: no measurement."""
+    """A table of the operations in one iteration of the target, counted, not measured."""
     recipe = full_size()
     architecture = find_architecture(recipe.model.name_or_path)
     flops = iteration_flops(recipe, architecture)
@@ -116,7 +116,7 @@ def operations() -> Iterator[str]:
     yield f"| TFLOP | 1 update | with what full recomputation adds | {anchors} updates | with what it adds |"
     yield "|---|---|---|---|---|"
     columns = (flops.model_stages, flops.hardware_stages, more.model_stages, more.hardware_stages)
-    for stage in more.hardware_stages:  # has all of them
+    for stage in more.hardware_stages:  # it has all stages
         cells = (f"{column[stage] / 1e12:,.0f}" if stage in column else "" for column in columns)
         yield f"| {stage} | {' | '.join(cells)} |"
     totals = (flops.model, flops.hardware, more.model, more.hardware)
@@ -127,7 +127,7 @@ def operations() -> Iterator[str]:
 
 
 def iterations(rows: Sequence[Row]) -> Iterator[str]:
-    """Whole iterations of the full model on one GPU, and the same as the peers are built."""
+    """A table of whole iterations of the full model on one GPU, and of iterations built like the peers'."""
     mine = [row for row in rows if row.part in ("iteration", "variants", "peer")]
     if not mine:
         yield NOT_YET
@@ -149,7 +149,7 @@ def iterations(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def algorithms(rows: Sequence[Row]) -> Iterator[str]:
-    """The rows of the paper's Table 3: what is counted, which needs no GPU, and beside it what one has measured."""
+    """A table of the rows of the paper's Table 3: counts, which need no GPU, beside the times measured on one."""
     mine = [row for row in rows if row.part == "algorithms"]
     yield from _provenance(mine) if mine else (f"Seconds: {NOT_YET[0].lower()}{NOT_YET[1:]}", "")
     counted = ("G", "B", "K", "NFE_old", "NFE_theta", "TFLOP", "without doing anything twice")
@@ -182,7 +182,7 @@ def of_part(rows: Sequence[Row], part: str) -> Iterator[str]:
 
 
 def velocities(rows: Sequence[Row]) -> Iterator[str]:
-    """Relative differences of the same pictures' velocities."""
+    """A table of relative differences between velocities of the same pictures."""
     mine = [row for row in rows if row.part == "forward" and row.case.startswith("velocities apart")]
     measured = [row for row in mine if row.value is not None]
     if not measured:
@@ -195,7 +195,7 @@ def velocities(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _cases(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
-    """Measurements by case and metric; cases without any are there too."""
+    """Measurements by case and metric; cases without any measurement are there too."""
     cases: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         found = cases.setdefault(row.of(), {})
@@ -217,7 +217,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _provenance(rows: Sequence[Row]) -> Iterator[str]:
-    """What ran this, in a line above a table."""
+    """A line above a table: device, versions, commit and date."""
     runs = dict.fromkeys(
         f"{row.device}, torch {row.torch}, CUDA {row.cuda}, diffusers {row.diffusers}, commit {row.commit}, "
         f"{row.begun.partition('T')[0]}"
@@ -228,7 +228,7 @@ def _provenance(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
-    """Below a table: which cases did not come to their end, and what is to be known of others."""
+    """Notes below a table: cases that did not reach their end, and remarks on the others."""
     notes = [f"{row.case}: {row.status}, {row.note}" for row in rows if row.status != "ok"]
     notes += [
         f"{row.case}: {row.note}" for row in rows if row.status == "ok" and row.note and row.metric == "iteration"

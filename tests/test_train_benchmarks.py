@@ -46,7 +46,7 @@ def session(tmp_path: Path) -> Session:
 
 
 def statuses(rows: list[Row]) -> dict[str, str]:
-    """Of each case: its last row's."""
+    """The status of each case: that of its last row."""
     return {row.case: row.status for row in rows}
 
 

@@ -22,7 +22,7 @@ class EvalCommand:
 
     RUN_OR_MODEL: a run, a pipeline in FLUX.1's layout, or a transformer alone.
 
-    A command that was stopped goes on where it stopped: it keeps its pictures and scores.
+    A stopped command goes on where it stopped: it keeps its pictures and scores.
 
     --rewards NAME,NAME,... scores with these rewards; without it, with the run's.
 

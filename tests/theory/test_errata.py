@@ -20,7 +20,7 @@ def nfe(row: tuple[int, int, int, int, float]) -> float:
 
 
 def seconds_per_nfe(more: tuple[int, int, int, int, float], less: tuple[int, int, int, int, float]) -> float:
-    """Of two rows with one NFE_old: what a trained evaluation costs if the rest costs the same."""
+    """Seconds of a trained evaluation, from two rows with the same NFE_old, if the rest costs the same."""
     assert more[0] == less[0]
     return (more[-1] - less[-1]) / (nfe(more) - nfe(less))
 

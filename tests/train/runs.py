@@ -89,7 +89,7 @@ class Run:
     kill_in_step: int = 0  # the same, after this step's rollout
 
     def arguments(self) -> list[str]:
-        """Of the command line, "train" first."""
+        """The arguments of the command line, "train" first."""
         algorithm = self.changes.get("algorithm.name", "neighbor")
         small = {name: value for name, value in SMALL.items() if _is_of(algorithm, name)}
         settings = small | self.changes
@@ -312,7 +312,8 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    """Of a subprocess: its threads, which decide how sums are rounded, and this module importable for its scorers."""
+    """The environment of a subprocess: `threads` threads, which decide how sums are rounded, and this module importable
+    for its scorers."""
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     return dict(os.environ) | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
 

@@ -45,7 +45,7 @@ def noise_of(prompt, iteration, count, purpose, flux):
 
 @torch.no_grad()
 def grown(flux, prompt, iteration, spread):
-    """Of each step [edges]: the state before, the velocity there and the noise of its edges; and the leaves' ends."""
+    """For each step, the state before, the velocity there and the noise of its edges [edges]; and the leaves' ends."""
     times = [1 - i / N for i in range(N + 1)]
     sigmas = [SHIFT * t / (1 + (SHIFT - 1) * t) for t in times]
     x, steps = noise_of(prompt, iteration, 1, "noise", flux), []

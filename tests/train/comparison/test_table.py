@@ -77,7 +77,7 @@ def test_a_model_beside_its_base():
 
 
 def test_pictures_of_a_prompt_are_not_resampled():
-    """Of two prompts, each with a hundred pictures that differ wildly, a quarter of all draws has one prompt twice."""
+    """Two prompts have a hundred pictures each, with very different scores; a quarter of draws has one prompt twice."""
     numbers = [0] * 100 + [1] * 100
     model = scored("m", numbers, [[0, 2] * 50 + [4, 6] * 50], ["mine"])
     [interval] = sections(PROMPTS[:2], model, None)[0].models.values()

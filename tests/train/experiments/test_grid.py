@@ -128,7 +128,8 @@ def test_one_table_for_every_combination_of_its_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other_base", ["", "flux_dpmpp8"])
 @pytest.mark.parametrize("name", NAMES)
 def test_packaged_grids_stand_for_recipes_that_can_train(name: str, other_base: str) -> None:
-    """Of variants that set the same fields of the same algorithm the first and the last; a tuned one as published."""
+    """Among variants that set the same fields of the same algorithm, the first and the last are tried; tuned ones as
+    published."""
     grid = find_grid(name)
     if other_base and grid.only_own_base:
         return

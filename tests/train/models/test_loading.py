@@ -71,7 +71,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def velocities(flux: FlowModel, transformer: nn.Module) -> Tensor:
-    """Of PROMPTS at four times."""
+    """Velocities of PROMPTS at four times."""
     x = torch.randn(len(PROMPTS), TOKENS, 64, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([1.0, 0.9545, 0.6, 0.1])
     return flux.adapter.velocity(transformer, x, sigma, flux.encode(PROMPTS))

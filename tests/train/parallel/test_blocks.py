@@ -46,7 +46,7 @@ def bytes_kept(flux):
 
 
 def flops(flux):
-    """Of matrix products and attention in a forward and its backward."""
+    """The operations of matrix products and attention in a forward and its backward."""
     with FlopCounterMode(display=False) as counter:
         gradients(flux)
     return counter.get_total_flops()

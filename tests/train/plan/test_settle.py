@@ -45,7 +45,7 @@ def test_a_cpu_keeps_what_is_said_and_has_room_for_the_rest(asked: dict[str, str
 def test_a_gpu_is_settled_for_by_the_smallest_of_them(
     monkeypatch: pytest.MonkeyPatch, h200: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of 4 processes, 2 on each node; another has a GPU of 80 GiB."""
+    """There are 4 processes, 2 on each node; another process has a GPU of 80 GiB."""
     seen: list[tuple[Any, ...]] = []
 
     def decide(*arguments: Any) -> Settled:

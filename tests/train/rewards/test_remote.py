@@ -20,7 +20,7 @@ HEALTH = answer(200, b'{"status": "ok", "rewards": [{"name": "mine"}], "max_body
 
 
 def mine(images, prompts):
-    """Of every pixel and of the prompt; thirds have no short decimals."""
+    """A score that depends on every pixel and on the prompt; thirds have no short decimals."""
     weights = torch.linspace(1, 2, images[0].numel()).view_as(images[0])
     lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
     return (images.float() * weights).mean((1, 2, 3)) / 3 + lengths

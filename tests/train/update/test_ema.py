@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def weights(dtype: torch.dtype, layout: str = "none") -> dict[str, nn.Parameter]:
-    """Of a module whose weights are all 1, plain or on a mesh of one."""
+    """The parameters of a module whose weights are all 1, plain or on a mesh of one."""
     module = nn.Linear(3, 2).to(dtype)
     sharding.shard(module, [], Model(), Parallel(sharding=layout, compute_dtype="float32"), CPU)
     fill(dict(module.named_parameters()), 1.0)

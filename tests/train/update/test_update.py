@@ -51,7 +51,7 @@ class Spy(torch.optim.SGD):
 
 
 def gradients(flux, algorithm, groups, advantages, **changes):
-    """Of each optimizer step of one update, by parameter name."""
+    """The gradients of each optimizer step of one update, by parameter name, and the update's statistics."""
     spy = Spy(flux, changes.pop("lr", 0.0))
     settings = replace(algorithm.settings, **changes)
     stats = update(flux, spy, groups, advantages, LeapingPolicy(settings), settings, NO_CLIPPING)
