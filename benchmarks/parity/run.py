@@ -1,4 +1,4 @@
-"""Scores of ours and of the official packages, on the same random weights in the official files' layouts.
+"""Scores of our scorers and of the official packages, on the same random weights in the official files' layouts.
 
     python -m benchmarks.parity.run [--transformers-4 PYTHON] [--tiny] [--out CSV]
 
@@ -54,16 +54,16 @@ class Row:
     """"real", or "tiny": two layers of each tower."""
     reference: str
     dtype: str
-    """Of our weights; the reference's are float32."""
+    """Dtype of our weights; the reference's are float32."""
     pictures: str
     n: int
     spread: float
-    """Of the reference's scores for one prompt, highest less lowest, on average over prompts."""
+    """The reference's highest score for one prompt less its lowest, on average over prompts."""
     max_abs_diff: float
     torch: str
     torchvision: str
     transformers: str
-    """Ours, and the reference's unless its name has another."""
+    """Our version; also the reference's, unless its name has another."""
     python: str
     date: str
 
@@ -206,7 +206,7 @@ def write_bert_vocabulary(directory: Path, size: int) -> None:
 
 
 def score_unmodified(python: str, directory: Path) -> tuple[str, Scores]:
-    """By the package in another environment: what it is there, and its scores."""
+    """Score with the package in another environment; returns the name of that reference, and its scores."""
     listed = []
     for size in SIZES:
         for image, prompt in zip(*cases(*size), strict=True):

@@ -33,14 +33,14 @@ Status = Literal["ok", "absent", "missing", "too old", "too new", "broken"]  # a
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the report. A required row that is not ok makes the command fail."""
+    """A line of the report. A required row that is not ok makes the command fail."""
 
     section: str
     name: str
     found: str
     status: Status = "ok"
     note: str = ""
-    """Its purpose, the reason why it cannot be used, or the command that installs or repairs it."""
+    """Purpose, the reason why it cannot be used, or the command that installs or repairs it."""
     required: bool = False
 
 

@@ -116,7 +116,7 @@ def _against_control(rows: Sequence[Row], name: str) -> str:
 
 
 def _best_of(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
-    """For each variant, the family of which it is the best trial, or ""."""
+    """The family, for each variant, of which it is the best trial; "" for other variants."""
     by_family = {
         family: last_validations(rows, family) for family in dict.fromkeys(row.family for row in rows) if family
     }

@@ -40,7 +40,7 @@ def best_trials(path: Path, base: str, families: Iterable[str]) -> dict[str, Bes
 
 
 def last_validations(rows: Iterable[Row], family: str) -> dict[str, dict[int | None, Row]]:
-    """For each trial of a family, its last validation by seed. Validations before the first iteration do not count."""
+    """The last validation by seed of each trial of a family. Validations before the first iteration do not count."""
     trials: dict[str, dict[int | None, Row]] = {}
     for row in rows:
         if row.family == family and row.split == "validation" and row.step and "reward" in row.values:

@@ -30,7 +30,10 @@ class PromptCursor:
     def __init__(
         self, prompts: Sequence[Prompt], *, seed: int, per_iteration: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        """Raises ValueError for an empty list or a `per_iteration` that is not a positive multiple of world_size."""
+        """Begin at the first prompt.
+
+        Raises ValueError for an empty list or a `per_iteration` that is not a positive multiple of world_size.
+        """
         if not prompts:
             raise ValueError("a PromptCursor needs at least one prompt")
         if per_iteration < 1 or per_iteration % world_size:

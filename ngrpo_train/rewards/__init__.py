@@ -42,7 +42,7 @@ class Scores:
     trained: tuple[str, ...]
     """Those of `names` that the policy is trained on, in the same order."""
     weights: tuple[float, ...]
-    """One for each trained reward."""
+    """Weights of the trained rewards, one for each."""
     all_RPG: Tensor
     """Float32, ranks in order along P."""
 

@@ -95,7 +95,7 @@ class Endpoint:
     def _try(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
     ) -> bytes | _Failure:
-        """One attempt on its own connection: threads share nothing, and a restarted server is reached anew."""
+        """Make one attempt on its own connection: threads share nothing, and a restarted server is reached anew."""
         try:
             with requests.Session() as session:
                 session.trust_env = not is_loopback(urlsplit(self.url).hostname or "")  # else a proxy would be asked
