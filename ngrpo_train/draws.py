@@ -1,7 +1,7 @@
 """Every random number of an iteration, as a function of (seed, step, slot, purpose).
 
 `slot` is the prompt's index in the iteration's global batch. Draws are made on the CPU and depend on neither rank nor
-device, so that any number of processes draws the same.
+device, so they are the same for any number of processes.
 """
 # G candidates of a prompt, B anchors, K trained steps.
 
@@ -18,15 +18,15 @@ STEPS = "steps"
 def stream(seed: int, step: int, slot: int, purpose: str) -> torch.Generator:
     """A CPU generator of its own for each (seed, step, slot, purpose), seeded with 63 bits of their BLAKE2b hash.
 
-    torch's CPU generator keeps 32 of them: among n streams some two coincide with probability n^2 / 2^33, 1 % for the
-    9,600 noises of 300 iterations of 32 prompts, and the harm is one noise met twice in a run.
+    torch's CPU generator keeps only 32 of these bits. Among n streams, the probability that some two coincide is
+    n^2 / 2^33: 1 % for 9,600 noises, those of 300 iterations of 32 prompts. The harm is small: one noise occurs twice.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{slot}/{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def draw_anchors(num_generations: int, num_anchors: int, *, seed: int, step: int, slot: int) -> Tensor:
-    """B of the G candidates of a prompt, uniformly, without replacement, in random order: int64 [B] on the CPU.
+    """Draw B of the G candidates of a prompt, uniformly, without replacement: int64 [B] in random order, on the CPU.
 
     Raises ValueError unless 1 <= B <= G.
     """
@@ -36,7 +36,7 @@ def draw_anchors(num_generations: int, num_anchors: int, *, seed: int, step: int
 
 
 def draw_train_steps(step_range: tuple[int, int], num_train_steps: int, *, seed: int, step: int, slot: int) -> Tensor:
-    """K solver steps out of range(start, stop), uniformly, without replacement, ascending: int64 [K] on the CPU.
+    """Draw K solver steps of range(start, stop), uniformly, without replacement: int64 [K], ascending, on the CPU.
 
     Raises ValueError unless 0 <= start and 1 <= K <= stop - start.
     """

@@ -6,7 +6,8 @@ An algorithm of your own, which a recipe names "package.module:Name", is a class
         Settings = NameSettings                       # a dataclass, subclass of recipe.algorithms.Algorithm
         def __init__(self, settings, *, sampling, seed, prompts_together, max_grad_norm): ...
 
-The fields of its Settings are then those of the recipe's [algorithm], and flags of every command that takes a recipe.
+The fields of its Settings are then the fields of the recipe's [algorithm], and flags of every command that takes a
+recipe.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ from ngrpo_train.update.policy import UpdateStats
 
 
 class GRPO(Protocol):
-    """What the loop asks of an algorithm. What it explores is its own, but for `rows.Explored`."""
+    """The methods of an algorithm that the loop calls. Explored groups may be of any type that is a `rows.Explored`."""
 
     def explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Any:
-        """Groups of pictures for these prompts of this rank, with `final_PGTC`, their float32 latents."""
+        """Explore groups of pictures for these prompts of this rank; `final_PGTC` are their float32 latents."""
         ...
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
-        """Of all ranks' prompts, on the CPU: [P, X], X = G but for a tree."""
+        """Advantages for all ranks' prompts, [P, X] on the CPU. X = G, except for a tree."""
         ...
 
     def update(
         self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Any, advantages: Tensor
     ) -> UpdateStats | None:
-        """Optimizer steps on this rank's groups; None where no group of any rank has a signal."""
+        """Make optimizer steps on this rank's groups. Returns None where no group of any rank has a signal."""
         ...
 
 
 def make_algorithm(recipe: Recipe) -> GRPO:
-    """The algorithm that a recipe names, by its settings. Raises ValueError where it cannot be imported.
+    """The algorithm that a recipe names, with its settings. Raises ValueError where it cannot be imported.
 
-    It is given the sampler's steps, the run's seed, how many prompts it may explore together, and the largest gradient
-    norm of an optimizer step.
+    It gets the recipe's sampling section, the run's seed, the number of prompts to explore together, and the largest
+    gradient norm of an optimizer step.
     """
     algorithm: GRPO = implementation(recipe.algorithm)(
         recipe.algorithm,
@@ -60,7 +61,7 @@ def make_algorithm(recipe: Recipe) -> GRPO:
 
 
 def refuse_backend(settings: Algorithm, device: torch.device) -> None:
-    """Raise ValueError where a backend of the loss that is asked for by name cannot compute on this device."""
+    """Raise ValueError where the recipe names a backend of the loss that cannot compute on this device."""
     if settings.loss_backend != "auto":
         point = torch.zeros(1, 1, 1, device=device)
         try:

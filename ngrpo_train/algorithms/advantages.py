@@ -1,4 +1,4 @@
-"""From the scores of a group to its advantages, alike for every algorithm (Eqs. 3, 11)."""
+"""Advantages of a group from its scores, the same for every algorithm (Eqs. 3, 11)."""
 
 # P prompts of all ranks, G candidates, R rewards.
 
@@ -18,7 +18,8 @@ from ngrpo_train.rewards import Scores
 def group_rewards(settings: Algorithm, scores: Scores, *, seed: int, step: int) -> tuple[Tensor, Sequence[float]]:
     """The rewards that are trained on, [R, P, G] on the CPU, and their weights.
 
-    With `algorithm.shuffle_rewards`, each group's are dealt to its candidates anew, those of one picture together.
+    With `algorithm.shuffle_rewards`, rewards are permuted among the candidates of each group. Rewards of one picture
+    stay together.
     """
     trained_RPG, weights = scores.combined(settings.combine)
     if settings.shuffle_rewards:
@@ -31,28 +32,28 @@ def group_rewards(settings: Algorithm, scores: Scores, *, seed: int, step: int) 
 
 
 def quasi_norm(rewards_RPG: Tensor, weights: Sequence[float], settings: Algorithm) -> Tensor:
-    """Standardised, weighted, summed, and divided by the group's quasi-norm: [P, G] of [R, P, G] (Eqs. 3, 11)."""
+    """Rewards [R, P, G], standardised, weighted, summed and divided by the group's quasi-norm (Eqs. 3, 11): [P, G]."""
     return quasi_norm_advantages(
         rewards_RPG,
         p=settings.p,
         weights=weights,
         min_reward_std=settings.min_reward_std,
-        backend="reference",  # a few numbers on the CPU, for which a GPU's machine need not compile C++
+        backend="reference",  # a few numbers on the CPU: not worth compiling C++ on a machine with a GPU
     )
 
 
 def standardised(rewards_RPG: Tensor, weights: Sequence[float], settings: Stochastic) -> Tensor:
-    """Standardised, weighted and summed (Eq. 3), then clipped: plain GRPO's advantages, [P, G] of [R, P, G].
+    """Plain GRPO's advantages [P, G]: rewards [R, P, G], standardised, weighted and summed (Eq. 3), then clipped.
 
-    With p below 2 they are also multiplied by the group's L_2 norm over its L_p quasi-norm, Eq. 11 in the scale of
-    Eq. 3.
+    With p below 2, the sum is multiplied by its L_2 norm over its L_p quasi-norm before it is clipped: Eq. 11 in the
+    scale of Eq. 3.
     """
     each = [
         weight * quasi_norm_advantages(reward_PG, 2.0, min_reward_std=settings.min_reward_std, backend="reference")
         for reward_PG, weight in zip(rewards_RPG, weights, strict=True)
     ]
     G = rewards_RPG.shape[-1]
-    advantages_PG = torch.stack(each).sum(0) * (G - 1) ** 0.5  # p = 2 is Eq. 3 divided by this
+    advantages_PG = torch.stack(each).sum(0) * (G - 1) ** 0.5  # with p = 2, Eq. 11 divides Eq. 3 by this
     if settings.p < 2:
         l2_P1, lp_P1 = (torch.linalg.vector_norm(advantages_PG, order, 1, keepdim=True) for order in (2, settings.p))
         advantages_PG = advantages_PG * (l2_P1 / lp_P1).nan_to_num(0)

@@ -1,7 +1,8 @@
 """BranchGRPO (arXiv 2509.06040): walks that share their beginnings as a tree, with an advantage for every edge."""
 
-# P prompts, G leaves, R rewards, n branches alive. An edge is one branch's way through one solver step. Of n edges of a
-# step, edge e leads to the leaves e * G / n to (e + 1) * G / n - 1. X counts edges of the trained steps, step by step.
+# P prompts, G leaves, R rewards, n branches alive. An edge is one branch's way through one solver step. Where
+# a step has n edges, edge e leads to the leaves e * G / n to (e + 1) * G / n - 1. X edges of all trained steps, in the
+# order of the steps.
 
 from __future__ import annotations
 
@@ -28,10 +29,11 @@ from ngrpo_train.update.policy import UpdateStats
 
 
 class BranchGRPO(StochasticGRPO):
-    """Every step is random but the last, with DanceGRPO's noise; at a split every branch goes on as two.
+    """BranchGRPO: every step but the last is random, with DanceGRPO's noise; at a split, every branch becomes two.
 
-    Leaf rewards are fused into edges by their mean. The paper's other choice, weights by path probability, needs none:
-    siblings' log-probabilities, as means over D, differ by about 1 / sqrt(2 D), so their softmax is uniform.
+    The reward of an edge is the mean over its leaves. The paper's other choice, weights by path probability, would give
+    the same and is left out: siblings' log-probabilities, as means over D, differ by about 1 / sqrt(2 D), so their
+    softmax is uniform.
     """
 
     level: ClassVar[NoiseLevel] = "constant"
@@ -47,7 +49,7 @@ class BranchGRPO(StochasticGRPO):
         of_prompt = torch.arange(len(prompts), device=model.device)
         order_PX = torch.stack(
             [torch.randperm(sum(self._edges(trained)), generator=stream(**draw, purpose="order")) for draw in draws]
-        )  # in which optimizer steps take the edges: a share of all depths each
+        )  # the order in which optimizer steps take the edges, so that each step gets edges of all depths
         x_PnTC = draw_noise(model, draws, 1, NOISE)
         kept: dict[str, list[Tensor]] = {"before": [], "noise": [], "velocity": []}
         for index in range(last + 1):
@@ -96,9 +98,9 @@ class BranchGRPO(StochasticGRPO):
         ).take(order_PX)
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
-        """Of the edges of all ranks' trees, on the CPU [P, X]: leaf rewards fused, standardised step by step."""
+        """Advantages of all ranks' edges, [P, X] on the CPU, from leaf rewards, fused and standardised step by step."""
         rewards_RPG, weights = group_rewards(self.settings, scores, seed=self.seed, step=step)
-        # Means over leaves spread less the nearer they are to the root: whether a group spreads is said of its leaves.
+        # Nearer to the root, means over leaves spread less. So `min_reward_std` is compared with the leaves' spread.
         flat_RP1 = rewards_RPG.std(2, keepdim=True) < self.settings.min_reward_std
         rewards_RPG = torch.where(flat_RP1, rewards_RPG[:, :, :1], rewards_RPG)
         of_spread = replace(self.settings, min_reward_std=0.0)
@@ -114,7 +116,7 @@ class BranchGRPO(StochasticGRPO):
         return super().update(model, optimizer, groups, advantages)
 
     def _unpruned(self, groups: Transitions, advantages_PX: Tensor) -> Tensor:
-        """Which transitions width pruning leaves, [P, M] on the CPU, in the order they have."""
+        """Indices of the transitions that width pruning keeps, int64 [P, M'] on the CPU, in the order of `groups`."""
         trained = groups.step_PM[0].unique()
         starts = [0, *accumulate(self._edges(trained.tolist()))][:-1]
         first_edge = dict(zip(trained.tolist(), starts, strict=True))
@@ -135,12 +137,12 @@ class BranchGRPO(StochasticGRPO):
 
 
 def fused(leaf_rewards_RPG: Tensor, edges: int) -> Tensor:
-    """Of each of a step's edges the mean reward of the leaves it leads to, [R, P, edges]."""
+    """The mean reward of the leaves that each edge of a step leads to, [R, P, edges] from [R, P, G]."""
     return leaf_rewards_RPG.unflatten(2, (edges, -1)).mean(3)
 
 
 def kept_leaves(advantages_PG: Tensor, pruning: str) -> Tensor:
-    """Which leaves are trained after the last split, bool [P, G]: as many for every prompt."""
+    """A mask of the leaves that are trained after the last split, bool [P, G]: the same number for every prompt."""
     G = advantages_PG.shape[1]
     if pruning == "parent_top1":
         better = advantages_PG.unflatten(1, (-1, 2)).argmax(2)  # the first of two equals
@@ -156,7 +158,7 @@ def sibling_noise(
 ) -> Tensor:
     """Noise of both children of each branch, [P, 2 * branches, T, C]: standard normal, siblings correlated.
 
-    `(common + spread * own) / sqrt(1 + spread^2)`.
+    It is `(common + spread * own) / sqrt(1 + spread^2)`.
     """
     common = draw_noise(model, draws, branches, f"{NOISE}/{index}/common").repeat_interleave(2, dim=1)
     own = draw_noise(model, draws, 2 * branches, f"{NOISE}/{index}")

@@ -1,4 +1,4 @@
-"""DanceGRPO (arXiv 2505.07818): walks of an SDE with noise of constant strength eta, all from one noise."""
+"""DanceGRPO (arXiv 2505.07818): walks of an SDE with noise of constant strength eta, all from one starting noise."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from ngrpo_train.sampling.sde import NoiseLevel
 
 
 class DanceGRPO(StochasticGRPO):
-    """By default int(0.6 (N - 1)) random steps are trained, drawn for each prompt."""
+    """DanceGRPO. By default, int(0.6 (N - 1)) of the random steps are trained, drawn for each prompt."""
 
     level: ClassVar[NoiseLevel] = "constant"

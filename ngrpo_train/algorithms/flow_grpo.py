@@ -1,4 +1,4 @@
-"""Flow-GRPO (arXiv 2505.05470): walks of an SDE with noise eta sqrt(sigma / (1 - sigma)), each from its start."""
+"""Flow-GRPO (arXiv 2505.05470): walks of an SDE with noise eta sqrt(sigma / (1 - sigma)), each from its own start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ngrpo_train.sampling.sde import NoiseLevel
 
 
 class FlowGRPO(StochasticGRPO):
-    """By default all random steps are trained. Its KL to the untrained model is `algorithm.reference_coef`."""
+    """Flow-GRPO. By default, all random steps are trained. `algorithm.reference_coef` weighs its KL to the base."""
 
     level: ClassVar[NoiseLevel] = "flow"
     shares_noise: ClassVar[bool] = False

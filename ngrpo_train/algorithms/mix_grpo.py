@@ -1,4 +1,4 @@
-"""MixGRPO and MixGRPO-Flash (arXiv 2507.21802): random and trained inside a sliding window, the ODE's outside."""
+"""MixGRPO and MixGRPO-Flash (arXiv 2507.21802): steps are random and trained in a sliding window, the ODE's outside."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ngrpo_train.sampling.solvers import flow_sigmas
 
 
 class MixGRPO(StochasticGRPO):
-    """The noise is Flow-GRPO's; all steps of the window are trained."""
+    """MixGRPO: the noise is Flow-GRPO's; all steps of the window are trained."""
 
     level: ClassVar[NoiseLevel] = "flow"
     settings: MixSettings
@@ -25,9 +25,10 @@ class MixGRPO(StochasticGRPO):
 
 
 class MixGRPOFlash(MixGRPO):
-    """After the window DPM-Solver++(2M) takes fewer steps, evenly spaced before the shift; it starts anew there.
+    """MixGRPO-Flash: after the window, DPM-Solver++(2M) takes fewer steps, evenly spaced before the shift.
 
-    Its first step is of first order: the step before is random, and so nothing to extrapolate from.
+    The solver starts anew after the window. Its first step is of first order, because the step before is random, and
+    cannot be extrapolated.
     """
 
     settings: FlashSettings

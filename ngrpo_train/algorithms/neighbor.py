@@ -76,16 +76,16 @@ from ngrpo_train.update.rows import Rows, in_parts
 class AnchorRows(Rows):
     """Rows of anchors, each row with all candidates of its prompt after the step."""
 
-    anchor_rb: Tensor  # int64, candidates
+    anchor_rb: Tensor  # int64, the candidate that each anchor is
     dt_r: Tensor
     after_rGTC: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Neighborhoods:
-    """P explored groups, of which only what the update reads is kept. States are float32.
+    """P explored groups. Only what the update reads is kept. States are float32.
 
-    `step_PK` counts solver steps, `anchor_PB` candidates.
+    `step_PK` are numbers of solver steps, `anchor_PB` numbers of candidates.
     """
 
     conditioning: Conditioning  # P rows
@@ -95,17 +95,17 @@ class Neighborhoods:
     sigma_after_PK: Tensor
     before_PKBTC: Tensor  # the anchors' states before the trained steps
     after_PKGTC: Tensor  # every candidate's state after them
-    velocity_PKBTC: Tensor  # what the rollout's forward gave at `before`
+    velocity_PKBTC: Tensor  # the rollout's velocity at `before`
     final_PGTC: Tensor
 
     @property
     def rows_per_prompt(self) -> int:
-        """K."""
+        """The number of trained steps, K."""
         return self.step_PK.shape[1]
 
     @property
     def states_per_row(self) -> int:
-        """B."""
+        """The number of anchors, B."""
         return self.anchor_PB.shape[1]
 
     def blocks(self, updates: int) -> list[Neighborhoods]:
@@ -141,7 +141,7 @@ class Neighborhoods:
 
 
 class NeighborGRPO:
-    """The algorithm as the loop asks for it: explore, advantages, update (`ngrpo_train.algorithms.GRPO`)."""
+    """The algorithm, as the loop calls it: explore, advantages, update (`ngrpo_train.algorithms.GRPO`)."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class NeighborGRPO:
         self.policy = LeapingPolicy(settings)
 
     def explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Neighborhoods:
-        """A neighborhood for each prompt, `prompts_together` of them at a time."""
+        """Explore a neighborhood for each prompt, `prompts_together` prompts at a time."""
         return in_parts(prompts, self.prompts_together, lambda part: self._explore(model, part, step))
 
     def _explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Neighborhoods:
@@ -172,7 +172,7 @@ class NeighborGRPO:
         return explored(model, prompts, noise_PGTC, self.sigmas, torch.stack(steps), torch.stack(anchors))
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
-        """Of all ranks' prompts, on the CPU: standardised, weighted, summed, divided by the quasi-norm [P, G]."""
+        """Advantages for all ranks' prompts, [P, G] on the CPU, from rewards by `quasi_norm` (Eqs. 3, 11)."""
         return quasi_norm(*group_rewards(self.settings, scores, seed=self.seed, step=step), self.settings)
 
     def update(
@@ -267,12 +267,12 @@ class LeapingPolicy:
         return Terms(out.loss, out.log_ratio, out.velocity_grad_norm, figures)
 
     def tether(self, rows: AnchorRows, velocity: Tensor, base_velocity: Tensor) -> Tensor:
-        """|v_theta - v_base|^2, its mean over D too."""
+        """The squared distance |v_theta - v_base|^2, as a mean over rows, states and D."""
         return (velocity.float() - base_velocity).square().mean()
 
     @torch.no_grad()
     def _mismatch_spread(self, rows: AnchorRows, velocity: Tensor) -> Tensor:
-        """Per row, the spread of the log-ratio between the training forward and the rollout's."""
+        """The standard deviation of the log-ratio between the training forward and the rollout's, for each row [r]."""
         log_ratio = leaping_log_ratio(
             rows.after_rGTC,
             rows.anchor_rb,

@@ -1,4 +1,4 @@
-"""What the algorithms with an SDE share: random walks, their transitions, and the Gaussian policy (Eqs. 3 to 5)."""
+"""The common parts of algorithms with an SDE: random walks, their transitions, the Gaussian policy (Eqs. 3 to 5)."""
 
 # P prompts, G candidates, K trained steps, M trained transitions of a prompt, T image tokens, C channels. A row of an
 # update is one transition: r rows of b = 1 state.
@@ -30,7 +30,7 @@ from ngrpo_train.update.rows import Rows, in_parts
 class TransitionRows(Rows):
     """Rows of one transition each."""
 
-    advantage_r: Tensor  # int64, which of the prompt's advantages is the transition's
+    advantage_r: Tensor  # int64, index of the transition's advantage among the prompt's
     slope_r: Tensor  # d mean / d velocity
     std_r: Tensor
     noise_r1TC: Tensor  # the transition led to mean + std * noise
@@ -38,22 +38,22 @@ class TransitionRows(Rows):
 
 @dataclass(frozen=True, slots=True)
 class Transitions:
-    """P explored groups of random walks: the M transitions of each that are trained. States are float32."""
+    """P explored groups of random walks: the M trained transitions of each. States are float32."""
 
     conditioning: Conditioning  # P rows
     step_PM: Tensor  # int64 on the CPU, solver steps
-    advantage_PM: Tensor  # int64 on the CPU: which of the prompt's advantages each takes
+    advantage_PM: Tensor  # int64 on the CPU, index of each one's advantage among the prompt's
     sigma_before_PM: Tensor
     slope_PM: Tensor
     std_PM: Tensor
     before_PMTC: Tensor
     noise_PMTC: Tensor
-    velocity_PMTC: Tensor  # what the rollout's forward gave at `before`
+    velocity_PMTC: Tensor  # the rollout's velocity at `before`
     final_PGTC: Tensor
 
     @property
     def rows_per_prompt(self) -> int:
-        """M."""
+        """The number of trained transitions, M."""
         return self.step_PM.shape[1]
 
     @property
@@ -61,7 +61,7 @@ class Transitions:
         return 1
 
     def take(self, chosen: Tensor) -> Transitions:
-        """Of each prompt these transitions: `chosen` is int64 [P, M'] on the CPU."""
+        """The transitions with the indices `chosen` of each prompt, int64 [P, M'] on the CPU."""
         of_prompt = torch.arange(len(chosen))[:, None]
 
         def taken(values: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Transitions:
         return replace(self, **changed)
 
     def blocks(self, updates: int) -> list[Transitions]:
-        """Nearly equal shares of the transitions, in their order."""
+        """Nearly equal shares of the transitions, one for each of `updates` optimizer steps, in their order."""
         parts = {name: value.tensor_split(updates, dim=1) for name, value in self._of_transitions().items()}
         return [self._with({name: part[i] for name, part in parts.items()}) for i in range(updates)]
 
@@ -100,7 +100,7 @@ class Transitions:
 
 
 class GaussianPolicy:
-    """The SDE's step as a policy (Eqs. 4, 16): log-probabilities are means over D, as the peers' clip ranges expect."""
+    """The SDE's step as a policy (Eqs. 4, 16): log-probabilities are means over D, as published clip ranges expect."""
 
     FIGURES: ClassVar[tuple[str, ...]] = (
         "clip_fraction",
@@ -116,13 +116,13 @@ class GaussianPolicy:
         self.low, self.high = clip if isinstance(clip, tuple) else (clip, clip)
 
     def terms(self, rows: TransitionRows, velocity: Tensor, old_velocity: Tensor | None, advantages: Tensor) -> Terms:
-        """-J + kl_coef * KL(pi_old || pi_theta), J = min(A rho, A clip(rho)) (Eq. 4, its KL as a penalty)."""
+        """The loss -J + kl_coef * KL(pi_old || pi_theta), J = min(A rho, A clip(rho)) (Eq. 4, its KL as a penalty)."""
         old = velocity.detach() if old_velocity is None else old_velocity
         if self.settings.old_policy == "cached":
             old = rows.rollout_velocity_rbTC
         slope, std = rows.slope_r[:, None, None, None], rows.std_r[:, None]
         shift = slope * (velocity.float() - old.float())
-        # The rollout drew around its own mean. Where its forward rounds otherwise, the old policy's mean is not there.
+        # The rollout drew around its own mean. Where its forward rounds differently, the old policy's mean is another.
         drift = slope * (rows.rollout_velocity_rbTC - old.float())
         noise = rows.noise_r1TC + drift / std[..., None, None]
         log_ratio = gaussian_log_ratio(shift, noise, std)
@@ -134,13 +134,13 @@ class GaussianPolicy:
         with torch.no_grad():
             outside = (ratio < 1 - self.low) | (ratio > 1 + self.high)
             clamped = log_ratio.abs() > LOG_RATIO_LIMIT
-            # Of the loss by log rho, and of both by the velocity: what flows back into the model.
+            # d J / d log rho, then d loss / d velocity but for the factor slope / std / D: what flows into the model.
             clipped = torch.where(gain > 0, ratio > 1 + self.high, ratio < 1 - self.low)
             by_log_ratio = (gain * ratio).masked_fill(clipped | clamped, 0)[..., None, None]
             way = shift / std[..., None, None]
             gradient = self.settings.kl_coef * way - by_log_ratio * (noise - way)
             gradient_norm = gradient.flatten(2).norm(dim=2) * (rows.slope_r / rows.std_r).abs()[:, None]
-            # Of the training forward's policy against the rollout's, at what that drew.
+            # The log-ratio of the training forward's policy to the rollout's, at the sample that the rollout drew.
             mismatch = gaussian_log_ratio(slope * (velocity.float() - rows.rollout_velocity_rbTC), rows.noise_r1TC, std)
         figures = {
             "clip_fraction": outside.float().mean(1),
@@ -152,28 +152,28 @@ class GaussianPolicy:
         return Terms(loss, log_ratio.detach(), gradient_norm / (gradient[0, 0].numel() * len(gradient)), figures)
 
     def tether(self, rows: TransitionRows, velocity: Tensor, base_velocity: Tensor) -> Tensor:
-        """KL(pi_theta || pi_base) as its mean over D: Flow-GRPO's (arXiv 2505.05470)."""
+        """The divergence KL(pi_theta || pi_base) as a mean over D, as in Flow-GRPO (arXiv 2505.05470)."""
         by_std = (rows.slope_r / rows.std_r)[:, None, None, None]
         return (by_std * (velocity.float() - base_velocity)).square().mean() / 2
 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """Which steps of an iteration's walks are random, and which are trained."""
+    """The schedule of an iteration's walks, with the steps that are random and those that are trained."""
 
     sigmas: Tensor  # on the CPU
-    std: tuple[float, ...]  # of each step; 0 is the ODE's
+    std: tuple[float, ...]  # of each step; 0 for a step of the ODE
     trained: range
     num_train_steps: int  # K, drawn from `trained` for each prompt
     second_order_from: int | None = None  # DPM-Solver++(2M) from this step on, Euler before
 
 
 class StochasticGRPO:
-    """GRPO on walks of the SDE with the ODE's marginals; a subclass says how much noise which steps have."""
+    """GRPO on walks of the SDE with the ODE's marginals; a subclass says which steps have noise, and how much."""
 
     level: ClassVar[NoiseLevel]
     settings: Stochastic
-    shares_noise: ClassVar[bool] = True  # whether the candidates of a prompt start from one noise
+    shares_noise: ClassVar[bool] = True  # True where the candidates of a prompt start from one noise
 
     def __init__(
         self,
@@ -191,18 +191,18 @@ class StochasticGRPO:
         self.policy = GaussianPolicy(settings)
 
     def walk(self, iteration: int) -> Walk:
-        """Every step random but the last, K of them trained, drawn for each prompt."""
+        """A walk with every step random but the last, K of them trained, drawn for each prompt."""
         random = range(self.N - 1)
         trained, K = self.settings.trainable_steps(self.N), self.settings.num_trained_steps(self.N)
         return Walk(self.sigmas, self.stds(self.sigmas, random), trained, K)
 
     def stds(self, sigmas: Tensor, random: Sequence[int]) -> tuple[float, ...]:
-        """Of every step of a schedule, of which `random` ones have noise."""
+        """Standard deviations of the noise of every step of a schedule: 0 but for the steps `random`."""
         steps = range(len(sigmas) - 1)
         return tuple(step_std(self.level, self.settings.eta, sigmas, i) if i in random else 0.0 for i in steps)
 
     def explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Transitions:
-        """Walks for each prompt, `prompts_together` of them at a time."""
+        """Explore walks for each prompt, `prompts_together` prompts at a time."""
         return in_parts(prompts, self.prompts_together, lambda part: self._explore(model, part, step))
 
     def _explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Transitions:
@@ -215,7 +215,7 @@ class StochasticGRPO:
         return random_walk(model, prompts, draws, start, walk, step_PK, order_PG)
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
-        """Of all ranks' prompts, on the CPU: standardised, weighted, summed, clipped [P, G]."""
+        """Advantages for all ranks' prompts, [P, G] on the CPU, from rewards by `standardised` (Eq. 3)."""
         rewards_RPG, weights = group_rewards(self.settings, scores, seed=self.seed, step=step)
         return standardised(rewards_RPG, weights, self.settings)
 
@@ -226,7 +226,7 @@ class StochasticGRPO:
 
 
 def draw_noise(model: FlowModel, draws: Sequence[dict[str, int]], count: int, purpose: str) -> Tensor:
-    """Standard normal [P, count, T, C] on the device, of a stream of its own for each of the P `draws`."""
+    """Standard normal noise [P, count, T, C] on the device, with a separate random stream for each of the P `draws`."""
     shape = (count, *model.latent_shape)
     drawn = [torch.randn(shape, generator=stream(**draw, purpose=purpose)) for draw in draws]
     return torch.stack(drawn).to(model.device)
@@ -242,9 +242,9 @@ def random_walk(
     step_PK: Tensor,
     order_PG: Tensor,
 ) -> Transitions:
-    """Walk all candidates together, keeping the transitions of the steps `step_PK` in the candidates' `order_PG`.
+    """Walk all candidates together, and keep the transitions of the steps `step_PK`.
 
-    The order is the one in which optimizer steps take the candidates. Both are on the CPU.
+    `order_PG` is the order in which optimizer steps take the candidates. Both are int64 on the CPU.
     """
     (P, G, *shape_TC), K = start_PGTC.shape, step_PK.shape[1]
     device = start_PGTC.device
@@ -259,7 +259,7 @@ def random_walk(
             return sde_step(x, velocity, noises[index].flatten(0, 1), sigma, following, std), None
         second = walk.second_order_from is not None and index >= walk.second_order_from
         step: SolverStep = dpmpp_2m_step if second else euler_step
-        return step(x, velocity, sigmas, index, previous)  # a random step leaves nothing to extrapolate from
+        return step(x, velocity, sigmas, index, previous)  # `previous` is None after a random step
 
     conditioning = model.encode([prompt.text for prompt in prompts])
     of_picture = torch.arange(P, device=device).repeat_interleave(G)
@@ -290,7 +290,7 @@ def random_walk(
 
 
 def step_constants(sigmas: Tensor, std: Sequence[float], step_PM: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """What a `Transitions` says of its steps' sigma, slope and standard deviation."""
+    """The fields of `Transitions` for sigma, slope and standard deviation of the steps: [P, M] each, on the device."""
     each = [(float(s), mean_slope(float(s), float(n), d), d) for s, n, d in zip(sigmas, sigmas[1:], std, strict=False)]
     sigma, slope, spread = torch.tensor(each).T[:, step_PM].to(device)
     return {"sigma_before_PM": sigma, "slope_PM": slope, "std_PM": spread}

@@ -1,6 +1,6 @@
-"""Scores of the pictures that a model makes of fixed prompts and noise, with their errors over prompts."""
+"""Scores of the pictures that a model makes from fixed prompts and noise, with their standard errors over prompts."""
 
-# R rewards, N pictures, E columns of what else is seen in a picture.
+# R rewards, N pictures, E further observations of each picture.
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ngrpo_train.sampling.pictures import pictures
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Scores [R, N] of N pictures, `num_images_per_prompt` in a row for each prompt; on the CPU, alike on all ranks."""
+    """Scores [R, N] of N pictures, `num_images_per_prompt` in a row for each prompt; on the CPU, equal on all ranks."""
 
     names: tuple[str, ...]
     prompts: tuple[Prompt, ...]
@@ -30,17 +30,18 @@ class Evaluation:
     observed_NE: Tensor | None = None  # what `observe` saw in each picture
 
     def record(self) -> dict[str, Any]:
-        """Names, what each prompt asks for, and scores, as a run's JSON files keep them."""
+        """The names, the request of each prompt, and the scores, as a run's JSON files keep them."""
         prompts = [prompt.request for prompt in self.prompts]
         return {"names": self.names, "prompts": prompts, "scores": self.scores_RN.tolist()}
 
     @staticmethod
     def of_record(record: Mapping[str, Any]) -> Evaluation:
+        """The evaluation that `record` was made from, without what was observed."""
         prompts = tuple(Prompt.of(request) for request in record["prompts"])
         return Evaluation(tuple(record["names"]), prompts, torch.tensor(record["scores"]))
 
     def is_of(self, names: Sequence[str], prompts: Sequence[Prompt], per_prompt: int) -> bool:
-        """Whether it scored `per_prompt` pictures of each of these prompts by these rewards."""
+        """True where it scored `per_prompt` pictures of each of these prompts by these rewards."""
         made = (self.names, [prompt.request for prompt in self.prompts], self.scores_RN.shape[1])
         return made == (tuple(names), [prompt.request for prompt in prompts], len(prompts) * per_prompt)
 
@@ -48,13 +49,13 @@ class Evaluation:
         return dict(zip(self.names, self.scores_RN.mean(1).tolist(), strict=True))
 
     def standard_error(self) -> dict[str, float]:
-        """The error of the mean over prompts, whose pictures are not independent; NaN for a single prompt."""
+        """The standard errors of the means, over prompts: pictures of one prompt are dependent. NaN for a single prompt."""
         per_prompt = self.scores_RN.view(len(self.names), len(self.prompts), -1).mean(2)
         return dict(zip(self.names, standard_error(per_prompt).tolist(), strict=True))
 
 
 def standard_error(per_prompt: Tensor) -> Tensor:
-    """The error of the mean over the last dimension, prompts; NaN for a single one."""
+    """The standard error of the mean over prompts, the last dimension; NaN for a single prompt."""
     if per_prompt.shape[-1] == 1:
         return torch.full(per_prompt.shape[:-1], math.nan)
     return per_prompt.std(-1) / per_prompt.shape[-1] ** 0.5
@@ -73,7 +74,7 @@ def evaluate(
 ) -> Evaluation:
     """Score `evaluation.num_images_per_prompt` pictures of each prompt, shared out over the ranks.
 
-    `observe` takes uint8 pictures [N, 3, H, W] too and gives what else is to be known of each: float32 [N, E].
+    `observe` takes the same uint8 pictures [N, 3, H, W] and gives further observations of each: float32 [N, E].
     """
     per_prompt = recipe.evaluation.num_images_per_prompt
     batch = recipe.evaluation.batch or 64

@@ -14,7 +14,7 @@ def neighborhood(
 ) -> Tensor:
     """The G starting noises of a prompt (Eq. 7): `sqrt(1 - sigma^2) * base + sigma * delta_i`, fp32 [G, T, C] on CPU.
 
-    Each is standard normal; any two correlate by `1 - sigma^2`. The base depends on neither G nor sigma.
+    Each is standard normal; any two have the correlation `1 - sigma^2`. The base depends on neither G nor sigma.
     Raises ValueError unless 0 < sigma <= 1 and G >= 1.
     """
     if not 0 < sigma <= 1:

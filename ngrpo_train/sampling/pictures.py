@@ -1,4 +1,4 @@
-"""Pictures of the current model at fixed prompts and noise, and how they are laid out and saved for the eye."""
+"""Pictures of the current model at fixed prompts and noise; pictures laid out on a canvas, and saved."""
 
 # N pictures, T image tokens, C channels.
 
@@ -17,7 +17,7 @@ from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.sampling.rollout import Tail, generate
 from ngrpo_train.sampling.solvers import flow_sigmas
 
-_NOISE_SEED = 2511_16955  # never the run's: every run is judged on the same noise
+_NOISE_SEED = 2511_16955  # not the run's seed: every run is judged on the same noise
 
 
 @torch.no_grad()
@@ -37,7 +37,10 @@ def pictures(
 
 
 def tile(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
-    """uint8 [N, 3, H, W] on the CPU, row by row, on white."""
+    """Lay out uint8 pictures [N, 3, H, W], on the CPU, row by row on white.
+
+    Each is enlarged `scale` times; `gap` pixels are between them.
+    """
     count, _, height, width = images.shape
     rows = -(-count // columns)
     canvas = Image.new(

@@ -1,4 +1,4 @@
-"""Pictures of many prompts through a solver at once, step by step."""
+"""Rollouts: the pictures of many prompts go through a solver together, step by step."""
 
 # N pictures, T image tokens, C channels.
 
@@ -16,7 +16,7 @@ from ngrpo_train.sampling.solvers import SOLVERS, Previous, SolverStep
 
 
 class Sampler(Protocol):
-    """What gives the velocity of a solver's step."""
+    """A source of the velocities for a solver's steps."""
 
     def sampling_velocity(
         self, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning, *, explore: bool = False
@@ -33,6 +33,8 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class Step:
+    """One solver step of N pictures: the states before and after it, and the velocity that led there."""
+
     index: int
     before_NTC: Tensor
     velocity_NTC: Tensor
@@ -53,7 +55,8 @@ def generate(
 ) -> Iterator[Step]:
     """Solve from `noise_NTC` down `sigmas` [steps + 1] (CPU), yielding every step. `conditioning` has N rows.
 
-    To `explore`, the model may compute coarser, in `parallel.rollout_dtype`. Without a `solver`, the recipe's.
+    With `explore`, the model may compute with lower precision, in `parallel.rollout_dtype`. `solver` defaults to the
+    recipe's.
     """
     solver = solver or SOLVERS[model.sampling.solver]
     x_NTC, previous = noise_NTC, None

@@ -5,7 +5,7 @@ Equations are of arXiv 2511.16955 (Eqs. 4, 5, 12 to 16). A flow state is `x = (1
 
     x' ~ N(mean, std^2 I),   mean = x - dt * v - std^2 / (2 sigma) * eps_hat   (Eq. 5)
 
-so `mean` is linear in v, and all that a policy gradient needs of it is its `slope` d mean / d v.
+so `mean` is linear in v, and a policy gradient needs only its `slope` d mean / d v.
 """
 # N steps of a schedule, so N + 1 sigmas; D latent elements of a picture, the last two dimensions of a state.
 
@@ -21,10 +21,10 @@ NoiseLevel = Literal["flow", "constant"]
 
 
 def step_std(level: NoiseLevel, eta: float, sigmas: Sigmas, index: int) -> float:
-    """Standard deviation of the step from `sigmas[index]` to the next: the level there times sqrt(dt).
+    """Standard deviation of the step from `sigmas[index]` to the next: the noise level at its start times sqrt(dt).
 
     The level is `eta` ("constant", DanceGRPO, arXiv 2505.07818) or `eta * sqrt(sigma / (1 - sigma))` ("flow",
-    Flow-GRPO, arXiv 2505.05470). Where that is infinite, at sigma = 1, the denominator takes the next sigma.
+    Flow-GRPO, arXiv 2505.05470). At sigma = 1 that is infinite, so the denominator takes the next sigma there.
     """
     sigma, following = float(sigmas[index]), float(sigmas[index + 1])
     if level == "flow":
@@ -33,12 +33,12 @@ def step_std(level: NoiseLevel, eta: float, sigmas: Sigmas, index: int) -> float
 
 
 def mean_slope(sigma: float, sigma_next: float, std: float) -> float:
-    """d mean / d v of a step (Eq. 5): -dt of the ODE's step, and the share of the drift that keeps the marginals."""
+    """The slope d mean / d v of a step (Eq. 5): -dt, as in the ODE's step, plus the part that keeps the marginals."""
     return sigma_next - sigma - std**2 * (1 - sigma) / (2 * sigma)
 
 
 def sde_mean(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float, std: float) -> Tensor:
-    """Where the step from `x` leads on average (Eq. 5 without its noise), in the dtype of `x`."""
+    """The mean of the step from `x` (Eq. 5 without its noise), in the dtype of `x`."""
     slope = mean_slope(sigma, sigma_next, std)
     return torch.add(x * (1 - std**2 / (2 * sigma)), velocity, alpha=slope)
 
@@ -49,9 +49,9 @@ def sde_step(x: Tensor, velocity: Tensor, noise: Tensor, sigma: float, sigma_nex
 
 
 def gaussian_log_prob(sample: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
-    """log N(sample; mean, std^2 I) as its mean over D (Eq. 16 divided by D), [...] of [..., T, C].
+    """The log-density log N(sample; mean, std^2 I), as a mean over D (Eq. 16 divided by D): [...] from [..., T, C].
 
-    The peers' clip ranges, 1e-4 and 1e-3, are for ratios of these means.
+    The clip ranges of published trainers, 1e-4 and 1e-3, are for ratios of these means.
     """
     std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
     square = ((sample - mean) / std[..., None, None]).square().mean((-2, -1))
@@ -59,11 +59,11 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, std: float | Tensor) -> Tens
 
 
 def gaussian_log_ratio(shift: Tensor, noise: Tensor, std: Tensor) -> Tensor:
-    """log pi_theta - log pi_old at a sample that stands `std * noise` from the old mean, as its mean over D: [...].
+    """The log-ratio log pi_theta - log pi_old at the sample `old mean + std * noise`, as a mean over D: [...].
 
-    `shift` [..., T, C] is the way from the old mean to the new one, `std` is [...]. Formed from the shift, never as a
-    difference of two log-probabilities, which would lose changes smaller than their rounding:
-    `<shift, noise> / std - |shift|^2 / (2 std^2)`.
+    `shift` [..., T, C] is the new mean less the old one; `std` is [...]. The log-ratio is formed from the shift,
+    `<shift, noise> / std - |shift|^2 / (2 std^2)`. A difference of two log-probabilities would lose changes that are
+    smaller than their rounding.
     """
     steps = shift / std[..., None, None]
     return (steps * (noise - steps / 2)).mean((-2, -1))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Previous(NamedTuple):
-    """What a two-step solver remembers of the step before."""
+    """The values of the step before, which a two-step solver needs."""
 
     denoised: Tensor  # the data predicted there, `x - sigma * v`, in the dtype of the state
     sigma: float
@@ -43,7 +43,7 @@ def euler_step(
 ) -> tuple[Tensor, None]:
     """One first-order step from `sigmas[index]` to `sigmas[index + 1]`; for a flow it is DDIM's step.
 
-    `x` is fp32 (or fp64) and so is the new state that is returned; `velocity` has the shape of `x` and may be bf16.
+    `x` and the returned new state are fp32 (or fp64); `velocity` has the shape of `x` and may be bf16.
     `previous` is ignored and the carry is None. Differentiable; nothing is modified in place.
     """
     # One kernel, which upcasts velocity before it multiplies: `dt * velocity` would round to bf16.
@@ -55,10 +55,10 @@ def dpmpp_2m_step(
 ) -> tuple[Tensor, Previous]:
     """One step of DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2), midpoint form, from `sigmas[index]` to the next.
 
-    Takes and returns what `euler_step` does, except for the carry: pass each step the `Previous` that the step before
-    returned, and None to the first. Equals diffusers' `DPMSolverMultistepScheduler` (dpmsolver++, order 2, flow
-    sigmas), whose step `(s'/s)*x + (a' - s'*a/s)*(d + w*(d - d_prev))`, with a = 1 - s, s = sigma, d = x - s*v,
-    is for a flow Euler's step plus `(1 - s'/s)*w*(d - d_prev)`.
+    Arguments and results are those of `euler_step`, except for the carry: pass each step the `Previous` that the step
+    before returned, and None to the first. The step is that of diffusers' `DPMSolverMultistepScheduler` (dpmsolver++,
+    order 2, flow sigmas): `(s'/s)*x + (a' - s'*a/s)*(d + w*(d - d_prev))`, with a = 1 - s, s = sigma, d = x - s*v. For
+    a flow, this is Euler's step plus `(1 - s'/s)*w*(d - d_prev)`.
     """
     sigma, sigma_next = float(sigmas[index]), float(sigmas[index + 1])
     denoised = torch.add(x, velocity, alpha=-sigma)
@@ -69,11 +69,11 @@ def dpmpp_2m_step(
 
 
 def _extrapolation(sigma_previous: float, sigma: float, sigma_next: float) -> float:
-    """Half the ratio of this step to the one before, in lambda = log((1 - sigma)/sigma): half the log-SNR."""
+    """Half the ratio of this step to the one before, measured in lambda = log((1 - sigma)/sigma), half the log-SNR."""
     if sigma_previous == 1:
         # lambda was -inf there: the step before was infinitely long, the slope of `denoised` over it is 0, and so is
-        # this weight in the limit. So the second step of a run that starts at pure noise is of first order. Being only
-        # one step, it costs O(dt^2), no more than the others together.
+        # this weight in the limit. So the second step of a run that starts at pure noise is of first order. This is
+        # only one step: its error is O(dt^2), no more than that of all others together.
         return 0.0
     if sigma_next == 0:
         # lambda is +inf there: extrapolating so far is unstable, so the last step is of first order and gives exactly

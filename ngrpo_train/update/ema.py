@@ -12,7 +12,7 @@ from ngrpo_train.parallel import processes
 
 
 class EMA:
-    """`average <- decay * average + (1 - decay) * weights` after every iteration, in float32."""
+    """The average, `average <- decay * average + (1 - decay) * weights` after every iteration, in float32."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
@@ -26,12 +26,12 @@ class EMA:
         if weights[0].dtype == torch.float32:
             torch._foreach_lerp_(averages, weights, 1 - self.decay)
             return
-        for average, weight in zip(averages, weights, strict=True):  # one by one: a copy of all would not fit
+        for average, weight in zip(averages, weights, strict=True):  # one by one: float32 copies of all would not fit
             average.lerp_(weight.float(), 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it, the model has the averaged weights; its own wait in host memory."""
+        """Give the model the averaged weights within the block; its own wait in host memory."""
         _, weights = self._shards()
         kept = [weight.detach().to("cpu", copy=True) for weight in weights]
         self.apply()
@@ -48,9 +48,9 @@ class EMA:
         torch._foreach_copy_(weights, averages)
 
     def _shards(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Averages and weights as plain tensors: DTensors have few foreach operations, and need none here."""
+        """The local averages and weights as plain tensors: DTensor has few foreach operations, and is not needed."""
         return [processes.local(a) for a in self._averages], [processes.local(p) for p in self._parameters]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages themselves, by parameter name: loading a checkpoint into it in place restores them."""
+        """The averages themselves, by parameter name. Loading a checkpoint into them, in place, restores them."""
         return dict(zip(self._names, self._averages, strict=True))

@@ -1,4 +1,4 @@
-"""The optimizers, their state from the start, and a step that a gradient which is not finite leaves out."""
+"""The optimizers: made with their state allocated, and stepped only where the gradient is finite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ngrpo_train.recipe.sections import Optimizer
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
-    """With its state allocated. Raises ValueError where the package that it needs is not installed."""
+    """Make the optimizer, with its state allocated. Raises ValueError where a package that it needs is missing."""
     options: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": settings.betas,
@@ -22,7 +22,7 @@ def make_optimizer(parameters: Sequence[nn.Parameter], settings: Optimizer) -> t
     }
     optimizer: torch.optim.Optimizer
     if settings.name == "adamw":
-        # Fused, which can also skip a step without the host's knowing.
+        # The fused one can also skip a step on the device, without waiting on the host.
         optimizer = torch.optim.AdamW(parameters, fused=True, **options)
     else:
         optimizer = _adamw_8bit(parameters, options)
@@ -37,8 +37,10 @@ def _adamw_8bit(parameters: Sequence[nn.Parameter], options: dict[str, Any]) -> 
         raise ValueError("optimizer.name = 'adamw_8bit' needs torchao: pip install \"ngrpo[torchao]\"") from error
 
     class Float32StateAdamW8bit(AdamW8bit):
-        """What torchao does not quantise, it keeps in the weights' dtype. bfloat16 is too coarse for a mean of squares
-        that moves by a thousandth, and a quantised state that says it is bfloat16 breaks where it is sharded.
+        """AdamW8bit with states of dtype float32, quantised or not, where torchao gives them the weights' dtype.
+
+        For unquantised states, bfloat16 is too coarse: a mean of squares moves by a thousandth per step. A quantised
+        state whose dtype says bfloat16 breaks where it is sharded.
         """
 
         def _new_buffer(self, p: Tensor, signed: bool) -> Any:
@@ -49,9 +51,9 @@ def _adamw_8bit(parameters: Sequence[nn.Parameter], options: dict[str, Any]) -> 
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give the parameters their optimizer state before the first step, by one that changes nothing.
+    """Give the parameters their optimizer state before the first real step, by a step that changes nothing.
 
-    A checkpoint then finds it there whenever it is written, and memory runs out now rather than after a rollout.
+    A checkpoint then always contains the state, and if memory is too small, it runs out now, not after a rollout.
     """
     parameters = _parameters(optimizer)
     for p in parameters:
@@ -71,9 +73,10 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, max_grad_norm: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Clip, then step unless the gradient norm is not finite. Returns (norm, 1 if skipped), both on `device`.
+    """Clip the gradients, then step unless their norm is not finite. Returns (norm before clipping, skipped).
 
-    A fused optimizer decides that on the device; torchao's cannot, so the host waits for the norm once per step.
+    Both are scalars on `device`. After a skipped step they are 0 and 1. A fused optimizer decides on the device whether
+    to skip; torchao's cannot, so the host waits for the norm once per step.
     """
     parameters = _parameters(optimizer)
     norm = sharding.clip_grad_norm(parameters, max_grad_norm, device)
@@ -90,10 +93,10 @@ def guarded_step(optimizer: torch.optim.Optimizer, max_grad_norm: float, device:
 
 @contextmanager
 def _draws_of_this_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within it, what is drawn is a function of the step's number alone.
+    """Seed torch's generators with the optimizer step's number, within the block.
 
-    So stochastic rounding is alike on processes that have a copy of the same weights each, which would else drift
-    apart, and in a run that is resumed.
+    Stochastic rounding is then the same on all processes that hold a copy of the same weights, so the copies do not
+    drift apart; and it is the same in a resumed run.
     """
     parameter = _parameters(optimizer)[0]
     with torch.random.fork_rng([parameter.device] if parameter.device.type == "cuda" else []):
@@ -110,7 +113,8 @@ def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    # Fused optimizers read these as a gradient scaler sets them: a step with found_inf = 1 changes nothing at all.
+    # Fused optimizers read these two attributes, as a gradient scaler sets them: with found_inf = 1, a step changes
+    # nothing at all.
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()

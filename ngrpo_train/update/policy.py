@@ -1,6 +1,6 @@
-"""The policy update: explored states through the model with gradients, a policy's loss, a guarded optimizer step."""
+"""The policy update: explored states pass the model with gradients, then a policy's loss and an optimizer step."""
 
-# P prompts of this rank; rows r with b states each, see `rows`.
+# P prompts of this rank; r rows of b states each (update/rows.py).
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from ngrpo_train.recipe.algorithms import Algorithm
 from ngrpo_train.update.optimizer import guarded_step
 from ngrpo_train.update.rows import Explored, Rows, batches_of_rows
 
-LOG_RATIO_LIMIT = 20.0  # as the kernels': beyond it a ratio is clamped, and its gradient zero
+LOG_RATIO_LIMIT = 20.0  # as in the kernels: beyond it, a ratio is clamped and its gradient is zero
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """A policy's loss of a batch of r rows, each with b states, and what to watch of them."""
+    """A policy's loss for a batch of r rows of b states each, with the statistics to report."""
 
     loss: Tensor  # mean over rows and states
     log_ratio: Tensor  # [r, ...]
-    velocity_grad_norm_rb: Tensor  # of the loss, at each state
-    figures: Mapping[str, Tensor]  # [r] each, of the policy's FIGURES
+    velocity_grad_norm_rb: Tensor  # norm of d loss / d velocity, at each state
+    figures: Mapping[str, Tensor]  # [r] each, by the names in the policy's FIGURES
 
 
 class Policy(Protocol):
-    """How likely what was explored is, by the model that is trained against the one that explored it."""
+    """The ratio of two probabilities of what was explored: under the trained model, and under the one that explored."""
 
     FIGURES: ClassVar[tuple[str, ...]]
-    """Names of `Terms.figures`, alike for every batch: all ranks report the same."""
+    """Names of `Terms.figures`. They are the same for every batch, so all ranks report the same figures."""
 
     def terms(self, rows: Any, velocity: Tensor, old_velocity: Tensor | None, advantages: Tensor) -> Terms:
-        """The loss of rows that count. `old_velocity` is given where theta has moved since the rollout."""
+        """Loss and statistics of rows that count. `old_velocity` is given where theta has moved since the rollout."""
         ...
 
     def tether(self, rows: Any, velocity: Tensor, base_velocity: Tensor) -> Tensor:
-        """How far the model is from the untrained one; mean over rows and states."""
+        """Distance of the model from the untrained one: a mean over rows and states."""
         ...
 
 
 class Tally:
-    """Sums of an iteration's statistics on the device, read once at its end. `num_steps` counts solver steps."""
+    """Sums of statistics on the device, read once, at the iteration's end. There are `num_steps` solver steps."""
 
     def __init__(self, figures: Sequence[str], num_steps: int, device: torch.device) -> None:
         self.rows = torch.zeros((), device=device)
@@ -57,14 +57,14 @@ class Tally:
         self.rows_by_step = torch.zeros(num_steps, device=device)
 
     def add(self, rows: Rows, terms: Terms) -> None:
-        """Statistics of one forward pass, of rows that count."""
+        """Add the statistics of one forward pass. All `rows` count."""
         ratio_r = terms.log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().flatten(1)
         for name, total in self.sums.items():
             total += (ratio_r.mean(1) if name == "ratio_mean" else terms.figures[name]).sum()
         self.rows += rows.real
         self.ratio_min = torch.minimum(self.ratio_min, ratio_r.min())
         self.ratio_max = torch.maximum(self.ratio_max, ratio_r.max())
-        # The norms are of a mean over rows and states. Each term's own does not depend on their number.
+        # The loss is a mean over rows and states. Times their number, a norm does not depend on the batch size.
         own_grad_norm = terms.velocity_grad_norm_rb * terms.velocity_grad_norm_rb.numel()
         self.velocity_grad_norm_by_step.index_add_(0, rows.step_r, own_grad_norm.mean(1))
         self.rows_by_step.index_add_(0, rows.step_r, torch.ones_like(own_grad_norm[:, 0]))
@@ -72,12 +72,12 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class UpdateStats:
-    """What an update reports; device tensors, one value each unless their name says otherwise."""
+    """Statistics of an update: device tensors, one value each unless their name says otherwise."""
 
     loss: Tensor  # mean over optimizer steps
     grad_norm: Tensor  # of the parameters, before clipping: mean over optimizer steps
     skipped: Tensor  # optimizer steps left out for a gradient that was not finite
-    first: Tally  # at theta_old, up to the first optimizer step
+    first: Tally  # of the first optimizer step: all its rows are at theta_old
     last: Tally  # of the last optimizer step: where clip and KL act
 
 
@@ -93,8 +93,8 @@ def update(
     """Make `updates_per_iteration` optimizer steps on this rank's P groups; None if no group of any rank has signal.
 
     `advantages` [P, ...] is on the CPU and holds all ranks' prompts, so that every rank knows how many rows the others
-    have. The loss is the mean over all prompts, rows and states of an optimizer step. Groups without signal count in it
-    and add nothing, neither KL nor tether.
+    have. The loss is the mean over all prompts, rows and states of an optimizer step. Groups without signal are part of
+    this mean, as zeros: they add neither KL nor tether.
     """
     signal = Signal.of(advantages)
     if signal.most_active == 0:
@@ -104,7 +104,7 @@ def update(
     most_rows = blocks[0].rows_per_prompt
     if model.settings.update_batch:
         rows_per_batch = max(1, model.settings.update_batch // blocks[0].states_per_row)
-    else:  # compiled, always as many, for another number would have to be compiled for
+    else:  # compiled code always gets the same number of rows, because another would be another compilation
         rows_per_batch = (P if model.compiled else signal.most_active) * most_rows
     num_batches = -(-signal.most_active * most_rows // rows_per_batch)
     local = signal.local.to(device, non_blocking=True)
@@ -112,7 +112,8 @@ def update(
     def batches(block: Explored) -> Iterator[Rows]:
         return batches_of_rows(block, signal.active_P, num_batches, rows_per_batch)
 
-    # theta moves after the first block: the old policy of the others is computed before, by the forward that trains.
+    # theta moves after the first block, so the old velocities of the others are computed before it: with their own
+    # batches, by the forward that trains.
     old_velocity: list[list[Tensor | None]] = [[None] * num_batches for _ in blocks]
     if settings.old_policy == "exact":
         with torch.no_grad():
@@ -148,11 +149,11 @@ def update(
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """Who has any: advantages of this rank, and the number of active prompts on the rank that has the most."""
+    """Advantages of this rank, and its active prompts: those that have an advantage other than zero."""
 
-    local: Tensor
-    active_P: Tensor
-    most_active: int
+    local: Tensor  # [P, ...]
+    active_P: Tensor  # bool
+    most_active: int  # number of active prompts on the rank that has the most
 
     @staticmethod
     def of(all_advantages: Tensor) -> Signal:
@@ -163,18 +164,18 @@ class Signal:
 
 
 def drift_figure(rows: Rows, velocity: Tensor) -> Tensor:
-    """Per row [r], the relative error of the rollout's velocity against the training forward's."""
+    """The distance between the training forward's velocity and the rollout's, relative to the rollout's norm: [r]."""
     drift = (velocity.float() - rows.rollout_velocity_rbTC).flatten(1).norm(dim=1)
     return drift / rows.rollout_velocity_rbTC.flatten(1).norm(dim=1)
 
 
 def velocity_of(model: FlowModel, rows: Rows) -> Tensor:
-    """v_theta of all rows, [r, b, T, C]."""
+    """The velocity v_theta of all rows, [r, b, T, C]."""
     return model.velocity(*rows.inputs).view_as(rows.before_rbTC)
 
 
 @torch.no_grad()
 def base_velocity(model: FlowModel, rows: Rows) -> Tensor:
-    """What the untrained model gives at all rows, in float32: a collective, like every forward."""
+    """The untrained model's velocity at all rows, float32 [r, b, T, C]. Every rank must call it, as every forward."""
     with model.base_model():
         return velocity_of(model, rows).float()

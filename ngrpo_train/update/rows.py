@@ -1,4 +1,4 @@
-"""What an update puts through the model: rows of explored states, in equal batches on every process."""
+"""Rows of explored states, which an update puts through the model in equal batches on every process."""
 
 # P prompts of this process. A row is b states of one prompt and solver step, which go through the model together: the
 # anchors of a neighborhood, or one state of a random walk. r rows make a batch.
@@ -25,7 +25,7 @@ class Rows:
     step_r: Tensor  # solver step
     before_rbTC: Tensor  # states before the step
     sigma_before_r: Tensor
-    rollout_velocity_rbTC: Tensor  # what the rollout's forward gave there
+    rollout_velocity_rbTC: Tensor  # the velocity that the rollout's forward gave there
     conditioning: Conditioning  # r * b rows
 
     @property
@@ -41,7 +41,7 @@ class Rows:
 
 
 class Explored(Protocol):
-    """P explored groups, as the loop and the update see them, whatever the algorithm."""
+    """P explored groups, as the loop and the update see them, the same for every algorithm."""
 
     @property
     def final_PGTC(self) -> Tensor: ...
@@ -51,15 +51,15 @@ class Explored(Protocol):
 
     @property
     def states_per_row(self) -> int:
-        """b."""
+        """The number of states of a row, b."""
         ...
 
     def blocks(self, updates: int) -> Sequence[Explored]:
-        """What each of so many optimizer steps trains; the first has the most rows."""
+        """The part that each of `updates` optimizer steps trains. The first part has the most rows."""
         ...
 
     def rows(self, prompt_r: Tensor, row_r: Tensor, real: int) -> Rows:
-        """The rows of these numbers (on the CPU) of these prompts, of which `real` count."""
+        """Rows number `row_r` of the prompts `prompt_r`, both int64 [r] on the CPU. The first `real` rows count."""
         ...
 
 
@@ -67,11 +67,11 @@ _T = TypeVar("_T", bound=Explored)
 
 
 def in_parts(prompts: Sequence[Prompt], at_once: int, explore: Callable[[list[Prompt]], _T]) -> _T:
-    """What `explore` makes of the prompts, so many of them at a time, joined field by field."""
+    """Explore the prompts, `at_once` of them at a time, and join the results field by field."""
     parts = [explore(list(prompts[start : start + at_once])) for start in range(0, len(prompts), at_once)]
     if len(parts) == 1:
         return parts[0]
-    first: Any = parts[0]  # a dataclass, as all that is explored
+    first: Any = parts[0]  # a dataclass, like the groups of every algorithm
     each = {entry.name: [getattr(part, entry.name) for part in parts] for entry in fields(first)}
     joined: _T = replace(first, **{name: _joined(values) for name, values in each.items()})
     return joined
@@ -86,7 +86,7 @@ def _joined(values: Sequence[Any]) -> Any:
 def batches_of_rows(block: Explored, active_P: Tensor, num_batches: int, rows_per_batch: int) -> Iterator[Rows]:
     """The rows of the active prompts (bool, on the CPU) in `num_batches` equal batches, the last ones filled up.
 
-    Every rank makes as many batches of as many rows as every other: a sharded forward is a collective.
+    All ranks make the same number of batches with the same number of rows, as a sharded forward is a collective.
     """
     pairs = torch.cartesian_prod(active_P.nonzero().flatten(), torch.arange(block.rows_per_prompt)).view(-1, 2)
     count = len(pairs)
