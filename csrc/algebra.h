@@ -1,7 +1,7 @@
 // The algebra of ngrpo_kernels/reference.py on one row, once its sums over D are known: the same steps and names.
 //
-// All in double, which costs nothing here. `eps` is the rounding of the dtype that the caller sees; it decides which
-// rewards count as flat. Comparisons are written so that NaN gets through.
+// All in double, which costs next to nothing here. `eps` is the rounding of the dtype that the caller sees; it decides
+// which rewards count as flat. Comparisons are written so that NaN gets through.
 
 #pragma once
 
@@ -20,7 +20,7 @@ constexpr double NaN = std::numeric_limits<double>::quiet_NaN();
 
 inline double clamp(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
 
-// Rewards of a group less their mean, over their standard deviation (Eq. 3); zeros where they are flat.
+// Rewards of a group minus their mean, divided by their standard deviation (Eq. 3); zeros where they are flat.
 inline Numbers standardised(const Numbers& rewards, const std::vector<int64_t>& valid, double min_std, double eps) {
   const double count = static_cast<double>(valid.size());
   Numbers result(rewards.size(), 0.0);
@@ -45,8 +45,7 @@ inline Numbers standardised(const Numbers& rewards, const std::vector<int64_t>& 
   return result;
 }
 
-// combined / |combined|_p (Eq. 11); zeros where `combined` is only the rounding that is left after terms of size
-// `magnitude` cancel.
+// combined / |combined|_p (Eq. 11); zeros where terms of size `magnitude` cancel, so that `combined` is only rounding.
 inline void divide_by_quasi_norm(Numbers& combined, const Numbers& magnitude, const std::vector<int64_t>& valid,
                                  double p, double eps) {
   double peak = 0, largest = 0, total = 0;
@@ -60,7 +59,7 @@ inline void divide_by_quasi_norm(Numbers& combined, const Numbers& magnitude, co
   for (const int64_t g : valid) combined[g] = cancelled ? 0 * combined[g] : combined[g] / quasi_norm;
 }
 
-// The sums over D of a row: [B, G], [B, G] and [G, G]; the last in its upper triangle.
+// The sums over D of a row: [B, G], [B, G] and [G, G]. Of the last, only the upper triangle is filled.
 struct Sums {
   const double* toward;  // <y_i, a - x_j>
   const double* along;   // <y_i, delta>
@@ -89,7 +88,7 @@ struct Settings {
 };
 
 // Results for anchor `b` of a row, whose own candidate is `own`. `gain` are the advantages. The gradient's weights are
-// multiplied by `factor`: d x_theta / d moving times -2 / tau, over the number of anchors.
+// multiplied by `factor`: d x_theta / d moving times -2 / tau, divided by the number of anchors of all prompts.
 inline Anchor finish(const Sums& sums, int64_t b, int64_t own, bool anchor_is_valid,
                      const std::vector<int64_t>& valid, double tau, double factor, const Numbers& gain,
                      const Settings& settings) {
@@ -104,7 +103,7 @@ inline Anchor finish(const Sums& sums, int64_t b, int64_t own, bool anchor_is_va
   for (const int64_t i : valid) total += std::exp(log_old[i] - top);
   for (const int64_t i : valid) log_old[i] -= top + std::log(total);
 
-  // exactly 0 at delta = 0, and relatively accurate for small shifts, where logsumexp keeps only absolute digits
+  // exactly 0 at delta = 0, and accurate relative to itself for small shifts, where logsumexp loses digits
   bool near = true;
   double shifted_top = -INFINITY, small = 0, large = 0;
   for (const int64_t i : valid) {

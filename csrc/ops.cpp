@@ -1,11 +1,11 @@
-// The ops of ngrpo_kernels/reference.py, for the CPU. Their schemas are in ngrpo_kernels/_library.py; arguments are
-// validated and flattened by the caller, as for the reference.
+// The ops of ngrpo_kernels/reference.py, for the CPU. Their schemas are in ngrpo_kernels/_library.py; the caller
+// validates and flattens arguments, as for the reference.
 //
 // P prompts (or prompt-step rows), B anchors, G candidates, D latent elements.
 // x_i candidate; x_j the anchor's own candidate; y_i = x_i - x_j; a the old policy's point; delta = x_theta - a.
 //
-// Within a tile of D sums are float (double if an input is); tiles are added in double, in order. Threads are PyTorch's
-// own: torch.set_num_threads holds, and there is one OpenMP runtime in the process. NaN must propagate: no -ffast-math.
+// Within a tile of D, sums are float (double if an input is); tiles are added in double, in order. Threads are those of
+// PyTorch: torch.set_num_threads applies, and the process has one OpenMP runtime. NaN must propagate: no -ffast-math.
 
 #include <array>
 #include <cmath>
@@ -22,10 +22,10 @@ using torch::stable::contiguous;
 using torch::stable::new_empty;
 using torch::stable::select;
 
-// Number of candidates, or of anchors, that are treated together and share all other loads.
+// Number of candidates, or of anchors, that a loop treats together, so that they share all other loads.
 constexpr int64_t BLOCK = 4;
 
-// Calls visit(first, size) for blocks of items 0 .. count - 1; `size` is BLOCK or, for the rest, 1, a constant type.
+// Calls visit(first, size) for blocks of items 0 .. count - 1; `size` is BLOCK, or 1 for the rest: a constant.
 template <typename Visit>
 void in_blocks(int64_t count, const Visit& visit) {
   int64_t first = 0;
@@ -47,7 +47,7 @@ std::vector<std::vector<int64_t>> valid_candidates(const Tensor& candidates, con
   return valid;
 }
 
-// The own candidate of every anchor, [P, B]. An index outside G is clamped here, and its row made NaN by the caller.
+// The own candidate of every anchor, [P, B]. An index outside 0 .. G - 1 is clamped; the caller makes its row NaN.
 std::vector<int64_t> own_candidates(const Tensor& candidates, const Tensor& anchor_index) {
   const Tensor index = contiguous(anchor_index);
   const int64_t* from = index.const_data_ptr<int64_t>();
@@ -117,8 +117,8 @@ void add_weighted(const TileOf<T>& x, const std::vector<int64_t>& valid, const T
 
 // Fills offset = a - x_j and delta for a tile of one anchor. x_theta = start + slope * moving; no `start` means zero.
 // The old point is a = start + slope * old. Without `old` it is x_j if `literal`, and no offset is filled; otherwise it
-// is x_theta, and no delta is filled. Two states of one trajectory, start and x_j, are subtracted first; delta comes
-// from velocities.
+// is x_theta, and no delta is filled. To keep digits, start and x_j are subtracted first, as states of one trajectory;
+// with `old`, delta is formed from the difference of velocities.
 template <typename T>
 void displace(const T* moving, const T* old, bool literal, const T* start, T slope, const T* own, int64_t count,
               T* offset, T* delta) {

@@ -1,7 +1,7 @@
 // Reading of latents: D in tiles of a fixed size, each as whole vectors of the type of the sums.
 //
-// Sums are kept in explicit vector lanes and added in an order that depends on D alone, not on the number of threads
-// or on the alignment of a tensor, for which an auto-vectorised reduction may peel off elements.
+// Sums are kept in explicit vector lanes and added in an order that depends on D alone: neither on the number of
+// threads nor on a tensor's alignment, for which an auto-vectorised reduction may first treat elements one by one.
 
 #pragma once
 
@@ -41,8 +41,8 @@ using Vector = typename VectorOf<T>::type;  // element-wise arithmetic, in GCC a
 template <typename T>
 constexpr int64_t LANES = VECTOR_BYTES / sizeof(T);
 
-// Few enough vectors that sums in float lanes keep their digits for any width of vectors; and 12 candidates of a tile
-// take at most 48 KiB of float, within the L2 cache of a core.
+// 64 vectors: few enough that sums in float lanes keep their digits for any width of vectors. Tiles of 12 candidates
+// take at most 48 KiB of float, which is within the L2 cache of a core.
 constexpr int64_t TILE = 64 * LANES<float>;
 constexpr int64_t MAX_CHUNKS = 64;
 
@@ -78,8 +78,8 @@ struct Split {
         tiles_per_chunk(std::max<int64_t>(1, ceil_div(tiles, MAX_CHUNKS))),  // D may be 0
         chunks(ceil_div(tiles, tiles_per_chunk)) {}
 
-  // Calls work(item, p, begin, count) for all tiles, those of an item (a chunk of a prompt) in order on one thread.
-  // make_work is called once on every thread, so that a work can own its scratch.
+  // Calls work(item, p, begin, count) for all tiles. The tiles of an item (a chunk of a prompt) run in order on one
+  // thread. make_work is called once on every thread, so that each work owns its scratch memory.
   template <typename MakeWork>
   void for_each_tile(const MakeWork& make_work) const {
     torch::stable::parallel_for(0, prompts * chunks, 1, [&](int64_t first_item, int64_t last_item) {
@@ -93,8 +93,8 @@ struct Split {
     });
   }
 
-  // Calls work(p, begin, count, sums) for all tiles, each item with `width` zeroed sums of its own; then adds up the
-  // items of every prompt in order: [P][width].
+  // Calls work(p, begin, count, sums) for all tiles, where each item has its own `width` sums, at first zero. Then adds
+  // up the items of every prompt in order: [P][width].
   template <typename MakeWork>
   std::vector<double> sum_tiles(int64_t width, const MakeWork& make_work) const {
     std::vector<double> partials(prompts * chunks * width), totals(prompts * width);
@@ -149,7 +149,7 @@ class Rows {
     STD_TORCH_CHECK(tensor.dim() == 3 && tensor.is_cpu(), "ngrpo: latents must be three-dimensional CPU tensors");
   }
 
-  // `count` elements of a row as T, padded with zeros to whole vectors: read in place if they lie like that in memory,
+  // `count` elements of a row as T, padded with zeros to whole vectors: read in place if memory holds them like that,
   // otherwise copied to `scratch`, which holds a tile.
   template <typename T>
   const T* tile(int64_t p, int64_t row, int64_t begin, int64_t count, T* scratch) const {

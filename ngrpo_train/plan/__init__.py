@@ -1,8 +1,8 @@
-"""Whether a recipe fits a GPU and what an iteration costs there, before any GPU is touched; `ngrpo plan` shows it.
+"""Plans: does a recipe fit a GPU, and what does an iteration cost there? No GPU is needed; `ngrpo plan` shows it.
 
 `activations` measures what the model keeps, on "meta"; `layout` cuts an iteration into pieces; `flops`, `traffic` and
 `memory` count what it computes, sends and holds; `forecast` settles what a recipe leaves open and makes a `Plan`;
-`remedies` and `report` say what follows from it.
+`remedies` proposes changes, and `report` prints all this.
 """
 
 from ngrpo_train.plan.flops import Flops, iteration_flops

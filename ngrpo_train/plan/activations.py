@@ -1,6 +1,6 @@
-"""What forward and backward passes keep in memory, measured without any: on "meta", by counting storages.
+"""Memory of forward and backward passes, measured without allocating it: on "meta", by counting storages.
 
-Everything is of one picture or prompt, in bytes; it grows in proportion to their number.
+All figures are bytes for one picture or prompt; they grow in proportion to the number of pictures or prompts.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from ngrpo_train.parallel.blocks import recomputing
 aten = torch.ops.aten
 Kind = Literal["double", "single"]
 Keep = Literal["full", "selective", "none"] | float
-"""`model.gradient_checkpointing`."""
+"""Values of `model.gradient_checkpointing`."""
 
 # -- Instruments -------------------------------------------------------------------------------------------------------
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operators make while this mode is active, until they are freed."""
+    """A mode in which the storages that operators make are followed until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def now(self) -> int:
-        """Bytes."""
+        """Bytes of the storages that are alive now."""
         return sum(size for _, size in self._changes)
 
     def mark(self) -> int:
@@ -69,7 +69,7 @@ class LiveBytes(TorchDispatchMode):
         return len(self._changes)
 
     def peak(self, since: int = 0, *, without: Iterable[Tensor] = ()) -> int:
-        """The most bytes at once from a mark on, leaving out the storages of some tensors."""
+        """The most bytes alive at once from the mark `since` on, leaving out the storages of the tensors `without`."""
         left_out = {self._numbers.get(x.untyped_storage()) for x in without}
         now = most = sum(size for number, size in self._changes[:since] if number not in left_out)
         for number, size in self._changes[since:]:
@@ -80,7 +80,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class FlashAttention(TorchFunctionMode):
-    """Attention that keeps no matrix of scores, like all that are worth using on a GPU; on "meta" torch has another."""
+    """A mode with attention that keeps no matrix of scores, as on a GPU. On "meta", torch would take another."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -91,7 +91,7 @@ class FlashAttention(TorchFunctionMode):
 
 
 class FusedNorm(TorchFunctionMode):
-    """RMS norm in one operator, as on a GPU; elsewhere torch makes float32 copies of its input and keeps them."""
+    """A mode with RMS norm in one operator, as on a GPU. Elsewhere torch keeps float32 copies of the norm's input."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -101,7 +101,7 @@ class FusedNorm(TorchFunctionMode):
 
 
 class _FusedNorm(torch.autograd.Function):
-    """Of the right sizes only: it has no values to compute."""
+    """RMS norm whose results have the right sizes only: on "meta" there are no values to compute."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -117,6 +117,7 @@ class _FusedNorm(torch.autograd.Function):
 
 @contextmanager
 def measuring() -> Iterator[LiveBytes]:
+    """Count the bytes that operators within the block would hold on a GPU."""
     with FlashAttention(), FusedNorm(), LiveBytes() as live:
         yield live
 
@@ -126,7 +127,7 @@ def measuring() -> Iterator[LiveBytes]:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What decides a block's activations, the architecture aside."""
+    """The quantities that decide a block's activations, beside the architecture."""
 
     image_tokens: int
     text_tokens: int
@@ -136,24 +137,26 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class BlockBytes:
+    """Bytes of activations of one block for one picture."""
+
     forward: int
-    """At most, in a forward without gradients, its inputs included."""
+    """Peak in a forward without gradients, with its inputs."""
     kept: int
-    """From its forward to its backward."""
+    """Bytes kept from its forward to its backward."""
     backward: int
-    """At most in its backward, what it kept included and gradients of weights left out."""
+    """Peak in its backward, with what it kept, without gradients of weights."""
     recomputed: float
-    """The share of its forward's operations that its backward makes again."""
+    """The share of its forward's operations that its backward computes again."""
 
 
 @lru_cache
 def block_bytes(
     architecture: Architecture, kind: Kind, shape: Shape, keep: Keep = "none", *, compiled: bool = False
 ) -> BlockBytes:
-    """One block for one picture. Where the compiler chooses what to keep, its own partitioner is asked.
+    """Measure one block for one picture. Where the compiler chooses what to keep, its own partitioner is called.
 
-    Of compiled code `forward` and `backward` are upper bounds: operators that it fuses have no results in memory.
-    Compiled recomputation is part of the backward, whose operators it interleaves with it.
+    For compiled code, `forward` and `backward` are upper bounds: fused operators have no results in memory. Compiled
+    recomputation is part of the backward; its operators are mixed with the backward's.
     """
     block, named = _block(architecture, kind, shape), _block_inputs(architecture, shape)
     with measuring() as live, torch.no_grad():
@@ -165,9 +168,9 @@ def block_bytes(
     with measuring() as live:
         outputs = recomputing(block.forward, keep)(**_copies(named))
         edges, shapes = [get_gradient_edge(x) for x in outputs], [x.shape for x in outputs]
-        del outputs  # the next block's inputs, and its to count
+        del outputs  # they are the next block's inputs, and counted there
         kept, start = live.now, live.mark()
-        # From edges: called on a tensor, it would suspend the modes, and with them what is computed again.
+        # Called on edges: on tensors, it would suspend the modes, and what is computed again would not be counted.
         torch.autograd.backward(edges, [torch.empty(s, dtype=shape.dtype, device="meta") for s in shapes])
     weights = tuple(p.grad for p in block.parameters() if p.grad is not None)
     return BlockBytes(forward, kept, live.peak(start, without=weights), float(keep == "full"))
@@ -196,12 +199,12 @@ def _block_inputs(architecture: Architecture, shape: Shape) -> dict[str, Any]:
 
 
 def _copies(named: Mapping[str, Any]) -> dict[str, Any]:
-    """As if another block had made them: counted, and freed where nothing keeps them."""
+    """Copies of a block's inputs, as if another block had made them: counted, and freed where nothing keeps them."""
     return {name: x.clone() if isinstance(x, Tensor) else x for name, x in named.items()}
 
 
 def _partition(block: nn.Module, named: Mapping[str, Any], budget: float) -> tuple[int, float]:
-    """What torch.compile keeps of a block, and the share of the forward's operations that it computes again."""
+    """Bytes that torch.compile keeps of a block, and the share of the forward's operations that it computes again."""
     import torch._functorch.config as functorch
     from torch._functorch.aot_autograd import aot_function
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -212,7 +215,7 @@ def _partition(block: nn.Module, named: Mapping[str, Any], budget: float) -> tup
     results: list[tuple[int, float]] = []
 
     def forward(parameters: list[Tensor], inputs: Mapping[str, Any]) -> Any:
-        with FlashAttention():  # the compiler takes norms apart
+        with FlashAttention():  # no FusedNorm: the compiler decomposes norms
             return functional_call(block, dict(zip(names, parameters, strict=True)), kwargs=dict(inputs))
 
     def partition(joint: torch.fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
@@ -265,7 +268,7 @@ def _graph_flops(graph: torch.fx.GraphModule) -> int:
 
 @lru_cache
 def ends_bytes(architecture: Architecture, shape: Shape) -> int:
-    """What lies before and after the transformer's blocks keeps for the backward of one picture."""
+    """Bytes that the layers before and after the transformer's blocks keep for the backward of one picture."""
     ends = transformer_on(architecture, dtype=shape.dtype, layers=(0, 0))
     with measuring() as live:
         inputs = transformer_inputs(architecture, 1, shape.image_tokens, shape.text_tokens, shape.dtype)
@@ -278,7 +281,7 @@ def ends_bytes(architecture: Architecture, shape: Shape) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One forward without gradients: what it computes, and the bytes of activations at its fullest."""
+    """One forward without gradients: its floating point operations, and its peak of activations in bytes."""
 
     flops: int
     peak: int
@@ -286,7 +289,7 @@ class Pass:
 
 @lru_cache
 def decode_pass(architecture: Architecture, height: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Pass:
-    """The VAE's decoder for one picture of so many pixels."""
+    """The VAE's decoder for one picture of `height` x `width` pixels."""
     vae = vae_on(architecture, dtype=dtype)
     factor = vae_factor(architecture.vae)
     with FlopCounterMode(display=False) as flops, measuring() as live, torch.no_grad():
@@ -299,7 +302,7 @@ def decode_pass(architecture: Architecture, height: int, width: int, dtype: torc
 
 @lru_cache
 def encode_pass(architecture: Architecture, text_tokens: int, dtype: torch.dtype = torch.bfloat16) -> Pass:
-    """CLIP and T5 for one prompt."""
+    """CLIP and T5 for one prompt, of `text_tokens` tokens in T5."""
     clip, t5 = text_encoders_on(architecture, dtype=dtype)
     lengths = architecture.text_encoder["max_position_embeddings"], text_tokens
     with FlopCounterMode(display=False) as flops, measuring() as live, torch.no_grad():

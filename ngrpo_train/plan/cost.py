@@ -1,4 +1,4 @@
-"""What an iteration costs the machine: utilisation, memory, compilations. Read on the host, without synchronising."""
+"""The cost of an iteration: utilisation, memory, compilations. Read on the host, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from ngrpo_train.parallel import blocks
 class Cost:
     """Figures of the iterations of one process.
 
-    `model_flops` and `hardware_flops` are an iteration's on this process, the second with what is computed twice to
-    save memory; `peak_flops` is the device's datasheet rate for dense bfloat16 per second, 0 where it is not known.
+    `model_flops` and `hardware_flops` are the operations of an iteration on this process; the second includes what is
+    computed twice to save memory. `peak_flops` is the device's datasheet rate of dense bfloat16 operations per second,
+    0 where it is not known.
     """
 
     def __init__(self, device: torch.device, model_flops: float, hardware_flops: float, peak_flops: float) -> None:
@@ -24,7 +25,7 @@ class Cost:
         self._graphs, self._retries = blocks.graphs_compiled(), 0
 
     def figures(self, seconds: float) -> dict[str, float]:
-        """Of an iteration that took `seconds`; `compile/graphs` and `memory/alloc_retries` since the last call."""
+        """Figures of an iteration that took `seconds`. Graphs and allocation retries are those since the last call."""
         figures: dict[str, float] = {}
         if self._peak_flops:
             figures |= {f"compute/{name}": flops / seconds / self._peak_flops for name, flops in self._flops.items()}
@@ -41,7 +42,7 @@ class Cost:
         }
 
     def line(self, figures: Mapping[str, float]) -> str:
-        """For the progress line: utilisation and memory, where they mean something."""
+        """Text for the progress line: utilisation and memory; empty where utilisation is not known."""
         if "compute/mfu" not in figures:
             return ""
         return f"MFU {100 * figures['compute/mfu']:.0f} %  {figures['memory/peak_gib']:.0f} GiB  "

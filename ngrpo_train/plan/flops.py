@@ -1,4 +1,4 @@
-"""Floating point operations of an iteration, two for a multiplication with its addition."""
+"""Floating point operations of an iteration. A multiplication with its addition counts as two."""
 
 # h width of the transformer, T image tokens, L text tokens, S = T + L tokens of a picture.
 
@@ -16,7 +16,7 @@ from ngrpo_train.recipe.sections import Recipe
 
 @dataclass(frozen=True, slots=True)
 class TransformerFlops:
-    """Of one picture's forward, by what a backward makes of it."""
+    """Operations of one picture's forward, in groups that a backward treats differently."""
 
     products: int
     """Linear layers inside the blocks that work on tokens: what LoRA adapts and float8 speeds up."""
@@ -37,9 +37,9 @@ class TransformerFlops:
 
     @property
     def backward(self) -> int:
-        """Two products for each of the forward's; one where a layer is frozen, which has no gradient of its weight.
+        """Operations of its backward: two products for each of the forward's, one where the weight is frozen.
 
-        What a flash attention computes twice inside its own backward is not counted.
+        Products that flash attention computes a second time inside its backward are not counted.
         """
         if self.adapters:
             return self.products + 2 * (self.attention + self.adapters)
@@ -52,13 +52,13 @@ def transformer_flops(
     config, h = architecture.transformer, architecture.width
     doubles, singles = architecture.layers
     T, L, S = image_tokens, text_tokens, image_tokens + text_tokens
-    time_width = 256  # sinusoidal features of a time, in diffusers fixed
+    time_width = 256  # sinusoidal features of a time, fixed in diffusers
     times = 2 if config["guidance_embeds"] else 1  # timestep, and guidance
     embedders = times * (time_width * h + h * h) + (config["pooled_projection_dim"] * h + h * h)
     ends = T * config["in_channels"] * h + L * config["joint_attention_dim"] * h + 2 * h * h
     output = T * h * (config.get("out_channels") or config["in_channels"]) * config["patch_size"] ** 2
-    # A double block: 4 h x h for attention and 2 h x 4h for the feed-forward, each token by its own stream's. A single
-    # block: 3 h x h, h x 4h and 5h x h. Both come to 12 h^2 for a token.
+    # Weights that multiply a token. In a double block, those of its stream: four of h x h for attention, two of h x 4h
+    # for the feed-forward. In a single block: three of h x h, one of h x 4h, one of 5h x h. Both come to 12 h^2.
     return TransformerFlops(
         products=2 * 12 * (doubles + singles) * S * h * h,
         attention=2 * 2 * (doubles + singles) * S * S * h,
@@ -69,7 +69,9 @@ def transformer_flops(
 
 
 def _adapter_products(architecture: Architecture, image_tokens: int, text_tokens: int, rank: int) -> int:
-    """Half of a double block's adapters see the picture's tokens and half the text's; a single block's see both."""
+    """Multiplications by adapters. Of a double block's, half see the picture's tokens and half the text's; of a
+    single block's, all see both.
+    """
     (double, single), (doubles, singles) = lora_parameters(architecture, rank), architecture.layers
     tokens = image_tokens + text_tokens
     return doubles * double // 2 * tokens + singles * single * tokens
@@ -77,16 +79,16 @@ def _adapter_products(architecture: Architecture, image_tokens: int, text_tokens
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Of one iteration on one process, by stage."""
+    """Operations of one iteration on one process, by stage."""
 
     model_stages: Mapping[str, int]
-    """What the algorithm asks for."""
+    """Operations that the algorithm asks for."""
     hardware_stages: Mapping[str, int]
-    """What is computed for it, with what is computed again and with pictures that only fill up a batch."""
+    """Operations that are computed for it, with repeated ones, and with pictures that only fill up a batch."""
     float8: int
-    """Of the rollout's, what products in float8 take over."""
+    """Operations of the rollout that are products in float8."""
     float32: int
-    """Of the scorers', what is computed in float32."""
+    """Operations of the scorers that are computed in float32."""
 
     @property
     def model(self) -> int:
@@ -100,7 +102,7 @@ class Flops:
 
 
 def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
-    """Of the first one. Every group counts as one with signal. Of the scorers those count whose cost is known."""
+    """Operations of the first iteration. All groups are taken to have signal; scorers of unknown cost count as 0."""
     algorithm, sampling, batches = recipe.algorithm, recipe.sampling, Batches.of(recipe)
     shape = shape_of(recipe, architecture)
     trained = transformer_flops(architecture, shape.image_tokens, shape.text_tokens, shape.lora_rank)
@@ -111,13 +113,15 @@ def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
     decode, scoring = decode_pass(architecture, sampling.height, sampling.width).flops, Scoring.of(recipe)
 
     def stages(explored: int, decoded: int, states: int, later: int) -> dict[str, int]:
-        """Of so many pictures in the rollout's forwards, and of so many states, `later` ones after the first step."""
+        """Operations by stage: `explored` pictures in forwards of the rollout, `decoded` ones, and `states` trained,
+        `later` of them after the first optimizer step.
+        """
         each = {
             "text": text,
             "rollout": explored * exploring.forward,
             "decode": decoded * decode,
             "reward": scoring.flops,
-            # The first step's is the training forward itself.
+            # For the first step, the old policy is the training forward itself.
             "old policy": later * trained.forward if algorithm.old_policy == "exact" else 0,
             "reference": states * base.forward if algorithm.reference_coef else 0,
             "forward": states * trained.forward,
@@ -129,7 +133,7 @@ def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
     states = batches.prompts * recipe.workload().states
     model = stages(sum(batches.calls), pictures, states, states - batches.first)
     explored = sum(filled(pictures, batches.rollout, recipe) for pictures in batches.calls)
-    each = batches.count * batches.update  # of every optimizer step, filled up whether compiled or not
+    each = batches.count * batches.update  # states of an optimizer step: filled up, compiled or not
     hardware = stages(
         explored,
         filled(pictures, batches.decode, recipe),
@@ -143,11 +147,11 @@ def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
 
 
 def _recomputed(recipe: Recipe, architecture: Architecture, shape: Shape, picture: TransformerFlops) -> int:
-    """Operations that the backward of one picture makes again."""
+    """Operations that the backward of one picture computes again."""
     keep = recipe.model.gradient_checkpointing
     if keep == "full":
         return picture.blocks
-    if isinstance(keep, str):  # what is cheap, and no products
+    if isinstance(keep, str):  # "none" recomputes nothing, "selective" only what is cheap: no products
         return 0
     doubles, singles = architecture.layers
     share = sum(

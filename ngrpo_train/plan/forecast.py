@@ -1,4 +1,4 @@
-"""A recipe on a machine: what it leaves open is settled, then what fits and how long an iteration takes is known."""
+"""A recipe on a machine: what the recipe leaves open is settled, then memory and time are forecast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ngrpo_train.recipe.algorithms import Workload
 from ngrpo_train.recipe.sections import Recipe
 
 SAFE_SHARE = 0.92
-"""Of a GPU's memory: the rest is for what its allocator cannot use, because free memory lies in pieces."""
+"""The share of a GPU's memory that a plan may fill. The allocator cannot use the rest: it lies in pieces."""
 
 # Assumptions that no measurement backs yet.
 COMPUTE_EFFICIENCY = 0.7  # of `matmul_tflops`, over a whole iteration
@@ -41,21 +41,23 @@ class Settled:
     decode_batch: int
 
     def within(self, recipe: Recipe) -> Recipe:
+        """The recipe with these values."""
         return replace(recipe, parallel=replace(recipe.parallel, **dataclasses.asdict(self)))
 
 
 FULL_FORWARD_TOKENS = 8192
-"""Tokens in a forward from which on its matrix products are about as fast as they get."""
+"""Tokens in a forward that are enough for matrix products at about their full speed."""
 FULL_DECODE_PIXELS = 4 * 1024**2
-"""Likewise, pixels in a VAE decode."""
+"""Pixels in a VAE decode that are enough for about its full speed."""
 
 
 def fastest_that_fits(
     recipe: Recipe, architecture: Architecture, gpu_bytes: int, world_size: int, gpus_per_node: int = 8
 ) -> Settled:
-    """The fastest values that fit; where none do, those that need the least memory. What the recipe sets stays.
+    """Choose the fastest values that fit; where none do, those that need the least memory. What the recipe sets stays.
 
-    A function of its arguments alone, so that all ranks choose alike: of unequal GPUs, give it the smallest's bytes.
+    The choice depends on the arguments alone, so all ranks choose the same. Where GPUs differ, `gpu_bytes` must be the
+    smallest's.
     """
     layout, asked = Layout.of(recipe.model, recipe.parallel, world_size, gpus_per_node), recipe.parallel
     keeps = ("never", "rollout", "iteration") if asked.keep_gathered == "auto" else (asked.keep_gathered,)
@@ -67,7 +69,7 @@ def fastest_that_fits(
     decodes = [asked.decode_batch] if asked.decode_batch else [n for n in _divisors(batches.decode) if n <= most]
 
     def cost(choice: tuple[Any, Any]) -> tuple[float, float]:
-        """Bytes to wait for. In a tie the first choice wins, which needs the least memory."""
+        """Bytes to wait for: sent, then copied. In a tie the first choice wins, which needs the least memory."""
         settled = Settled(*choice, rollouts[0], decodes[0])
         traffic = iteration_traffic(settled.within(recipe), architecture, layout)
         sent = traffic.gathered_bytes + traffic.reduced_bytes + traffic.all_reduced_bytes
@@ -92,7 +94,7 @@ def fastest_that_fits(
 
 
 def _divisors(count: int) -> list[int]:
-    """From the largest on: batches of these sizes need no filling up."""
+    """The divisors of `count`, the largest first: batches of these sizes need no filling up."""
     return [n for n in range(count, 0, -1) if count % n == 0]
 
 
@@ -101,16 +103,16 @@ def _divisors(count: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Of one iteration. Arithmetic and transfers go on at once, so the longer of them counts."""
+    """Seconds of one iteration. Arithmetic and transfers happen at the same time, so the longer of them counts."""
 
     compute: float
-    """All arithmetic at `matmul_tflops`, or at the rates of float8 and of float32."""
+    """Arithmetic, at `matmul_tflops` or the rates of float8 and float32."""
     links: float
-    """What processes send each other, at full speed."""
+    """Transfers between processes, at full speed."""
     host: float
-    """To and from host memory, at full speed, and the optimizer's steps there."""
+    """Transfers to and from host memory, at full speed, and the optimizer's steps there."""
     estimate: float
-    """At the efficiencies assumed in this module."""
+    """The whole iteration, at the efficiencies assumed in this module."""
 
     @property
     def floor(self) -> float:
@@ -120,7 +122,7 @@ class Seconds:
 @dataclass(frozen=True, slots=True)
 class Plan:
     recipe: Recipe
-    """As asked for: what is left open is in `settled`."""
+    """The recipe as given. Values for what it leaves open are in `settled`."""
     architecture: Architecture
     machine: Machine | None
     """None for a GPU of which only the memory is known."""
@@ -133,10 +135,10 @@ class Plan:
     batches: Batches
     memory: Memory
     flops: Flops
-    """Of one iteration, on each process; so are the next two."""
+    """Operations of one iteration on each process. `traffic` and `seconds` are per iteration and process, too."""
     traffic: Traffic
     seconds: Seconds | None
-    """None where the speed is unknown: of the GPU, or of float32 on it."""
+    """None where the speed of the GPU is unknown, or its speed in float32."""
 
     @property
     def fits(self) -> bool:
@@ -144,17 +146,17 @@ class Plan:
 
     @property
     def workload(self) -> Workload:
-        """Of one prompt, in the first iteration, which is what all figures here are of."""
+        """The workload of one prompt in the first iteration. All figures of a plan are of that iteration."""
         return self.recipe.workload()
 
     @property
     def prompts(self) -> int:
-        """Per iteration, over all processes; every one of its optimizer steps sees them all."""
+        """Prompts of an iteration, over all processes. Each of its optimizer steps sees them all."""
         return self.batches.prompts * self.layout.world_size
 
     @property
     def estimated_mfu(self) -> float:
-        """Share of the datasheet's arithmetic; NaN where time is unknown."""
+        """Estimated share of the datasheet's rate that the model's operations use; NaN where time is unknown."""
         if self.seconds is None or self.machine is None:
             return float("nan")
         return self.flops.model / self.seconds.estimate / (self.machine.tflops * 1e12)
@@ -167,7 +169,7 @@ def make_plan(
     gpus_per_node: int = 8,
     architecture: Architecture | None = None,
 ) -> Plan:
-    """`machine` may be a GPU's bytes alone. Raises ValueError where the model's sizes are not at hand."""
+    """Plan a recipe. `machine` may be a GPU's bytes alone. Raises ValueError where the model's sizes are not known."""
     if recipe.model.adapter != "auto":
         raise ValueError(f"model.adapter = {recipe.model.adapter!r}: a plan knows the sizes of FLUX.1's layout only")
     architecture = architecture or find_architecture(recipe.model.name_or_path)
@@ -208,7 +210,7 @@ def _seconds(
 
     compute = arithmetic(machine.float8_speedup)
     node = layout.per_node
-    # A ring over nodes goes through every adapter of a node at once, as many as the ring has members there.
+    # A ring over several nodes uses as many network adapters of a node at once as it has members there.
     within = machine.nvlink_gbps
     shared = within if layout.shares <= node else min(within, machine.network_gbps * node)
     beside = max(1, node // layout.shares)

@@ -1,7 +1,7 @@
-"""What a recipe shards and gathers of the weights, and the batches that it cuts an iteration into."""
+"""The weights that a recipe shards and gathers, and the batches that it cuts an iteration into."""
 
 # P prompts together, G candidates, B anchors, U optimizer steps of an iteration, S processes that share a copy of the
-# weights. A row is that of `rows`: b states of one prompt and solver step, B / U anchors or a single transition.
+# weights. A row is as in update/rows.py: b states of one prompt and solver step, B / U anchors or a single transition.
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ngrpo_train.plan.activations import Shape
 from ngrpo_train.recipe.sections import Recipe
 
 TEXT_BYTES = 2
-"""Of a weight of the text encoders, and of the VAE: bfloat16, whatever the transformer computes in."""
+"""Bytes of one weight of text encoders and VAE. They are bfloat16, whatever the transformer computes in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +26,13 @@ class Weights:
     trained: int
     frozen: int
     managed: int
-    """That FSDP shards and gathers."""
+    """Parameters that FSDP shards and gathers."""
     managed_block: int
-    """Of these, in the largest block."""
+    """Managed ones in the largest block."""
     managed_last: int
-    """Of these, in the last block."""
+    """Managed ones in the last block."""
     managed_around: int
-    """Of these, outside of blocks."""
+    """Managed ones outside of blocks."""
     trained_block: int
     """Trained ones in the largest block."""
 
@@ -56,10 +56,10 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """What goes through the model together, on one process."""
+    """Sizes of the batches that go through the model, on one process."""
 
     prompts: int
-    """Of an iteration."""
+    """Prompts of an iteration."""
     explored: int
     """Pictures whose groups are explored together: P * G."""
     calls: tuple[int, ...]
@@ -71,17 +71,17 @@ class Batches:
     rows: int
     """Rows per forward-backward."""
     states: int
-    """b."""
+    """States of a row, b."""
     first: int
-    """States that the first optimizer step trains. The others train no more."""
+    """States that the first optimizer step trains. No other step trains more."""
     count: int
-    """Forward-backwards per optimizer step, alike for all of them."""
+    """Forward-backwards per optimizer step, the same number for each."""
     updates: int
-    """U."""
+    """Optimizer steps of an iteration, U."""
 
     @staticmethod
     def of(recipe: Recipe) -> Batches:
-        """Of the first iteration. Where the recipe leaves a number to what memory allows, all at once."""
+        """The batches of the first iteration. A size that the recipe leaves open means all at once."""
         work, settings, together = recipe.workload(), recipe.parallel, recipe.prompts.per_rank
         prompts = together * recipe.train.gradient_accumulation_steps
         explored = together * work.generations
@@ -109,17 +109,17 @@ class Batches:
 
     @property
     def forwards(self) -> int:
-        """Of all rollouts."""
+        """Forwards of all rollouts."""
         return sum(-(-pictures // self.rollout) for pictures in self.calls)
 
 
 def filled(count: int, batch: int, recipe: Recipe) -> int:
-    """So many pictures in batches, with those that only fill up the last one of compiled code."""
+    """The number of pictures computed for `count` in batches. Compiled code fills up the last batch."""
     return -(-count // batch) * batch if compiled(recipe) else count
 
 
 def _batch(asked: int, count: int, recipe: Recipe) -> int:
-    """Compiled code always gets as many as it was compiled for, of which some only fill up."""
+    """Pictures per batch. Compiled code always gets the number that it was compiled for; some only fill up."""
     return asked or count if compiled(recipe) else min(asked or count, count)
 
 
@@ -133,7 +133,7 @@ def shape_of(recipe: Recipe, architecture: Architecture) -> Shape:
 
 
 def compiled(recipe: Recipe) -> bool:
-    """Whether blocks are compiled: the plan is for a GPU, unless the recipe is for a CPU."""
+    """True where blocks are compiled. The plan is for a GPU, unless the recipe is for a CPU."""
     return compiles(recipe.parallel, "cpu" if recipe.parallel.device == "cpu" else "cuda")
 
 
@@ -142,6 +142,6 @@ def bytes_of(dtype: str) -> int:
 
 
 def stored_bytes(recipe: Recipe) -> int:
-    """Of one weight between steps. A frozen base lies as it computes, and is nearly all there is."""
+    """Bytes of one weight between steps. With LoRA nearly all are the frozen base's, stored in the compute dtype."""
     settings = recipe.parallel
     return bytes_of(settings.master_dtype if recipe.model.tuning == "full" else settings.compute_dtype)

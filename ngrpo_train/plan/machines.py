@@ -1,4 +1,4 @@
-"""GPUs by name: how much they hold, compute and send. Bytes and seconds in plain units, speeds as their names say."""
+"""GPUs by name: their memory in bytes, and their speeds in the units that the fields are named for."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """One GPU of a node, and its way to the others."""
+    """A GPU of a node, and its links to the others."""
 
     name: str
     memory_bytes: int
-    """What torch reports as total_memory: less than is sold, for error correction and the driver take some."""
+    """Memory that torch reports as total_memory: less than is sold, because error correction and driver take some."""
     tflops: float
-    """Dense bfloat16, of the datasheet: what MFU is a share of."""
+    """Rate of dense bfloat16 in the datasheet, of which MFU is a share."""
     matmul_tflops: float
-    """What a large bfloat16 matrix product reaches."""
+    """Rate that a large bfloat16 matrix product reaches."""
     float8_speedup: float
-    """Of a float8 product over a bfloat16 one; 1 where there is no float8."""
+    """Speed of a float8 product, relative to a bfloat16 one; 1 where there is no float8."""
     memory_gbps: float
     nvlink_gbps: float
     """Gigabytes per second to the other GPUs of a node, one direction."""
     network_gbps: float
-    """Gigabytes per second to other nodes, for each GPU: one network adapter beside each, a site's own may differ."""
+    """Gigabytes per second to other nodes, for each GPU. Assumes a network adapter for each; a site may differ."""
     host_gbps: float
     """Gigabytes per second to and from host memory, over PCIe."""
 
 
 MEASURED_H200_TFLOPS = 790.0  # the best of large bfloat16 products on one H200, of 989 in the datasheet
-ASSUMED_SHARE = 0.8  # of the datasheet, on GPUs that nobody has measured for this table: as the H200 does
+ASSUMED_SHARE = 0.8  # of the datasheet, on GPUs that were not measured for this table; the H200 reaches it
 
 
 def _gpu(
@@ -78,16 +78,16 @@ MACHINES = {
 
 
 def find_machine(name: str) -> Machine:
-    """Raises ValueError with the known names, and the nearest one."""
+    """The GPU of this name. Raises ValueError with the known names, and the nearest one."""
     if name not in MACHINES:
-        raise ValueError(f"no GPU {name!r}: there are {', '.join(MACHINES)}{suggestion(name.lower(), MACHINES)}")
+        raise ValueError(f"no GPU {name!r}: known ones are {', '.join(MACHINES)}{suggestion(name.lower(), MACHINES)}")
     return MACHINES[name]
 
 
 def machine_of(device_name: str, total_bytes: int) -> Machine | None:
     """The table's entry for a GPU as torch's device properties describe it; None where it is not one of these.
 
-    PCIe and NVL cards and slices of a GPU (MIG) are other machines than the SXM module of their name.
+    It is also None for PCIe and NVL cards and slices of a GPU (MIG), which differ from the SXM module of their name.
     """
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
     if words & {"PCIE", "NVL", "MIG"}:

@@ -1,4 +1,4 @@
-"""What each GPU and its host hold, by part and by phase of an iteration, in bytes."""
+"""Memory of each GPU and of its host, by part and by phase of an iteration, in bytes."""
 
 # P prompts together, G candidates, B anchors, K trained steps, M trained transitions of a prompt, T image tokens, C
 # channels, L text tokens, S processes that share one copy of the weights.
@@ -31,9 +31,9 @@ _ADAMW_BYTES = {  # of optimizer state for one trained weight
 @dataclass(frozen=True, slots=True)
 class Memory:
     phases: Mapping[str, Mapping[str, float]]
-    """On a GPU: bytes by phase and part. Phases are encode, rollout, decode, update and (the optimizer's) step."""
+    """Bytes on a GPU by phase and part. Phases are encode, rollout, decode, update and (the optimizer's) step."""
     host: float
-    """On a node: what the recipe puts into host memory, in bytes. Programs and pictures are not counted."""
+    """Bytes that the recipe puts into the host memory of a node. Programs and pictures are not counted."""
 
     def total(self, phase: str) -> float:
         return sum(self.phases[phase].values())
@@ -48,7 +48,7 @@ class Memory:
 
 
 def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout) -> Memory:
-    """`keep_gathered` and `reduce_gradients` must be settled."""
+    """Memory in the first iteration. `keep_gathered` and `reduce_gradients` must be settled."""
     settings, batches, counts = recipe.parallel, Batches.of(recipe), parameters(architecture)
     weights, shape = Weights.of(recipe, architecture, layout), shape_of(recipe, architecture)
     everywhere, host = _states(recipe, counts, weights, layout)
@@ -57,7 +57,7 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
         encoders = float(TEXT_BYTES * (counts.clip + counts.t5))
     if settings.text_encoders == "shard" and encoders and layout.world_size > 1:
         encoders = TEXT_BYTES * (counts.clip + counts.t5 / layout.world_size)
-        # Three blocks for the reasons that `_gathered` names, and what lies around them.
+        # Three blocks, as in a forward in `_gathered`, and the layers around the blocks.
         around = counts.t5 - architecture.text_encoder_2["num_layers"] * counts.t5_block
         encoders_gathered = TEXT_BYTES * (3 * counts.t5_block + around)
     if settings.text_encoders == "offload":
@@ -75,7 +75,7 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
     rollout_gathered = _gathered(recipe, weights, layout, "rollout")
     update_gathered = _gathered(recipe, weights, layout, "update")
     kept = update_gathered if settings.keep_gathered == "iteration" else 0
-    kept_before = kept if settings.rollout_dtype == "same" else 0  # a float8 copy explores: nothing is gathered before
+    kept_before = kept if settings.rollout_dtype == "same" else 0  # a float8 copy explores: no weights are gathered yet
     phases = {
         "encode": {
             **everywhere,
@@ -114,7 +114,7 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
 
 
 def _states(recipe: Recipe, counts: Parameters, weights: Weights, layout: Layout) -> tuple[dict[str, float], float]:
-    """What lasts from iteration to iteration: on the GPU, and how much of it in host memory instead."""
+    """Bytes that last from iteration to iteration: those on the GPU, by part, and the total in host memory."""
     shard, settings = 1 / layout.shares, recipe.parallel
     frozen = bytes_of(settings.compute_dtype) * weights.frozen * shard
     trained = _master_bytes(recipe) * weights.trained * shard
@@ -126,7 +126,7 @@ def _states(recipe: Recipe, counts: Parameters, weights: Weights, layout: Layout
     }
     host = 0.0
     if settings.offload:
-        # Frozen weights go along only where FSDP manages them.
+        # Frozen weights move to the host only where FSDP manages them.
         moved = [part for part in parts if part != "frozen weights" or weights.managed > weights.trained]
         host = sum(parts.pop(part) for part in moved) + _master_bytes(recipe) * weights.trained * shard  # gradients
     if settings.rollout_dtype == "float8":
@@ -135,19 +135,19 @@ def _states(recipe: Recipe, counts: Parameters, weights: Weights, layout: Layout
 
 
 def _master_bytes(recipe: Recipe) -> int:
-    """Of one trained weight between steps; LoRA's adapters are always float32."""
+    """Bytes of one trained weight between steps; LoRA's adapters are always float32."""
     return bytes_of(recipe.parallel.master_dtype) if recipe.model.tuning == "full" else 4
 
 
 def _gathered(recipe: Recipe, weights: Weights, layout: Layout, phase: str) -> float:
-    """Whole weights beside the shards in a rollout or an update: all of them, or what FSDP has at hand at once.
+    """Bytes of whole weights beside the shards, in a rollout or an update: all, or those that FSDP holds at once.
 
-    Where there are others to gather from, every gather passes through a buffer. A forward has two: the last one's is
-    freed when the next one's, asked for ahead, has been copied out. A backward has only the next one's.
+    Where several processes share the weights, every gather passes through a buffer. A forward has two buffers: FSDP
+    gathers ahead, and frees a buffer only when the next one has been copied out. A backward has only the next one.
     """
     settings, compute = recipe.parallel, bytes_of(recipe.parallel.compute_dtype)
     if phase == "rollout" and settings.rollout_dtype == "float8":
-        return compute * weights.managed_block  # more than the one layer that the copy is being made from
+        return compute * weights.managed_block  # a bound: the copy is made from one layer at a time
     buffers = 0 if layout.shares == 1 else 2 if phase == "rollout" else 1
     if settings.keep_gathered in ("iteration", phase):
         first = buffers if phase == "rollout" else 0
@@ -156,24 +156,24 @@ def _gathered(recipe: Recipe, weights: Weights, layout: Layout, phase: str) -> f
 
 
 def _gradients(recipe: Recipe, weights: Weights, layout: Layout) -> float:
-    """That the optimizer reads; an offloaded one's are in host memory."""
+    """Bytes of the gradients that the optimizer reads; 0 with `parallel.offload`, where they are in host memory."""
     return 0 if recipe.parallel.offload else _master_bytes(recipe) * weights.trained / layout.shares
 
 
 def _gradients_in_update(recipe: Recipe, weights: Weights, layout: Layout, batches: Batches) -> float:
-    """At most, while backward passes make them."""
+    """Peak bytes of gradients while backward passes compute them."""
     summed, compute = _gradients(recipe, weights, layout), bytes_of(recipe.parallel.compute_dtype)
     if layout.plain:
         return summed
     by_step = recipe.parallel.reduce_gradients == "step"
     if batches.count > 1 and not by_step:
-        # FSDP keeps shards for later batches in float32, and on the GPU, until it sums them over copies, if only one.
+        # FSDP keeps sums of shards on the GPU, in float32, until it sums them over the copies, even over a single copy.
         summed = max(summed, 4 * weights.trained / layout.shares)
-    # One block's gradient, and the float32 buffer in which the last block's is being reduced.
+    # One block's gradient, and the float32 buffer in which that of the block before is being reduced.
     most = summed + (compute + 4) * weights.trained_block
     if batches.count > 1 and by_step:
-        # Float32 sums of whole gradients, which become shards block by block in the last backward. So they are whole
-        # in its forward, which has one buffer more for gathering than backward.
+        # Float32 sums of whole gradients become shards block by block, in the last backward only. In the last forward
+        # they are still whole, and a forward has one more buffer for gathering than a backward.
         most = max(most, 4 * weights.trained + compute * weights.managed_block)
     return most
 
@@ -182,7 +182,7 @@ def _gradients_in_update(recipe: Recipe, weights: Weights, layout: Layout, batch
 
 
 def _blocks(recipe: Recipe, architecture: Architecture, shape: Shape) -> list[tuple[int, BlockBytes]]:
-    """(layers, bytes of one) of double blocks, then of single ones."""
+    """Pairs (number of layers, bytes of one): double blocks, then single ones."""
     keep, doubles, singles = recipe.model.gradient_checkpointing, *architecture.layers
     return [
         (layers, block_bytes(architecture, kind, shape, keep, compiled=compiled(recipe)))
@@ -192,7 +192,7 @@ def _blocks(recipe: Recipe, architecture: Architecture, shape: Shape) -> list[tu
 
 
 def update_picture_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> tuple[float, float]:
-    """Of one picture's forward and backward: (kept after the forward, at most)."""
+    """Bytes of one picture's forward and backward: (kept after the forward, peak)."""
     kept = float(ends_bytes(architecture, shape))
     most = 0.0
     for layers, block in _blocks(recipe, architecture, shape):
@@ -225,34 +225,34 @@ def _rollout_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, bat
 
 
 def _conditioning_bytes(architecture: Architecture, shape: Shape) -> int:
-    """Of one prompt's T5 features."""
+    """Bytes of one prompt's T5 features."""
     features: int = architecture.transformer["joint_attention_dim"]
     return shape.text_tokens * features * torch.empty((), dtype=shape.dtype).element_size()
 
 
 def _group_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> float:
-    """Of one explored prompt until its update: float32 states and velocities, and what conditioned them."""
+    """Bytes of one explored prompt until its update: float32 states and velocities, and the conditioning."""
     latent = 4 * shape.image_tokens * architecture.channels
     return recipe.workload().explored_latents * latent + _conditioning_bytes(architecture, shape)
 
 
 def _copied_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> int:
-    """What the update copies of one explored prompt, as width pruning does with the transitions that it leaves."""
+    """Bytes of one explored prompt that the update copies. Width pruning copies the transitions that it keeps."""
     return recipe.workload().copied_latents * 4 * shape.image_tokens * architecture.channels
 
 
 def _joining_bytes(recipe: Recipe, groups: float) -> float:
-    """Of a rollout's end: the groups of all batches of prompts, made one beside what they were."""
+    """Bytes at a rollout's end: joined, the groups of all batches of prompts lie beside the parts."""
     return 0 if recipe.train.gradient_accumulation_steps == 1 else groups
 
 
 def _encode_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> int:
-    """Of one prompt."""
+    """Peak bytes in encoding one prompt; 0 where prompts are encoded beforehand."""
     return 0 if recipe.prompts.embeddings else encode_pass(architecture, shape.text_tokens).peak
 
 
 def _decode_bytes(recipe: Recipe, architecture: Architecture, batches: Batches, scoring: Scoring) -> float:
-    """Pictures are decoded, then scored."""
+    """Peak bytes while pictures are decoded, and then scored."""
     height, width = recipe.sampling.height, recipe.sampling.width
     pictures = batches.prompts * recipe.algorithm.num_generations * 3 * height * width  # bytes of colour
     decoding = batches.decode * decode_pass(architecture, height, width).peak + 2 * pictures  # parts, then all in one

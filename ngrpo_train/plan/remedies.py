@@ -1,4 +1,4 @@
-"""What to change in a recipe where memory is short, each change planned anew."""
+"""Changes to a recipe that save memory or time. A plan is made for each of them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from ngrpo_train.recipe.sections import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
+    """A change to a recipe, with the plan that it leads to."""
+
     settings: Mapping[str, Any]
-    """Values by their names in a recipe."""
+    """New values, by their names in a recipe."""
     effect: str
     plan: Plan
-    """With these settings."""
+    """The plan with these settings."""
     time: float
-    """Of an iteration, in what it took before; NaN where that is not known."""
+    """Estimated time of an iteration, relative to that without the change; NaN where it is not known."""
 
     @property
     def flags(self) -> str:
-        """As typed after `ngrpo train RECIPE`."""
+        """The settings as flags, to be typed after `ngrpo train RECIPE`."""
         return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in self.settings.items())
 
 
@@ -39,16 +41,16 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
 
 
 def _with_entry(section: Any, entry: str, value: Any) -> Any:
-    if isinstance(section, Mapping):  # of rewards, each with settings of its own
+    if isinstance(section, Mapping):  # of rewards, each with its own settings
         name, _, entry = entry.rpartition(".")
         return {**section, name: replace(section[name], **{entry: value})}
     return replace(section, **{entry: value})
 
 
 def remedies(plan: Plan) -> list[Remedy]:
-    """Changes that lower the peak: first those that make the recipe fit, the fastest ahead, then by how much they save.
+    """Changes that lower the peak: first those that make the recipe fit, the fastest ahead, then the largest savings.
 
-    Each is one change. Where none is enough, the first is several together, if those are.
+    Each is a single change. Where no single change is enough, the first remedy combines several, if that is enough.
     """
     singles = _singles(plan)
     ranked = sorted(singles, key=_rank)
@@ -65,10 +67,10 @@ def speedups(plan: Plan) -> list[Remedy]:
         return []
     model, algorithm, changes = plan.recipe.model, plan.recipe.algorithm, list(_shorter_scorers(plan.recipe))
     if model.gradient_checkpointing == "full":
-        effect = "keeps what products and attention give, and computes only the rest again"
+        effect = "keeps the results of products and attention, recomputes only the rest"
         changes.append(({"model.gradient_checkpointing": "selective"}, effect))
     if plan.machine.float8_speedup > 1 and algorithm.old_policy != "cached":
-        effect = "explores with products in float8, which are coarser; the ratio never sees them"
+        effect = "rollout with float8 products: less precise, but the ratio does not use them"
         changes.append(({"parallel.rollout_dtype": "float8"}, effect))
     found = [_changed(plan, settings, effect) for settings, effect in changes]
     return sorted((each for each in found if each.plan.fits and each.time < 0.99), key=lambda each: each.time)
@@ -95,7 +97,7 @@ def _rank(remedy: Remedy) -> tuple[bool, float]:
 
 
 def _together(first: Remedy) -> Remedy | None:
-    """`first` and what saves most after it, until the recipe fits."""
+    """Combine `first` with the best changes after it, until the recipe fits; None where no combination fits."""
     combined = first
     while not combined.plan.fits:
         following = sorted(_singles(combined.plan), key=_rank)
@@ -112,7 +114,7 @@ def _together(first: Remedy) -> Remedy | None:
 
 
 def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
-    """Single changes that leave the recipe valid, and what each of them means."""
+    """Single changes that leave the recipe valid, each with its effect in words."""
     recipe, batches, several = plan.recipe, plan.batches, plan.layout.world_size > 1
     model, settings, optimizer = recipe.model, recipe.parallel, recipe.optimizer.name
     if batches.rows > 1:
@@ -123,34 +125,34 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
     for name in ("rollout_batch", "decode_batch", "keep_gathered", "reduce_gradients"):
         open_value = 0 if name.endswith("batch") else "auto"
         if getattr(settings, name) != open_value:
-            yield {f"parallel.{name}": open_value}, "what memory allows"
+            yield {f"parallel.{name}": open_value}, "chosen by what memory allows"
     if model.gradient_checkpointing != "full":
-        yield {"model.gradient_checkpointing": "full"}, "blocks are computed again in the backward pass"
+        yield {"model.gradient_checkpointing": "full"}, "the backward pass computes blocks again"
         if model.gradient_checkpointing in ("none", "selective") and settings.compile != "off":
-            yield {"model.gradient_checkpointing": 0.5}, "the compiler keeps about half of what is to be kept"
+            yield {"model.gradient_checkpointing": 0.5}, "the compiler keeps about half of the activations"
     if not recipe.prompts.embeddings:
-        yield {"prompts.embeddings": "DIRECTORY"}, "prompts encoded before, by `ngrpo embed`: no text encoders"
+        yield {"prompts.embeddings": "DIRECTORY"}, "prompts encoded beforehand by `ngrpo embed`: no text encoders"
         if several and settings.text_encoders != "shard":
-            yield {"parallel.text_encoders": "shard"}, "T5 and CLIP spread over GPUs"
+            yield {"parallel.text_encoders": "shard"}, "T5 sharded over GPUs"
         if settings.text_encoders != "offload":
-            yield {"parallel.text_encoders": "offload"}, "T5 and CLIP wait in host memory"
+            yield {"parallel.text_encoders": "offload"}, "T5 and CLIP in host memory between uses"
     if offloaded := {f"rewards.{name}.offload": True for name in _scorers(recipe) if not recipe.rewards[name].offload}:
-        yield offloaded, "scorers wait in host memory"
+        yield offloaded, "scorers in host memory between uses"
     yield from _shorter_scorers(recipe)
     if recipe.prompts.per_rank > 1:
         steps = recipe.prompts.per_rank * recipe.train.gradient_accumulation_steps
         together = {"prompts.per_rank": 1, "train.gradient_accumulation_steps": steps}
-        yield together, "as many prompts per update, explored one by one"
+        yield together, "the same number of prompts per update, explored one by one"
     if several and settings.sharding in ("none", "hybrid"):
-        yield {"parallel.sharding": "full", "parallel.shard_size": 0}, "weights and states spread over all GPUs"
+        yield {"parallel.sharding": "full", "parallel.shard_size": 0}, "weights and states sharded over all GPUs"
     if settings.rollout_dtype == "float8":
         yield {"parallel.rollout_dtype": "same"}, "no float8 copy of the weights"
     if not settings.offload:
         if optimizer == "adamw":
-            yield {"optimizer.name": "adamw_8bit"}, "optimizer states of 8 bits"
+            yield {"optimizer.name": "adamw_8bit"}, "8-bit optimizer states"
         if model.tuning == "full" and settings.master_dtype == "float32" and settings.compute_dtype == "bfloat16":
             short = {"optimizer.name": "adamw_8bit", "parallel.master_dtype": "bfloat16"}
-            yield short, "weights and gradients of 16 bits, rounded stochastically, and states of 8"
+            yield short, "16-bit weights, rounded stochastically, 16-bit gradients, 8-bit states"
     if model.tuning == "full" and not settings.offload:
         there: dict[str, Any] = {"parallel.offload": True}
         if optimizer != "adamw":
@@ -171,32 +173,32 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _scorers(recipe: Recipe) -> list[str]:
-    """Names of those whose weights are here and whose settings may be changed."""
+    """Names of the scorers whose weights are on this machine and whose settings may be changed."""
     return [name for name in scorer_sizes(recipe.rewards) if recipe.rewards[name].backend == "native"]
 
 
 def _shorter_scorers(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
     long = [name for name in _scorers(recipe) if recipe.rewards[name].dtype == "float32"]
     if long:
-        yield {f"rewards.{name}.dtype": "bfloat16" for name in long}, "scorers compute in 16 bits, coarser scores"
+        yield {f"rewards.{name}.dtype": "bfloat16" for name in long}, "scorers compute in 16 bits, less precise scores"
 
 
 def explain_out_of_memory(
     recipe: Recipe, architecture: Architecture, machine: Machine | int, world_size: int = 1, gpus_per_node: int = 8
 ) -> str:
-    """For somebody whose GPU, given as such or by its bytes, has just run out: what is where, and what helps most."""
+    """A message for a user whose GPU, `machine` or its bytes, ran out of memory: what takes it, and what helps most."""
     plan = make_plan(recipe, machine, world_size, gpus_per_node, architecture)
     phase = plan.memory.fullest
     unknown = [f"rewards.{name}" for name in of_unknown_cost(recipe.rewards)]
     held = sorted(plan.memory.phases[phase].items(), key=lambda item: -item[1])
     lines = [
-        f"GPU memory ran out. By the plan the fullest phase is the {phase}, with {plan.memory.peak / GIB:.1f} of "
+        f"GPU memory ran out. By the plan, the fullest phase is the {phase}, with {plan.memory.peak / GIB:.1f} of "
         f"{plan.gpu_bytes / GIB:.1f} GiB:",
         *(f"  {size / GIB:6.1f} GiB  {part}" for part, size in held if size >= 0.05 * GIB),
-        f"Not in it: {', '.join([*unknown, 'other programs on the GPU'])}.",
+        f"Not counted: {', '.join([*unknown, 'other programs on the GPU'])}.",
     ]
     found = remedies(plan)
-    if plan.fits:  # and yet it did not: then only what saves a good part of it will do
+    if plan.fits:  # the plan was too low, so only a change that saves a good part can help
         found = [remedy for remedy in found if remedy.plan.memory.peak < 0.9 * plan.memory.peak] or found
     if found:
         best = found[0]

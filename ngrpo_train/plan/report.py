@@ -1,4 +1,4 @@
-"""`ngrpo plan`: a plan as tables. Bytes in GiB, as torch and a run's metrics count them."""
+"""The command `ngrpo plan`: a plan as tables. Memory is in GiB, as in torch and in a run's metrics."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _PHASE_TITLES = {
 
 
 def plan_command(recipe: Recipe, gpu: str, gpus: int = 1, gpus_per_node: int = 8) -> int:
-    """Print the plan of a recipe for so many GPUs. Returns 0 if it fits, 1 if not.
+    """Print the plan of a recipe for `gpus` GPUs. Returns 0 if it fits, 1 if not.
 
-    Raises ValueError for a recipe that cannot train, though prompts and rewards may still be missing.
+    Raises ValueError for a recipe that cannot train. Prompts and rewards may still be missing.
     """
     machine = find_machine(gpu)
     for flag, value in (("--gpus", gpus), ("--gpus-per-node", gpus_per_node)):
@@ -76,11 +76,11 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     lines(_times(plan))
     lines(_notes(plan), style="dim")
     used, most = plan.memory.peak / GIB, SAFE_SHARE * plan.gpu_bytes / GIB
-    verdict = f"{used:.1f} GiB at most ({_PHASE_TITLES[plan.memory.fullest]}), of {most:.1f} that a plan may fill."
+    verdict = f"{used:.1f} GiB at most ({_PHASE_TITLES[plan.memory.fullest]}), of {most:.1f} GiB that a plan may fill."
     if plan.fits:
         console.print(Text(f"\nIt fits: {verdict}", style="green"), soft_wrap=True)
         if faster := speedups(plan):
-            section("What would be faster, and fits", _remedy_table(faster))
+            section("What would be faster and still fit", _remedy_table(faster))
         return
     console.print(Text(f"\nIt does not fit: {verdict}", style="red"), soft_wrap=True)
     section("What would help", _remedy_table(remedies(plan)[:REMEDIES_SHOWN]))
@@ -114,7 +114,7 @@ def _facts(plan: Plan) -> Iterator[str]:
         f"K {work.num_train_steps}"
     )
     last = plan.recipe.workload(plan.recipe.train.steps - 1)
-    later = f" (at last {last.nfe_old:.4g})" if last.nfe_old != work.nfe_old else ""
+    later = f" (at the end {last.nfe_old:.4g})" if last.nfe_old != work.nfe_old else ""
     updates = f" in each of {batches.updates} optimizer steps" if batches.updates > 1 else ""
     yield (
         f"iteration: {plan.prompts} prompts{updates}, {batches.prompts} on each GPU; "
@@ -123,7 +123,7 @@ def _facts(plan: Plan) -> Iterator[str]:
     kept = {"never": "for every forward", "rollout": "once for a rollout", "iteration": "once for an iteration"}
     summed = {"step": "once per optimizer step", "batch": "after every forward-backward"}
     if layout.plain:
-        yield "weights: stored as they compute, nothing to gather"
+        yield "weights: stored in the compute dtype, nothing to gather"
     elif layout.shares > 1:
         copies = f" in {layout.copies} copies" if layout.copies > 1 else ""
         yield f"weights: sharded over {layout.shares} GPUs{copies}, gathered {kept[settled.keep_gathered]}"
@@ -141,7 +141,7 @@ def _facts(plan: Plan) -> Iterator[str]:
 def _memory_table(plan: Plan) -> Table:
     memory = plan.memory
     table = Table("", box=SIMPLE_HEAD, show_footer=True)
-    table.columns[0].footer = "together"
+    table.columns[0].footer = "total"
     for phase in memory.phases:
         style = "bold" if phase == memory.fullest else ""
         table.add_column(
@@ -162,13 +162,13 @@ def _work_table(plan: Plan) -> Table:
     table.add_column("share", justify="right")
     for stage, count in flops.hardware_stages.items():
         table.add_row(stage, _scaled(count, "FLOP"), f"{count / flops.hardware:.1%}")
-    table.add_row("together", _scaled(flops.hardware, "FLOP"), "", style="bold")
+    table.add_row("total", _scaled(flops.hardware, "FLOP"), "", style="bold")
     table.add_row("without doing anything twice", _scaled(flops.model, "FLOP"), f"{flops.model / flops.hardware:.1%}")
     return table
 
 
 def _scaled(count: float, unit: str = "") -> str:
-    """With a prefix, and four digits at most before the point."""
+    """A count with a unit prefix, and at most four digits before the point."""
     prefixes = ((1e12, "T"), (1e9, "G"), (1e6, "M")) if unit else ((1e9, "B"), (1e6, "M"))
     for size, prefix in prefixes:
         if count >= size:
@@ -181,7 +181,7 @@ def _times(plan: Plan) -> Iterator[str]:
     if traffic.gathered_bytes or traffic.reduced_bytes or traffic.all_reduced_bytes:
         reduced = traffic.reduced_bytes + traffic.all_reduced_bytes
         yield (
-            f"links of each GPU: {traffic.gathered_bytes / 1e9:,.0f} GB to gather weights ({traffic.gathers} x), "
+            f"links of each GPU: {traffic.gathered_bytes / 1e9:,.0f} GB to gather weights ({traffic.gathers} times), "
             f"{reduced / 1e9:,.0f} GB to sum gradients"
         )
     if plan.memory.host:
@@ -195,7 +195,7 @@ def _times(plan: Plan) -> Iterator[str]:
     limits = {"arithmetic": seconds.compute, "links": seconds.links, "host memory": seconds.host}
     slowest = max(limits, key=lambda name: limits[name])
     prompts = plan.batches.prompts
-    yield f"at the least: {seconds.floor:,.1f} s per iteration ({slowest}), {seconds.floor / prompts:.2f} s per prompt"
+    yield f"lower bound: {seconds.floor:,.1f} s per iteration ({slowest}), {seconds.floor / prompts:.2f} s per prompt"
     yield (
         f"estimate: {seconds.estimate:,.1f} s per iteration, {seconds.estimate / prompts:.2f} s per prompt, "
         f"MFU {plan.estimated_mfu:.0%}"
@@ -205,18 +205,18 @@ def _times(plan: Plan) -> Iterator[str]:
 def _notes(plan: Plan) -> Iterator[str]:
     float8 = plan.recipe.parallel.rollout_dtype == "float8"
     if not plan.recipe.rewards:
-        yield "The recipe names no rewards yet; their scorers cost memory and time."
+        yield "The recipe names no rewards yet. Their scorers will take memory and time, too."
     if unknown := of_unknown_cost(plan.recipe.rewards):
-        yield f"Not counted, for what they cost is not known here: {', '.join(f'rewards.{name}' for name in unknown)}."
+        yield f"Not counted, because their cost is not known: {', '.join(f'rewards.{name}' for name in unknown)}."
     if plan.seconds is not None:
-        coarse = f", float8 products to be {FLOAT8_SPEEDUP} times as fast" if float8 else ""
-        coarse += f", float32 products to take {FLOAT32_SLOWDOWN:.0f} times as long" if plan.flops.float32 else ""
+        coarse = f", float8 products {FLOAT8_SPEEDUP} times as fast" if float8 else ""
+        coarse += f", float32 products {FLOAT32_SLOWDOWN:.0f} times as slow" if plan.flops.float32 else ""
         yield (
-            f"The estimate assumes {COMPUTE_EFFICIENCY:.0%} of what large products reach and {LINK_EFFICIENCY:.0%} "
-            f"of the links{coarse}; no measurement backs it yet."
+            f"The estimate assumes {COMPUTE_EFFICIENCY:.0%} of the speed of large products and "
+            f"{LINK_EFFICIENCY:.0%} of the speed of links{coarse}. No measurement backs it yet."
         )
     if float8 and plan.machine and plan.machine.float8_speedup == 1:
-        yield f"{plan.machine.name} has no float8 products: parallel.rollout_dtype must be same there."
+        yield f'{plan.machine.name} has no float8 products: set parallel.rollout_dtype to "same" for it.'
 
 
 def _remedy_table(changes: Iterable[Remedy]) -> Table:

@@ -1,6 +1,6 @@
-"""What a recipe's scorers cost, by the sizes that the rewards which ship say of themselves.
+"""The cost of a recipe's scorers, from the sizes that the shipped rewards declare.
 
-Those that answer from elsewhere, judges among them, cost nothing here; what one's own scorer costs, nobody can know.
+Scorers on other machines, judges among them, cost nothing here. The cost of a user's own scorer is not known.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ngrpo_train.rewards.towers import NOTHING, ScorerSize
 
 
 def scorer_size(name: str, reward: Reward) -> ScorerSize | None:
-    """What it costs on this machine; None where that is not known."""
+    """The size of a scorer on this machine; None where it is not known."""
     if reward.remote or reward.template:
         return NOTHING
     ours = None if reward.is_callable else shipped.find(name)
@@ -23,37 +23,37 @@ def scorer_size(name: str, reward: Reward) -> ScorerSize | None:
 
 
 def scorer_sizes(rewards: Mapping[str, Reward]) -> dict[str, ScorerSize]:
-    """The sizes of those that have weights on this machine and are known."""
+    """The sizes of the scorers that have weights on this machine, where they are known."""
     found = {name: scorer_size(name, reward) for name, reward in rewards.items()}
     return {name: size for name, size in found.items() if size and size.parameters}
 
 
 def of_unknown_cost(rewards: Mapping[str, Reward]) -> list[str]:
-    """Names of those that are computed here, at a cost that is not known."""
+    """Names of the rewards that are computed on this machine at a cost that is not known."""
     return [name for name, reward in rewards.items() if scorer_size(name, reward) is None]
 
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """All scorers of one process, each of which holds them whole; bytes, and operations of one iteration."""
+    """The cost of all scorers on one process, which holds them whole: bytes, and operations of one iteration."""
 
     resident: int
-    """Of weights that stay on the device."""
+    """Bytes of weights that stay on the device."""
     offloaded: int
-    """Of weights that wait in host memory."""
+    """Bytes of weights that wait in host memory."""
     visiting: int
-    """Of these, at most on the device at once, in an iteration: scorers take their turns."""
+    """Peak bytes of these on the device in an iteration: scorers take turns there."""
     moved: int
-    """To and from host memory, in an iteration."""
+    """Bytes moved to and from host memory in an iteration."""
     activations: int
-    """At most, of pictures scored at once; the pictures as they were decoded not among them."""
+    """Peak bytes for the pictures that are scored at once, without the decoded pictures themselves."""
     flops: int
     float32_flops: int
-    """Of these, what is computed in float32."""
+    """Operations that are computed in float32, a part of `flops`."""
 
     @staticmethod
     def of(recipe: Recipe) -> Scoring:
-        """Rewards that watch only cost memory, and nothing in an iteration."""
+        """The cost for a recipe. Watch-only rewards cost memory, and nothing in an iteration."""
         batches, pixels = Batches.of(recipe), recipe.sampling.height * recipe.sampling.width
         pictures = batches.prompts * recipe.algorithm.num_generations
         resident = offloaded = visiting = moved = activations = flops = float32 = 0
@@ -69,7 +69,7 @@ class Scoring:
                 continue
             if reward.offload:
                 visiting, moved = max(visiting, weights), moved + 2 * weights
-            # As bytes they become float32, then numbers from 0 to 1, which stay while the tower works.
+            # Decoded bytes become float32, then numbers from 0 to 1, which stay while the tower computes.
             most = max(2 * 4 * 3 * pixels, 4 * 3 * (pixels + size.side**2) + number * size.values)
             activations = max(activations, min(reward.batch, pictures) * most)
             computed = size.flops(pictures, batches.prompts)

@@ -1,4 +1,4 @@
-"""What a recipe leaves to the machine, decided once at the start, alike on every process."""
+"""Settings that a recipe leaves to the machine: decided once, at the start, the same on every process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def settle_attention(recipe: Recipe, device: torch.device, kept: str = "") -> Recipe:
     """The recipe with an attention backend by name: its own, else the one a resumed run has `kept`, else the fastest.
 
-    Raises ValueError for one that cannot be trained through here.
+    Raises ValueError for a backend that cannot be trained through on this device.
     """
     name = recipe.parallel.attention
     if name == "auto":
@@ -34,7 +34,7 @@ def settle_attention(recipe: Recipe, device: torch.device, kept: str = "") -> Re
 
 
 def settle_memory(recipe: Recipe, device: torch.device) -> Parallel:
-    """The recipe's [parallel] with what "auto" and batches of 0 mean on this device: the fastest choice that fits."""
+    """The recipe's [parallel] with the fastest choice that fits this device in place of "auto" and batches of 0."""
     settings, architecture = recipe.parallel, _architecture(recipe) if device.type == "cuda" else None
     if not architecture:
         keep = "rollout" if settings.keep_gathered == "auto" else settings.keep_gathered
@@ -60,7 +60,7 @@ def settle_memory(recipe: Recipe, device: torch.device) -> Parallel:
 
 
 def cost_of(recipe: Recipe, device: torch.device) -> Cost:
-    """What to count an iteration's cost by; without utilisation where the device's peak or the model is not known."""
+    """The counter of an iteration's cost; without utilisation where the device's peak or the model is not known."""
     machine, architecture = _machine(device), _architecture(recipe)
     if not architecture:
         return Cost(device, 0.0, 0.0, 0.0)
@@ -70,7 +70,7 @@ def cost_of(recipe: Recipe, device: torch.device) -> Cost:
 
 @contextmanager
 def explained_out_of_memory(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """Where memory runs out, say what takes it and the setting that helps most, then raise on."""
+    """Log, where memory runs out within the block, what takes it and which setting helps most; the error goes on."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""What an iteration sends and copies to make sharded weights whole and to sum gradients, in bytes."""
+"""Bytes that an iteration sends and copies to make sharded weights whole and to sum gradients."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ngrpo_train.recipe.sections import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Of one iteration, by one GPU."""
+    """The traffic of one GPU in one iteration."""
 
     gathers: int
     """Times that the sharded weights are made whole."""
     gathered_bytes: float
-    """Received for that from the processes that share a copy, and for text encoders that are sharded."""
+    """Received for that from the processes that share a copy; also for sharded text encoders."""
     reduced_bytes: float
     """Sent to sum gradients among them."""
     all_reduced_bytes: float
     """Sent to sum gradients over copies."""
     host_bytes: float
-    """To and from host memory, where weights, text encoders or scorers are kept there."""
+    """Moved to and from host memory, where weights, text encoders or scorers are kept there."""
     copied_bytes: float
     """Read and written in the GPU's own memory to make weights whole."""
 
 
 def iteration_traffic(recipe: Recipe, architecture: Architecture, layout: Layout) -> Traffic:
-    """`keep_gathered` and `reduce_gradients` must be settled."""
+    """The traffic of one GPU in the first iteration. `keep_gathered` and `reduce_gradients` must be settled."""
     settings, batches = recipe.parallel, Batches.of(recipe)
     weights = Weights.of(recipe, architecture, layout)
     compute, stored, reduced = bytes_of(settings.compute_dtype), stored_bytes(recipe), 4
@@ -57,11 +57,11 @@ def iteration_traffic(recipe: Recipe, architecture: Architecture, layout: Layout
 
 
 def _gathers(recipe: Recipe, batches: Batches) -> int:
-    """Of the transformer that is trained: a float8 copy takes its place in the rollout."""
+    """Times that the trained transformer is gathered. In the rollout a float8 copy, if any, takes its place."""
     settings, algorithm, updates = recipe.parallel, recipe.algorithm, batches.updates
     float8 = settings.rollout_dtype == "float8"
     if settings.keep_gathered == "iteration":
-        return updates  # an optimizer step makes stale what is gathered
+        return updates  # an optimizer step makes gathered weights stale
     rollout = 1 if settings.keep_gathered == "rollout" else batches.forwards
     before = updates - 1 if algorithm.old_policy == "exact" else 0
     tethers = updates if algorithm.reference_coef else 0

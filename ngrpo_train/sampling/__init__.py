@@ -1,1 +1,1 @@
-"""From noise to pictures: initial noises, solvers, rollouts and evaluations."""
+"""Sampling, from noise to pictures: initial noises, solvers, rollouts and evaluations."""

@@ -49,7 +49,7 @@ class Evaluation:
         return dict(zip(self.names, self.scores_RN.mean(1).tolist(), strict=True))
 
     def standard_error(self) -> dict[str, float]:
-        """The standard errors of the means, over prompts: pictures of one prompt are dependent. NaN for a single prompt."""
+        """Standard errors of the means over prompts, as pictures of one prompt are dependent; NaN for one prompt."""
         per_prompt = self.scores_RN.view(len(self.names), len(self.prompts), -1).mean(2)
         return dict(zip(self.names, standard_error(per_prompt).tolist(), strict=True))
 

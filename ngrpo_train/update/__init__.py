@@ -1,1 +1,1 @@
-"""From explored states to new weights: rows, policies, the optimizer and the average of the weights."""
+"""The update, from explored states to new weights: rows, policies, the optimizer and the average of the weights."""

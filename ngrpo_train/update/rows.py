@@ -35,7 +35,7 @@ class Rows:
         return self.before_rbTC.flatten(0, 1), sigma_N, self.conditioning
 
     def counted(self) -> Self:
-        """Only the rows that count, for the loss."""
+        """The rows that count, for the loss."""
         row_tensors = [entry.name for entry in fields(self) if entry.name not in ("real", "conditioning")]
         return replace(self, **{name: getattr(self, name)[: self.real] for name in row_tensors})
 

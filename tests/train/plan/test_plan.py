@@ -664,7 +664,7 @@ def test_an_iteration_does_what_is_counted(
     [
         ("dance_grpo", 25, ["algorithm: dance_grpo; G 12, B 12, K 14\n", "NFE_old 25, NFE_theta 14.00\n"]),
         # The window has moved 11 times in the last of 300 iterations: 15 steps to its end, and 0.4 of the last 10.
-        ("mix_grpo_flash", 25, ["G 12, B 12, K 4\n", "NFE_old 12 (at last 19), NFE_theta 4.00\n"]),
+        ("mix_grpo_flash", 25, ["G 12, B 12, K 4\n", "NFE_old 12 (at the end 19), NFE_theta 4.00\n"]),
         ("branch_grpo", 20, ["G 16, B 10.63, K 19\n", "in each of 3 optimizer steps", "4 of 68 states in the update"]),
     ],
 )

@@ -247,13 +247,13 @@ def test_the_command_says_what_scorers_cost(
     assert plan_command(recipe(rewards), "h100-80", 16) == 0
     shown = capsys.readouterr().out
     assert "scorers: hpsv2_1 986.11 M in bfloat16, aesthetic 303.97 M in float32 and host memory\n" in shown
-    assert "Not counted, for what they cost is not known here: rewards.mine." in shown
-    assert "float32 products to take 15 times as long" in shown
+    assert "Not counted, because their cost is not known: rewards.mine." in shown
+    assert "float32 products 15 times as slow" in shown
     assert " scorers " in shown
     assert plan_command(recipe({}), "h100-80", 16) == 0
     shown = capsys.readouterr().out
     assert "names no rewards yet" in shown
-    assert "not known here" not in shown
+    assert "their cost is not known" not in shown
     assert "15 times" not in shown
 
 
@@ -261,5 +261,5 @@ def test_out_of_memory_names_scorers() -> None:
     asked = recipe(three() | {"mine": Reward(path="a.b:c")})
     said = explain_out_of_memory(asked, DEV, 80 * GIB)
     assert f"{4 * (2 * VIT_H + BLIP) / GIB:.1f} GiB  scorers" in said
-    assert "Not in it: rewards.mine, other programs on the GPU.\n" in said
-    assert "Not in it: other programs on the GPU.\n" in explain_out_of_memory(recipe(three()), DEV, 80 * GIB)
+    assert "Not counted: rewards.mine, other programs on the GPU.\n" in said
+    assert "Not counted: other programs on the GPU.\n" in explain_out_of_memory(recipe(three()), DEV, 80 * GIB)
