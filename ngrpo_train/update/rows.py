@@ -30,7 +30,7 @@ class Rows:
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Conditioning]:
-        """What the model is asked about all r * b states: the states, their sigmas, their text."""
+        """The inputs of the model for all r * b states: the states, their sigmas, their conditioning."""
         sigma_N = self.sigma_before_r.repeat_interleave(self.before_rbTC.shape[1])
         return self.before_rbTC.flatten(0, 1), sigma_N, self.conditioning
 
