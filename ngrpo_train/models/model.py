@@ -11,7 +11,6 @@ explores, another model draws beside this one.
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +26,7 @@ from ngrpo_train.models.flux import Flux
 from ngrpo_train.models.loading import quiet_diffusers
 from ngrpo_train.parallel import blocks, sharding
 from ngrpo_train.parallel.layout import compiles
+from ngrpo_train.recipe.named import import_named
 from ngrpo_train.recipe.sections import Model, Parallel, Sampling
 
 
@@ -104,15 +104,10 @@ def load_adapter(
     """The adapter that `model.adapter` names, constructed. Raises ValueError where it cannot be, or refuses by one."""
     if spec.adapter == "auto":
         return Flux(spec, sampling, settings, device, embeddings=embeddings)
-    module, _, name = spec.adapter.partition(":")
+    make = import_named("model.adapter", spec.adapter, form='"auto" or "package.module:Name"')
     try:
-        make: Callable[..., Adapter] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f'model.adapter = {spec.adapter!r} cannot be imported ({error}): it must be "auto" or "package.module:Name"'
-        ) from error
-    try:
-        return make(spec, sampling, settings, device, embeddings=embeddings)
+        adapter: Adapter = make(spec, sampling, settings, device, embeddings=embeddings)
+        return adapter
     except ValueError as error:  # in code of others, but about what a user can mend: that is the protocol
         raise ValueError(f"model.adapter = {spec.adapter!r}: {error}") from error
 

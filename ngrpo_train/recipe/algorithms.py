@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
+from ngrpo_train.recipe.named import import_named
 from ngrpo_train.recipe.ranges import Fraction, NotNegative, Positive, Range, require
 
 TRANSITION_STATES = 16
@@ -517,7 +517,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 def settings_class(name: str) -> type[Algorithm]:
     """The class of an algorithm's settings, by its name. Raises ValueError for an algorithm that does not exist."""
     if ":" in name:
-        kind = getattr(_load(name), "Settings", None)
+        kind = getattr(import_named("algorithm.name", name), "Settings", None)
         if not (isinstance(kind, type) and issubclass(kind, Algorithm)):
             raise ValueError(
                 f"algorithm.name = {name!r} must name a class whose Settings is a dataclass, a subclass of "
@@ -534,15 +534,7 @@ def settings_class(name: str) -> type[Algorithm]:
 
 def implementation(settings: Algorithm) -> Any:
     """The class that trains by these settings. Raises ValueError where it cannot be imported."""
-    return _load(settings.name if ":" in settings.name else settings.implementation)
-
-
-def _load(path: str) -> Any:
-    module_name, _, attribute = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"algorithm.name = {path!r}: {error}; expected package.module:Name") from error
+    return import_named("algorithm.name", settings.name if ":" in settings.name else settings.implementation)
 
 
 def field_names(kind: type[Algorithm]) -> set[str]:

@@ -8,7 +8,6 @@ the same score in training, behind a server and from a file.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.recipe.named import import_named
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import shipped, threads
@@ -156,7 +156,8 @@ def refuse_non_finite(names: Sequence[str], scores_RN: Tensor, prompts: Sequence
 def find_scorer(name: str, reward: Reward, device: torch.device) -> Scorer:
     """The scorer that a recipe's [rewards.NAME] means. Raises ValueError, naming the reward, if it does not exist."""
     if reward.is_callable and not reward.remote:
-        return _own_scorer(name, reward.path)
+        scorer: Scorer = import_named(f"rewards.{name}.path", reward.path)
+        return scorer
     try:
         return _loader(name, reward)(name, reward, device)
     except ValueError as error:
@@ -179,14 +180,3 @@ def _loader(name: str, reward: Reward) -> Callable[[str, Reward, torch.device], 
             f"rewards.{name}.path = 'package.module:callable'"
         )
     return ours.load
-
-
-def _own_scorer(name: str, path: str) -> Scorer:
-    module, _, attribute = path.partition(":")
-    try:
-        scorer: Scorer = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"rewards.{name}.path = {path!r}: {error}; expected 'package.module:callable'") from error
-    if not callable(scorer):
-        raise ValueError(f"rewards.{name}.path = {path!r} is not callable")
-    return scorer

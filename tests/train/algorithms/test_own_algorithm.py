@@ -133,10 +133,10 @@ def test_it_takes_the_place_of_the_recipes(own_recipe: Path, ngrpo: Callable[...
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("nowhere.at_all:Name", "No module named 'nowhere'; expected package.module:Name"),
-        ("own_algorithm:Missing", "has no attribute 'Missing'; expected package.module:Name"),
+        ("nowhere.at_all:Name", "No module named 'nowhere': install it, or add its directory to PYTHONPATH"),
+        ("own_algorithm:Missing", "module 'own_algorithm' has no attribute 'Missing'"),
         ("own_algorithm:Unset", "must name a class whose Settings is a dataclass, a subclass of"),
-        (":Name", "expected package.module:Name"),
+        (":Name", "must be package.module:Name"),
     ],
 )
 def test_what_is_no_algorithm_is_refused(

@@ -52,7 +52,7 @@ def test_an_unknown_name_is_answered_with_the_near_one_and_the_list():
     [
         ("nowhere:score", "No module named 'nowhere'"),
         ("math:nil", "module 'math' has no attribute 'nil'"),
-        (":score", "Empty module name"),
+        (":score", "must be package.module:Name"),
         ("math:pi", "is not callable"),
     ],
 )
