@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from ngrpo_train.commands.arguments import PromptChoice, first_argument, generating, recipe_of
+from ngrpo_train.models.directory import native_size
 from ngrpo_train.parallel.launch import rank_at_launch
 from ngrpo_train.recipe.parsing import flag_value, is_run, parse_flags, take_rewards
 from ngrpo_train.recipe.sections import Parallel, Recipe, Reward, Sampling
@@ -96,8 +97,6 @@ def _parsed(defaults: EvalCommand, flags: Sequence[str]) -> EvalCommand:
 
 def _benchmark_sampling(recipe: Recipe, base: str) -> Sampling:
     """The sampling of benchmarks: fifty steps of FLUX's own solver, at the size of the model or its base."""
-    from ngrpo_train.models.sizes import native_size
-
     size = native_size(recipe.model.name_or_path) or native_size(base) or 1024
     return replace(recipe.sampling, solver="euler", num_inference_steps=50, guidance_scale=3.5, height=size, width=size)
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ngrpo_train.models.directory import local_directory
 from ngrpo_train.models.sizes import (
     PARTS,
     TEXT_PARTS,
@@ -36,7 +37,6 @@ from ngrpo_train.models.sizes import (
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.hub import why_missing
 from ngrpo_train.recipe.sections import Model
-from ngrpo_train.shapes.world import shapes_pipeline_dir
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
@@ -51,9 +51,7 @@ def find_directory(name_or_path: str, absent: tuple[str, ...] = ()) -> Path | No
     if name_or_path.startswith("random:"):
         find_architecture(name_or_path)
         return None
-    directory = shapes_pipeline_dir() if name_or_path == "shapes" else Path(name_or_path).expanduser()
-    if not directory.is_dir():
-        directory = _downloaded(name_or_path, absent)
+    directory = local_directory(name_or_path) or _downloaded(name_or_path, absent)
     for part in (part for part in ("model_index.json", *PARTS) if part not in absent):
         if not (directory / part).exists():
             raise ValueError(f"model.name_or_path = {name_or_path!r} has no {part}; it must be in FLUX.1's layout")

@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
+from ngrpo_train.models.directory import local_directory, local_vae_config
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Model, Sampling
 
@@ -165,15 +166,9 @@ def find_architecture(name_or_path: str, transformer: Path | None = None) -> Arc
     if name_or_path.startswith("random:") or known:
         architecture = KNOWN[known] if known else _random(name_or_path)
         return _with_transformer(architecture, elsewhere["transformer"]) if elsewhere else architecture
-    directory = _directory(name_or_path)
+    directory = local_directory(name_or_path)
     own = {part: _config_file(name_or_path, directory, part) for part in MODULES if part not in elsewhere}
     return _read(tuple((own | elsewhere).items()))
-
-
-def native_size(name_or_path: str) -> int:
-    """The pixels a side that a model is made for, as its VAE's config has it; 0 where that is not at hand."""
-    vae = _own_vae(name_or_path)
-    return int(vae.get("sample_size", 0)) if vae else 0
 
 
 def refuse_size(model: Model, sampling: Sampling) -> None:
@@ -190,17 +185,7 @@ def _vae_at_hand(name_or_path: str) -> Mapping[str, Any] | None:
     if name_or_path.startswith("random:"):
         return _random(name_or_path).vae
     known = _HUB_IDS.get(name_or_path)
-    return KNOWN[known].vae if known else _own_vae(name_or_path)
-
-
-def _own_vae(name_or_path: str) -> Mapping[str, Any] | None:
-    """The config of the VAE in a model's directory; None where there is no such directory."""
-    directory = _directory(name_or_path)
-    file = directory / "vae" / "config.json" if directory else None
-    if file is None or not file.is_file():
-        return None
-    config: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    return config
+    return KNOWN[known].vae if known else local_vae_config(name_or_path)
 
 
 @lru_cache
@@ -223,15 +208,6 @@ def _random(name_or_path: str) -> Architecture:
         return KNOWN[name]
     layers = {"num_layers": int(blocks[1]), "num_single_layers": int(blocks[2])}
     return replace(KNOWN[name], transformer={**KNOWN[name].transformer, **layers})
-
-
-def _directory(name_or_path: str) -> Path | None:
-    if name_or_path == "shapes":
-        from ngrpo_train.shapes.world import shapes_pipeline_dir
-
-        return shapes_pipeline_dir()
-    directory = Path(name_or_path).expanduser()
-    return directory if directory.is_dir() else None
 
 
 def _config_file(name_or_path: str, directory: Path | None, part: str) -> Path | None:

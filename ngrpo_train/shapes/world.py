@@ -12,8 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -132,8 +130,3 @@ def draw(wanted: Sequence[Caption], generator: torch.Generator) -> Tensor:
     colour = rgb([c.colour for c in wanted])[:, :, None, None]
     background = rgb([c.background for c in wanted])[:, :, None, None]
     return masks * colour + (1 - masks) * background
-
-
-def shapes_pipeline_dir() -> Path:
-    """The shipped, pretrained pipeline: a directory in FLUX.1-dev's layout."""
-    return Path(str(files("ngrpo_train.shapes") / "weights" / "pipeline"))

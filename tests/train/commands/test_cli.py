@@ -77,6 +77,7 @@ def test_asking_for_help_does_not_import_torch():
         "for arguments in ([], ['--version'], ['trian']): main(arguments)\n"
         "for name in ('train', 'plan', 'profile', 'embed', 'experiment'): main([name, 'nosuch'])\n"
         "for name in ('sample', 'eval', 'export'): main([name, '--out', 'x'])\n"
+        "for name in ('sample', 'eval'): main([name, 'shapes', '--per-prompt=0'])\n"
         "sys.exit('torch' in sys.modules)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, env=os.environ, check=False)

@@ -12,8 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ngrpo_train.prompts import load_prompts
-from ngrpo_train.shapes import verifier
-from ngrpo_train.shapes.world import shapes_pipeline_dir
+from ngrpo_train.shapes import shapes_pipeline_dir, verifier
 
 from ..runs import environment, finish, free_ports, start
 from .evaluations import Command, run_all

@@ -16,7 +16,7 @@ from torch import nn
 
 from ngrpo_train.sampling.rollout import generate
 from ngrpo_train.sampling.solvers import flow_sigmas
-from ngrpo_train.shapes.world import shapes_pipeline_dir
+from ngrpo_train.shapes import shapes_pipeline_dir
 
 TOKENS = 4  # of a tiny picture
 DEV_SHIFT = math.exp(calculate_shift(TOKENS))  # what FLUX.1-dev's dynamic shifting comes to at this size

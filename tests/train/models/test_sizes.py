@@ -17,7 +17,7 @@ from ngrpo_train.models.sizes import KNOWN, Architecture, find_architecture, lor
 from ngrpo_train.plan import settle
 from ngrpo_train.plan.flops import transformer_flops
 from ngrpo_train.recipe.sections import Model, Recipe, Sampling
-from ngrpo_train.shapes.world import shapes_pipeline_dir
+from ngrpo_train.shapes import shapes_pipeline_dir
 
 DEV, SCHNELL = KNOWN["flux-dev"], KNOWN["flux-schnell"]
 

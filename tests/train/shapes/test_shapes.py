@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from ngrpo_train.shapes import shapes_pipeline_dir
 from ngrpo_train.shapes.judge import judge
 from ngrpo_train.shapes.pipeline import WORDS, clip_tokenizer, t5_tokenizer
 from ngrpo_train.shapes.verifier import score, verify
@@ -21,7 +22,6 @@ from ngrpo_train.shapes.world import (
     draw,
     prompts,
     rgb,
-    shapes_pipeline_dir,
 )
 
 EVERY = [caption for split in SPLITS for caption in captions(split)]
