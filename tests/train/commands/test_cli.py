@@ -335,7 +335,8 @@ def test_a_failing_reward_stops_the_run(ngrpo, tiny_recipe, tmp_path, monkeypatc
     code, _, err = ngrpo("train", tiny_recipe, "--rewards.brightness.path", f"{module}:score")
     [line] = [line for line in err.splitlines() if line.startswith("ngrpo train: ")]
     prompts = Path("prompts.txt").read_text().splitlines()
-    expected = [f"ngrpo train: rewards.brightness {complaint.format(prompt=repr(prompt))}" for prompt in prompts]
+    named = [f"{prompt!r} (row {row} of its file)" for row, prompt in enumerate(prompts, 1)]
+    expected = [f"ngrpo train: rewards.brightness {complaint.format(prompt=prompt)}" for prompt in named]
     assert code == 1
     assert line.startswith(tuple(expected))
     assert "Traceback" not in err
