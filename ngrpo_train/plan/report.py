@@ -80,10 +80,10 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if plan.fits:
         console.print(Text(f"\nIt fits: {verdict}", style="green"), soft_wrap=True)
         if faster := speedups(plan):
-            section("What would be faster and still fit", _remedy_table(faster))
+            section("Changes that fit and save time", _remedy_table(faster))
         return
     console.print(Text(f"\nIt does not fit: {verdict}", style="red"), soft_wrap=True)
-    section("What would help", _remedy_table(remedies(plan)[:REMEDIES_SHOWN]))
+    section("Changes that save memory", _remedy_table(remedies(plan)[:REMEDIES_SHOWN]))
 
 
 def _title(plan: Plan) -> str:
@@ -181,8 +181,8 @@ def _times(plan: Plan) -> Iterator[str]:
     if traffic.gathered_bytes or traffic.reduced_bytes or traffic.all_reduced_bytes:
         reduced = traffic.reduced_bytes + traffic.all_reduced_bytes
         yield (
-            f"links of each GPU: {traffic.gathered_bytes / 1e9:,.0f} GB to gather weights ({traffic.gathers} times), "
-            f"{reduced / 1e9:,.0f} GB to sum gradients"
+            f"links of each GPU: {traffic.gathered_bytes / 1e9:,.0f} GB to gather weights "
+            f"(gathers: {traffic.gathers}), {reduced / 1e9:,.0f} GB to sum gradients"
         )
     if plan.memory.host:
         yield (

@@ -70,7 +70,7 @@ def cost_of(recipe: Recipe, device: torch.device) -> Cost:
 
 @contextmanager
 def explained_out_of_memory(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """Log, where memory runs out within the block, what takes it and which setting helps most; the error goes on."""
+    """Log what takes the memory and which setting helps most if it runs out within the block; raise the error again."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -89,7 +89,7 @@ def explained_out_of_memory(recipe: Recipe, device: torch.device) -> Iterator[No
 
 
 def _architecture(recipe: Recipe) -> Architecture | None:
-    """The sizes of the model; None for one that a `model.adapter` brings, which only that knows."""
+    """The sizes of the model; None for the model of a `model.adapter`, whose sizes only the adapter knows."""
     if recipe.model.adapter != "auto":
         return None
     return load_architecture(recipe.model, TEXT_PARTS if recipe.prompts.embeddings else ())

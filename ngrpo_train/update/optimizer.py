@@ -22,7 +22,7 @@ def make_optimizer(parameters: Sequence[nn.Parameter], settings: Optimizer) -> t
     }
     optimizer: torch.optim.Optimizer
     if settings.name == "adamw":
-        # The fused one can also skip a step on the device, without waiting on the host.
+        # The fused one can also skip a step on the device, so the host need not wait.
         optimizer = torch.optim.AdamW(parameters, fused=True, **options)
     else:
         optimizer = _adamw_8bit(parameters, options)

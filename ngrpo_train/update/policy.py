@@ -76,7 +76,7 @@ class UpdateStats:
 
     loss: Tensor  # mean over optimizer steps
     grad_norm: Tensor  # of the parameters, before clipping: mean over optimizer steps
-    skipped: Tensor  # optimizer steps left out for a gradient that was not finite
+    skipped: Tensor  # number of optimizer steps skipped because a gradient was not finite
     first: Tally  # of the first optimizer step: all its rows are at theta_old
     last: Tally  # of the last optimizer step: where clip and KL act
 
