@@ -53,7 +53,7 @@ def measured(request: pytest.FixtureRequest, device: torch.device) -> Iterator[d
     op: Op[Any] = request.module.OP
     setting: Setting = request.param
     if setting.when == "on a GPU" and device.type != "cuda":
-        pytest.skip("takes a GPU")
+        pytest.skip("needs a GPU")
     option = request.config.getoption
     yield suite.run(op, setting, device, option("seconds"), _chosen_providers(request.config))
     if device.type == "cuda":

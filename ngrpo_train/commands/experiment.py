@@ -99,9 +99,9 @@ class _Asked:
     def of(grid: Grid, flags: Sequence[str]) -> _Asked:
         base = flag_value(flags, "--base") or grid.base
         if grid.only_own_base and base != grid.base:
-            raise ValueError(f"--base = {base!r}: {grid.name} is about rewards of {grid.base} and runs on that alone")
+            raise ValueError(f"--base = {base!r}: {grid.name} is about rewards of {grid.base} and runs only on that")
         if grid.timed and any(flag.partition("=")[0] == "--reuse" for flag in flags):
-            raise ValueError(f"--reuse: {grid.name} shows times, and those of other runs are of another hour")
+            raise ValueError(f"--reuse: {grid.name} shows times, and those of other runs were measured separately")
         below = read_recipe(find_recipe(base))
         command = _parsed(below, flags, base)
         out = Path(command.out or Path("experiments") / grid.name).expanduser()

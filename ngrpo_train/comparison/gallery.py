@@ -172,7 +172,7 @@ def existing_pictures(directory: Path, prompts: Sequence[Prompt]) -> list[Pictur
     elif any(numbered):
         odd, other = files[numbered.index(False)], files[numbered.index(True)]
         raise ValueError(
-            f"{odd}: which prompt is it of? {other.name} begins with its prompt's number, this one does not"
+            f"{odd}: its prompt is not known: {other.name} begins with its prompt's number, this one does not"
         )
     elif len(files) % len(prompts) == 0:
         rows = [i // (len(files) // len(prompts)) for i in range(len(files))]

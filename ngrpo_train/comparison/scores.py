@@ -163,7 +163,7 @@ def unreadable(pictures: Sequence[Picture], rewards: Mapping[str, Reward], files
     for file in sorted(lacking):
         try:
             read_picture(file)
-            reasons[str(file)] = f"{file}: was being written when it was its turn: run the command again"
+            reasons[str(file)] = f"{file}: was still being written when it was to be scored: run the command again"
         except ValueError as error:
             reasons[str(file)] = str(error)
     return reasons

@@ -184,9 +184,9 @@ def _variants(table: Any, where: str) -> list[Variant]:
     if not table.get("name") and not lists:
         raise ValueError(f"{where}name must be given")
     if "|" in table.get("name", ""):
-        raise ValueError(f"{where}name = {table['name']!r} must not have a |, which parts the columns of a table")
+        raise ValueError(f"{where}name = {table['name']!r} must not have a |, which separates the columns of a table")
     if table.get("tuned") and not table.get("algorithm", {}).get("name"):
-        raise ValueError(f"{where}algorithm.name must be given beside tuned: --tuning none has no other")
+        raise ValueError(f"{where}algorithm.name must be given beside tuned: --tuning none needs it")
     made = []
     for values in itertools.product(*lists.values()):
         sections: dict[str, Any] = {key: value for key, value in table.items() if key in _SECTIONS}

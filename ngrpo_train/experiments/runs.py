@@ -160,7 +160,7 @@ class Experiment:
                 of_seed = "" if row.seed is None else f" with seed {row.seed}"
                 raise ValueError(
                     f"{self.csv} has {row.variant!r}{of_seed} by another recipe or another number of processes: repeat "
-                    "the flags of then, or give another --out"
+                    "the earlier flags, or give another --out"
                 )
 
     def _base_identity(self) -> str:

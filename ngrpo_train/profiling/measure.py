@@ -170,8 +170,8 @@ def _analysed(path: Path, stages: Sequence[str], device: torch.device) -> tuple[
 
 def _notes(before: Sequence[Iteration], made: Sequence[Iteration], *, traced: bool) -> Iterator[str]:
     if traced and len(before) > 1:
-        plain = before[-1].seconds[ITERATION]
-        yield f"the iteration before took {plain:.3f} s without a tracer, {plain / _mean(made)[ITERATION]:.0%} of these"
+        plain, mean = before[-1].seconds[ITERATION], _mean(made)[ITERATION]
+        yield f"the iteration before these took {plain:.3f} s without a tracer, {plain / mean:.0%} of their mean"
     if graphs := sum(each.graphs for each in made):
         yield f"{graphs} graphs were compiled in these iterations: raise --warmup"
     groups, trained = sum(each.groups for each in made), sum(each.trained for each in made)

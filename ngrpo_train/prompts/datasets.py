@@ -57,7 +57,7 @@ class Dataset:
         except HUB_ERRORS as error:
             if not (files := _in_cache(repository)):
                 raise _refusal(repository, error, wanted) from error
-            logger.warning("the hub does not give %s: what the cache has of it will do", repository)
+            logger.warning("the hub does not give %s: its files in the cache are used", repository)
             return Dataset(repository, dict.fromkeys(files, 0))
         sizes = {file.filename: 0 if file.is_cached else file.file_size or 0 for file in found}
         return Dataset(repository, sizes, found[0].commit_hash if found else "main")

@@ -106,7 +106,7 @@ def _from_directory(directory: Path) -> list[Prompt]:
     names = sorted(path.name for path in directory.iterdir() if is_prompt_file(path.name) and path.is_file())
     if not names:
         folders = sorted(path.name for path in directory.iterdir() if path.is_dir() and path.name[0] != ".")
-        beneath = f"; in it are the directories {', '.join(folders[:10])}" if folders else ""
+        beneath = f"; it has the directories {', '.join(folders[:10])}" if folders else ""
         raise ValueError(f"there are no {_FORMATS} files in this directory{beneath}")
     if splits := [name for name in names if split_of(name)]:
         raise ValueError(f"this directory has splits, not styles: give one of its files, such as {splits[0]}")

@@ -287,7 +287,8 @@ def _open_clip(file: Path, state: Mapping[str, Tensor], config_file: Path) -> Re
         raise ValueError(f"{config_file}: preprocess_cfg asks for other than bicubic resizing and black padding")
     fit: Any = preprocess.get("resize_mode") or "shortest"
     if fit not in get_args(Fit):
-        raise ValueError(f"{config_file}: preprocess_cfg.resize_mode = {fit!r} is none of {', '.join(get_args(Fit))}")
+        known = ", ".join(get_args(Fit))
+        raise ValueError(f"{config_file}: preprocess_cfg.resize_mode = {fit!r} is not one of {known}")
     preprocessing = Preprocessing(
         size,
         fit,

@@ -101,7 +101,7 @@ def _one_by_one(score: Callable[[Image.Image, str], float]) -> Scorer:
 def _refuse_settings(settings: Reward, **given: object) -> None:
     for name, value in {"offload": settings.offload, **given}.items():
         if value:
-            raise ValueError(f"{name} = {value!r} is for backend = 'native': {settings.backend} has no place for it")
+            raise ValueError(f"{name} = {value!r} is for backend = 'native': {settings.backend} does not support it")
     if settings.dtype != "float32":
         raise ValueError(f"dtype = {settings.dtype!r} is for backend = 'native': {settings.backend} chooses its own")
 

@@ -213,7 +213,7 @@ def read_score(text: str, template: Template) -> float:
             raise ValueError(f"no number stands behind {last.group().strip()!r}")
         value = _float(number["value"])
         if number["best"] and _float(number["best"]) != template.maximum:
-            raise ValueError(f"{number.group().strip()} is on another scale than to {template.maximum:g}")
+            raise ValueError(f"{number.group().strip()} is on a scale that does not end at {template.maximum:g}")
         if not template.minimum <= value <= template.maximum:
             raise ValueError(f"{value:g} is not from {template.minimum:g} to {template.maximum:g}")
         return value

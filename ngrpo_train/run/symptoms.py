@@ -46,7 +46,7 @@ class Symptoms:
                 "mismatch",
                 (
                     f"rollout_mismatch = {mismatch:.1e}: rollout and training forwards differ (batch shape, precision, "
-                    "kernels); keep algorithm.old_policy = exact, where it does no harm to the ratio"
+                    "kernels); keep algorithm.old_policy = exact, which keeps the ratio right"
                 ),
             )
         if self._iteration > 2 and (graphs := figures.get("compile/graphs")):

@@ -48,7 +48,7 @@ class Source:
         if is_run(name):
             return Source(name, recipe.model, find_checkpoint(Path(name), checkpoint))
         if checkpoint != "latest":
-            raise ValueError(f"--checkpoint = {checkpoint!r} is for a run, and {name!r} is none: it has no recipe.toml")
+            raise ValueError(f"--checkpoint = {checkpoint!r} is for a run, and {name!r} is not a run: no recipe.toml")
         if is_transformer(name):
             return Source(name, Model(name_or_path=base, transformer=name))
         return Source(name, replace(recipe.model, name_or_path=name))

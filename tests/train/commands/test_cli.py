@@ -216,7 +216,7 @@ def test_commands_want_a_first_argument(ngrpo, name):
         (["sample", "{model}"], "--prompts.source must name a prompt source: a file, "),
         (["sample", "shapes", "--per-prompt", "0"], "--per-prompt = 0 must be positive"),
         (["sample", "shapes", "--sampling.height", "50"], "sampling.height = 50 must be a positive multiple of 16"),
-        (["sample", "shapes", "--checkpoint", "best"], "--checkpoint = 'best' is for a run, and 'shapes' is none"),
+        (["sample", "shapes", "--checkpoint", "best"], "--checkpoint = 'best' is for a run, and 'shapes' is not a run"),
         (["export", "shapes", "--out", "x"], "'shapes' is not a run directory: it has no recipe.toml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -138,7 +138,7 @@ def test_names_tell_the_prompt(tmp_path, names, pairs):
         (["notes.txt"], "has no pictures"),
         (["0.png", "3.png"], "3.png: there is no prompt 3: there are 3, counted from 0"),
         (["a.png", "b.png"], "has 2 pictures for 3 prompts: begin each name with its prompt's number, as in 00012_00"),
-        (["0.png", "1.png", "best.png"], "best.png: which prompt is it of? 0.png begins with its prompt's number"),
+        (["0.png", "1.png", "best.png"], "best.png: its prompt is not known: 0.png begins with its prompt's number"),
     ],
     ids=["empty", "none", "beyond", "uneven", "mixed"],
 )

@@ -358,7 +358,7 @@ def test_factors_multiply_what_the_base_has_and_its_own_sections_stay_with_it(
         assert (run.recipe.optimizer.weight_decay, run.recipe.train.steps) == (decay, 2)
         assert json.loads(run.settings)["optimizer"]["learning_rate"] == run.recipe.optimizer.learning_rate
     Path("grid.toml").write_text("only_own_base = true\n" + own)
-    with pytest.raises(ValueError, match=r"--base = 'other.toml': grid is about rewards of .* runs on that alone"):
+    with pytest.raises(ValueError, match=r"--base = 'other.toml': grid is about rewards of .* runs only on that"):
         experiment_command(["grid.toml", "--base", "other.toml"])
 
 

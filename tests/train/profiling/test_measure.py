@@ -335,7 +335,7 @@ def test_notes():
     assert notes([fast], [iteration()]) == []  # the first iteration compiles: no measure
     assert notes([iteration(), fast], [iteration()], traced=False) == []
     (note,) = notes([iteration(), fast], [iteration()])
-    assert note == "the iteration before took 1.500 s without a tracer, 75% of these"
+    assert note == "the iteration before these took 1.500 s without a tracer, 75% of their mean"
     (note,) = notes([], [iteration(), iteration(graphs=3)])
     assert note.startswith("3 graphs were compiled in these iterations")
     (note,) = notes([], [iteration(trained=1), iteration()])

@@ -92,7 +92,7 @@ def test_a_directory_of_styles(tmp_path):
 def test_a_directory_that_is_not_one_of_styles(tmp_path):
     refused(str(tmp_path), r"there are no \.txt, .* files in this directory$")
     (tmp_path / "benchmark").mkdir()
-    refused(str(tmp_path), "in it are the directories benchmark$")
+    refused(str(tmp_path), "it has the directories benchmark$")
     for name in ("train.json", "test.json"):
         (tmp_path / name).write_bytes(as_json("a cat"))
     refused(str(tmp_path), "has splits, not styles: give one of its files, such as test.json")
@@ -281,7 +281,7 @@ def test_without_the_hub_the_cache_will_do(hub, unplug, caplog):
     assert not caplog.records
     unplug()
     assert (load_tagged("hub:some/prompts:train"), load_tagged("hub:some/prompts/data/test.jsonl")) == online
-    assert "does not give some/prompts: what the cache has of it will do" in caplog.text
+    assert "does not give some/prompts: its files in the cache are used" in caplog.text
     command = "hf download --repo-type dataset some/prompts data/b.txt"
     refused("hub:some/prompts/data/b.txt", f"HF_HUB_OFFLINE is set: fetch it with `{command}`")
     refused("hub:some/prompts/c", r"`hf download --repo-type dataset some/prompts --include 'c/\*'`")

@@ -609,7 +609,7 @@ def test_almost_the_right_checkpoint(tmp_path, processor, change, complaint):
         ({"preprocess_cfg": {"interpolation": "bilinear"}}, "other than bicubic resizing"),
         (
             {"preprocess_cfg": {"resize_mode": "stretch"}},
-            "resize_mode = 'stretch' is none of shortest, longest, squash",
+            "resize_mode = 'stretch' is not one of shortest, longest, squash",
         ),
     ],
 )
