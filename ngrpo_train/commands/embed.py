@@ -18,7 +18,7 @@ from ngrpo_train.recipe.sections import Recipe
 class EmbedCommand:
     """Encode all prompts of a recipe (training, validation, test) once: training then loads no text encoder.
 
-    What an earlier call encoded is kept: a call that was stopped goes on. Launched processes share the work.
+    Prompts that an earlier call encoded are kept: a stopped call goes on. Launched processes share the work.
 
     Flags override the recipe's fields; the defaults shown are the recipe's.
     """

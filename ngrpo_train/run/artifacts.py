@@ -125,13 +125,16 @@ class ColourShift(NamedTuple):
     """The change in the colours of pictures, in units of CIELAB, where a difference of 2 or 3 is just visible."""
 
     distance: Tensor  # mean over pictures of the distance between their mean colours (Delta E, 1976)
-    cast: Tensor  # length of the mean shift in (a*, b*): common to all pictures, as different contents cancel
+    cast: Tensor  # length of the mean shift in (a*, b*): what all pictures share, for differences cancel
     lightness: Tensor  # mean change of L*
     chroma: Tensor  # mean change of the chroma; positive means more saturated
 
 
 def colour_shift(balance: Tensor, base_balance: Tensor) -> ColourShift:
-    """The shift of colours from base pictures to those of the same prompts and noise; [N, 4] from `colour_balance`."""
+    """The shift of colours from the base model's pictures to the current ones of the same prompts and noise.
+
+    Both arguments are [N, 4], from `colour_balance`.
+    """
     change = balance - base_balance
     mean = change.mean(0)
     return ColourShift(change[:, :3].norm(dim=1).mean(), mean[1:3].norm(), mean[0], mean[3])

@@ -111,7 +111,7 @@ def _step_of(path: Path) -> int:
 
 
 def _best_of(complete: Sequence[Path]) -> list[Path]:
-    """The last of these that was the best so far by validation when it was written; empty if no one was."""
+    """The last of these that was the best so far by validation when it was written; empty if none was."""
     return [path for path in complete if read_record(path)["is_best"]][-1:]
 
 

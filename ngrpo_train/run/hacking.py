@@ -30,7 +30,7 @@ from ngrpo_train.run import artifacts
 from ngrpo_train.run.metrics import advantage_figures
 from ngrpo_train.sampling.evaluate import Evaluation, evaluate, standard_error
 
-_CERTAIN = 3.0  # a change counts if it is more standard errors, over prompts, away from zero
+_CERTAIN = 3.0  # standard errors, over prompts, by which a change that counts is away from zero
 _LEAST_DIVERSITY = 0.7  # relative to the base model's
 _MOST_GRID = 1.5  # times the base model's
 _MOST_CAST = 8.0  # CIELAB units by which all pictures' colours shifted together; an eye sees 2 or 3
@@ -65,7 +65,7 @@ class Watch:
             if processes.rank() == 0:
                 seen.write(path)
         assert seen is not None
-        # The prompts as they are read now: the record has the texts to draw, but not their styles.
+        # The prompts as they are read now: the record has their requests, but not their styles.
         return Watch(recipe, rewards, replace(seen, evaluation=replace(seen.evaluation, prompts=tuple(prompts))))
 
     def look(self, model: FlowModel) -> Look:
