@@ -108,7 +108,7 @@ class _Asked:
         return _Asked(grid, base, below, flags, command, out, grid.chosen(command.only))
 
     def best(self) -> Mapping[str, Best]:
-        """The best trial of each family that variants take settings from; {} for a table alone without a CSV of trials."""
+        """The best trial of each family that variants take settings from; {} for a table alone without such a CSV."""
         families = list(dict.fromkeys(variant.tuned for variant in self.variants if variant.tuned))
         if not families:
             return {}
