@@ -134,7 +134,7 @@ class GaussianPolicy:
         with torch.no_grad():
             outside = (ratio < 1 - self.low) | (ratio > 1 + self.high)
             clamped = log_ratio.abs() > LOG_RATIO_LIMIT
-            # d J / d log rho, then d loss / d velocity but for the factor slope / std / D: what flows into the model.
+            # d J / d log rho, then d loss / d velocity without the factor slope / std / D: what flows into the model.
             clipped = torch.where(gain > 0, ratio > 1 + self.high, ratio < 1 - self.low)
             by_log_ratio = (gain * ratio).masked_fill(clipped | clamped, 0)[..., None, None]
             way = shift / std[..., None, None]
@@ -197,7 +197,7 @@ class StochasticGRPO:
         return Walk(self.sigmas, self.stds(self.sigmas, random), trained, K)
 
     def stds(self, sigmas: Tensor, random: Sequence[int]) -> tuple[float, ...]:
-        """Standard deviations of the noise of every step of a schedule: 0 but for the steps `random`."""
+        """Standard deviations of the noise of every step of a schedule: 0 except in the steps `random`."""
         steps = range(len(sigmas) - 1)
         return tuple(step_std(self.level, self.settings.eta, sigmas, i) if i in random else 0.0 for i in steps)
 

@@ -171,7 +171,7 @@ def make_plan(
 ) -> Plan:
     """Plan a recipe. `machine` may be a GPU's bytes alone. Raises ValueError where the model's sizes are not known."""
     if recipe.model.adapter != "auto":
-        raise ValueError(f"model.adapter = {recipe.model.adapter!r}: a plan needs 'auto', FLUX.1's layout")
+        raise ValueError(f"model.adapter = {recipe.model.adapter!r}: plans know only FLUX.1's layout ('auto')")
     architecture = architecture or find_architecture(recipe.model.name_or_path)
     known = machine if isinstance(machine, Machine) else None
     gpu_bytes = machine.memory_bytes if isinstance(machine, Machine) else machine

@@ -125,7 +125,7 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
     for name in ("rollout_batch", "decode_batch", "keep_gathered", "reduce_gradients"):
         open_value = 0 if name.endswith("batch") else "auto"
         if getattr(settings, name) != open_value:
-            yield {f"parallel.{name}": open_value}, "chosen by what memory allows"
+            yield {f"parallel.{name}": open_value}, "chosen to fit into memory"
     if model.gradient_checkpointing != "full":
         yield {"model.gradient_checkpointing": "full"}, "the backward pass computes blocks again"
         if model.gradient_checkpointing in ("none", "selective") and settings.compile != "off":
