@@ -51,7 +51,7 @@ class BranchGRPO(StochasticGRPO):
             [torch.randperm(sum(self._edges(trained)), generator=stream(**draw, purpose="order")) for draw in draws]
         )  # the order in which optimizer steps take the edges, so that each step gets edges of all depths
         x_PnTC = draw_noise(model, draws, 1, NOISE)
-        kept: dict[str, list[Tensor]] = {"before": [], "noise": [], "velocity": []}
+        kept: dict[str, list[Tensor]] = {"latents": [], "noise": [], "velocity": []}
         for index in range(last + 1):
             sigma, following = float(self.sigmas[index]), float(self.sigmas[index + 1])
             P, n = x_PnTC.shape[:2]
@@ -70,7 +70,7 @@ class BranchGRPO(StochasticGRPO):
             else:
                 noise = draw_noise(model, draws, n, f"{NOISE}/{index}")
             if index in trained:
-                for name, value in (("before", x_PnTC), ("noise", noise), ("velocity", velocity_PnTC)):
+                for name, value in (("latents", x_PnTC), ("noise", noise), ("velocity", velocity_PnTC)):
                     kept[name].append(value.float())
             x_PnTC = sde_step(x_PnTC, velocity_PnTC, noise, sigma, following, stds[index])
         return self._transitions(conditioning, trained, kept, x_PnTC, order_PX)
@@ -91,7 +91,7 @@ class BranchGRPO(StochasticGRPO):
             step_PM=step_PX,
             advantage_PM=torch.arange(step_PX.shape[1]).expand(len(final_PGTC), -1),
             **step_constants(self.sigmas, stds, step_PX, final_PGTC.device),
-            before_PMTC=torch.cat(list(kept["before"]), dim=1),
+            latents_PMTC=torch.cat(list(kept["latents"]), dim=1),
             noise_PMTC=torch.cat(list(kept["noise"]), dim=1),
             velocity_PMTC=torch.cat(list(kept["velocity"]), dim=1),
             final_PGTC=final_PGTC,

@@ -78,7 +78,7 @@ class AnchorRows(Rows):
 
     anchor_rb: Tensor  # int64, the candidate that each anchor is
     dt_r: Tensor
-    after_rGTC: Tensor
+    candidates_rGTC: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,9 @@ class Neighborhoods:
     anchor_PB: Tensor  # int64 on the device
     sigma_before_PK: Tensor
     sigma_after_PK: Tensor
-    before_PKBTC: Tensor  # the anchors' states before the trained steps
-    after_PKGTC: Tensor  # every candidate's state after them
-    velocity_PKBTC: Tensor  # the rollout's velocity at `before`
+    latents_PKBTC: Tensor  # the anchors' states before the trained steps
+    candidates_PKGTC: Tensor  # every candidate's state after them
+    velocity_PKBTC: Tensor  # the rollout's velocity at `latents`
     final_PGTC: Tensor
 
     @property
@@ -115,14 +115,14 @@ class Neighborhoods:
             replace(
                 self,
                 anchor_PB=self.anchor_PB[:, start : start + b],
-                before_PKBTC=self.before_PKBTC[:, :, start : start + b],
+                latents_PKBTC=self.latents_PKBTC[:, :, start : start + b],
                 velocity_PKBTC=self.velocity_PKBTC[:, :, start : start + b],
             )
             for start in range(0, b * updates, b)
         ]
 
     def rows(self, prompt_r: Tensor, row_r: Tensor, real: int) -> AnchorRows:
-        device = self.after_PKGTC.device
+        device = self.candidates_PKGTC.device
         step_r = self.step_PK[prompt_r, row_r].to(device)
         p, k = prompt_r.to(device), row_r.to(device)
         sigma_before_r = self.sigma_before_PK[p, k]
@@ -130,13 +130,13 @@ class Neighborhoods:
             real=real,
             prompt_r=p,
             step_r=step_r,
-            before_rbTC=self.before_PKBTC[p, k],
+            latents_rbTC=self.latents_PKBTC[p, k],
             sigma_before_r=sigma_before_r,
             rollout_velocity_rbTC=self.velocity_PKBTC[p, k],
             conditioning=self.conditioning.rows(p.repeat_interleave(self.states_per_row)),
             anchor_rb=self.anchor_PB[p],
             dt_r=sigma_before_r - self.sigma_after_PK[p, k],
-            after_rGTC=self.after_PKGTC[p, k],
+            candidates_rGTC=self.candidates_PKGTC[p, k],
         )
 
 
@@ -198,24 +198,24 @@ def explored(
     of_picture = torch.arange(P, device=noise_PGTC.device).repeat_interleave(G)
     anchor_PB = anchor_PB.to(noise_PGTC.device)
 
-    before = noise_PGTC.new_empty(P, K, B, *shape_TC)
-    after = noise_PGTC.new_empty(P, K, G, *shape_TC)
+    latents = noise_PGTC.new_empty(P, K, B, *shape_TC)
+    candidates = noise_PGTC.new_empty(P, K, G, *shape_TC)
     velocity = noise_PGTC.new_empty(P, K, B, *shape_TC)
     final = noise_PGTC
     for step in generate(model, noise_PGTC.flatten(0, 1), conditioning.rows(of_picture), sigmas, explore=True):
         final = step.after_NTC.view_as(noise_PGTC)
         for p, k in (step_PK == step.index).nonzero().tolist():  # a CPU tensor: no synchronisation
-            before[p, k] = step.before_NTC.view_as(noise_PGTC)[p, anchor_PB[p]]
+            latents[p, k] = step.before_NTC.view_as(noise_PGTC)[p, anchor_PB[p]]
             velocity[p, k] = step.velocity_NTC.view_as(noise_PGTC)[p, anchor_PB[p]]
-            after[p, k] = final[p]
+            candidates[p, k] = final[p]
     return Neighborhoods(
         conditioning=conditioning,
         step_PK=step_PK,
         anchor_PB=anchor_PB,
         sigma_before_PK=sigmas[step_PK].to(noise_PGTC.device),
         sigma_after_PK=sigmas[step_PK + 1].to(noise_PGTC.device),
-        before_PKBTC=before,
-        after_PKGTC=after,
+        latents_PKBTC=latents,
+        candidates_PKGTC=candidates,
         velocity_PKBTC=velocity,
         final_PGTC=final,
     )
@@ -245,9 +245,9 @@ class LeapingPolicy:
             old = "literal"
         out = neighbor_grpo_loss_from_velocity(
             velocity,
-            rows.before_rbTC,
+            rows.latents_rbTC,
             rows.dt_r,
-            rows.after_rGTC,
+            rows.candidates_rGTC,
             rows.anchor_rb,
             advantages_PG[rows.prompt_r],
             old_velocity=old,
@@ -274,10 +274,10 @@ class LeapingPolicy:
     def _mismatch_spread(self, rows: AnchorRows, velocity: Tensor) -> Tensor:
         """The standard deviation of the log-ratio between the training forward and the rollout's, for each row [r]."""
         log_ratio = leaping_log_ratio(
-            rows.after_rGTC,
+            rows.candidates_rGTC,
             rows.anchor_rb,
             velocity=velocity,
-            latents=rows.before_rbTC,
+            latents=rows.latents_rbTC,
             dt=rows.dt_r,
             old_velocity=rows.rollout_velocity_rbTC,
             temperature=self.settings.temperature,

@@ -46,9 +46,9 @@ class Transitions:
     sigma_before_PM: Tensor
     slope_PM: Tensor
     std_PM: Tensor
-    before_PMTC: Tensor
+    latents_PMTC: Tensor
     noise_PMTC: Tensor
-    velocity_PMTC: Tensor  # the rollout's velocity at `before`
+    velocity_PMTC: Tensor  # the rollout's velocity at `latents`
     final_PGTC: Tensor
 
     @property
@@ -88,7 +88,7 @@ class Transitions:
             real=real,
             prompt_r=p,
             step_r=step_r,
-            before_rbTC=self.before_PMTC[p, m, None],
+            latents_rbTC=self.latents_PMTC[p, m, None],
             sigma_before_r=self.sigma_before_PM[p, m],
             rollout_velocity_rbTC=self.velocity_PMTC[p, m, None],
             conditioning=self.conditioning.rows(p),
@@ -263,7 +263,7 @@ def random_walk(
 
     conditioning = model.encode([prompt.text for prompt in prompts])
     of_picture = torch.arange(P, device=device).repeat_interleave(G)
-    kept = {name: start_PGTC.new_empty(P, G, K, *shape_TC) for name in ("before", "noise", "velocity")}
+    kept = {name: start_PGTC.new_empty(P, G, K, *shape_TC) for name in ("latents", "noise", "velocity")}
     order = order_PG.to(device)
     final = start_PGTC
     for step in generate(
@@ -272,7 +272,7 @@ def random_walk(
         noise = noises.pop(step.index, None)
         for p, k in (step_PK == step.index).nonzero().tolist():  # a CPU tensor: no synchronisation
             assert noise is not None, "only random steps are trained"
-            kept["before"][p, :, k] = step.before_NTC.view_as(start_PGTC)[p, order[p]]
+            kept["latents"][p, :, k] = step.before_NTC.view_as(start_PGTC)[p, order[p]]
             kept["noise"][p, :, k] = noise[p, order[p]]
             kept["velocity"][p, :, k] = step.velocity_NTC.view_as(start_PGTC)[p, order[p]]
         final = step.after_NTC.view_as(start_PGTC)
@@ -282,7 +282,7 @@ def random_walk(
         step_PM=step_PM,
         advantage_PM=order_PG.repeat_interleave(K, dim=1),
         **step_constants(walk.sigmas, walk.std, step_PM, device),
-        before_PMTC=kept["before"].flatten(1, 2),
+        latents_PMTC=kept["latents"].flatten(1, 2),
         noise_PMTC=kept["noise"].flatten(1, 2),
         velocity_PMTC=kept["velocity"].flatten(1, 2),
         final_PGTC=final,

@@ -171,7 +171,7 @@ def drift_figure(rows: Rows, velocity: Tensor) -> Tensor:
 
 def velocity_of(model: FlowModel, rows: Rows) -> Tensor:
     """The velocity v_theta of all rows, [r, b, T, C]."""
-    return model.velocity(*rows.inputs).view_as(rows.before_rbTC)
+    return model.velocity(*rows.inputs).view_as(rows.latents_rbTC)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ class Rows:
     real: int  # rows that count
     prompt_r: Tensor
     step_r: Tensor  # solver step
-    before_rbTC: Tensor  # states before the step
+    latents_rbTC: Tensor  # states before the step
     sigma_before_r: Tensor
     rollout_velocity_rbTC: Tensor  # the velocity that the rollout's forward gave there
     conditioning: Conditioning  # r * b rows
@@ -31,8 +31,8 @@ class Rows:
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Conditioning]:
         """The inputs of the model for all r * b states: the states, their sigmas, their conditioning."""
-        sigma_N = self.sigma_before_r.repeat_interleave(self.before_rbTC.shape[1])
-        return self.before_rbTC.flatten(0, 1), sigma_N, self.conditioning
+        sigma_N = self.sigma_before_r.repeat_interleave(self.latents_rbTC.shape[1])
+        return self.latents_rbTC.flatten(0, 1), sigma_N, self.conditioning
 
     def counted(self) -> Self:
         """The rows that count, for the loss."""

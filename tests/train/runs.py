@@ -156,13 +156,14 @@ def mismatch_gain(groups: Any, temperature: float) -> float:
     are roundings, whose signs know nothing of y: <e, y> has a standard deviation of |e| |y| / sqrt(D), of which four
     are allowed. The largest over the rows, of B anchors and G candidates each.
     """
-    after_PKGD, velocity_PKBD = groups.after_PKGTC.flatten(3).double(), groups.velocity_PKBTC.flatten(3).double()
-    own_PKBD = after_PKGD.take_along_dim(groups.anchor_PB[:, None, :, None], dim=2)
-    longest_PK = torch.cdist(own_PKBD, after_PKGD).amax((2, 3))
+    candidates_PKGD = groups.candidates_PKGTC.flatten(3).double()
+    velocity_PKBD = groups.velocity_PKBTC.flatten(3).double()
+    own_PKBD = candidates_PKGD.take_along_dim(groups.anchor_PB[:, None, :, None], dim=2)
+    longest_PK = torch.cdist(own_PKBD, candidates_PKGD).amax((2, 3))
     dt_PK = (groups.sigma_before_PK - groups.sigma_after_PK).abs().double()
     product_PK = velocity_PKBD.norm(dim=(2, 3)) * longest_PK / velocity_PKBD.shape[-1] ** 0.5
     shift_PK = 4 * 2 * dt_PK * product_PK / temperature
-    members = velocity_PKBD.shape[2] * after_PKGD.shape[2]
+    members = velocity_PKBD.shape[2] * candidates_PKGD.shape[2]
     return 2 * shift_PK.max().item() * (members / (members - 1)) ** 0.5
 
 

@@ -97,7 +97,7 @@ def test_grows_the_tree_that_is_written_out(flux, per_rank, spread):
         ):
             assert place(index)[0] == step
             x, v, noise = (each[place(index)[1]] for each in steps[step])
-            assert_close(groups.before_PMTC[p, m], x)
+            assert_close(groups.latents_PMTC[p, m], x)
             assert_close(groups.velocity_PMTC[p, m], v)
             torch.testing.assert_close(groups.noise_PMTC[p, m], noise)
 
@@ -106,7 +106,7 @@ def test_siblings_share_what_was_before_their_split(flux):
     groups = algorithm_of().explore(flux, PROMPTS[:1], 0)
     by_edge = {place(index): m for m, index in enumerate(groups.advantage_PM[0].tolist())}
     for step, edges in enumerate(EDGES):
-        before = torch.stack([groups.before_PMTC[0, by_edge[step, e]] for e in range(edges)])
+        before = torch.stack([groups.latents_PMTC[0, by_edge[step, e]] for e in range(edges)])
         distances = torch.cdist(before.flatten(1), before.flatten(1))
         alike = (distances < 1e-3).int()
         family = 2 if step in SPLITS else 1

@@ -60,7 +60,7 @@ def case(drift=0.0, moved=0.0):
         real=ROWS,
         prompt_r=PROMPT,
         step_r=torch.arange(ROWS),
-        before_rbTC=before.float(),
+        latents_rbTC=before.float(),
         sigma_before_r=sigma.float(),
         rollout_velocity_rbTC=rollout.float(),
         conditioning=None,

@@ -19,7 +19,7 @@ P, G, B, K, STEPS, SHIFT = 2, 3, 2, 2, 6, 3.0
 PROMPTS = [Prompt("a large red circle on a blue background", 0), Prompt("a dog", 1)]
 STEP_PK = torch.tensor([[0, 3], [2, 5]])  # the first step, the last, and both second-order ones
 ANCHOR_PB = torch.tensor([[2, 0], [1, 2]])
-STATES = ("before_PKBTC", "after_PKGTC", "velocity_PKBTC", "final_PGTC")
+STATES = ("latents_PKBTC", "candidates_PKGTC", "velocity_PKBTC", "final_PGTC")
 
 
 def noise_of(flux):
@@ -84,10 +84,10 @@ def test_equals_a_loop_with_diffusers(tiny_dev, load_flux, solver):
             assert groups.sigma_before_PK[p, k] == sigmas[step]
             assert groups.sigma_after_PK[p, k] == sigmas[step + 1]
             for g in range(G):
-                assert_close(groups.after_PKGTC[p, k, g], alone[p][g][0][step + 1])
+                assert_close(groups.candidates_PKGTC[p, k, g], alone[p][g][0][step + 1])
             for b, anchor in enumerate(ANCHOR_PB[p].tolist()):
                 states, velocities = alone[p][anchor]
-                assert_close(groups.before_PKBTC[p, k, b], states[step])
+                assert_close(groups.latents_PKBTC[p, k, b], states[step])
                 assert_close(groups.velocity_PKBTC[p, k, b], velocities[step])
     assert {getattr(groups, name).dtype for name in STATES} == {torch.float32}
 

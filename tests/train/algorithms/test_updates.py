@@ -88,7 +88,7 @@ def model_in_float64(flux):
         sigma = groups.sigma_before_PM.flatten().double()
         rows = torch.arange(len(groups.step_PM)).repeat_interleave(groups.rows_per_prompt)
         return transformer(
-            hidden_states=groups.before_PMTC.flatten(0, 1).double(),
+            hidden_states=groups.latents_PMTC.flatten(0, 1).double(),
             timestep=sigma,
             guidance=torch.full_like(sigma, flux.sampling.guidance_scale),
             encoder_hidden_states=groups.conditioning.prompt_embeds[rows].double(),
@@ -106,7 +106,7 @@ def policy_at(groups, velocity, stds, sigmas):
     sigma, following, std = (
         torch.tensor(each, dtype=torch.float64)[step][:, None, None] for each in (sigmas[:-1], sigmas[1:], stds)
     )
-    x = groups.before_PMTC.flatten(0, 1).double()
+    x = groups.latents_PMTC.flatten(0, 1).double()
     mean = x - (sigma - following) * velocity - std**2 / (2 * sigma) * (x + (1 - sigma) * velocity)
     return Normal(mean, std)
 

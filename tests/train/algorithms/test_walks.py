@@ -118,7 +118,7 @@ def test_explores_the_walk_that_is_written_out(flux, case):
         seen = set()
         for m, (step, g) in enumerate(zip(groups.step_PM[p].tolist(), groups.advantage_PM[p].tolist(), strict=True)):
             seen.add((step, g))
-            assert_close(groups.before_PMTC[p, m], states[step][g])
+            assert_close(groups.latents_PMTC[p, m], states[step][g])
             assert_close(groups.velocity_PMTC[p, m], velocities[step][g])
             assert torch.equal(groups.noise_PMTC[p, m], noises[step][g])
             s, t = sigmas[step], sigmas[step + 1]
@@ -152,7 +152,7 @@ def test_flashs_solver_is_of_second_order_where_it_may_be(flux):
 
 def test_candidates_differ_from_the_window_on(flux):
     groups = algorithm_of("mix_grpo", window_size=3).explore(flux, PROMPTS[:1], 60)
-    first, second = (groups.before_PMTC[0, groups.step_PM[0] == step] for step in (2, 3))
+    first, second = (groups.latents_PMTC[0, groups.step_PM[0] == step] for step in (2, 3))
     assert_close(first, first[:1].expand_as(first))
     assert torch.pdist(second.flatten(1)).min() > 0.1
 
@@ -167,7 +167,7 @@ def test_any_number_of_processes_draws_the_same(flux, case):
     for name in ("step_PM", "advantage_PM", "noise_PMTC", "std_PM"):
         assert torch.equal(getattr(in_turn, name), getattr(together, name))
         assert torch.equal(getattr(alone, name)[0], getattr(together, name)[1])
-    for name in ("before_PMTC", "velocity_PMTC", "final_PGTC"):
+    for name in ("latents_PMTC", "velocity_PMTC", "final_PGTC"):
         assert_close(getattr(in_turn, name), getattr(together, name))
         assert_close(getattr(alone, name)[0], getattr(together, name)[1])
     assert_close(in_turn.conditioning.prompt_embeds, together.conditioning.prompt_embeds)
@@ -202,6 +202,6 @@ def test_an_optimizer_step_trains_whole_candidates(flux):
         assert all(
             part == {(step, g) for step in range(3) for g in own} for part, own in zip(parts, candidates, strict=True)
         )
-    for name in ("before_PMTC", "noise_PMTC", "velocity_PMTC", "std_PM"):
+    for name in ("latents_PMTC", "noise_PMTC", "velocity_PMTC", "std_PM"):
         assert torch.equal(torch.cat([getattr(block, name) for block in blocks], 1), getattr(groups, name))
     assert all(block.final_PGTC is groups.final_PGTC for block in blocks)

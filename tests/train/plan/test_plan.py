@@ -564,7 +564,7 @@ def test_the_loss_of_transitions_holds_what_is_counted() -> None:
             real=4,
             prompt_r=none,
             step_r=none,
-            before_rbTC=meta(*state),
+            latents_rbTC=meta(*state),
             sigma_before_r=meta(4),
             rollout_velocity_rbTC=meta(*state),
             conditioning=TextFeatures(meta(0), meta(0), meta(0)),

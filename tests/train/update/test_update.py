@@ -75,8 +75,8 @@ def old_points(groups, old_policy, theta_points):
     if old_policy == "exact":
         return theta_points.detach()
     if old_policy == "cached":
-        return groups.before_PKBTC.flatten(3).double() - dt * groups.velocity_PKBTC.flatten(3).double()
-    every = groups.after_PKGTC.flatten(3).double()
+        return groups.latents_PKBTC.flatten(3).double() - dt * groups.velocity_PKBTC.flatten(3).double()
+    every = groups.candidates_PKGTC.flatten(3).double()
     return torch.stack([every[p][:, groups.anchor_PB[p]] for p in range(P)])
 
 
@@ -88,7 +88,7 @@ def model_in_float64(flux):
         conditioning = groups.conditioning
         rows = torch.full((B,), p)
         return transformer(
-            hidden_states=groups.before_PKBTC[p, k].double(),
+            hidden_states=groups.latents_PKBTC[p, k].double(),
             timestep=groups.sigma_before_PK[p, k].double().expand(B),
             guidance=torch.full((B,), flux.sampling.guidance_scale).double(),
             encoder_hidden_states=conditioning.prompt_embeds[rows].double(),
@@ -107,12 +107,12 @@ def written_out(flux, groups, advantages, settings):
     theta = torch.stack(
         [
             torch.stack(
-                [groups.before_PKBTC[p, k].flatten(1).double() - dt[p, k] * velocity(groups, p, k) for k in range(K)]
+                [groups.latents_PKBTC[p, k].flatten(1).double() - dt[p, k] * velocity(groups, p, k) for k in range(K)]
             )
             for p in range(P)
         ]
     )
-    candidates = groups.after_PKGTC.flatten(3).double()
+    candidates = groups.candidates_PKGTC.flatten(3).double()
     temperature = candidates.shape[-1] if settings.temperature == "dim" else settings.temperature
 
     def log_policy(points):
@@ -235,7 +235,7 @@ def test_later_updates_use_the_policy_before_the_first(tiny_dev, load_flux):
         return replace(
             groups,
             anchor_PB=groups.anchor_PB[:, block : block + 1],
-            before_PKBTC=groups.before_PKBTC[:, :, block : block + 1],
+            latents_PKBTC=groups.latents_PKBTC[:, :, block : block + 1],
             velocity_PKBTC=groups.velocity_PKBTC[:, :, block : block + 1],
         )
 
@@ -252,7 +252,7 @@ def test_later_updates_use_the_policy_before_the_first(tiny_dev, load_flux):
                 torch.stack(
                     [
                         flux.velocity(
-                            groups.before_PKBTC[p, k, 1:],
+                            groups.latents_PKBTC[p, k, 1:],
                             groups.sigma_before_PK[p, k][None],
                             groups.conditioning.rows(torch.tensor([p])),
                         )
@@ -392,9 +392,9 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tiny_dev, load_flux, bad):
 
     assert step(groups).skipped == 0
     before = everything()
-    after_PKGTC = groups.after_PKGTC.clone()
-    after_PKGTC[0, 0, 0, 0, 0] = bad
-    stats = step(replace(groups, after_PKGTC=after_PKGTC))
+    candidates_PKGTC = groups.candidates_PKGTC.clone()
+    candidates_PKGTC[0, 0, 0, 0, 0] = bad
+    stats = step(replace(groups, candidates_PKGTC=candidates_PKGTC))
     assert stats.skipped == 1
     assert stats.grad_norm == 0
     for kept, value in zip(before, everything(), strict=True):
@@ -469,7 +469,7 @@ def test_velocity_gradient_norm_of_each_step(tiny_dev, load_flux):
     for p in (0, 2):
         for k, step in enumerate(groups.step_PK[p].tolist()):
             dt = groups.sigma_before_PK[p, k] - groups.sigma_after_PK[p, k]
-            pull = torch.einsum("g,gtc->tc", advantages[p].double(), groups.after_PKGTC[p, k].double())
+            pull = torch.einsum("g,gtc->tc", advantages[p].double(), groups.candidates_PKGTC[p, k].double())
             expected[step].append(2 * dt / 2.5 * pull.norm())
     assert stats.last.rows_by_step.tolist() == [len(norms) for norms in expected.values()]
     for step, norms in expected.items():
