@@ -20,7 +20,6 @@ def redness(images, prompts):
 """  # of a module called tiny_scorers
 
 
-
 def _text_encoders(dim: int) -> dict[str, object]:
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
     clip = CLIPTextConfig(
@@ -103,9 +102,7 @@ def save_pipeline(directory: Path, *, guidance_embeds: bool, scheduler: FlowMatc
     return str(directory)
 
 
-def write_recipe(
-    path: Path, model: str, prompts: str, *, steps: int = 2, learning_rate: float = 1e-3
-) -> Path:
+def write_recipe(path: Path, model: str, prompts: str, *, steps: int = 2, learning_rate: float = 1e-3) -> Path:
     """A recipe for a directory of `save_pipeline`, at the smallest size; its rewards are those of `SCORERS`."""
     path.write_text(f"""
         [model]
