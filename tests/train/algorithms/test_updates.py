@@ -15,9 +15,9 @@ from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.algorithms import Algorithm
 from ngrpo_train.recipe.sections import Optimizer, Prompts, Recipe, Reward, Sampling
-from ngrpo_train.rewards import Scores
 from ngrpo_train.update.policy import update
 
+from ..oracles import Spy, advantages_of, assert_same_vector
 from ..runs import Run, assert_same_run, figures
 
 P, G, N = 3, 4, 5
@@ -51,30 +51,6 @@ def algorithm_of(name, **settings):
 @pytest.fixture
 def flux(tiny_dev, load_flux):
     return load_flux(tiny_dev, num_inference_steps=N)
-
-
-def advantages_of(algorithm, prompts=P, flat=()):
-    rewards = torch.rand(1, prompts, G, generator=torch.Generator().manual_seed(5))
-    rewards[:, list(flat)] = 0.5
-    return algorithm.advantages(Scores(("shapes_verifier",), ("shapes_verifier",), (1.0,), rewards), step=0)
-
-
-class Spy(torch.optim.SGD):
-    """Keeps the whole gradient of every step; moves the weights by `lr`."""
-
-    def __init__(self, flux, lr=0.0):
-        super().__init__(flux.trainable.values(), lr=lr, fused=True)
-        self.seen = []
-
-    def step(self, closure=None):
-        [group] = self.param_groups
-        self.seen.append(torch.cat([parameter.grad.flatten().double() for parameter in group["params"]]))
-        return super().step(closure)
-
-
-def assert_close(ours, theirs, tolerance=1e-4):
-    assert theirs.norm() > 0
-    assert (ours - theirs).norm() < tolerance * theirs.norm()
 
 
 # --- the gradient
@@ -143,7 +119,7 @@ def trained_blocks(algorithm, flux, groups, advantages, monkeypatch):
 def test_gradient_of_every_optimizer_step_is_that_of_eq_4(flux, name, updates, monkeypatch):
     """At theta_old, ratio 1, and then at a theta that has moved; a flat group counts in the mean and adds nothing."""
     algorithm = algorithm_of(name, updates_per_iteration=updates, clip_range=CLIP[name])
-    groups, advantages = algorithm.explore(flux, PROMPTS, 0), advantages_of(algorithm, flat=[1])
+    groups, advantages = algorithm.explore(flux, PROMPTS, 0), advantages_of(algorithm, P, G, flat=[1])
     blocks = trained_blocks(algorithm, flux, groups, advantages, monkeypatch)
     _, old = model_in_float64(flux)
     first, log_ratio = written_out(flux, blocks[0], advantages, algorithm)
@@ -152,15 +128,16 @@ def test_gradient_of_every_optimizer_step_is_that_of_eq_4(flux, name, updates, m
     spy = Spy(flux, rate)
     stats = algorithm.update(flux, spy, groups, advantages)
     assert len(spy.seen) == updates
-    assert_close(spy.seen[0], first)
+    found = spy.vectors()
+    assert_same_vector(found[0], first)
     assert stats.first.ratio_min == stats.first.ratio_max == 1
     assert stats.last.rows == 2 * blocks[-1].rows_per_prompt
     if updates == 2:
         with torch.no_grad():  # back to where the second optimizer step stood
-            for parameter, gradient in zip(flux.trainable.values(), split_as(flux, spy.seen[1]), strict=True):
+            for parameter, gradient in zip(flux.trainable.values(), split_as(flux, found[1]), strict=True):
                 parameter.add_(rate * gradient)
         second, log_ratio = written_out(flux, blocks[1], advantages, algorithm, old)
-        assert_close(spy.seen[1], second, 1e-3)
+        assert_same_vector(found[1], second, 1e-3)
         ratio = log_ratio.view(P, -1)[[0, 2]].exp()
         assert 0 < ((ratio - 1).abs() > CLIP[name]).sum() < ratio.numel()
         assert stats.last.ratio_max.item() == pytest.approx(ratio.max().item(), rel=1e-5)
@@ -177,7 +154,7 @@ def split_as(flux, vector):
 def test_groups_without_signal_take_no_forward(flux, name, monkeypatch):
     algorithm = algorithm_of(name)
     groups = algorithm.explore(flux, PROMPTS, 0)
-    [block] = trained_blocks(algorithm, flux, groups, advantages_of(algorithm), monkeypatch)
+    [block] = trained_blocks(algorithm, flux, groups, advantages_of(algorithm, P, G), monkeypatch)
     sizes, velocity = [], FlowModel.velocity
 
     def counted(self, x_NTC, *rest):
@@ -186,9 +163,9 @@ def test_groups_without_signal_take_no_forward(flux, name, monkeypatch):
 
     monkeypatch.setattr(FlowModel, "velocity", counted)
     spy = Spy(flux)
-    assert algorithm.update(flux, spy, groups, advantages_of(algorithm, flat=[0, 1, 2])) is None
+    assert algorithm.update(flux, spy, groups, advantages_of(algorithm, P, G, flat=[0, 1, 2])) is None
     assert (sizes, spy.seen) == ([], [])
-    algorithm.update(flux, spy, groups, advantages_of(algorithm, flat=[0, 2]))
+    algorithm.update(flux, spy, groups, advantages_of(algorithm, P, G, flat=[0, 2]))
     assert sizes == [block.rows_per_prompt]
 
 
@@ -197,7 +174,7 @@ def test_batches_and_ranks_change_nothing(tiny_dev, load_flux, name, monkeypatch
     """Four prompts on one rank, or two on each of two, whose gradients are averaged; in batches of five states."""
     algorithm = algorithm_of(name)
     prompts = [Prompt(text, slot) for slot, text in enumerate(TEXTS)]
-    advantages = advantages_of(algorithm, prompts=4, flat=[1])
+    advantages = advantages_of(algorithm, 4, G, flat=[1])
     flux = load_flux(tiny_dev, num_inference_steps=N)
     spy, few = Spy(flux), load_flux(tiny_dev, num_inference_steps=N, update_batch=5)
     stats = algorithm.update(flux, spy, algorithm.explore(flux, prompts, 0), advantages)
@@ -207,8 +184,8 @@ def test_batches_and_ranks_change_nothing(tiny_dev, load_flux, name, monkeypatch
         monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         local = algorithm.explore(few, prompts[2 * rank : 2 * rank + 2], 0)
         alone = Spy(few)
-        ranks.append((algorithm.update(few, alone, local, advantages), *alone.seen))
-    assert_close((ranks[0][1] + ranks[1][1]) / 2, spy.seen[0])
+        ranks.append((algorithm.update(few, alone, local, advantages), *alone.vectors()))
+    assert_same_vector((ranks[0][1] + ranks[1][1]) / 2, spy.vectors()[0])
     torch.testing.assert_close((ranks[0][0].loss + ranks[1][0].loss) / 2, stats.loss, rtol=1e-4, atol=1e-6)
     assert ranks[0][0].last.rows + ranks[1][0].last.rows == stats.last.rows
     for figure in stats.last.sums:
@@ -219,18 +196,18 @@ def test_batches_and_ranks_change_nothing(tiny_dev, load_flux, name, monkeypatch
 def test_later_steps_of_a_tree_weigh_as_they_have_edges(flux, monkeypatch):
     """The mean is over edges: a step of four counts twice as much as one of two."""
     algorithm = algorithm_of("branch_grpo", width_pruning="none")
-    groups, advantages = algorithm.explore(flux, PROMPTS, 0), advantages_of(algorithm)
+    groups, advantages = algorithm.explore(flux, PROMPTS, 0), advantages_of(algorithm, P, G)
     [block] = trained_blocks(algorithm, flux, groups, advantages, monkeypatch)
     parts = []
     for step in range(N - 1):
         chosen = (block.step_PM == step).nonzero()[:, 1].view(P, -1)
         spy = Spy(flux)
         update(flux, spy, block.take(chosen), advantages, algorithm.policy, algorithm.settings, NO_CLIPPING)
-        parts.append(spy.seen[0] * chosen.shape[1])
+        parts.append(spy.vectors()[0] * chosen.shape[1])
     spy = Spy(flux)
     algorithm.update(flux, spy, groups, advantages)
     assert block.step_PM[0].bincount().tolist() == [2, 2, 4, 4]
-    assert_close(spy.seen[0], sum(parts) / 12)
+    assert_same_vector(spy.vectors()[0], sum(parts) / 12)
 
 
 # --- a whole run

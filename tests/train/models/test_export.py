@@ -19,6 +19,8 @@ from ngrpo_train.run.checkpoint import find_checkpoint, load_weights
 from ngrpo_train.sampling.rollout import generate
 from ngrpo_train.sampling.solvers import flow_sigmas
 
+from ..oracles import stock_pictures
+
 PROMPTS = ["a large red circle on a blue background", "a dog"]
 SIGMAS = flow_sigmas(4, 3.0)
 
@@ -44,18 +46,8 @@ def sampled(flux):
 
 
 def sampled_by_stock(pipeline, flux):
-    pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(2, *flux.latent_shape, generator=torch.Generator().manual_seed(0))
-    pictures = pipeline(
-        PROMPTS,
-        height=32,
-        width=32,
-        max_sequence_length=16,
-        num_inference_steps=4,
-        guidance_scale=3.5,
-        latents=noise,
-        output_type="pt",
-    ).images
+    pictures = stock_pictures(pipeline, PROMPTS, noise, size=32)
     return (pictures * 255).round()
 
 

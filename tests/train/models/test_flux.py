@@ -18,6 +18,8 @@ from ngrpo_train.sampling.rollout import generate
 from ngrpo_train.sampling.solvers import flow_sigmas
 from ngrpo_train.shapes import shapes_pipeline_dir
 
+from ..oracles import stock_pictures
+
 TOKENS = 4  # of a tiny picture
 DEV_SHIFT = math.exp(calculate_shift(TOKENS))  # what FLUX.1-dev's dynamic shifting comes to at this size
 PROMPTS = ["a large red circle on a blue background", "a dog", "two cats on a mat"]
@@ -68,17 +70,7 @@ def test_sampling_equals_stock_on_dev_and_schnell(request, load_flux, model, shi
     flux = load_flux(directory, solver=solver, guidance_scale=3.5, decode_batch=2)
     noise = torch.randn(3, *flux.latent_shape, generator=torch.Generator().manual_seed(2))
     ours = sampled(flux, noise, flow_sigmas(4, shift))
-    pipeline = stock(directory)
-    pictures = pipeline(
-        PROMPTS,
-        height=32,
-        width=32,
-        max_sequence_length=16,
-        num_inference_steps=4,
-        guidance_scale=3.5,
-        latents=noise,
-        output_type="pt",
-    ).images
+    pictures = stock_pictures(stock(directory), PROMPTS, noise, size=32)
     assert_same_pictures(ours, pictures)
 
 

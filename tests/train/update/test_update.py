@@ -16,6 +16,8 @@ from ngrpo_train.recipe.sections import Prompts, Recipe, Reward, Sampling
 from ngrpo_train.rewards import Scores
 from ngrpo_train.update.policy import update
 
+from ..oracles import Spy, advantages_of, assert_same_gradient
+
 P, G, B, K, STEPS = 3, 4, 2, 2, 5
 PROMPTS = [Prompt(text, i) for i, text in enumerate(["a large red circle", "a dog", "two cats on a mat"])]
 NO_CLIPPING = float("inf")
@@ -31,39 +33,12 @@ def algorithm_of(**settings):
     return make_algorithm(recipe)
 
 
-def advantages_of(algorithm, flat=()):
-    rewards = torch.rand(1, P, G, generator=torch.Generator().manual_seed(5))
-    rewards[:, list(flat)] = 0.5
-    return algorithm.advantages(Scores(("shapes_verifier",), ("shapes_verifier",), (1.0,), rewards), step=0)
-
-
-class Spy(torch.optim.SGD):
-    """Keeps the gradients of every step; moves the weights by `lr`."""
-
-    def __init__(self, flux, lr=0.0):
-        super().__init__(flux.trainable.values(), lr=lr, fused=True)
-        self.names, self.seen = list(flux.trainable), []
-
-    def step(self, closure=None):
-        [group] = self.param_groups
-        self.seen.append(dict(zip(self.names, (p.grad.clone() for p in group["params"]), strict=True)))
-        return super().step(closure)
-
-
 def gradients(flux, algorithm, groups, advantages, **changes):
     """The gradients of each optimizer step of one update, by parameter name, and the update's statistics."""
     spy = Spy(flux, changes.pop("lr", 0.0))
     settings = replace(algorithm.settings, **changes)
     stats = update(flux, spy, groups, advantages, LeapingPolicy(settings), settings, NO_CLIPPING)
     return spy.seen, stats
-
-
-def assert_same_gradient(ours, expected, tolerance):
-    """Relative error of the whole gradient, as one vector."""
-    assert ours.keys() == expected.keys()
-    ours, expected = (torch.cat([each[name].double().flatten() for name in expected]) for each in (ours, expected))
-    assert expected.norm() > 0
-    assert (ours - expected).norm() / expected.norm() < tolerance
 
 
 # --- the gradient
@@ -150,7 +125,7 @@ def test_gradient_is_that_of_the_paper(tiny_dev, load_flux, tuning, old_policy, 
     groups = algorithm.explore(flux, PROMPTS, step=0)
     if old_policy == "cached":  # a rollout by another model, or the ratio would be 1 here as well
         groups = replace(groups, velocity_PKBTC=groups.velocity_PKBTC * 1.0002)
-    advantages = advantages_of(algorithm, flat=[1])
+    advantages = advantages_of(algorithm, P, G, flat=[1])
     expected, loss, log_ratio = written_out(flux, groups, advantages, algorithm.settings)
     [found], stats = gradients(flux, algorithm, groups, advantages)
     assert_same_gradient(found, expected, 1e-4)
@@ -175,7 +150,7 @@ def moved(flux):
 @pytest.mark.parametrize("batch", [2, 4, 6])
 def test_chunks_give_the_same_gradient(tiny_dev, load_flux, batch):
     algorithm = algorithm_of(old_policy="literal", temperature="dim", kl_coef=0.1)
-    advantages = advantages_of(algorithm, flat=[0])
+    advantages = advantages_of(algorithm, P, G, flat=[0])
     results = []
     for update_batch in (0, batch):
         flux = load_flux(tiny_dev, num_inference_steps=STEPS, update_batch=update_batch)
@@ -204,7 +179,7 @@ def test_old_policies_agree_after_an_euler_rollout(tiny_dev, load_flux):
     """One Euler step of the old model is then how the candidates came about, by whatever name."""
     flux = load_flux(tiny_dev, solver="euler", num_inference_steps=STEPS)
     algorithm = algorithm_of(temperature="dim", clip_range=0.1)
-    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm)
+    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm, P, G)
     [exact], _ = gradients(flux, algorithm, groups, advantages)
     for old_policy in ("cached", "literal"):
         [other], _ = gradients(flux, algorithm, groups, advantages, old_policy=old_policy)
@@ -215,7 +190,7 @@ def test_old_policies_agree_after_an_euler_rollout(tiny_dev, load_flux):
 def test_literal_is_biased_after_a_multistep_rollout(tiny_dev, load_flux):
     flux = load_flux(tiny_dev, solver="dpmpp_2m", num_inference_steps=STEPS)
     algorithm = algorithm_of(clip_range=0.1)
-    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm)
+    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm, P, G)
     assert (log_ratio_extremes(flux, algorithm, groups, advantages, "exact") == 0).all()
     assert log_ratio_extremes(flux, algorithm, groups, advantages, "cached").abs().max() < 1e-2
     assert log_ratio_extremes(flux, algorithm, groups, advantages, "literal").abs().max() > 1
@@ -225,7 +200,7 @@ def test_later_updates_use_the_policy_before_the_first(tiny_dev, load_flux):
     """`exact` with B updates: block u holds anchor u, and its old policy is theta_old's, though theta has moved."""
     flux = load_flux(tiny_dev, num_inference_steps=STEPS)
     algorithm = algorithm_of(temperature="dim", clip_range=0.5, updates_per_iteration=B)
-    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm)
+    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm, P, G)
     start = {name: parameter.detach().clone() for name, parameter in flux.trainable.items()}
     (first, second), stats = gradients(flux, algorithm, groups, advantages, lr=2e-3)
     assert stats.first.ratio_min == stats.first.ratio_max == 1
@@ -277,7 +252,7 @@ def restore(flux, weights):
 def test_mismatch_is_between_rollout_and_training_forward(tiny_dev, load_flux):
     flux = load_flux(tiny_dev, num_inference_steps=STEPS)
     algorithm = algorithm_of(temperature="dim", updates_per_iteration=B)
-    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm, flat=[2])
+    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm, P, G, flat=[2])
     _, stats = gradients(flux, algorithm, groups, advantages, lr=1.0)
     assert stats.first.sums["rollout_mismatch"] / stats.first.rows < 1e-5
     assert stats.first.sums["mismatch_log_ratio_std"] / stats.first.rows < 1e-5
@@ -307,7 +282,7 @@ def test_flat_groups_are_skipped_before_any_forward(tiny_dev, load_flux, monkeyp
     spy = Spy(flux)
     assert update(flux, spy, groups, torch.zeros(P, G), algorithm.policy, algorithm.settings, 1.0) is None
     assert (sizes, spy.seen) == ([], [])
-    gradients(flux, algorithm, groups, advantages_of(algorithm, flat=[0, 2]))
+    gradients(flux, algorithm, groups, advantages_of(algorithm, P, G, flat=[0, 2]))
     assert sizes == [1 * K * B]
 
 
@@ -317,7 +292,7 @@ def test_ranks_with_fewer_rows_make_as_many_forwards(tiny_dev, load_flux, monkey
     flux = load_flux(tiny_dev, tuning="lora", num_inference_steps=STEPS, update_batch=2 * B)
     algorithm = algorithm_of(reference_coef=reference_coef)
     groups = algorithm.explore(flux, PROMPTS, step=0)
-    advantages = torch.cat([advantages_of(algorithm), advantages_of(algorithm, flat=[0, 2])])
+    advantages = torch.cat([advantages_of(algorithm, P, G), advantages_of(algorithm, P, G, flat=[0, 2])])
     sizes = {0: [], 1: []}
     velocity = FlowModel.velocity
 
@@ -347,7 +322,7 @@ def test_flat_groups_add_nothing_and_count_in_the_mean(tiny_dev, load_flux):
     flux = load_flux(tiny_dev, num_inference_steps=STEPS)
     algorithm = algorithm_of()
     groups = algorithm.explore(flux, PROMPTS, step=0)
-    advantages = advantages_of(algorithm)
+    advantages = advantages_of(algorithm, P, G)
     lone = torch.zeros(P, G)
     parts = []
     for p in range(P):
@@ -379,7 +354,7 @@ def test_shuffled_rewards_permute_the_advantages_of_each_group(tiny_dev):
 def test_a_gradient_that_is_not_finite_skips_the_step(tiny_dev, load_flux, bad):
     flux = load_flux(tiny_dev, num_inference_steps=STEPS)
     algorithm = algorithm_of()
-    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm)
+    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm, P, G)
     optimizer = torch.optim.AdamW(flux.trainable.values(), lr=1e-3, fused=True)
 
     def step(groups):
@@ -408,7 +383,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tiny_dev, load_flux, bad):
 def test_gradients_are_clipped_to_the_norm_and_reported_before(tiny_dev, load_flux):
     flux = load_flux(tiny_dev, num_inference_steps=STEPS)
     algorithm = algorithm_of()
-    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm)
+    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm, P, G)
     norms = []
     for limit in (NO_CLIPPING, 1e-3):
         spy = Spy(flux)
@@ -426,7 +401,7 @@ def test_reference_pulls_towards_the_base(tiny_dev, load_flux):
     """Its gradient is that of coef * mean |v_theta - v_base|^2, over active prompts out of all."""
     flux = moved(load_flux(tiny_dev, tuning="lora", num_inference_steps=STEPS))
     algorithm = algorithm_of()
-    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm, flat=[0])
+    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm, P, G, flat=[0])
     [plain], plain_stats = gradients(flux, algorithm, groups, advantages)
     [tethered], stats = gradients(flux, algorithm, groups, advantages, reference_coef=0.5)
     pull = {name: tethered[name].double() - plain[name].double() for name in plain}
@@ -463,7 +438,7 @@ def test_velocity_gradient_norm_of_each_step(tiny_dev, load_flux):
     """At ratio 1 the gradient of an anchor's term is (2 dt / temperature) sum_i A_i x_i, the same for every anchor."""
     flux = load_flux(tiny_dev, num_inference_steps=STEPS)
     algorithm = algorithm_of(temperature=2.5)
-    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm, flat=[1])
+    groups, advantages = algorithm.explore(flux, PROMPTS, step=0), advantages_of(algorithm, P, G, flat=[1])
     _, stats = gradients(flux, algorithm, groups, advantages)
     expected = {step: [] for step in range(STEPS)}
     for p in (0, 2):
