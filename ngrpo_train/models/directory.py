@@ -1,4 +1,4 @@
-"""A model's directory, where it is on this machine. Nothing here imports PyTorch, so that `--help` is quick."""
+"""The directory of a model on this machine, read without PyTorch, so that `--help` is quick."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`ngrpo embed`: prompts through the text encoders once, into a directory that training reads instead of loading them.
+"""Encoding of prompts for `ngrpo embed`: once, into a directory that training reads instead of loading text encoders.
 
-`text` describes the directory. A shard is written aside, renamed when it is whole, and knows its own prompts. So a
-command that was killed goes on where it stopped, and one whose prompt list has grown encodes only what is new.
+`embeddings` describes the directory. A shard is written aside, renamed when it is complete, and knows its own prompts.
+So a command that was killed goes on where it stopped, and one whose prompt list has grown encodes only the new prompts.
 """
 
 # P prompts, L text tokens, E features of T5, F features of CLIP.
@@ -39,7 +39,7 @@ _PARTIAL = ".partial"
 
 
 def embed_command(recipe: Recipe, out: Path, batch: int = 16) -> int:
-    """Encode all prompts that training by this recipe asks for, `batch` at a time on each process, into `out`.
+    """Encode all prompts that training by this recipe asks for into `out`, `batch` at a time on each process.
 
     Returns the exit code. Raises ValueError for prompts, a model or a directory that cannot be used.
     """
@@ -68,7 +68,7 @@ def embed_command(recipe: Recipe, out: Path, batch: int = 16) -> int:
 
 
 def training_prompts(recipe: Recipe) -> list[str]:
-    """The distinct prompts that training by a recipe encodes: to train on, to validate, and of the before/after table.
+    """The distinct prompts of a recipe that training encodes: to train on, to validate, for the before/after table.
 
     Raises ValueError, naming the field, for a source that cannot be read.
     """
@@ -81,6 +81,8 @@ def training_prompts(recipe: Recipe) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
+    """Numbers of prompts and shards after a command, for its last line of output."""
+
     encoded: int
     present: int  # of the prompts asked for, before this command
     total: int  # prompts in the directory
@@ -98,10 +100,10 @@ class Summary:
 
 @torch.no_grad()
 def embed(encoder: PromptEncoder, prompts: Sequence[str], out: Path, manifest: Manifest, *, batch: int) -> Summary:
-    """Add to `out` what it lacks of these prompts, shared out over the processes; a collective.
+    """Add to `out` those of these prompts that it lacks, shared out over the processes; a collective.
 
-    `manifest` is what `encoder` makes. The processes call `encode` on their own, not equally often. Raises ValueError,
-    naming `--out`, for a directory that holds anything else, cannot be written to, or has no room.
+    `manifest` describes the rows that `encoder` makes. The processes call `encode` on their own, not equally often.
+    Raises ValueError, naming `--out`, for a directory that holds anything else, cannot be written to, or has no room.
     """
     _claim(out, manifest)
     index, wanted = _index(out), {prompt_hash(prompt): prompt for prompt in prompts}
@@ -143,7 +145,7 @@ def embed(encoder: PromptEncoder, prompts: Sequence[str], out: Path, manifest: M
 def _encode(
     encoder: PromptEncoder, prompts: Sequence[str], manifest: Manifest, batch: int, advance: Callable[[int], None]
 ) -> dict[str, Tensor]:
-    """The rows of a shard, on the CPU; `advance` is told of every batch."""
+    """The rows of a shard, on the CPU; `advance` gets the size of every batch."""
     rows = {
         "prompt_embeds": torch.empty(
             len(prompts), manifest.max_sequence_length, manifest.features, dtype=torch.bfloat16
@@ -165,7 +167,7 @@ def _write_shard(path: Path, rows: dict[str, Tensor], keys: Sequence[str]) -> No
 
 
 def _claim(out: Path, manifest: Manifest) -> None:
-    """Make the directory, or check that it holds the same and remove what a killed command left; a collective."""
+    """Make the directory, or check that it holds such rows and remove remains of a killed command; a collective."""
     try:
         found = Manifest.read(out)
         if found:
@@ -208,7 +210,7 @@ def _shards(directory: Path) -> list[Path]:
 
 
 def _index(directory: Path) -> dict[str, dict[str, Any]]:
-    """Every complete shard's size and prompts, as the shards themselves have it."""
+    """Size and prompts of every complete shard, read from the shards themselves."""
     index = {}
     for path in _shards(directory):
         with safe_open(path, "pt") as shard:
@@ -221,6 +223,6 @@ def _aside(path: Path) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    """All of it or nothing, whenever the process is killed."""
+    """Write the whole file or nothing, even if the process is killed."""
     _aside(path).write_text(text, encoding="utf-8")
     os.replace(_aside(path), path)

@@ -35,7 +35,7 @@ FORMAT = 1  # of a directory of embeddings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What the rows of a directory of embeddings are."""
+    """Description of the rows of a directory of embeddings."""
 
     format: int = FORMAT
     encoder: str  # as from `encoder_hash`
@@ -45,7 +45,7 @@ class Manifest:
 
     @staticmethod
     def read(directory: Path) -> Manifest | None:
-        """None where there is no such file. Raises ValueError, which says what is wrong, for one that is no use."""
+        """The manifest of a directory; None without one. Raises ValueError, which says what is wrong, for a bad one."""
         try:
             entries = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
@@ -122,7 +122,7 @@ class EmbeddingCache:
             raise self._refusal(f"lacks the prompt {missing[0]!r}{others}", f"{self._command()} adds what is missing")
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
-        """Raises ValueError as `refuse_missing` does, and for a damaged shard."""
+        """The rows of P prompts, on the device. Raises ValueError as `refuse_missing` does, and for a damaged shard."""
         self.refuse_missing(prompts)
         rows = [self._row(prompt_hash(prompt)) for prompt in prompts]
         embeds, pooled = (torch.stack(parts) for parts in zip(*rows, strict=True))
@@ -138,7 +138,7 @@ class EmbeddingCache:
         shard, row = self._places[key]
         try:
             with safe_open(self.directory / shard, "pt") as file:
-                if hashes_in(file)[row : row + 1] != [key]:  # the wrong picture's text would train, and nobody see it
+                if hashes_in(file)[row : row + 1] != [key]:  # else another prompt's rows would train, unnoticed
                     raise ValueError("not what index.json says is in it")
                 return file.get_slice("prompt_embeds")[row], file.get_slice("pooled")[row]
         except (OSError, ValueError, SafetensorError) as error:
@@ -152,7 +152,7 @@ class EmbeddingCache:
 
 
 def prompt_hash(prompt: str) -> str:
-    """What a prompt goes by in a directory of embeddings."""
+    """Name of a prompt in a directory of embeddings: its SHA-256 in hexadecimal."""
     return hashlib.sha256(prompt.encode("utf-8")).hexdigest()
 
 

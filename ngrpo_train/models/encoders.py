@@ -1,4 +1,4 @@
-"""Prompts to what conditions FLUX.1's transformer, through its text encoders T5 and CLIP."""
+"""Encoding of prompts by FLUX.1's text encoders T5 and CLIP, into what conditions its transformer."""
 
 # P prompts, L text tokens, E features of T5, F features of CLIP.
 
@@ -34,7 +34,7 @@ class TextFeatures:
         return TextFeatures(prompt_embeds, pooled, torch.zeros(prompt_embeds.shape[1], 3, device=prompt_embeds.device))
 
     def rows(self, index: Tensor) -> TextFeatures:
-        """The prompts `index` [N] asks for, repeats allowed."""
+        """The rows that `index` [N] asks for, repeats allowed."""
         return TextFeatures(self.prompt_embeds[index], self.pooled[index], self.txt_ids)
 
     @staticmethod
@@ -50,7 +50,7 @@ def frozen_dtype(device: torch.device) -> torch.dtype:
 
 
 class PromptEncoder(Protocol):
-    """What turns prompts into conditioning: `TextEncoders` or an `EmbeddingCache`."""
+    """Encoder of prompts: `TextEncoders` or an `EmbeddingCache`."""
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """P prompts on the device: features in the dtype of the transformer's arithmetic, position ids float32."""
@@ -58,11 +58,11 @@ class PromptEncoder(Protocol):
 
 
 class TextEncoders:
-    """T5 and CLIP of a FLUX pipeline, frozen, in `frozen_dtype`. `placement` is where they wait.
+    """T5 and CLIP of a FLUX pipeline, frozen, in `frozen_dtype`. `placement` says where they wait between calls.
 
-    "device": there, ready. "offload": in host memory, pinned for a GPU; each call copies them to the device and then
-    drops the copy. "shard": T5's layers lie sharded over all processes and are gathered one after the other, so that
-    `encode` is a collective: every process must call it equally often, with as many prompts of its own as it likes.
+    "device": on the device. "offload": in host memory, pinned for a GPU; each call copies them to the device and then
+    drops the copy. "shard": T5's layers lie sharded over all processes and are gathered one after the other. Then
+    `encode` is a collective: every process must call it equally often, with any number of prompts of its own.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class TextEncoders:
         max_sequence_length: int,
         placement: Literal["device", "offload", "shard"] = "device",
     ) -> None:
-        """Takes the pipeline's encoders over, in place; `dtype` is that of what `encode` returns."""
+        """Take the pipeline's encoders over, in place; `encode` returns tensors of `dtype`."""
         self.device, self.dtype, self.max_sequence_length = device, dtype, max_sequence_length
         self._clip_tokenizer, self._t5_tokenizer = pipeline.tokenizer, pipeline.tokenizer_2
         self._clip, self._t5 = pipeline.text_encoder, pipeline.text_encoder_2
@@ -96,7 +96,7 @@ class TextEncoders:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
-        """What `FluxPipeline.encode_prompt` gives. Warns, once, of a prompt that is cut to `max_sequence_length`."""
+        """Encode as `FluxPipeline.encode_prompt`. Warns, once, of a prompt that is cut to `max_sequence_length`."""
         self._warn_of_length(prompts)
         with self._on_device():
             clip_tokens = self._tokens(self._clip_tokenizer, prompts, self._clip_tokenizer.model_max_length)
@@ -106,14 +106,14 @@ class TextEncoders:
         return TextFeatures.of(prompt_embeds.to(self.dtype), pooled.to(self.dtype))
 
     def _tokens(self, tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
-        """int64 [P, length] on the device, cut or padded. Nothing masks the padding: FLUX was trained so."""
+        """Tokens int64 [P, length] on the device, cut or padded. Nothing masks the padding: FLUX was trained so."""
         tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         ids: Tensor = tokens.input_ids
         return ids.to(self.device)
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Within it, offloaded weights are on the device.
+        """Hold offloaded weights on the device within the block.
 
         Copies, forward and the reuse of the copies' memory are all queued on the current stream, in this order, so
         nothing has to wait for the device. The host's values are only ever read.

@@ -1,4 +1,4 @@
-"""What a run leaves behind for others: the trained weights, gathered and written as the model's family has them."""
+"""Export of a run: the trained weights, gathered and written in the form of the model's family."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ngrpo_train.parallel import processes
 
 
 def export(model: FlowModel, directory: Path) -> Path:
-    """Write the current weights; a collective, of which rank 0 alone writes.
+    """Write the current weights into `directory`. All processes must call it; rank 0 alone writes.
 
     Full tuning gives a model in the dtype that it computes in: for FLUX.1 a directory for
     `FluxPipeline.from_pretrained`. LoRA gives the adapters in float32: for FLUX.1 a directory with

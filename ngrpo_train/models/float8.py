@@ -1,7 +1,7 @@
 """A float8 copy of the transformer for the rollout alone: its matrix products run at twice bfloat16's rate.
 
-It explores, and nothing else: candidates may come from any model near theta, but the policy ratio compares velocities,
-and float8 rounds those by more than an optimizer step moves them. So training never calls it.
+It only explores. Candidates may come from any model near theta, but the policy ratio compares velocities, and float8
+rounds those by more than an optimizer step moves them. So training never calls it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ngrpo_train.parallel import processes
 
 
 class Float8Copy:
-    """Whole on every process: weights of the blocks' linear layers in float8 (torchao), the others as they compute."""
+    """A whole copy on every process: blocks' linear layers in float8 (torchao), other weights in the compute dtype."""
 
     def __init__(
         self,
@@ -29,9 +29,9 @@ class Float8Copy:
         *,
         config: Any = None,
     ) -> None:
-        """Make `empty`, on the meta device, the copy of `transformer`, sharded and with adapters as it may be.
+        """Make `empty`, which is on the meta device, the copy of `transformer`, which may be sharded and have adapters.
 
-        It computes in `dtype`, and is empty until `refresh`. `blocks` are the copy's. `config` is torchao's
+        The copy computes in `dtype`, and is empty until `refresh`. `blocks` are the copy's. `config` is torchao's
         quantisation, by default a scale for each row of weights and, on the fly, of activations. Raises ValueError
         where the device or `dtype` has no such products.
         """
@@ -44,7 +44,7 @@ class Float8Copy:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the transformer's present weights, adapters merged in; a collective, a layer at a time."""
+        """Copy the transformer's present weights, adapters merged in, a layer at a time; a collective."""
         from torchao.quantization import quantize_
 
         trained = dict(self._source.named_parameters())
@@ -54,7 +54,7 @@ class Float8Copy:
                 module._parameters[own] = nn.Parameter(values, requires_grad=False)
             if module in self._quantised:
                 quantize_(module, self._config)
-                module.__dict__.pop("extra_repr", None)  # which torchao wraps anew each time
+                module.__dict__.pop("extra_repr", None)  # torchao wraps it anew each time
 
     def _current(self, trained: dict[str, nn.Parameter], name: str) -> Tensor:
         """A weight as the transformer computes with it, gathered, in a tensor of its own."""

@@ -1,4 +1,4 @@
-"""FLUX.1, directly: its transformer's velocity, its packing, its text encoders and VAE; no pipeline's code in a step.
+"""FLUX.1 without a pipeline's code in a step: its transformer's velocity, its packing, its text encoders and VAE.
 
 Latents are packed tokens [N, T, C] with C = 4 * latent channels, two by two latents each.
 """
@@ -50,8 +50,8 @@ class Flux:
     ) -> None:
         """Load all parts but the transformer's weights.
 
-        Raises ValueError, naming the field, where no FLUX pipeline, or no `embeddings` of it, can be loaded, or where
-        it has no tokens for pictures of this size.
+        Raises ValueError, naming the field, if no FLUX pipeline or no `embeddings` of it can be loaded, or if a picture
+        of this size is not a whole number of tokens.
         """
         self.spec, self.sampling, self.settings, self.device = spec, sampling, settings, device
         self.directory = find_directory(spec.name_or_path, absent_of(spec, TEXT_PARTS if embeddings else ()))
@@ -92,6 +92,7 @@ class Flux:
             compile_whole(vae.decoder)
 
     def beside(self, spec: Model) -> Flux:
+        """An adapter of another FLUX model, which shares this one's text encoders and decoder."""
         other = copy.copy(self)
         other.spec = spec
         other.directory = find_directory(spec.name_or_path, absent_of(spec, (*TEXT_PARTS, "vae")))
@@ -112,6 +113,7 @@ class Flux:
         fill(transformer, self.spec, self.transformer_directory)
 
     def velocity(self, transformer: nn.Module, x_NTC: Tensor, sigma_N: Tensor, conditioning: TextFeatures) -> Tensor:
+        """v_theta [N, T, C] at `x_NTC` and `sigma_N` (both float32), in the compute dtype."""
         guidance = None
         if self._config.guidance_embeds:
             guidance = torch.full_like(sigma_N, self.sampling.guidance_scale)
@@ -134,6 +136,7 @@ class Flux:
         return self.text.encode(prompts)
 
     def decode(self, latents_NTC: Tensor) -> Tensor:
+        """Pictures uint8 [N, 3, H, W] of packed latents [N, T, C]."""
         vae, sampling = self.pipeline.vae, self.sampling
         latents = FluxPipeline._unpack_latents(
             latents_NTC, sampling.height, sampling.width, self.pipeline.vae_scale_factor
@@ -154,14 +157,14 @@ class Flux:
         saved.load_state_dict(trained, strict=True, assign=True)
         with quiet_diffusers():
             saved.save_pretrained(directory / "transformer")
-            if self.directory is None:  # random weights, which stand in no file
+            if self.directory is None:  # random weights come from no file
                 self.pipeline.vae.save_pretrained(directory / "vae")
                 return
         absent = [part for part in _FROZEN_PARTS if not (self.directory / part).is_dir()]
         for part in (part for part in _FROZEN_PARTS if part not in absent):
             shutil.copytree(self.directory / part, directory / part, dirs_exist_ok=True)
-        if absent:  # trained on embeddings, without a need for them
-            logger.warning("%s lacks %s, which %s has not: add them from the model", directory, absent, self.directory)
+        if absent:  # training on embeddings did not need them
+            logger.warning("%s lacks %s, as %s does: add them from the model", directory, absent, self.directory)
         shutil.copy(self.directory / "model_index.json", directory)
 
 

@@ -1,4 +1,4 @@
-"""A FLUX pipeline from a directory, the hub, or made up: frozen parts whole, the transformer's weights shard by shard.
+"""Loading of a FLUX pipeline from a directory, the hub or random numbers: the transformer by shards, all else whole.
 
 No process ever holds the whole transformer: it is built on the meta device, sharded, and only then filled.
 """
@@ -43,10 +43,10 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
 def find_directory(name_or_path: str, absent: tuple[str, ...] = ()) -> Path | None:
-    """The directory in FLUX.1's layout that this means, downloaded where need be; None for random weights.
+    """The directory in FLUX.1's layout that a name means, downloaded if necessary; None for random weights.
 
-    Parts that may be `absent` are neither downloaded nor asked for. Raises ValueError, naming `model.name_or_path`,
-    where there is no such directory.
+    Parts in `absent` are neither downloaded nor required. Raises ValueError, naming `model.name_or_path`, where there
+    is no such directory.
     """
     if name_or_path.startswith("random:"):
         find_architecture(name_or_path)
@@ -62,9 +62,9 @@ def find_directory(name_or_path: str, absent: tuple[str, ...] = ()) -> Path | No
 
 
 def find_transformer(model: Model, directory: Path | None) -> Path | None:
-    """Where the transformer's config and weights lie: in the pipeline's `directory` or elsewhere; None for random ones.
+    """Directory of the transformer, in the pipeline's `directory` or elsewhere; None for random weights.
 
-    Raises ValueError, naming `model.transformer`, where that is no transformer in diffusers' layout.
+    It holds config and weights. Raises ValueError, naming `model.transformer`, where they are not in diffusers' layout.
     """
     if not model.transformer:
         return directory / "transformer" if directory else None
@@ -81,7 +81,7 @@ def find_transformer(model: Model, directory: Path | None) -> Path | None:
 
 
 def is_transformer(name: str) -> bool:
-    """Whether this directory or hub id holds a transformer alone, and no pipeline around it."""
+    """True where this directory or hub id holds a transformer alone, without a pipeline around it."""
     if name == "shapes" or name.startswith("random:"):
         return False
     directory = Path(name).expanduser()
@@ -92,9 +92,9 @@ def is_transformer(name: str) -> bool:
     try:
         hf_hub_download(name, "model_index.json")
     except EntryNotFoundError as error:
-        # Offline the same is raised for what is merely not in the cache.
+        # Offline, a file that is merely not in the cache raises the same error.
         return not isinstance(error, LocalEntryNotFoundError) or bool(try_to_load_from_cache(name, "config.json"))
-    except (HfHubHTTPError, OSError):  # said where the model is loaded
+    except (HfHubHTTPError, OSError):  # loading the model reports it
         return False
     return False
 
@@ -113,14 +113,14 @@ def _downloaded(name_or_path: str, absent: tuple[str, ...]) -> Path:
 
 
 def load_architecture(model: Model, absent: tuple[str, ...] = ()) -> Architecture:
-    """The sizes of a model that may have to be downloaded for them. Raises ValueError as `find_directory` does."""
+    """The sizes of a model, downloaded if necessary. Raises ValueError as `find_directory` does."""
     directory = find_directory(model.name_or_path, absent_of(model, absent))
     transformer = find_transformer(model, directory) if model.transformer else None
     return find_architecture(str(directory) if directory else model.name_or_path, transformer)
 
 
 def absent_of(model: Model, absent: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The parts that the pipeline itself need not have."""
+    """The parts that the pipeline itself may lack."""
     return (*absent, "transformer") if model.transformer else absent
 
 
@@ -139,7 +139,7 @@ def load_parts(
 
 
 def load_vae_config(name_or_path: str, directory: Path | None) -> Mapping[str, Any]:
-    """The config in the `directory` of a pipeline; the name's known one where that is None."""
+    """The VAE's config in a pipeline's `directory`; if that is None, the one known for the name."""
     if directory is None:
         return find_architecture(name_or_path).vae
     with _explained(name_or_path):
@@ -148,7 +148,7 @@ def load_vae_config(name_or_path: str, directory: Path | None) -> Mapping[str, A
 
 
 def empty_transformer(name_or_path: str, directory: Path | None) -> FluxTransformer2DModel:
-    """A transformer on the meta device, by the config in `directory`; by the name's known sizes where that is None."""
+    """A transformer on the meta device, by the config in `directory`, or, if that is None, as known for the name."""
     if directory is None:
         return transformer_on(find_architecture(name_or_path))
     with _explained(name_or_path):
@@ -160,23 +160,23 @@ def empty_transformer(name_or_path: str, directory: Path | None) -> FluxTransfor
 
 
 def load_text_encoders(name_or_path: str, dtype: torch.dtype) -> tuple[FluxPipeline, Path]:
-    """A pipeline of text encoders and tokenizers alone, in `dtype` on the CPU, and the directory they came from.
+    """A pipeline of text encoders and tokenizers alone, in `dtype` on the CPU, and the directory that they came from.
 
     Raises ValueError as `find_directory` does, and for random weights.
     """
     absent = ("transformer", "vae")
     directory = find_directory(name_or_path, absent)
     if directory is None:
-        raise ValueError(f"model.name_or_path = {name_or_path!r} has no text encoders that are worth a file")
+        raise ValueError(f"model.name_or_path = {name_or_path!r} has random text encoders: name a model with weights")
     with _explained(name_or_path):
         pipeline = FluxPipeline.from_pretrained(directory, dtype=dtype, local_files_only=True, **dict.fromkeys(absent))
     return pipeline, directory
 
 
 def fill(transformer: nn.Module, model: Model, directory: Path | None) -> None:
-    """Read the transformer's weights from its directory, each process its shards, or draw them where that is None.
+    """Read the transformer's weights from its directory, each process its shards, or draw them if that is None.
 
-    Adapters are left as they are. A collective.
+    Adapters keep their values. A collective.
     """
     state = {name.replace(".base_layer.", "."): p for name, p in transformer.named_parameters() if ".lora_" not in name}
     if directory is None:
@@ -196,14 +196,14 @@ def fill(transformer: nn.Module, model: Model, directory: Path | None) -> None:
             entry: Any = stored[name]
             if (size := list(entry.size)) != list(parameter.shape):
                 raise ValueError(f"has {name} of shape {size}; its config says {list(parameter.shape)}")
-            if len(entry.chunks) > 1:  # a "variant" beside it, say: which of them would be read is chance
+            if len(entry.chunks) > 1:  # such as a "variant": it would be chance which one is read
                 raise ValueError(f"has the weight {name} in more than one file of its transformer directory")
         dcp.load(state, storage_reader=reader, no_dist=not processes.distributed())
 
 
 @torch.no_grad()
 def _randomize(state: dict[str, nn.Parameter]) -> None:
-    """Random weights under which activations keep about their size, the same for any run with as many shards."""
+    """Fill with random weights that keep the size of activations, the same in every run with this number of shards."""
     for name, parameter in state.items():
         part = processes.local(parameter)
         if parameter.ndim < 2:
@@ -241,7 +241,7 @@ def _explained(name_or_path: str, setting: str = "model.name_or_path") -> Iterat
 
 
 def _remedy(error: BaseException, name_or_path: str) -> str:
-    """What is wrong with a model that did not load, and what to do. diffusers hides the hub's errors as causes."""
+    """The error of a model that did not load, and what to do. diffusers hides the hub's errors as causes."""
     if Path(name_or_path).expanduser().is_dir() or name_or_path == "shapes":
         reason = f"{str(error).strip().splitlines()[0]:.300}"
         return reason if reason.startswith(("has ", "has, ", "lacks ")) else f"cannot be loaded: {reason}"
@@ -257,7 +257,7 @@ def _remedy(error: BaseException, name_or_path: str) -> str:
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Silence progress bars and warnings that concern nobody here, such as one for every prompt that is cut."""
+    """Silence progress bars and warnings that do not matter here, such as one for every prompt that is cut."""
     from transformers.utils import logging as transformers_logging
 
     levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()

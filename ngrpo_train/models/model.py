@@ -1,9 +1,9 @@
-"""The model that is trained: an `Adapter` says what a family of models is, `FlowModel` has what is done to any.
+"""The model that is trained: an `Adapter` describes a family of models, and `FlowModel` does what is the same for all.
 
 A model is a velocity v_theta(x, sigma, text) on latents x at flow time sigma in [0, 1], a text encoder before it and a
-decoder behind it. An adapter brings these as plain modules. Everything else is the same for all and stands here once:
-weights are placed, sharded and adapted, forwards are cut into chunks, weights stay gathered or go, a float8 copy
-explores, another model draws beside this one.
+decoder behind it. An adapter brings these as plain modules. `FlowModel` places, shards and adapts the weights, cuts
+forwards into chunks, keeps weights gathered or gives them up, explores with a float8 copy, and lets another model draw
+beside this one.
 """
 
 # N pictures, P prompts, T tokens and C channels of a latent.
@@ -31,7 +31,7 @@ from ngrpo_train.recipe.sections import Model, Parallel, Sampling
 
 
 class Conditioning(Protocol):
-    """Encoded prompts, a row for each, in whatever form an adapter's `velocity` takes them."""
+    """Encoded prompts, a row for each, in the form that an adapter's `velocity` takes."""
 
     def rows(self, index: Tensor) -> Self:
         """The rows that `index` [N] (int64, on the device) asks for, repeats allowed."""
@@ -44,12 +44,12 @@ class Conditioning(Protocol):
 
 
 class Adapter(Protocol):
-    """A family of models, as far as the trainer knows it: what a recipe's `model.adapter` names.
+    """A family of models, as the trainer knows it; a recipe's `model.adapter` names its class.
 
-    Beside these methods it is constructed as `Adapter(spec, sampling, settings, device, embeddings=directory)` with the
-    recipe's [model], [sampling] and [parallel] and `prompts.embeddings` ("" for none). It then loads all but the
-    weights of the transformer, and raises ValueError, naming the field, its value and the remedy, for what it cannot
-    load. Modules that are not trained are its own affair; `settings` says how it should place them.
+    Beside these methods, the class is called as `Adapter(spec, sampling, settings, device, embeddings=directory)` with
+    the recipe's [model], [sampling] and [parallel] and `prompts.embeddings` ("" for none). It then loads everything but
+    the weights of the transformer. It raises ValueError, naming the field, its value and the remedy, for what it cannot
+    load. It decides about modules that are not trained; `settings` says how it should place them.
     """
 
     @property
@@ -67,14 +67,14 @@ class Adapter(Protocol):
         ...
 
     def blocks(self, transformer: nn.Module) -> dict[str, nn.Module]:
-        """Its repeated blocks, in the order of their calls, by names for tables.
+        """The repeated blocks of the transformer, in the order of their calls, by names for tables.
 
-        Each is sharded, recomputed and compiled for itself, and has no randomness of its own.
+        Each is sharded, recomputed and compiled by itself, and must draw no random numbers.
         """
         ...
 
     def fill(self, transformer: nn.Module) -> None:
-        """Give weights their first values: on every process its shards, adapters left as they are. A collective."""
+        """Give weights their first values: each process its own shards, adapters left as they are. A collective."""
         ...
 
     def velocity(self, transformer: nn.Module, x_NTC: Tensor, sigma_N: Tensor, conditioning: Any) -> Tensor:
@@ -82,7 +82,7 @@ class Adapter(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """P prompts, without gradients."""
+        """Encode P prompts, without gradients."""
         ...
 
     def decode(self, latents_NTC: Tensor) -> Tensor:
@@ -101,14 +101,14 @@ class Adapter(Protocol):
 def load_adapter(
     spec: Model, sampling: Sampling, settings: Parallel, device: torch.device, embeddings: str = ""
 ) -> Adapter:
-    """The adapter that `model.adapter` names, constructed. Raises ValueError where it cannot be, or refuses by one."""
+    """The adapter that `model.adapter` names. Raises ValueError if it cannot be imported, or refuses the recipe."""
     if spec.adapter == "auto":
         return Flux(spec, sampling, settings, device, embeddings=embeddings)
     make = import_named("model.adapter", spec.adapter, form='"auto" or "package.module:Name"')
     try:
         adapter: Adapter = make(spec, sampling, settings, device, embeddings=embeddings)
         return adapter
-    except ValueError as error:  # in code of others, but about what a user can mend: that is the protocol
+    except ValueError as error:  # by the protocol, about something that a user can mend
         raise ValueError(f"model.adapter = {spec.adapter!r}: {error}") from error
 
 
@@ -125,7 +125,7 @@ class FlowModel:
         embeddings: str = "",
         seed: int = 0,
     ) -> None:
-        """Raises ValueError, naming the field, where the model, or the `embeddings` of its prompts, cannot be loaded.
+        """Load the model. Raises ValueError, naming the field, if it, or `embeddings` of its prompts, cannot be loaded.
 
         `settings.attention` is a backend's name, or "auto" for diffusers' choice. `seed` draws LoRA's first weights.
         """
@@ -155,7 +155,7 @@ class FlowModel:
             _add_adapters(transformer, self.spec, self.adapter.lora_targets)
         else:
             _store_as(transformer.requires_grad_(True), getattr(torch, settings.master_dtype))
-        transformer.train()  # diffusers' models come as for evaluation
+        transformer.train()  # diffusers returns models in evaluation mode
         self._set_attention(transformer)
         repeated = list(self.adapter.blocks(transformer).values())
         blocks.prepare(repeated, self.spec, settings, self.device)
@@ -188,11 +188,12 @@ class FlowModel:
 
     @property
     def transformers(self) -> list[Any]:
-        """Those that compute: the one that is trained and, where rollouts have one, its float8 copy."""
+        """The transformers that compute: the trained one and, if rollouts have one, its float8 copy."""
         return [self.transformer, *([self._float8.model] if self._float8 else [])]
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
         return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
 
     # -- Asked ---------------------------------------------------------------------------------------------------------
@@ -203,14 +204,14 @@ class FlowModel:
         return self.adapter.latent_shape
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """P prompts; a collective where text encoders are sharded."""
+        """Encode P prompts; a collective where text encoders are sharded."""
         return self.adapter.encode(prompts)
 
     def velocity(self, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning) -> Tensor:
-        """v_theta at `x_NTC` (fp32) and `sigma_N`, in the arithmetic's dtype. `conditioning` has N rows.
+        """v_theta [N, T, C] at `x_NTC` (float32) and `sigma_N`, in the compute dtype. `conditioning` has N rows.
 
-        Rollout and update both come through here: the model rounds its timestep, and the ratio is only right where
-        both round alike.
+        Rollout and update both call this: the model rounds its timestep, and the ratio is only right if both round
+        alike.
         """
         return self.adapter.velocity(self.transformer, x_NTC, sigma_N, conditioning)
 
@@ -234,10 +235,10 @@ class FlowModel:
         )
 
     def _in_chunks(self, run: Callable[[Tensor], Tensor], x: Tensor, batch: int) -> Tensor:
-        """`run` on the row numbers of `x`, `batch` at a time (0: all), joined.
+        """Call `run` with the row numbers of `x`, `batch` at a time (0: all), and join the results.
 
-        Compiled, every chunk is filled up to `batch` with rows whose results are dropped: another size would have to
-        be compiled for.
+        If blocks are compiled, every chunk is filled up to `batch` with rows whose results are dropped, because another
+        size would be compiled anew.
         """
         count = len(x)
         batch = batch or count
@@ -252,7 +253,7 @@ class FlowModel:
 
     @contextmanager
     def exploring(self) -> Iterator[None]:
-        """Around an iteration's rollout, during which the weights stand still; a collective."""
+        """Hold the weights ready for an iteration's rollout, during which they do not change; a collective."""
         if self._float8:
             self._float8.refresh()
         with self.gathered("rollout"):
@@ -260,9 +261,9 @@ class FlowModel:
 
     @contextmanager
     def gathered(self, phase: Literal["rollout", "iteration"]) -> Iterator[None]:
-        """Within the phase that `parallel.keep_gathered` names, sharded weights stay gathered after their first use.
+        """Keep sharded weights gathered after their first use, within the phase that `parallel.keep_gathered` names.
 
-        Code that changes the weights in between calls `sharding.release`.
+        Code that changes the weights within the block calls `sharding.release`.
         """
         if phase != self.settings.keep_gathered:
             yield
@@ -275,7 +276,7 @@ class FlowModel:
 
     @contextmanager
     def base_model(self) -> Iterator[None]:
-        """The model before training: LoRA's adapters switched off."""
+        """Switch LoRA's adapters off within the block, which leaves the model before training."""
         _switch_adapters(self.transformer, on=False)
         try:
             yield
@@ -284,7 +285,7 @@ class FlowModel:
 
 
 def _store_as(module: nn.Module, dtype: torch.dtype) -> None:
-    with quiet_diffusers():  # which means to warn that some of its models do not bear this
+    with quiet_diffusers():  # diffusers warns that some of its models must not be cast
         module.to(dtype)
 
 
@@ -297,7 +298,7 @@ def _add_adapters(transformer: nn.Module, spec: Model, targets: str | list[str])
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=spec.lora_rank, lora_alpha=spec.lora_alpha, init_lora_weights=False, target_modules=targets)
-    if isinstance(transformer, PeftAdapterMixin):  # which notes that it has some
+    if isinstance(transformer, PeftAdapterMixin):  # this method also marks the model as adapted
         transformer.add_adapter(config)
     else:
         inject_adapter_in_model(config, transformer)
@@ -315,7 +316,7 @@ def _switch_adapters(transformer: nn.Module, *, on: bool) -> None:
 
 
 def _draw_adapter(name: str, adapter: Tensor, seed: int) -> None:
-    """Draw as peft's "gaussian": A ~ N(0, 1/rank), B = 0; alike however the adapter is sharded."""
+    """Draw as peft's "gaussian": A ~ N(0, 1/rank), B = 0; the same for every sharding."""
     values = torch.zeros(adapter.shape)
     if ".lora_A." in name:
         values.normal_(std=1 / adapter.shape[0], generator=stream(seed, 0, 0, name))

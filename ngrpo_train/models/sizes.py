@@ -1,4 +1,4 @@
-"""How large a FLUX pipeline is, from its configs alone: its modules without weights, and their parameters."""
+"""Sizes of a FLUX pipeline, from its configs alone: modules without weights, and their numbers of parameters."""
 
 # h width of the transformer, T image tokens, r LoRA's rank.
 
@@ -21,11 +21,11 @@ from ngrpo_train.models.directory import local_directory, local_vae_config
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Model, Sampling
 
-# Folders of a model's directory in FLUX.1's layout; a scheduler's is there too, which nobody here reads.
+# Folders of a model's directory in FLUX.1's layout; it also has a scheduler's, which is not read here.
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 PARTS = ("transformer", "vae", *TEXT_PARTS)
 MODULES = tuple(part for part in PARTS if not part.startswith("tokenizer"))
-"""Those with weights, and a config that says their size."""
+"""The parts with weights, and with a config that says their size."""
 
 LORA_TARGETS = (  # every linear layer inside the blocks' attention and feed-forward
     r"(transformer_blocks|single_transformer_blocks)\.\d+\."
@@ -35,47 +35,48 @@ LORA_TARGETS = (  # every linear layer inside the blocks' attention and feed-for
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Architecture:
-    """The configs of a pipeline's parts. Equal to itself only, so that what is computed from it can be cached."""
+    """The configs of a pipeline's parts. It equals only itself, so that results computed from it can be cached."""
 
     transformer: Mapping[str, Any]
-    """As for diffusers' FluxTransformer2DModel."""
+    """Config for diffusers' FluxTransformer2DModel."""
     vae: Mapping[str, Any]
-    """As for diffusers' AutoencoderKL."""
+    """Config for diffusers' AutoencoderKL."""
     text_encoder: Mapping[str, Any]
-    """As for transformers' CLIPTextConfig. Empty where the model has come without text encoders."""
+    """Config for transformers' CLIPTextConfig. Empty if the model came without text encoders."""
     text_encoder_2: Mapping[str, Any]
-    """As for transformers' T5Config."""
+    """Config for transformers' T5Config. Empty if the model came without text encoders."""
 
     @property
     def width(self) -> int:
+        """h: width of the transformer."""
         heads, channels = self.transformer["num_attention_heads"], self.transformer["attention_head_dim"]
         return int(heads * channels)
 
     @property
     def layers(self) -> tuple[int, int]:
-        """How many double and single blocks."""
+        """Numbers of double and of single blocks."""
         return self.transformer["num_layers"], self.transformer["num_single_layers"]
 
     @property
     def channels(self) -> int:
-        """C: of a packed token."""
+        """C: channels of a packed token."""
         return int(self.transformer["in_channels"])
 
     def image_tokens(self, sampling: Sampling) -> int:
-        """T. Raises ValueError as `token_grid` does."""
+        """T: image tokens of a picture. Raises ValueError as `token_grid` does."""
         rows, columns = token_grid(self.vae, sampling)
         return rows * columns
 
 
 def vae_factor(vae: Mapping[str, Any]) -> int:
-    """Pixels per latent, each way, by the VAE's config: it halves once for every stage but the first."""
+    """Pixels per latent, along height and along width, by the VAE's config: it halves in every stage but the last."""
     return int(2 ** (len(vae["block_out_channels"]) - 1))
 
 
 def token_grid(vae: Mapping[str, Any], sampling: Sampling) -> tuple[int, int]:
     """Rows and columns of image tokens, each of two by two latents.
 
-    Raises ValueError, naming `sampling.height` or `sampling.width`, for a picture that is no whole number of tokens.
+    Raises ValueError, naming `sampling.height` or `sampling.width`, for a picture that is not a whole number of tokens.
     """
     pixels = 2 * vae_factor(vae)
     for name in ("height", "width"):
@@ -85,7 +86,7 @@ def token_grid(vae: Mapping[str, Any], sampling: Sampling) -> tuple[int, int]:
 
 
 def _flux(*, guidance_embeds: bool) -> Architecture:
-    """FLUX.1 as published."""
+    """The architecture of FLUX.1 as published."""
     return Architecture(
         transformer={
             "patch_size": 1,
@@ -156,10 +157,10 @@ _HUB_IDS = {"black-forest-labs/FLUX.1-dev": "flux-dev", "black-forest-labs/FLUX.
 
 
 def find_architecture(name_or_path: str, transformer: Path | None = None) -> Architecture:
-    """The sizes of what `model.name_or_path` names, without its weights and without a network.
+    """The sizes of the model that `model.name_or_path` names, without its weights and without a network.
 
-    `transformer` is the directory of another transformer's config in place of its own. Raises ValueError, naming
-    `model.name_or_path`, where no configs are at hand.
+    `transformer` is the directory of another transformer's config, in place of its own. Raises ValueError, naming
+    `model.name_or_path`, if its configs are not on this machine.
     """
     elsewhere = {"transformer": transformer / "config.json"} if transformer else {}
     known = _HUB_IDS.get(name_or_path)
@@ -172,7 +173,7 @@ def find_architecture(name_or_path: str, transformer: Path | None = None) -> Arc
 
 
 def refuse_size(model: Model, sampling: Sampling) -> None:
-    """Raise ValueError as `token_grid` does, where the config of the model's VAE is at hand: nothing is downloaded.
+    """Raise ValueError as `token_grid` does, if the config of the model's VAE is on this machine. Downloads nothing.
 
     Loading a model refuses such a size too; this is for a command that has work to do before it loads one.
     """
@@ -195,7 +196,7 @@ def _with_transformer(architecture: Architecture, config: Path) -> Architecture:
 
 @lru_cache
 def _random(name_or_path: str) -> Architecture:
-    """ "random:NAME", or "random:NAME:D+S" for D double and S single blocks of such a size."""
+    """The architecture of "random:NAME", or of "random:NAME:D+S": D double and S single blocks of such a size."""
     name, _, depth = name_or_path.removeprefix("random:").partition(":")
     blocks = re.fullmatch(r"(\d+)\+(\d+)", depth)
     if name not in KNOWN or (depth and not blocks):
@@ -211,7 +212,7 @@ def _random(name_or_path: str) -> Architecture:
 
 
 def _config_file(name_or_path: str, directory: Path | None, part: str) -> Path | None:
-    """None for a text encoder that is not there: encoded prompts need none."""
+    """Path of a part's config; None for a missing text encoder, because encoded prompts need none."""
     if directory is not None:
         path = directory / part / "config.json"
         if path.is_file():
@@ -238,7 +239,7 @@ def _read(files: tuple[tuple[str, Path | None], ...]) -> Architecture:
     configs = {part: json.loads(path.read_text("utf-8")) if path else {} for part, path in files}
     kind = configs["transformer"].get("_class_name", FluxTransformer2DModel.__name__)
     if kind != FluxTransformer2DModel.__name__:
-        raise ValueError(f"model.name_or_path: {dict(files)['transformer']} is of a {kind} where FLUX has its own")
+        raise ValueError(f"model.name_or_path: {dict(files)['transformer']} is the config of a {kind}, not of FLUX's")
     return Architecture(**configs)
 
 
@@ -253,7 +254,7 @@ def transformer_on(
     layers: tuple[int, int] | None = None,
     lora_rank: int = 0,
 ) -> Any:
-    """A FluxTransformer2DModel, of other `layers` (double, single) if given; with adapters the base is frozen."""
+    """A FluxTransformer2DModel, with other `layers` (double, single) if given; with adapters the base is frozen."""
     config = dict(architecture.transformer)
     if layers is not None:
         config["num_layers"], config["num_single_layers"] = layers
@@ -268,13 +269,14 @@ def transformer_on(
 
 
 def vae_on(architecture: Architecture, device: str = "meta", dtype: torch.dtype = torch.bfloat16) -> Any:
+    """An AutoencoderKL on `device`, for evaluation."""
     return _build(lambda: AutoencoderKL.from_config(dict(architecture.vae)), device, dtype).eval()
 
 
 def text_encoders_on(
     architecture: Architecture, device: str = "meta", dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Any, Any]:
-    """CLIP and T5. Raises ValueError for a model that has come without them."""
+    """CLIP and T5 on `device`, for evaluation. Raises ValueError for a model that came without them."""
     if not (architecture.text_encoder and architecture.text_encoder_2):
         raise ValueError("model.name_or_path has no text encoders: prompts.embeddings must name encoded prompts")
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -285,7 +287,7 @@ def text_encoders_on(
 
 
 def _build(make: Callable[[], Any], device: str, dtype: torch.dtype) -> Any:
-    """In `dtype` from the start: a float32 T5 alone would take 19 GB before it is cast."""
+    """Make a module in `dtype` from the start: a float32 T5 alone would take 19 GB before it is cast."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -298,7 +300,7 @@ def _build(make: Callable[[], Any], device: str, dtype: torch.dtype) -> Any:
 def transformer_inputs(
     architecture: Architecture, pictures: int, image_tokens: int, text_tokens: int, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Any]:
-    """Arguments of the transformer's forward, on "meta"."""
+    """Arguments of the transformer's forward, as tensors on "meta"."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -321,14 +323,14 @@ def transformer_inputs(
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """How many, by part. The transformer is its blocks and what lies around them."""
+    """Numbers of parameters, by part. The transformer consists of its blocks and what lies around them."""
 
     transformer: int
     double_block: int
     single_block: int
     around_blocks: int
     block_matrices: int
-    """In the linear layers of all blocks, biases aside."""
+    """Parameters of the linear layers in all blocks, without biases."""
     vae: int
     clip: int
     t5: int
@@ -345,6 +347,7 @@ class Parameters:
 
 @lru_cache
 def parameters(architecture: Architecture) -> Parameters:
+    """The numbers of parameters of a pipeline, counted on modules without memory."""
     transformer = transformer_on(architecture)
     doubles, singles = transformer.transformer_blocks, transformer.single_transformer_blocks
     total, blocks = _count(transformer), _count(doubles) + _count(singles)
@@ -378,4 +381,5 @@ def lora_parameters(architecture: Architecture, rank: int) -> tuple[int, int]:
 
 
 def lora_total(architecture: Architecture, rank: int) -> int:
+    """Parameters of LoRA's adapters in all blocks."""
     return sum(n * layers for n, layers in zip(lora_parameters(architecture, rank), architecture.layers, strict=True))

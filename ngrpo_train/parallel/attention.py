@@ -1,6 +1,6 @@
-"""Which of diffusers' attention backends computes: named by the recipe, or the fastest here at the run's own shapes.
+"""Choice among diffusers' attention backends: the one that the recipe names, or the fastest at the run's own shapes.
 
-Rollout and training use the same one, or the policy ratio would compare two roundings.
+Rollout and training use the same one. Otherwise the policy ratio would compare two roundings.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from ngrpo_train.recipe.parsing import suggestion
 
 logger = logging.getLogger(__name__)
 
-# Tried in this order where the recipe says "auto": exact attention with a gradient, and no download.
+# Backends that "auto" tries, in this order: exact attention with a gradient, and no download.
 CANDIDATES = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3", "xformers")
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """One iteration's attention: `tokens` of text and image together; pictures per forward in rollout and update."""
+    """Shapes of the attention in one iteration.
+
+    `tokens` counts text and image together; batches are pictures per forward, in the rollout and in the update.
+    """
 
     tokens: int
     heads: int
@@ -34,8 +37,9 @@ class Shapes:
     rollout_batch: int
     update_batch: int
     rollout_forwards: int
-    """Forwards per iteration, to weigh them against the update's."""
+    """Forwards of the rollout per iteration, which weigh them against the update's."""
     update_forwards: int
+    """Forwards of the update per iteration; each has a backward."""
 
 
 def refuse(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -56,13 +60,13 @@ def refuse(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16)
 
 
 def choose(shapes: Shapes, device: torch.device) -> str:
-    """The fastest backend for an iteration of these shapes: rank 0 measures, all ranks get its choice."""
+    """The fastest backend for an iteration of these shapes. Rank 0 measures, and all ranks get its choice."""
     if device.type != "cuda":
         return "native"
     chosen = [_fastest(shapes, device) if processes.rank() == 0 else ""]
     if processes.world_size() > 1:
         dist.broadcast_object_list(chosen, src=0, device=device)
-    if not chosen[0]:  # said on every rank: the others would wait for one that raised alone
+    if not chosen[0]:  # raised on every rank: if one rank raised alone, the others would wait for it
         raise ValueError(f"parallel.attention: none of {', '.join(CANDIDATES)} works on {device}; see ngrpo doctor")
     return chosen[0]
 

@@ -1,6 +1,6 @@
-"""What is done to each of the transformer's blocks before it is sharded: recompute in backward, then compile.
+"""Preparation of the transformer's blocks before they are sharded: recompute in backward, then compile.
 
-Both replace a block's `forward`, so that parameters keep their names and FSDP's hooks stay outside of what is compiled.
+Both replace a block's `forward`, so that parameters keep their names and FSDP's hooks stay outside the compiled code.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def compile_whole(module: nn.Module) -> None:
 
 
 def recomputing(forward: Forward, what: str | float) -> Forward:
-    """`forward` that keeps less for its backward pass and computes it again there."""
+    """Wrap `forward` so that it keeps less for its backward pass, and computes it again there."""
     if what == "none" or not isinstance(what, str):  # a number is the compiler's own budget
         return forward
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # blocks draw nothing
@@ -72,5 +72,5 @@ def _configure_compiler(model: Model, settings: Parallel) -> None:
 
 
 def graphs_compiled() -> int:
-    """Graphs that this process has compiled so far: a later iteration should add none."""
+    """Number of graphs that this process has compiled so far: a later iteration should add none."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]

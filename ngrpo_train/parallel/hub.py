@@ -1,4 +1,4 @@
-"""What went wrong with the hub, and the command that puts it right."""
+"""Errors of the hub in one line, with the command that puts them right."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from huggingface_hub.errors import (
 )
 
 HUB_ERRORS = (DryRunError, HfHubHTTPError, LocalEntryNotFoundError)
-"""What the hub's library raises where it cannot give what is asked of it; `why_missing` says it in a line."""
+"""Errors that the hub's library raises if it cannot give what is asked of it; `why_missing` explains them."""
 
 
 def download_command(repository: str, fetch: Sequence[str], *, dataset: bool = False) -> str:
-    """What brings it into the hub's cache; `fetch` are arguments of `hf download`, such as names of files."""
+    """Command that brings a repository into the hub's cache; `fetch` are arguments of `hf download`, such as files."""
     kind = ["--repo-type", "dataset"] if dataset else []
     return shlex.join(["hf", "download", *kind, repository, *fetch])
 
 
 def why_missing(repository: str, error: BaseException | None, fetch: Sequence[str], *, dataset: bool = False) -> str:
-    """One line for what the hub raised about a repository of which `fetch` (arguments of `hf download`) is wanted."""
+    """Reason, in one line, why the hub did not give a repository, with the remedy.
+
+    `error` is what the hub's library raised. `fetch` says what is wanted, as arguments of `hf download`.
+    """
     error = error.__cause__ if isinstance(error, DryRunError) else error
     if isinstance(error, GatedRepoError):
         return f"{repository} is gated: accept its licence on its hub page, then run `hf auth login`"

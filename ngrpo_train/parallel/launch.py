@@ -1,6 +1,6 @@
-"""Which process this is, as its launcher says in the environment: known before torch is imported, which takes seconds.
+"""Rank and number of processes, from the launcher's environment variables: known without importing torch.
 
-Once a process group stands, `processes` knows.
+That import takes seconds. After a process group is made, `processes` has both.
 """
 
 import os

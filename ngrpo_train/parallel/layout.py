@@ -1,6 +1,7 @@
-"""Rules of how a model lies and computes, which the trainer follows and a plan foretells.
+"""Rules of how a model is placed and computed, which the trainer follows and a plan predicts.
 
-Who shares one copy of the weights, whether blocks compile, and what a block keeps for its backward pass.
+They say which processes share one copy of the weights, whether blocks compile, and what a block keeps for its backward
+pass.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _COSTLY = {  # what selective checkpointing keeps: results of matrix products an
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the weights lie over processes."""
+    """Placement of the weights over processes."""
 
     world_size: int
     per_node: int
@@ -37,7 +38,7 @@ class Layout:
     shares: int
     """S: processes that share one copy of the weights."""
     plain: bool
-    """One process with ordinary modules: weights are stored as they compute, and nothing is ever gathered."""
+    """True for one process with ordinary modules: weights are stored in the compute dtype, and nothing is gathered."""
 
     @staticmethod
     def of(model: Model, settings: Parallel, world_size: int, per_node: int) -> Layout:
@@ -62,14 +63,15 @@ class Layout:
 
     @property
     def copies(self) -> int:
+        """Number of whole copies of the weights."""
         return self.world_size // self.shares
 
 
 def compiles(settings: Parallel, device_type: str) -> bool:
-    """Whether blocks go through torch.compile on a device of this type ("cuda", "cpu")."""
+    """True where blocks go through torch.compile on a device of this type ("cuda", "cpu")."""
     return settings.compile == "on" or (settings.compile == "auto" and device_type == "cuda")
 
 
 def keep_what_is_costly(_: object, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    """A policy of selective checkpointing: matrix products and attention are kept, all else is computed again."""
+    """A policy of selective checkpointing: keep matrix products and attention, compute all else again."""
     return CheckpointPolicy.MUST_SAVE if operator in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,4 @@
-"""Processes and devices: who we are, how we were launched, and the few collectives an iteration needs."""
+"""Processes and devices: rank, launch, and the few collectives that an iteration needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ngrpo_train.recipe.sections import Parallel
 
 logger = logging.getLogger(__name__)
 
-# What `accelerate launch` may ask for in the environment, and the recipe field that does it here.
+# Variables by which `accelerate launch` asks for something, and the recipe field that does it here.
 _REFUSED_LAUNCH = {
     "ACCELERATE_USE_FSDP": "parallel.sharding",
     "ACCELERATE_USE_DEEPSPEED": "parallel.sharding",
@@ -30,7 +30,7 @@ _REFUSED_LAUNCH = {
     "ACCELERATE_DYNAMO_BACKEND": "parallel",
 }
 
-# Where a launcher says how many processes it started: torchrun, Intel MPI, Open MPI, MVAPICH.
+# Variables in which launchers give the number of processes: torchrun, Intel MPI, Open MPI, MVAPICH.
 _GROUP_SIZE = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
 
 
@@ -53,7 +53,10 @@ def refuse_foreign_launch(environment: Mapping[str, str] = os.environ) -> None:
 
 @contextmanager
 def joined(settings: Parallel) -> Iterator[PartialState]:
-    """The process state of a run; a process group that it opens is closed on the way out, one that stood stays."""
+    """Hold the process state of a run within the block.
+
+    A process group that it opens is closed at the end; one that stood before stays.
+    """
     refuse_foreign_launch()
     cpu = settings.device == "cpu" or not torch.cuda.is_available()
     if settings.device == "cuda" and cpu:
@@ -70,7 +73,7 @@ def joined(settings: Parallel) -> Iterator[PartialState]:
 
 @contextmanager
 def node_leader_first() -> Iterator[None]:
-    """Within it, a node's first process goes before its others, which then find what it downloaded."""
+    """Run the block on a node's first process before the node's others, which then find its downloads."""
     leads = os.environ.get("LOCAL_RANK", "0") == "0"
     if not leads:
         barrier()
@@ -83,7 +86,10 @@ def node_leader_first() -> Iterator[None]:
 
 @contextmanager
 def ending_with_its_group() -> Iterator[None]:
-    """Where a collective fails, say plainly that another process died or hung, and what to do; then raise on."""
+    """Explain, if a collective fails within the block, that another process died or hung, and what to do.
+
+    The error is raised again.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -105,19 +111,22 @@ def _is_of_a_collective(error: RuntimeError) -> bool:
 
 
 def distributed() -> bool:
+    """True where this process belongs to a process group."""
     return dist.is_initialized()
 
 
 def rank() -> int:
+    """This process's number in its group; 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Number of processes in the group; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """[world_size, *x.shape]; `x` must have the same shape everywhere."""
+    """The `x` of all ranks, [world_size, *x.shape]; `x` must have the same shape everywhere."""
     if world_size() == 1:
         return x[None]
     gathered = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
@@ -134,21 +143,23 @@ def whole(x: Tensor) -> Tensor:
 
 
 def local(x: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor, sharing its memory; a plain one as it is."""
+    """The shard of a sharded tensor on this rank, which shares its memory; a plain tensor as it is."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def barrier() -> None:
+    """Wait until all processes have come here."""
     if world_size() > 1:
         dist.barrier()
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank."""
+    """True on all ranks if `flag` is set on any; a collective."""
     return bool(max_over_ranks(int(flag)))
 
 
 def max_over_ranks(value: int) -> int:
+    """The largest `value` of all ranks; a collective."""
     if world_size() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

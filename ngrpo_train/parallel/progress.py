@@ -1,4 +1,4 @@
-"""How far the first process is with its own share: a bar, or where nobody watches, up to twenty lines."""
+"""Progress of the first process with its own share: a bar in a terminal, else up to twenty lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ngrpo_train.parallel import processes
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that is told of every batch's size."""
+    """Yield a function that gets the size of every finished batch."""
     main, ranks = processes.rank() == 0, processes.world_size()
     each = f" on each of {ranks} processes" if ranks > 1 else ""
     done = 0

@@ -1,7 +1,7 @@
-"""How the transformer's weights lie over processes: FSDP2 in full, in groups with a copy each (HSDP), or whole copies.
+"""Placement of the transformer's weights on processes: whole copies, or FSDP2 over all, or in groups with a copy each.
 
-Every form goes through `fully_shard`, on a mesh of [copies, processes that share one], or of the latter alone. So one
-process too keeps float32 master weights beside bfloat16 arithmetic, and can keep them in host memory.
+All of these go through `fully_shard`, on a mesh of [copies, processes that share one] (HSDP), or of the latter alone.
+So a single process too keeps float32 master weights beside bfloat16 arithmetic, and can keep them in host memory.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from ngrpo_train.recipe.sections import Model, Parallel
 
 
 def node_size() -> int:
-    """Processes of this node, as the launcher says."""
+    """Number of processes on this node, as the launcher says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size()))
 
 
 def shard(
     module: nn.Module, blocks: Sequence[nn.Module], model: Model, settings: Parallel, device: torch.device
 ) -> None:
-    """FSDP2 in place, block by block, reducing gradients in float32. `module` may still be on the meta device."""
+    """Shard with FSDP2 in place, block by block, reducing gradients in float32.
+
+    `module` may still be on the meta device.
+    """
     layout = Layout.of(model, settings, processes.world_size(), node_size())
     if layout.plain:
         return
@@ -48,8 +51,8 @@ def shard(
     # Blocks of FLUX return slices, which is harmless as long as nothing writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for part in (*blocks, module):
-        # The root too gives its gathered weights up after a forward, which by default it keeps until a backward: what
-        # optimizer, clipping and EMA hold are the shards, and the next forward must see what they made of them.
+        # The root too gives up its gathered weights after a forward; by default it keeps them until a backward. The
+        # optimizer, clipping and EMA change the shards, and the next forward must see the changed values.
         fully_shard(
             part,
             mesh=mesh,
@@ -76,13 +79,13 @@ def _mesh(layout: Layout, settings: Parallel, device: torch.device) -> DeviceMes
         backend = "gloo" if device.type == "cpu" else "nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (layout.copies, layout.shares), mesh_dim_names=("copies", "shard"))
-    # With one copy there is nobody to average with, which FSDP would do all the same. Offloaded, that is welcome: what
-    # it has reduced waits on the device for the last batch, and crosses to the host once.
+    # With one copy there is nothing to average over copies, but FSDP would do it all the same. With offload that helps:
+    # reduced gradients wait on the device for the last batch, and cross to the host once.
     return mesh["shard"] if layout.copies == 1 and not settings.offload else mesh
 
 
 def keep_gathered(module: nn.Module, kept: bool) -> None:
-    """Leave weights gathered from their next use on, or give them up now and after every use."""
+    """Keep weights gathered from their next use on, or give them up now and after every use."""
     if isinstance(module, FSDPModule):
         module.set_reshard_after_forward(not kept)
         module.set_reshard_after_backward(not kept)
@@ -91,7 +94,7 @@ def keep_gathered(module: nn.Module, kept: bool) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Give up gathered weights, because the shards have changed; the next use gathers them anew."""
+    """Give up gathered weights, because the shards have changed; the next use gathers them again."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -99,7 +102,7 @@ def release(module: nn.Module) -> None:
 
 @torch.no_grad()
 def assign(parameter: Tensor, values: Tensor) -> None:
-    """Set a parameter to whole `values`, which every process has: each takes its shard."""
+    """Set a parameter to whole `values`, which every process has: each takes its own shard."""
     if isinstance(parameter, DTensor):
         # Cut on the host, without a collective: the mesh only says who takes which rows.
         mesh = parameter.device_mesh["shard"]
@@ -110,9 +113,9 @@ def assign(parameter: Tensor, values: Tensor) -> None:
 
 
 def sync_gradients(module: nn.Module, settings: Parallel, *, last: bool) -> None:
-    """Say before a backward pass whether it is the last of its optimizer step, after which gradients are summed up.
+    """Announce, before a backward pass, whether it is the `last` of its optimizer step: then gradients are summed up.
 
-    Otherwise gradients only accumulate: whole, or already reduced where `reduce_gradients` is "batch".
+    Otherwise gradients only accumulate: whole, or already reduced if `reduce_gradients` is "batch".
     """
     if isinstance(module, FSDPModule):
         by_batch = settings.reduce_gradients == "batch"

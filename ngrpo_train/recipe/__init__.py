@@ -1,1 +1,1 @@
-"""What a user can set: sections, algorithms' settings, recipes (TOML) and flags, and what a resumed run may change."""
+"""Settings of a run: sections, algorithms' fields, recipes (TOML), flags, and what a resumed run may change."""

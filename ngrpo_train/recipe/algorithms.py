@@ -1,8 +1,8 @@
-"""Each algorithm's settings as it was published: its fields, its rules, and what it asks of model and memory.
+"""Settings of each algorithm as it was published: its fields, its rules, and the work and memory that it takes.
 
 A seventh algorithm of ours is a class here, in `ALGORITHMS`, and the file in `algorithms/` that its `implementation`
-names. A user's own needs no change of ours: a recipe says `algorithm.name = "package.module:Name"`, where `Name` is the
-class that trains (`ngrpo_train.algorithms.GRPO`) and `Name.Settings` a subclass of `Algorithm`.
+names. A user's own algorithm needs no change of this package. Its recipe says `algorithm.name = "package.module:Name"`:
+`Name` is the class that trains (`ngrpo_train.algorithms.GRPO`), and `Name.Settings` is a subclass of `Algorithm`.
 """
 
 # N solver steps, G candidates, B of them trained, K trained steps; an edge is a branch's way through one step.
@@ -21,7 +21,7 @@ from ngrpo_train.recipe.named import import_named
 from ngrpo_train.recipe.ranges import Fraction, NotNegative, Positive, Range, require
 
 TRANSITION_STATES = 16
-"""float32 latents that the loss of a Gaussian policy holds for each transition, what was explored included."""
+"""float32 latents that the loss of a Gaussian policy holds for each transition, explored ones included."""
 
 _TWO_OR_MORE = Range("must be 2 or more", lambda value: value >= 2)
 _ORDER = Range("must be in (0, 2]", lambda value: 0 < value <= 2)
@@ -39,20 +39,20 @@ _CLIP = Range("must be positive, and below 1 on the lower side", _is_clip)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What one prompt asks of the transformer and of memory in one iteration. A latent is float32, T * C numbers."""
+    """The work and memory that one prompt takes in one iteration. A latent is float32, T * C numbers."""
 
     generations: int
-    """G."""
+    """G: candidates."""
     calls: tuple[int, ...]
     """Pictures in each solver step of the rollout: G, or the branches of a tree."""
     num_train_steps: int
-    """K."""
+    """K: trained solver steps."""
     states: int
-    """Forward-backwards: states that are trained, over all optimizer steps. B * K, but for a tree."""
+    """Forward-backwards: trained states, over all optimizer steps. B * K; in a tree, its trained edges."""
     updates: int
     """Optimizer steps."""
     old_policy: int
-    """Forwards before the first optimizer step, for the old policy of the states that are trained after it."""
+    """Forwards for the old policy, before the first optimizer step, of the states that are trained after that step."""
     explored_latents: int
     """Latents that are kept from the rollout to the update."""
     states_per_row: int = 1
@@ -71,7 +71,7 @@ class Workload:
 
     @property
     def num_anchors(self) -> float:
-        """B: candidates trained per step; of a tree, on average."""
+        """B: candidates trained per step; for a tree, their average over steps."""
         return self.states / self.num_train_steps
 
     @property
@@ -81,60 +81,67 @@ class Workload:
 
     @property
     def nfe_theta(self) -> float:
-        """Evaluations of the trained policy per picture, B / G * K: the paper's Table 3."""
+        """Evaluations of the trained policy per picture, B / G * K, as in the paper's Table 3."""
         return self.states / self.generations
 
 
 # No slots from here on: they would break `super()` in the classes that `dataclass` makes anew.
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """How groups are explored and the policy is updated. Letters and equations are of arXiv 2511.16955.
+    """Settings for exploring groups and updating the policy. Letters and equations are those of arXiv 2511.16955.
 
-    These fields all algorithms have. A subclass adds its own, with published values as defaults and ranges in their
-    types (`ngrpo_train.recipe.ranges`). It overrides `check` for what its fields must fulfil together, and the methods
-    after it where what they say does not hold: they are what the trainer reports and `ngrpo plan` computes with. As
-    they stand here, G candidates walk through all N solver steps, and each is trained at every step of `step_range`.
+    All algorithms have these fields. A subclass adds its own, with published values as defaults and ranges in their
+    types (`ngrpo_train.recipe.ranges`). It overrides `check` for rules that join several fields. It also overrides the
+    methods after `check` that do not hold for it: the trainer reports what they return, and `ngrpo plan` computes with
+    it. As they stand here, G candidates walk through all N solver steps, and each is trained at every step of
+    `step_range`.
     """
 
     implementation: ClassVar[str] = ""
-    """"package.module:Name" of the class that trains, for an algorithm of ours; a user's own is named by `name`."""
+    """"package.module:Name" of the class that trains, for an algorithm of ours; `name` names a user's own."""
     explores_by: ClassVar[str] = "num_generations"
-    """The field to raise where a group's candidates are too much alike."""
+    """Name of the field to raise where the candidates of a group are too much alike."""
     rows_are: ClassVar[str] = "one state"
-    """What one row of an update is, in the words of `ngrpo plan`."""
+    """Content of one row of an update, in the words of `ngrpo plan`."""
 
     name: str = ""
     """neighbor, flow_grpo, dance_grpo, mix_grpo, mix_grpo_flash, branch_grpo, or "package.module:Name" for your own.
-    Each has settings of its own: see them by naming it before --help."""
+    Each has settings of its own; give --algorithm.name before --help to see them."""
     num_generations: Annotated[int, _TWO_OR_MORE] = 12
     """G: candidates per prompt."""
     step_range: Annotated[tuple[float, float], _RISING] = (0.0, 1.0)
-    """The part of the solver's steps that the trained ones are from, as fractions: (0, 0.5) is the noisy half."""
+    """Part of the solver's steps that may be trained, as fractions: (0, 0.5) is the noisy half."""
     old_policy: Literal["exact", "cached", "literal"] = "exact"
-    """Where the old policy stands: by the forward that trains, by the rollout's velocity, or, for neighbor alone, at
-    the rollout's state: Algorithm 1 as printed, and with a multistep solver a biased ratio."""
+    """Point of the old policy, from which the ratio is computed.
+    "exact": one step by a forward of the old weights, computed as in training.
+    "cached": one step by the velocity that the rollout computed.
+    "literal", for neighbor alone: the state that the rollout reached, as Algorithm 1 is printed.
+    With a multistep solver the ratio of "literal" is biased."""
     updates_per_iteration: Positive[int] = 1
-    """Optimizer steps per iteration, each on a share of the trained candidates. Clip and KL act from the second on."""
+    """Optimizer steps per iteration, each on a share of the trained candidates.
+    Clip and KL act from the second step on."""
     combine: Literal["standardized", "raw_sum"] = "standardized"
-    """How several rewards become one: each standardised in its group, then weighted; or their scores weighted as they
-    are, where one of wide spread outweighs the others."""
+    """Combination of several rewards. "standardized": each is standardised in its group, then weighted.
+    "raw_sum": the scores are weighted as they are, and one of wide spread outweighs the others."""
     p: Annotated[float, _ORDER] = 2.0
-    """Order of the quasi-norm that advantages are divided by (Eq. 11), in (0, 2]; 2 is plain GRPO up to a constant."""
+    """Order of the quasi-norm that advantages are divided by (Eq. 11), in (0, 2].
+    2 is plain GRPO up to a constant."""
     min_reward_std: NotNegative[float] = 0.0
-    """A group whose rewards spread less than this is skipped (absolute, per reward)."""
+    """Standard deviation, in a reward's own units, below which a reward adds nothing in a group."""
     clip_range: Annotated[float | tuple[float, float], _CLIP] = 1e-4
-    """Clip of the ratio at 1 - eps, 1 + eps, or (low, high)."""
+    """Clip of the ratio: eps for 1 - eps to 1 + eps, or two numbers, low and high."""
     kl_coef: NotNegative[float] = 0.0
     """Weight of KL(pi_old || pi_theta) in the loss."""
     shuffle_rewards: bool = False
-    """A control experiment: deal each group's rewards to its candidates at random. The reward must not rise."""
+    """Deal each group's rewards to its candidates at random.
+    This is a control experiment: the reward must not rise."""
     reference_coef: NotNegative[float] = 0.0
-    """Weight of a tether to the untrained model: |v_theta - v_base|^2 for neighbor, KL(pi_theta || pi_base) for the
-    others, as Flow-GRPO has it. Needs tuning = "lora", where it costs no memory."""
+    """Weight of a tether to the untrained model; it needs tuning = "lora", where it costs no memory.
+    The tether is |v_theta - v_base|^2 for neighbor, and KL(pi_theta || pi_base) for the others, as in Flow-GRPO."""
 
     @staticmethod
     def of(name: str) -> Algorithm:
-        """The settings of an algorithm as published, for FLUX where its authors have settings for it.
+        """The settings of an algorithm as published, for FLUX where its authors have settings for FLUX.
 
         Raises ValueError for an algorithm that does not exist.
         """
@@ -143,7 +150,7 @@ class Algorithm:
     def check(self, N: int) -> None:
         """Raise ValueError, naming the field, for settings that cannot train with N solver steps.
 
-        The range of each field by itself has been looked at before.
+        The range of each field by itself has been checked before.
         """
         self._check_steps(N)
         require(
@@ -163,13 +170,13 @@ class Algorithm:
         return len(self.trainable_steps(N))
 
     def workload(self, N: int, iteration: int = 0) -> Workload:
-        """What one prompt asks of the transformer and of memory in that iteration, with N solver steps."""
+        """The work and memory that one prompt takes in that iteration, with N solver steps."""
         G, K = self.num_generations, self.num_trained_steps(N)
         return self._of_transitions(calls=(G,) * N, K=K, states=G * K)
 
     @property
     def exploration(self) -> str:
-        """The setting that says how far a group's candidates are apart, and its value."""
+        """The setting that spreads the candidates of a group, and its value."""
         return f"algorithm.{self.explores_by} = {getattr(self, self.explores_by):g}"
 
     @property
@@ -178,7 +185,7 @@ class Algorithm:
         return "auto"
 
     def _of_transitions(self, calls: tuple[int, ...], K: int, states: int, explored: int = 0) -> Workload:
-        """The workload of steps that are trained one by one; `explored` ones where more are kept than trained."""
+        """The workload of steps that are trained one by one; `explored` ones if more are kept than trained."""
         return Workload(
             generations=self.num_generations,
             calls=calls,
@@ -191,7 +198,10 @@ class Algorithm:
         )
 
     def _trained_later(self, states: int) -> int:
-        """The states that are trained after the first optimizer step, which has the most, if "exact" asks for them."""
+        """The states that are trained after the first optimizer step, if "exact" needs a forward for them.
+
+        The first step has the most states.
+        """
         return states - -(-states // self.updates_per_iteration) if self.old_policy == "exact" else 0
 
     def _check_steps(self, N: int) -> None:
@@ -231,7 +241,7 @@ class Neighbor(Algorithm):
 
     name: str = "neighbor"
     num_anchors: Positive[int] = 4
-    """B: candidates per prompt that are trained; the other algorithms train all."""
+    """B: candidates per prompt that are trained; the other algorithms train all G."""
     num_train_steps: Positive[int] = 4
     """K: solver steps per prompt that are trained."""
     # All but the last of 8 steps, as in 0.1.0, whose recipes may leave it open. Packaged recipes train the noisy half.
@@ -240,10 +250,10 @@ class Neighbor(Algorithm):
     """Strength of the perturbation of the initial noise (Eq. 7), in (0, 1]."""
     p: Annotated[float, _ORDER] = 0.8
     temperature: Annotated[float | Literal["dim", "neighborhood"], _TEMPERATURE] = 1.0
-    """Divides the squared distances of the leaping policy (Eq. 8).
+    """Divisor of the squared distances in the leaping policy (Eq. 8).
     A number, "dim" for the latent's dimension, or "neighborhood" for the group's mean squared distance."""
     backend: Literal["auto", "triton", "cpp", "reference"] = "auto"
-    """What computes the loss: Triton on a GPU, C++ on a CPU, or plain PyTorch anywhere."""
+    """Backend of the loss: Triton on a GPU, C++ on a CPU, or plain PyTorch ("reference") anywhere."""
 
     def check(self, N: int) -> None:
         self._check_num_train_steps(self.num_train_steps, N)
@@ -286,19 +296,22 @@ class Neighbor(Algorithm):
 
 @dataclass(frozen=True, kw_only=True)
 class Stochastic(Algorithm):
-    """What the algorithms with an SDE share. eta, clip and updates are of the authors' scripts for FLUX, where updates
-    are candidates per process / gradient accumulation. Flow-GRPO has its eta in its paper, for SD3.5."""
+    """Settings that the algorithms with an SDE share.
+
+    eta, clip and updates come from the authors' scripts for FLUX; updates there are candidates per process divided by
+    gradient accumulation. Flow-GRPO's eta comes from its paper, for SD3.5.
+    """
 
     explores_by: ClassVar[str] = "eta"
 
     eta: Positive[float] = 0.7
-    """Strength of the SDE's noise: its level is eta for dance_grpo and branch_grpo, and eta sqrt(sigma / (1 - sigma))
-    for the others."""
+    """Strength of the SDE's noise.
+    The noise level is eta for dance_grpo and branch_grpo, and eta sqrt(sigma / (1 - sigma)) for the others."""
     advantage_clip: Positive[float] = 5.0
     """Advantages are clipped to +- this, in units of the group's standard deviation."""
 
     def trainable_steps(self, N: int) -> range:
-        """`step_range`, but never the last step, which is the ODE's: its noise would stay in the picture."""
+        """The steps of `step_range` without the last one, an ODE step: its noise would stay in the picture."""
         steps = super().trainable_steps(N)
         return range(steps.start, min(steps.stop, N - 1))
 
@@ -320,7 +333,7 @@ class FlowGRPO(Stochastic):
 
     name: str = "flow_grpo"
     num_train_steps: NotNegative[int] = 0
-    """K: solver steps per prompt that are trained; 0 for all that are random."""
+    """K: solver steps per prompt that are trained; 0 takes all random steps."""
 
     def check(self, N: int) -> None:
         super().check(N)
@@ -338,7 +351,7 @@ class DanceGRPO(Stochastic):
 
     name: str = "dance_grpo"
     num_train_steps: NotNegative[int] = 0
-    """K: solver steps per prompt that are trained; 0 for int(0.6 (N - 1)) of N steps."""
+    """K: solver steps per prompt that are trained; 0 takes int(0.6 (N - 1)) of N steps."""
     eta: Positive[float] = 0.3
     updates_per_iteration: Positive[int] = 3
 
@@ -358,9 +371,9 @@ class MixGRPO(Stochastic):
 
     name: str = "mix_grpo"
     window_size: Positive[int] = 4
-    """Solver steps in the window: these are random and trained, all others are the ODE's."""
+    """Solver steps in the window. These are random and trained; all others are ODE steps."""
     window_every: Positive[int] = 25
-    """Iterations after which the window moves one step on, within step_range."""
+    """Iterations between two moves of the window, each by one step, within step_range."""
     updates_per_iteration: Positive[int] = 4
 
     def check(self, N: int) -> None:
@@ -376,7 +389,7 @@ class MixGRPO(Stochastic):
         return self.window_size
 
     def window(self, N: int, iteration: int) -> range:
-        """The random steps: the window starts at the noisy end, moves on, and stays where it cannot."""
+        """The random steps: the window starts at the noisy end, moves on, and stays at the other end."""
         steps = self.trainable_steps(N)
         start = steps.start + min(iteration // self.window_every, len(steps) - self.window_size)
         return range(start, start + self.window_size)
@@ -384,21 +397,21 @@ class MixGRPO(Stochastic):
 
 @dataclass(frozen=True, kw_only=True)
 class MixGRPOFlash(MixGRPO):
-    """MixGRPO-Flash (arXiv 2507.21802): fewer steps after the window, by DPM-Solver++."""
+    """MixGRPO-Flash (arXiv 2507.21802): DPM-Solver++ takes fewer steps after the window."""
 
     implementation: ClassVar[str] = "ngrpo_train.algorithms.mix_grpo:MixGRPOFlash"
 
     name: str = "mix_grpo_flash"
     window_frozen: bool = False
-    """Leave the window where it begins: MixGRPO-Flash*."""
+    """Leave the window where it begins, as in MixGRPO-Flash*."""
     compression: Fraction[float] = 0.4
-    """Steps after the window, as a share of those it would take without DPM-Solver++."""
+    """Steps after the window, as a share of the steps without DPM-Solver++."""
 
     def window(self, N: int, iteration: int) -> range:
         return super().window(N, 0 if self.window_frozen else iteration)
 
     def steps_after_window(self, N: int, iteration: int) -> int:
-        """A share of the steps that were left; at least one."""
+        """Solver steps after the window: `compression` of those that are left, at least one."""
         left = N - self.window(N, iteration).stop
         return max(1, math.floor(self.compression * left + 1e-9))  # 0.2 of 20 is 4
 
@@ -419,17 +432,18 @@ class BranchGRPO(Stochastic):
     clip_range: Annotated[float | tuple[float, float], _CLIP] = 1e-3
     updates_per_iteration: Positive[int] = 3
     branch_steps: tuple[int, ...] = ()
-    """Solver steps at which every branch splits in two, log2(G) of them; empty spaces them by 0.15 N."""
+    """Solver steps at which every branch splits in two: log2(G) steps.
+    Empty takes steps that are 0.15 N apart."""
     branch_spread: Positive[float] = 4.0
-    """How far siblings stand apart: their noises correlate by 1 / (1 + branch_spread^2)."""
+    """Distance of siblings: their noises correlate by 1 / (1 + branch_spread^2)."""
     width_pruning: Literal["none", "parent_top1", "extremes"] = "none"
-    """Which leaves are trained after the last split: all, the better of each pair, or the best and the worst quarter of
-    them."""
+    """Leaves that are trained after the last split.
+    "none": all. "parent_top1": the better of each pair. "extremes": the best quarter and the worst quarter."""
     depth_pruning: NotNegative[int] = 0
-    """Solver steps left out of training, at first the last ones; every `depth_pruning_every` iterations they move one
-    step up, as far as the last split."""
+    """Solver steps that are left out of training, at first the last ones.
+    Every `depth_pruning_every` iterations they move one step up, as far as the last split."""
     depth_pruning_every: Positive[int] = 30
-    """Iterations between two such moves."""
+    """Iterations between two moves of the steps that depth pruning leaves out."""
 
     def check(self, N: int) -> None:
         self._check_steps(N)
@@ -478,15 +492,18 @@ class BranchGRPO(Stochastic):
         if self.branch_steps:
             return self.branch_steps
         count = int(math.log2(self.num_generations))
-        return tuple(max(i, 3 * i * N // 20) for i in range(count))  # of few steps, one after the other
+        return tuple(max(i, 3 * i * N // 20) for i in range(count))  # one after the other where N is small
 
     def branches(self, N: int, step: int) -> int:
         """The tree's edges through a solver step."""
         return int(2 ** sum(split <= step for split in self.splits(N)))
 
     def tree_steps(self, N: int, iteration: int) -> tuple[int, ...]:
-        """Solver steps that are trained: all that may be from the first split on, which is where branches differ, but
-        for those that depth pruning leaves out just now."""
+        """The solver steps that are trained in that iteration.
+
+        These are the trainable steps from the first split on, because branches differ there, without those that depth
+        pruning leaves out.
+        """
         splits, steps = self.splits(N), self.trainable_steps(N)
         steps = range(max(steps.start, splits[0]), steps.stop)
         start = steps.stop - self.depth_pruning - iteration // self.depth_pruning_every
@@ -511,7 +528,7 @@ class BranchGRPO(Stochastic):
 ALGORITHMS: dict[str, type[Algorithm]] = {
     kind().name: kind for kind in (Neighbor, FlowGRPO, DanceGRPO, MixGRPO, MixGRPOFlash, BranchGRPO)
 }
-"""Ours, by name."""
+"""The algorithms of ngrpo, by name."""
 
 
 def settings_class(name: str) -> type[Algorithm]:
@@ -543,9 +560,9 @@ def field_names(kind: type[Algorithm]) -> set[str]:
 
 
 def refuse_foreign(name: str, given: Iterable[str]) -> None:
-    """Raise ValueError for a field that is not of the algorithm `name` but of others.
+    """Raise ValueError for a field that is a setting of other algorithms, but not of the algorithm `name`.
 
-    One that no algorithm has is left to the parser, which says what is near it.
+    The parser refuses a field that no algorithm has, and says which one is near it.
     """
     own = field_names(settings_class(name))
     for field_name in given:
@@ -556,10 +573,10 @@ def refuse_foreign(name: str, given: Iterable[str]) -> None:
 
 
 def carried_over(algorithm: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What still holds of an [algorithm] section where another algorithm takes its place.
+    """Settings of an [algorithm] section that still hold where another algorithm takes its place.
 
-    Neither what the other does not have, nor what each has its own published value of. Which steps can be trained is
-    the model's affair.
+    Left out are fields that the other algorithm lacks, and fields for which each algorithm has its own published value.
+    `step_range` stays: the model decides which steps can be trained.
     """
     kind = settings_class(name)
     shared = field_names(kind) - _published(kind) | {"step_range"}
@@ -567,7 +584,7 @@ def carried_over(algorithm: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _published(kind: type[Algorithm]) -> set[str]:
-    """The fields whose defaults are not alike in all algorithms that have them."""
+    """The fields whose defaults differ between the algorithms that have them."""
     defaults: dict[str, set[Any]] = {}
     for each in {*ALGORITHMS.values(), kind}:
         for field in dataclasses.fields(each):

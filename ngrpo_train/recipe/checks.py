@@ -1,4 +1,4 @@
-"""Which recipes can run: what the sections of a recipe must fulfil together, and each field by itself."""
+"""Checks of a recipe: rules for each field by itself, and for sections together."""
 
 from __future__ import annotations
 

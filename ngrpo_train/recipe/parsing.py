@@ -1,7 +1,7 @@
-"""Recipes (TOML) and flags into dataclasses, by one parser.
+"""Parsing of recipes (TOML) and flags into dataclasses, by one parser.
 
-A recipe is flattened into flags, so both are checked by the same rules and a misspelt name is answered with the nearest
-right one wherever it stands. The recipe's values are then the defaults of the user's own flags.
+A recipe is flattened into flags. So the same rules check both, and a misspelt name is answered with the nearest right
+one, in a file and on the command line. The recipe's values are then the defaults of the user's own flags.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DEFAULT = Recipe().algorithm.name
 
 
 def find_recipe(name: str, beside: Path = Path()) -> Path:
-    """A packaged recipe by bare name, or a TOML file, relative to `beside`. Raises ValueError where there is none."""
+    """A packaged recipe by bare name, or a TOML file, relative to `beside`. Raises ValueError if there is neither."""
     packaged = {path.name.removesuffix(".toml"): path for path in (files("ngrpo_train.recipe") / "packaged").iterdir()}
     if name in packaged:
         return Path(str(packaged[name]))
@@ -43,7 +43,7 @@ def find_recipe(name: str, beside: Path = Path()) -> Path:
 
 
 def is_run(name: str) -> bool:
-    """Whether it is the directory of a run: one with a recipe in it."""
+    """True where `name` is the directory of a run: one with a recipe in it."""
     return bool(name) and (Path(name) / "recipe.toml").exists()
 
 
@@ -54,7 +54,10 @@ def suggestion(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
 
 
 def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe, on top of the one that it `extends`. Raises ValueError where that is not to be had, or is itself."""
+    """A recipe as nested dicts, on top of the one that it `extends`.
+
+    Raises ValueError for a file that is not TOML, and if the extended recipe does not exist or leads back to this one.
+    """
     try:
         with path.open("rb") as file:
             own = tomllib.load(file)
@@ -81,8 +84,8 @@ def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
 def overlay(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe `own` over the recipe `base`, table by table.
 
-    Where `own` names another algorithm, what `base` says of its algorithm alone is left behind: published settings of
-    one are none of another's. Raises ValueError for an algorithm that does not exist.
+    Where `own` names another algorithm, settings of `base` that belong to its algorithm alone are left out: published
+    settings of one algorithm do not hold for another. Raises ValueError for an algorithm that does not exist.
     """
     name = _algorithm(own).get("name")
     if name is not None and name != _algorithm(base).get("name", _DEFAULT):
@@ -116,9 +119,9 @@ def parse(
     name: str = "",
     quiet: bool = False,
 ) -> T:
-    """`command`, a dataclass with a field `recipe: RecipeFlags`, from a recipe called `name` and flags.
+    """A `command`, which is a dataclass with a field `recipe: RecipeFlags`, from a recipe called `name` and flags.
 
-    Exits with code 2 on a wrong key, flag or value; a recipe's is said to be of `name`.
+    Exits with code 2 on a wrong key, flag or value. The message on one of the recipe also gives `name`.
     """
     if algorithm := flag_value(arguments, "--algorithm.name"):
         changed = overlay(recipe, {"algorithm": {"name": algorithm}})
@@ -136,10 +139,10 @@ def parse(
 
 
 def flag_value(arguments: Sequence[str], flag: str) -> str:
-    """The value of a flag such as "--base", as `--base VALUE` or `--base=VALUE`; empty where it is not given.
+    """The value of a flag such as "--base", as `--base VALUE` or `--base=VALUE`; empty if it is not given.
 
-    For what must be known before the parser runs. Given twice, the last one counts, as it does for the parser; and
-    underscores and dashes are alike.
+    This is for values that are needed before the parser runs. It agrees with the parser: of a flag given twice the last
+    one counts, and underscores and dashes are alike.
     """
     return _given(arguments).get(flag.replace("_", "-"), "")
 
@@ -155,13 +158,13 @@ def _given(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _fields_given(arguments: Sequence[str], section: str) -> list[str]:
-    """The fields of a section that flags give."""
+    """The fields of a section that are given as flags."""
     prefix = f"--{section}."
     return [flag.removeprefix(prefix).replace("-", "_") for flag in _given(arguments) if flag.startswith(prefix)]
 
 
 def _with_pythons_booleans(arguments: Sequence[str], recipe: Recipe) -> Iterator[str]:
-    """The parser takes True and False only; here a recipe's fields take TOML's words too."""
+    """The arguments with true and false, TOML's words, as True and False, the only ones that the parser takes."""
     sections = [Reward, *(type(getattr(recipe, section.name)) for section in dataclasses.fields(Recipe))]
     fields = {
         name
@@ -181,9 +184,9 @@ def _with_pythons_booleans(arguments: Sequence[str], recipe: Recipe) -> Iterator
 
 
 def resolve(recipe: Mapping[str, Any], *, name: str, quiet: bool = False) -> Recipe:
-    """A recipe as read from TOML, complete; exits with code 2, saying where and what, on a wrong key or value.
+    """A complete recipe from one as read from TOML. Exits with code 2, saying where and what, on a wrong key or value.
 
-    Raises ValueError where the shape of the TOML is wrong, which the parser of flags could not explain.
+    Raises ValueError where the shape of the TOML is wrong, because the parser of flags could not explain that.
     """
     if section := _algorithm(recipe):
         recipe = {**recipe, "algorithm": with_present_names(section)}
@@ -237,9 +240,9 @@ def _cli(kind: Any, arguments: Iterable[str], default: T, prog: str, quiet: bool
 
 
 def take_rewards(arguments: Sequence[str], known: Mapping[str, Reward]) -> tuple[dict[str, Reward], list[str]]:
-    """The rewards that `--rewards NAME,NAME ...` chooses, with the settings `known` has for them, and the other flags.
+    """The rewards that `--rewards NAME,NAME ...` chooses, with their settings in `known`, and the other flags.
 
-    Without that flag, all that are known. "package.module:callable" goes by the callable's name. Raises ValueError for
+    Without that flag, all rewards in `known`. "package.module:callable" gets the callable's name. Raises ValueError for
     a flag without names.
     """
     chosen: list[str] = []
@@ -275,13 +278,16 @@ def _nearly_rewards(argument: str) -> bool:
 
 
 def _with_rewards(recipe: Recipe, names: Iterable[str]) -> Recipe:
-    """The recipe with rewards of these names too, at their defaults."""
+    """The recipe with rewards of these names added, at their defaults."""
     wanted = {name.replace("-", "_"): Reward() for name in names}
     return replace(recipe, rewards={**recipe.rewards, **{n: r for n, r in wanted.items() if n not in recipe.rewards}})
 
 
 def as_flags(recipe: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
-    """{"model": {"ema": 0.9}} -> "--model.ema=0.9"; the values of a list stand alone, after the name."""
+    """Flags for a recipe: {"model": {"ema": 0.9}} -> "--model.ema=0.9".
+
+    The values of a list are words of their own, after the flag.
+    """
     for key, value in recipe.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):

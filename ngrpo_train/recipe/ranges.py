@@ -1,4 +1,4 @@
-"""A field's range stands in its type, as in `num_anchors: Positive[int] = 4`; one checker reads all of them."""
+"""Ranges of fields: each stands in its field's type, as in `num_anchors: Positive[int] = 4`; one checker reads all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Range:
     """A rule for one field by itself, as a part of its type: `Annotated[int, Range("must be even", is_even)]`."""
 
     rule: str
-    """How the error goes on after "section.field = value"."""
+    """End of the error after "section.field = value"."""
     holds: Callable[[Any], bool]
 
 
@@ -26,7 +26,7 @@ Finite = Annotated[T, Range("must be finite", math.isfinite)]
 
 
 def check_ranges(section: Any, name: str) -> None:
-    """Raise ValueError for the first field of a section, a dataclass called `name`, whose value its type excludes."""
+    """Raise ValueError for the first field of `section`, a dataclass called `name`, whose value its type excludes."""
     for field_name, ranges in _ranges(type(section)).items():
         value = getattr(section, field_name)
         for each in ranges:

@@ -1,4 +1,4 @@
-"""Which fields of its recipe a resumed run may change, and the names that fields had in earlier versions."""
+"""Rules of resuming: the fields of a recipe that may change, and the names that fields had in earlier versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ngrpo_train.recipe.algorithms import Algorithm, field_names
 from ngrpo_train.recipe.sections import Model, Recipe
 
 # Fields that may differ between a checkpoint and the run that resumes from it: none of them changes the numbers.
-# Two of them may make up for another number of processes: the prompt cursor sees to it that they do.
+# prompts.per_rank and gradient_accumulation_steps must make up for another number of processes; the prompt cursor
+# checks that they do.
 _FREE_ON_RESUME = re.compile(
     r"train\.(steps|gradient_accumulation_steps)|prompts\.per_rank"
     r"|log\..*|checkpoint\..*|evaluation\..*"
@@ -21,7 +22,7 @@ _FREE_ON_RESUME = re.compile(
 
 
 def with_present_names(algorithm: Mapping[str, Any]) -> dict[str, Any]:
-    """An [algorithm] section that an earlier version may have written, with the names that its fields have now."""
+    """An [algorithm] section that an earlier version may have written, under the present names of its fields."""
     earlier = {"shuffle_advantages": "shuffle_rewards"}
     return {earlier.get(key, key): value for key, value in algorithm.items()}
 
@@ -29,7 +30,7 @@ def with_present_names(algorithm: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_changed(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> None:
     """Raise ValueError where a resumed run's recipe (from `as_dict`) differs in a field that changes the numbers.
 
-    A field that the checkpoint's version did not have must be as that version was: at its default.
+    A field that the checkpoint's version did not have must stand at its default, because that version behaved so.
     """
     if prefix == "model.":
         saved = dataclasses.asdict(Model()) | dict(saved)
@@ -44,7 +45,7 @@ def refuse_changed(saved: Mapping[str, Any], current: Mapping[str, Any], prefix:
 
 
 def _of_today(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
-    """The [algorithm] of a checkpoint, complete; version 0.1.0 wrote the fields of all algorithms."""
+    """The complete [algorithm] section of a checkpoint; version 0.1.0 wrote the fields of all algorithms into it."""
     algorithm = Algorithm.of(str(current["name"]))
     saved = {"name": Recipe().algorithm.name, **with_present_names(saved)}
     return dataclasses.asdict(algorithm) | {key: saved[key] for key in saved if key in field_names(type(algorithm))}

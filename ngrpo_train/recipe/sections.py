@@ -17,206 +17,232 @@ _SEED = Range("must be less than 2**63", lambda value: value < 2**63)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """The model that is trained: any directory or hub id in FLUX.1's layout (dev, schnell, or your own)."""
+    """The model that is trained: a directory or hub id in FLUX.1's layout (dev, schnell, or your own)."""
 
     name_or_path: str = "black-forest-labs/FLUX.1-dev"
-    """Directory, hub id, "shapes" for the pipeline that ships with ngrpo, or "random:flux-dev", "random:flux-schnell":
-    random weights at that model's size, made on the device, for measuring without a download; "random:flux-dev:2+4" has
-    2 double and 4 single blocks of it."""
+    """Directory or hub id of the model, or "shapes" for the pipeline that ships with ngrpo.
+    "random:flux-dev" and "random:flux-schnell" have random weights at that model's size, made on the device.
+    They are for measurements without a download; "random:flux-dev:2+4" has 2 double and 4 single blocks."""
     transformer: str = ""
-    """Directory or hub id of a transformer alone, in diffusers' layout, in place of name_or_path's own: one that others
-    trained, to evaluate or to train on."""
+    """Directory or hub id of another transformer in diffusers' layout, in place of the model's own.
+    It may be one that others trained, to evaluate it or to train on."""
     adapter: str = "auto"
-    """What says how the model is loaded, encodes, computes and decodes: "auto" for FLUX.1's layout, or
-    "package.module:Name" for a class of your own, see `Adapter` in ngrpo_train/models/model.py. name_or_path is then
-    whatever that class makes of it."""
+    """Class that loads the model, encodes, computes and decodes: "auto" for FLUX.1's layout, or "package.module:Name".
+    A class of your own is an `Adapter` (ngrpo_train/models/model.py), and decides what name_or_path means."""
     tuning: Literal["full", "lora"] = "full"
     """Train every weight of the transformer, or low-rank adapters (peft) on its attention and feed-forward layers."""
     lora_rank: Positive[int] = 128
+    """Rank of the low-rank adapters."""
     lora_alpha: Positive[int] = 128
-    """The adapters' output is scaled by lora_alpha / lora_rank."""
+    """The output of the low-rank adapters is scaled by lora_alpha / lora_rank."""
     gradient_checkpointing: Literal["full", "selective", "none"] | float = "full"
-    """What the backward pass computes again to save memory: whole blocks, all but their matrix products and attention,
-    or nothing. A number between 0 and 1 is the share of activations that the compiler may keep: it then chooses."""
+    """Activations that the backward pass computes again, to save memory.
+    "full": whole blocks. "selective": all but matrix products and attention. "none": nothing.
+    A number between 0 and 1 is the share of activations that the compiler may keep: it then chooses which."""
     ema: Annotated[float, _BELOW_ONE] = 0.0
     """Decay of an exponential moving average of the weights per iteration, used for evaluation and export; 0 is off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompts:
-    """What the model is asked to draw."""
+    """The prompts that the model is trained on."""
 
     source: str = ""
-    """A file (txt, json, jsonl, csv, parquet) or "hub:ID", "hpdv2:train", "shapes:train"."""
+    """Prompts to train on: a file (txt, json, jsonl, csv, parquet), "hub:ID", "hpdv2:train" or "shapes:train"."""
     per_rank: Positive[int] = 1
-    """P: prompts explored together on each process."""
+    """P: prompts that each process explores together."""
     embeddings: str = ""
-    """Directory of encoded prompts that `ngrpo embed` wrote: training then loads no text encoder."""
+    """Directory of encoded prompts that `ngrpo embed` wrote; training then loads no text encoder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How pictures are generated, in rollouts and in evaluation."""
+    """Generation of pictures, in rollouts and in evaluation."""
 
     solver: Literal["euler", "ddim", "dpmpp_2m"] = "dpmpp_2m"
-    """ODE solver of evaluations and of neighbor's rollouts; "ddim" is another name for Euler. The update, and rollouts
-    of an SDE, always take Euler's steps."""
+    """ODE solver of evaluations and of neighbor's rollouts; "ddim" is another name for Euler.
+    The update, and rollouts of an SDE, always take Euler steps."""
     num_inference_steps: Positive[int] = 8
     """Solver steps per picture."""
     shift: Positive[float] = 3.0
     """Timestep shift s of the schedule s*t / (1 + (s-1)*t)."""
     guidance_scale: NotNegative[float] = 3.5
-    """Ignored by models without a guidance embedding (schnell)."""
+    """Guidance scale; models without a guidance embedding (schnell) ignore it."""
     height: Positive[int] = 720
-    """Pixels, a multiple of what one image token covers (16 for FLUX.1's VAE); width likewise."""
+    """Height of a picture in pixels, a multiple of what one image token covers (16 for FLUX.1's VAE)."""
     width: Positive[int] = 720
+    """Width of a picture in pixels, a multiple of the same number."""
     max_sequence_length: Positive[int] = 512
-    """T5 tokens per prompt."""
+    """T5 tokens per prompt; a longer prompt is cut."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
-    """One scorer of pictures."""
+    """A scorer of pictures."""
 
     weight: Finite[float] = 1.0
-    """Weight of its group-standardised advantage, or of the score itself where algorithm.combine = "raw_sum"."""
+    """Weight of the group-standardised advantage, or of the score itself where algorithm.combine = "raw_sum"."""
     path: str = ""
-    """Weights of a scorer that ships with ngrpo: hub id, directory or file; empty for the official ones. Of a judge,
-    its model's name. "package.module:callable" for a scorer of your own."""
+    """Weights of a scorer that ships with ngrpo: hub id, directory or file; empty for the official ones.
+    For a judge it is the name of its model; for a scorer of your own, "package.module:callable"."""
     log_only: bool = False
-    """Report it, do not train on it: an out-of-domain watch."""
+    """Report the score in every iteration, but do not train on it: an out-of-domain watch."""
     watch_only: bool = False
-    """Score only the pictures of evaluations, not those of every iteration, and do not train on it: a slow watch."""
+    """Score only the pictures of evaluations, not those of every iteration, and do not train on it.
+    This is a watch for a slow scorer."""
     remote: str = ""
-    """Where it is computed, if not here: "http://host:port" of `ngrpo reward-server`, or of a judge's server."""
+    """Server that computes the reward, "http://host:port": `ngrpo reward-server`, or a judge's server.
+    Empty: this machine computes it."""
     backend: Literal["native", "hpsv2", "image-reward"] = "native"
-    """Our implementation, or the official package of that name as a reference."""
+    """Implementation: ngrpo's own ("native"), or the official package of that name, as a reference."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the scorer's weights and arithmetic; the score itself is always formed in float32."""
+    """Dtype of the scorer's weights and arithmetic; the score itself is always formed in float32."""
     batch: Positive[int] = 32
-    """Pictures scored at once, or asked about at once where a judge answers."""
+    """Pictures scored at once, or, for a judge, asked about at once."""
     offload: bool = False
     """Keep the scorer's weights in host memory between uses."""
     processor: str = ""
     """Hub id or directory of the scorer's tokenizer; empty for the one it was trained with."""
     template: str = ""
-    """What a judge is asked: a packaged template's name or a TOML file; empty for its own."""
+    """Question that a judge is asked: a packaged template's name or a TOML file; empty for the judge's own."""
 
     @property
     def is_callable(self) -> bool:
-        """Whether `path` is "package.module:callable", which is neither a hub id nor a likely file."""
+        """True where `path` is "package.module:callable", which is neither a hub id nor a likely file."""
         return bool(re.fullmatch(r"[\w.]*:\w*", self.path))
 
     @property
     def is_trained(self) -> bool:
-        """Whether the policy is trained on it, and not merely scored by it."""
+        """True where the policy is trained on this reward, and not merely scored by it."""
         return bool(self.weight) and not (self.log_only or self.watch_only)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer:
+    """The optimizer of the trained weights."""
+
     name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """AdamW with float32 states, or torchao's with states of 8 bits, which bfloat16 weights need."""
+    """"adamw" has float32 states. "adamw_8bit" is torchao's, with states of 8 bits; bfloat16 weights need it."""
     learning_rate: Positive[float] = 1e-5
+    """Learning rate, the same in every step."""
     betas: Annotated[tuple[float, float], _EACH_BELOW_ONE] = (0.9, 0.999)
+    """Decay rates of the running means of the gradient and of its square."""
     weight_decay: NotNegative[float] = 1e-4
+    """Decoupled weight decay."""
     max_grad_norm: Positive[float] = 1.0
+    """Gradients of a larger norm are scaled down to this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Train:
+    """Length and seed of the run."""
+
     steps: Positive[int] = 300
     """Iterations: each explores a group for every prompt of the batch, then updates."""
     seed: Annotated[NotNegative[int], _SEED] = 0
+    """Seed of every random number in the run."""
     gradient_accumulation_steps: Positive[int] = 1
-    """Batches of prompts.per_rank prompts explored per process before an update.
+    """Batches of prompts.per_rank prompts that each process explores before an update.
     One GPU with 32 here sees as many prompts per update as the paper's 32 GPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
+    """Devices, processes, precision and memory."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the run; "auto" is a GPU where there is one."""
     sharding: Literal["auto", "full", "hybrid", "none"] = "auto"
-    """FSDP2 over all processes ("full"), over groups of `shard_size` that each hold a whole copy ("hybrid"), or a whole
-    copy in every process ("none"); "auto" is "none" for one process and "full" for several."""
+    """"full": FSDP2 shards the weights over all processes. "none": every process holds a whole copy.
+    "hybrid": FSDP2 shards the weights over groups of `shard_size` processes, and each group holds a whole copy.
+    "auto": "none" for one process and "full" for several."""
     shard_size: NotNegative[int] = 0
     """Processes that share one copy of the weights where sharding = "hybrid"; 0 takes those of a node."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Forward and backward arithmetic."""
+    """Dtype of the arithmetic in forward and backward."""
     master_dtype: Literal["float32", "bfloat16"] = "float32"
-    """The trained weights between steps. bfloat16 halves them and their gradients; updates are rounded stochastically,
-    for at usual learning rates most of them are smaller than half of bfloat16's last digit."""
+    """Dtype of the trained weights between steps; bfloat16 halves them and their gradients.
+    Updates of bfloat16 weights are rounded stochastically.
+    At usual learning rates most updates are below half of bfloat16's last digit: plain rounding would lose them."""
     offload: bool = False
-    """Keep trained weights, gradients and optimizer states in host memory, and make the optimizer's step there."""
+    """Keep trained weights, gradients and optimizer states in host memory, and take the optimizer's step there."""
     keep_gathered: Literal["auto", "never", "rollout", "iteration"] = "auto"
-    """Gather sharded weights once for a rollout, or for a rollout and an update, and not for every forward; "auto" does
-    what memory allows."""
+    """Gather sharded weights once for a rollout, or once for a rollout and an update ("iteration").
+    "never" gathers them for every forward; "auto" does what memory allows."""
     reduce_gradients: Literal["auto", "step", "batch"] = "auto"
-    """Sum gradients over processes once per optimizer step, or after every forward-backward, which needs no memory for
-    whole gradients; "auto" does what memory allows."""
+    """Sum gradients over processes once per optimizer step, or after every forward-backward ("batch").
+    "batch" needs no memory for whole gradients; "auto" does what memory allows."""
     rollout_dtype: Literal["same", "float8"] = "same"
-    """Matrix products of the rollout: as in training, or on a float8 copy of the weights (torchao), which the policy
-    ratio never sees."""
+    """Arithmetic of the rollout's matrix products: as in training, or on a float8 copy of the weights (torchao).
+    The policy ratio never sees the copy."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for each of the model's blocks; "auto" does on a GPU."""
+    """Compile each of the model's blocks with torch.compile; "auto" does so on a GPU."""
     compile_cache: str = ""
     """Directory for compiled code that later runs find again; empty is PyTorch's own, which may be temporary."""
     attention: str = "auto"
-    """Attention backend by diffusers' name: native, _native_cudnn, flash, _flash_3, xformers, ... (`ngrpo doctor` lists
-    those that work here). "auto" measures at the start; the run's recipe has the fastest, which resuming keeps."""
+    """Attention backend by diffusers' name: native, _native_cudnn, flash, _flash_3, xformers, ...
+    `ngrpo doctor` lists those that work on this machine.
+    "auto" measures them at the start; the run's recipe then names the fastest, and a resumed run keeps it."""
     text_encoders: Literal["device", "offload", "shard"] = "device"
-    """Where T5 and CLIP wait between iterations: on the device, in host memory, or sharded over processes."""
+    """Place of T5 and CLIP between iterations: the device, host memory, or sharded over processes."""
     rollout_batch: NotNegative[int] = 0
     """Pictures per forward in the rollout; 0 takes as many as memory allows."""
     update_batch: NotNegative[int] = 0
-    """States per forward in the update, anchors or transitions of an SDE; 0 takes all at once."""
+    """States per forward in the update: anchors, or transitions of an SDE; 0 takes all at once."""
     decode_batch: NotNegative[int] = 0
     """Pictures per VAE decode; 0 takes as many as memory allows."""
     timeout_minutes: Positive[float] = 30.0
-    """A collective that waits longer ends the run."""
+    """The run ends when a collective has waited this long for another process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
+    """Checkpoints of the run."""
+
     every: Positive[int] = 50
     """Iterations between checkpoints; the last iteration always writes one."""
     keep: Positive[int] = 2
-    """Checkpoints kept, the best by validation aside."""
+    """Newest checkpoints that are kept; the best by validation is kept besides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Fixed prompts and noise, drawn alike at every evaluation."""
+    """Evaluations before, during and after the run; prompts and noise are the same every time."""
 
     validation: str = ""
-    """Prompt source of the in-loop evaluation and of the watch for reward hacking; empty turns both off."""
+    """Source of the prompts for in-loop evaluations and the watch for reward hacking; empty turns both off."""
     every: Positive[int] = 50
     """Iterations between evaluations."""
     test: str = ""
-    """Prompt source of the before/after table; empty leaves the table out."""
+    """Source of the prompts for the before/after table; empty leaves the table out."""
     num_images_per_prompt: Positive[int] = 1
-    """Two or more let the watch measure diversity, and how many groups are flat."""
+    """Pictures of each prompt.
+    With two or more, the watch also measures diversity and the share of flat groups."""
     batch: NotNegative[int] = 0
     """Pictures generated at once; 0 takes 64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
+    """Output of the run: directory, sample pictures, trackers, export."""
+
     output_dir: str = ""
     """Directory of the run; empty is "runs/RECIPE"."""
     images_every: Positive[int] = 50
-    """Iterations between sample grids."""
+    """Iterations between grids of sample pictures."""
     num_images: Positive[int] = 8
-    """Pictures of fixed prompts and noise in a grid."""
+    """Pictures in a grid; their prompts and noise are the same every time."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Programs that get the metrics, besides the files of the run."""
     project: str = "ngrpo"
+    """Name of the project in the trackers."""
     export: bool = True
     """Write the trained pipeline in diffusers' layout at the end of the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One training run, complete."""
+    """All settings of a training run."""
 
     model: Model = field(default_factory=Model)
     prompts: Prompts = field(default_factory=Prompts)
@@ -231,10 +257,11 @@ class Recipe:
     log: Log = field(default_factory=Log)
 
     def workload(self, iteration: int = 0) -> Workload:
-        """What one prompt asks of the transformer and of memory in that iteration."""
+        """The work and the memory that one prompt takes in that iteration."""
         return self.algorithm.workload(self.sampling.num_inference_steps, iteration)
 
     def trained_rewards(self) -> tuple[str, ...]:
+        """Names of the rewards that the policy is trained on."""
         return tuple(name for name, reward in self.rewards.items() if reward.is_trained)
 
 

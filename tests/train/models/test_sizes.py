@@ -107,7 +107,7 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     for part in sizes.MODULES:
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
-    with pytest.raises(ValueError, match="is of a SD3Transformer2DModel"):
+    with pytest.raises(ValueError, match="is the config of a SD3Transformer2DModel, not of FLUX's"):
         find_architecture(str(tmp_path))
 
 
