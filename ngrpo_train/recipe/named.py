@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +13,9 @@ from typing import Any
 def import_named(field: str, value: str, form: str = "package.module:Name") -> Callable[..., Any]:
     """Import the class or function that `value`, a "package.module:Name", stands for.
 
+    A module in the current directory is found too, behind all that is installed: `python -m ngrpo_train` looks there by
+    itself, and the `ngrpo` command does not.
+
     Raises ValueError, naming the recipe's `field` and the value, where the value has not that form (`form` is what the
     field may be, in words), where the module is missing or raises while it is imported, where it has no such attribute,
     and where the attribute is not callable.
@@ -18,6 +23,8 @@ def import_named(field: str, value: str, form: str = "package.module:Name") -> C
     module, _, attribute = value.partition(":")
     if not (module and attribute):
         raise ValueError(f"{field} = {value!r} must be {form}")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except Exception as error:  # the module is a user's: it may raise anything

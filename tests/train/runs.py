@@ -288,8 +288,19 @@ def script(run: Run) -> Iterator[list[str]]:
 
 def start(command: Sequence[str], variables: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE.parents[1]
+        command,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=HERE.parents[1],
+        preexec_fn=_heed_ctrl_c,
     )
+
+
+def _heed_ctrl_c() -> None:
+    """Undo what a shell does to its background jobs, which ignore Ctrl-C and hand that on to what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def torchrun(*arguments: str) -> subprocess.Popen[str]:

@@ -1,6 +1,7 @@
 """What a recipe names as "package.module:Name" is imported, and what is wrong with it is said."""
 
 import re
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -11,6 +12,15 @@ from ngrpo_train.recipe.named import import_named
 def test_it_is_imported():
     assert import_named("section.field", "collections:OrderedDict") is OrderedDict
     assert import_named("section.field", "os.path:join")("a", "b") == "a/b"
+
+
+def test_a_module_beside_the_user_is_found_behind_all_that_is_installed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in ("", str(tmp_path))])
+    (tmp_path / "my_own_scoring.py").write_text("def score():\n    return 'mine'\n")
+    (tmp_path / "collections.py").write_text("OrderedDict = None\n")
+    assert import_named("section.field", "my_own_scoring:score")() == "mine"
+    assert import_named("section.field", "collections:OrderedDict") is OrderedDict
 
 
 @pytest.mark.parametrize(
