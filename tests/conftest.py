@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Modules whose fixtures take longest. Several workers end together if these come first, and each on another worker.
-_LONGEST = ("test_compile.py", "test_blocks.py", "test_backends.py")
+_LONGEST = ("test_compile.py", "test_blocks.py", "test_backends.py", "test_checkpoint.py")
 
 
 # First, for what `-m` leaves out is gone from the list afterwards.

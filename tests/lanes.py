@@ -3,8 +3,8 @@
 A test's lane follows from what it is made of, and is never set by hand:
 
 - `light` starts no process, trains no run through the command, compiles and interprets nothing;
-- `compilers` goes through Triton's interpreter, Triton's compiler, or torch.compile;
-- `processes` starts processes or trains runs through the command, and has the cores to itself.
+- `heavy` does one of these, on one core: Triton's interpreter or compiler, torch.compile, a run, a server;
+- `ranks` starts several processes that compute together, and has the cores to itself.
 """
 
 import multiprocessing
@@ -16,60 +16,68 @@ from typing import Any
 
 import pytest
 
-LANES = ("light", "compilers", "processes")
+LANES = ("light", "heavy", "ranks")
 
 _COMPILERS = {"triton", "inductor", "aot_eager", "aot_eager_decomp_partition"}  # as values of parameters
 _COMPILING_MODULES = {"test_triton", "test_compile", "test_planted_bugs"}
 _RUN_FIXTURES = [{"ngrpo", model} for model in ("tiny_dev", "tiny_grid")]  # the command, and a model for it
 _TRAINING = {"tests.train.runs.Run", "ngrpo_train.run.trainer.Trainer"}
+_LAUNCHING = {f"tests.train.runs.{name}" for name in ("on_ranks", "torchrun", "accelerate_launch")}
 
 
 def lane_of(item: pytest.Item) -> str:
     """The one lane of a test."""
     assert isinstance(item, pytest.Function)
+    reached = set().union(*map(_reached, _functions_of(item)))
+    if "ranks" in reached:
+        return "ranks"
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    module = item.module.__name__.rpartition(".")[2]
     if (
-        module in _COMPILING_MODULES
+        "heavy" in reached
+        or any(set(item.fixturenames) >= together for together in _RUN_FIXTURES)
+        or item.module.__name__.rpartition(".")[2] in _COMPILING_MODULES
         or "compile" in item.originalname
         or any(value in _COMPILERS for value in parameters if isinstance(value, str))
     ):
-        return "compilers"
-    fixtures = [
-        definition.func
-        for definitions in item._fixtureinfo.name2fixturedefs.values()
-        for definition in definitions
-        if definition.func.__module__ and not definition.func.__module__.startswith("_pytest")
-    ]
-    names = set(item.fixturenames)
-    if any(names >= together for together in _RUN_FIXTURES):
-        return "processes"
-    return "processes" if any(_starts_or_trains(function) for function in (item.function, *fixtures)) else "light"
+        return "heavy"
+    return "light"
+
+
+def _functions_of(item: pytest.Function) -> list[Callable[..., Any]]:
+    """The test, and all its fixtures but pytest's own."""
+    definitions = [each for some in item._fixtureinfo.name2fixturedefs.values() for each in some]
+    fixtures = [definition.func for definition in definitions]
+    return [item.function, *(each for each in fixtures if not each.__module__.startswith("_pytest"))]
 
 
 @cache
-def _starts_or_trains(function: Callable[..., Any]) -> bool:
-    """Whether a test or fixture, or a function of ours that it names, names what starts processes or trains a run."""
+def _reached(function: Callable[..., Any]) -> frozenset[str]:
+    """The lanes that a test or fixture asks for by what it names, and what the functions of ours that it names do."""
+    lanes: set[str] = set()
     seen: set[int] = set()
 
-    def reaches(value: object) -> bool:
+    def look_at(value: object) -> None:
         if isinstance(value, ModuleType):
-            return value in (subprocess, multiprocessing)
+            lanes.update({"heavy"} if value in (subprocess, multiprocessing) else ())
+            return
         module = getattr(value, "__module__", None) or ""
-        if f"{module}.{getattr(value, '__qualname__', '')}" in _TRAINING:
-            return True
+        name = f"{module}.{getattr(value, '__qualname__', '')}"
+        lanes.update({"ranks"} if name in _LAUNCHING else {"heavy"} if name in _TRAINING else ())
         if id(value) in seen or module.partition(".")[0] not in ("tests", "benchmarks"):
-            return False
+            return
         seen.add(id(value))
         if isinstance(value, type):
-            return any(map(reaches, vars(value).values()))
+            for member in vars(value).values():
+                look_at(member)
         value = getattr(value, "__wrapped__", value)
-        if not isinstance(value, FunctionType):
-            return False
-        named = set(_names(value.__code__))
-        return "fork" in named or any(reaches(value.__globals__[name]) for name in named & value.__globals__.keys())
+        if isinstance(value, FunctionType):
+            named = set(_names(value.__code__))
+            lanes.update({"heavy"} if "fork" in named else ())
+            for each in named & value.__globals__.keys():
+                look_at(value.__globals__[each])
 
-    return reaches(function)
+    look_at(function)
+    return frozenset(lanes)
 
 
 def _names(code: CodeType) -> Iterator[str]:

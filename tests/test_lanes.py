@@ -24,12 +24,14 @@ def test_make_test_runs_every_lane_and_every_test_is_in_one(request: pytest.Fixt
     [
         ("tests/kernels/test_inputs.py", "light"),
         ("tests/kernels/test_backends.py::test_loss[cpp-", "light"),
-        ("tests/kernels/test_backends.py::test_loss[triton-", "compilers"),
-        ("tests/kernels/test_compile.py", "compilers"),
-        ("tests/train/parallel/test_blocks.py::test_compiled_blocks", "compilers"),
-        ("tests/train/run/test_distributed.py::test_two_ranks", "processes"),
+        ("tests/kernels/test_backends.py::test_loss[triton-", "heavy"),
+        ("tests/kernels/test_compile.py", "heavy"),
+        ("tests/train/parallel/test_blocks.py::test_compiled_blocks", "heavy"),
+        ("tests/train/run/test_distributed.py::test_two_ranks", "ranks"),
         ("tests/train/run/test_distributed.py::test_what_the_recipe_decides_is_refused", "light"),
-        ("tests/train/run/test_checkpoint.py::test_two_iterations", "processes"),
+        ("tests/train/run/test_checkpoint.py::test_two_iterations", "heavy"),
+        ("tests/train/rewards/test_interrupt.py", "heavy"),
+        ("tests/train/models/test_embed.py::test_sharded_encoders", "heavy"),
     ],
 )
 def test_the_lane_follows_from_what_a_test_is_made_of(request: pytest.FixtureRequest, tests: str, lane: str) -> None:
