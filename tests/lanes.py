@@ -2,8 +2,9 @@
 
 A test's lane follows from what it is made of, and is never set by hand:
 
-- `light` starts no process, trains no run through the command, compiles and interprets nothing;
-- `heavy` does one of these, on one core: Triton's interpreter or compiler, torch.compile, a run, a server;
+- `light` starts no process, trains no run, runs no program, compiles and interprets nothing;
+- `heavy` does one of these, on one core: Triton's interpreter or compiler, torch.compile, a count of a model's
+  operators one by one, a run, an experiment, a profile, an example, a benchmark, a server;
 - `ranks` starts several processes that compute together, and has the cores to itself.
 """
 
@@ -20,8 +21,17 @@ LANES = ("light", "heavy", "ranks")
 
 _COMPILERS = {"triton", "inductor", "aot_eager", "aot_eager_decomp_partition"}  # as values of parameters
 _COMPILING_MODULES = {"test_triton", "test_compile", "test_planted_bugs"}
-_RUN_FIXTURES = [{"ngrpo", model} for model in ("tiny_dev", "tiny_grid")]  # the command, and a model for it
-_TRAINING = {"tests.train.runs.Run", "ngrpo_train.run.trainer.Trainer"}
+_PROGRAM_MODULES = {"test_examples", "test_benchmarks", "test_train_benchmarks"}
+_RUN_FIXTURES = [{"ngrpo", "tiny_dev"}, {"tiny_grid"}]  # the command, and a model for it
+_HEAVY = {
+    "ngrpo_train.__main__.main",
+    "tests.train.runs.Run",
+    "ngrpo_train.run.trainer.Trainer",
+    "ngrpo_train.profiling.measure.profile",
+    "ngrpo_train.plan.activations.measuring",
+    "torch.utils._python_dispatch.TorchDispatchMode",
+    "torch.utils.flop_counter.FlopCounterMode",
+}
 _LAUNCHING = {f"tests.train.runs.{name}" for name in ("on_ranks", "torchrun", "accelerate_launch")}
 
 
@@ -35,7 +45,7 @@ def lane_of(item: pytest.Item) -> str:
     if (
         "heavy" in reached
         or any(set(item.fixturenames) >= together for together in _RUN_FIXTURES)
-        or item.module.__name__.rpartition(".")[2] in _COMPILING_MODULES
+        or item.module.__name__.rpartition(".")[2] in _COMPILING_MODULES | _PROGRAM_MODULES
         or "compile" in item.originalname
         or any(value in _COMPILERS for value in parameters if isinstance(value, str))
     ):
@@ -44,9 +54,15 @@ def lane_of(item: pytest.Item) -> str:
 
 
 def _functions_of(item: pytest.Function) -> list[Callable[..., Any]]:
-    """The test, and all its fixtures but pytest's own."""
-    definitions = [each for some in item._fixtureinfo.name2fixturedefs.values() for each in some]
-    fixtures = [definition.func for definition in definitions]
+    """The test, and its fixtures, those too that a parameter names.
+
+    Left out are pytest's own, and `ngrpo`, which runs the command: with a model, that is known by the model's fixture.
+    """
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    manager = item.session._fixturemanager
+    named = [manager.getfixturedefs(value, item) or () for value in parameters if isinstance(value, str)]
+    definitions = [*item._fixtureinfo.name2fixturedefs.values(), *named]
+    fixtures = [each.func for some in definitions for each in some if each.argname != "ngrpo"]
     return [item.function, *(each for each in fixtures if not each.__module__.startswith("_pytest"))]
 
 
@@ -61,20 +77,20 @@ def _reached(function: Callable[..., Any]) -> frozenset[str]:
             lanes.update({"heavy"} if value in (subprocess, multiprocessing) else ())
             return
         module = getattr(value, "__module__", None) or ""
-        name = f"{module}.{getattr(value, '__qualname__', '')}"
-        lanes.update({"ranks"} if name in _LAUNCHING else {"heavy"} if name in _TRAINING else ())
+        path = f"{module}.{getattr(value, '__qualname__', '')}"
+        lanes.update({"ranks"} if path in _LAUNCHING else {"heavy"} if path in _HEAVY else ())
         if id(value) in seen or module.partition(".")[0] not in ("tests", "benchmarks"):
             return
         seen.add(id(value))
         if isinstance(value, type):
-            for member in vars(value).values():
-                look_at(member)
+            for each in (*vars(value).values(), *value.__bases__):
+                look_at(each)
         value = getattr(value, "__wrapped__", value)
         if isinstance(value, FunctionType):
             named = set(_names(value.__code__))
             lanes.update({"heavy"} if "fork" in named else ())
-            for each in named & value.__globals__.keys():
-                look_at(value.__globals__[each])
+            for name in named & value.__globals__.keys():
+                look_at(value.__globals__[name])
 
     look_at(function)
     return frozenset(lanes)
