@@ -19,17 +19,18 @@ def resize(pixels: Tensor, height: int, width: int, *, clamp: bool = True) -> Te
     `clamp` cuts off values that overshoot at edges, as PIL's bytes do. Without it, the result is that of resizing
     tensors, whose overshoot some scorers see.
     """
+    # PIL resizes along rows, rounds to bytes, then along columns. One clamp at the end puts hard edges off by 29.
     if clamp:
-        # PIL resizes along rows, rounds to bytes, then along columns. One clamp at the end puts hard edges off by 29.
-        return _bicubic(_bicubic(pixels, pixels.shape[-2], width).clamp(0, 1), height, width).clamp(0, 1)
-    return _bicubic(pixels, height, width)
+        pixels = _bicubic(pixels, pixels.shape[-2], width, clamp=True)
+    return _bicubic(pixels, height, width, clamp=clamp)
 
 
-def _bicubic(pixels: Tensor, height: int, width: int) -> Tensor:
+def _bicubic(pixels: Tensor, height: int, width: int, *, clamp: bool) -> Tensor:
     if pixels.shape[-2:] == (height, width):
-        return pixels
+        return pixels  # not clamped either: PyTorch 2.14 gives a pixel of exactly 0 or 1 no gradient then
     # Without antialiasing, a picture reduced by four differs from PIL's by up to 33 of 255.
-    return functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+    resized = functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+    return resized.clamp(0, 1) if clamp else resized
 
 
 def shortest_edge_crop(pixels: Tensor, size: int, *, half_pixel: Literal["even", "down"] = "even") -> Tensor:
