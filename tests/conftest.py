@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from .lanes import LANES, lane_of
+from .lanes import LANES, lanes_of
 
 # Read when huggingface_hub and triton are first imported, and inherited by the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -53,9 +53,9 @@ _LONGEST = ("test_compile.py", "test_blocks.py", "test_backends.py", "test_check
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
-    lanes = config.stash.setdefault(LANE_OF_TEST, {})
+    lanes = lanes_of(items)
+    config.stash[LANE_OF_TEST] = {item.nodeid: lane for item, lane in lanes.items()}
     for item in items:
-        lanes[item.nodeid] = lane = lane_of(item)
-        item.add_marker(lane)
+        item.add_marker(lanes[item])
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -10,7 +10,7 @@ A test's lane follows from what it is made of, and is never set by hand:
 
 import multiprocessing
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -35,8 +35,15 @@ _HEAVY = {
 _LAUNCHING = {f"tests.train.runs.{name}" for name in ("on_ranks", "torchrun", "accelerate_launch")}
 
 
-def lane_of(item: pytest.Item) -> str:
-    """The one lane of a test."""
+def lanes_of(items: Sequence[pytest.Item]) -> dict[pytest.Item, str]:
+    """The one lane of each of all collected tests."""
+    lanes = {item: _lane_of(item) for item in items}
+    of_ranks = {item.path for item, lane in lanes.items() if lane == "ranks"}
+    # A heavy test stays with the ranks of its module, whose fixtures are then made once.
+    return {item: "ranks" if lane == "heavy" and item.path in of_ranks else lane for item, lane in lanes.items()}
+
+
+def _lane_of(item: pytest.Item) -> str:
     assert isinstance(item, pytest.Function)
     reached = set().union(*map(_reached, _functions_of(item)))
     if "ranks" in reached:
