@@ -25,7 +25,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-TESTED_TORCH = "2.13.0"
+TESTED_TORCH = "2.14.1"
 """The newest PyTorch that the whole test suite has passed on; constraints.txt pins it for development and CI."""
 
 Status = Literal["ok", "absent", "missing", "too old", "too new", "broken"]  # absent: optional, and not installed
