@@ -130,7 +130,7 @@ class Rewards:
                 self._asked(name, picture, [prompt])
             except Exception:
                 fields = ", ".join(prompt.row)
-                return f"{prompt}, {f'whose row has {fields}' if fields else 'which has no row'}"
+                return f"{prompt}, {f'whose row has {fields}' if fields else 'with no fields'}"
         return ""
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:

@@ -114,7 +114,7 @@ def test_a_row_without_the_field_is_named(monkeypatch):
     )
     with pytest.raises(RewardError) as raised:
         rewards.score(IMAGES[:3], [LACKING[0], LACKING[3], LACKING[2]])
-    assert str(raised.value) == "rewards.mine failed on 'd' (row 8 of its file), which has no row: KeyError: 'aim'"
+    assert str(raised.value) == "rewards.mine failed on 'd' (row 8 of its file), with no fields: KeyError: 'aim'"
 
 
 def test_a_value_that_the_scorer_refuses_is_named(monkeypatch):
@@ -159,7 +159,7 @@ def test_rows_reach_a_scorer_behind_a_server(monkeypatch):
             f"{url}/score?rewards=mine", body, headers={"Content-Type": wire.SAFETENSORS}, timeout=5
         )
         assert answered.status_code == 422
-        assert "failed on 'a', which has no row: KeyError: 'aim'" in answered.json()["error"]
+        assert "failed on 'a', with no fields: KeyError: 'aim'" in answered.json()["error"]
 
 
 @pytest.mark.parametrize("offered", [{"name": "mine"}, {"name": "mine", "rows": False}])
