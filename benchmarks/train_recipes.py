@@ -124,7 +124,7 @@ def as_measured(recipe: Recipe, depth: str = "") -> tuple[Recipe, list[str]]:
     made_up = [name for name in scorer_sizes(recipe.rewards) if recipe.rewards[name].backend == "native"]
     if made_up:
         for reward in made_up:
-            _load_random(reward)
+            _load_random(recipe.rewards[reward].kind or reward)
         notes.append(f"random weights of the scorers {', '.join(made_up)}")
     rewards = {
         name: reward for name, reward in recipe.rewards.items() if name in made_up or _is_installed(name, reward)
@@ -153,7 +153,7 @@ def _load_random(name: str) -> None:
 
 def _is_installed(name: str, reward: Reward) -> bool:
     """True where a reward loads without weights from the hub; to look for such weights would download them."""
-    ours = shipped.find(name)
+    ours = shipped.of(name, reward)
     if ours and ours.hub_files and not (reward.remote or ":" in reward.path):
         return False
     try:

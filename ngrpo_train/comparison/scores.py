@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor
 from ngrpo_train.comparison.gallery import Picture
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.progress import progress
+from ngrpo_train.recipe.rewards import own_fields
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, refuse_non_finite
 
-_IDENTITY = ("path", "backend", "dtype", "processor", "template")  # fields of a reward that its scores depend on
+_IDENTITY = ("path", "backend", "dtype", "processor", "template")  # those of all rewards that scores depend on
 _DECODERS = 8
 
 
@@ -59,8 +61,12 @@ class ScoreFiles:
             file.write(json.dumps(row).encode() + b"\n")
 
 
-def _identity(reward: Reward) -> dict[str, str]:
-    return {name: value for name, value in asdict(reward).items() if name in _IDENTITY}
+def _identity(reward: Reward) -> dict[str, Any]:
+    """The settings that a reward's scores depend on, as JSON gives them back."""
+    deciding = {*_IDENTITY, *own_fields(type(reward)), *(["kind"] if reward.kind else [])}  # 0.1.0 had no kinds
+    settings = {name: value for name, value in asdict(reward).items() if name in deciding}
+    read_back: dict[str, Any] = json.loads(json.dumps(settings))
+    return read_back
 
 
 def score_missing(

@@ -261,6 +261,9 @@ def identity(recipe: Recipe, yardstick: Yardstick) -> str:
 def _changed(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
     """The fields of these sections that differ from their defaults; for rewards, all fields."""
     values, defaults = as_dict(recipe), as_dict(Recipe()) | {"algorithm": _algorithms_defaults()}
+    for reward in values["rewards"].values():
+        if not reward["kind"]:  # 0.1.0 did not have the field
+            del reward["kind"]
     return {
         section: {
             key: value

@@ -18,7 +18,7 @@ def scorer_size(name: str, reward: Reward) -> ScorerSize | None:
     """The size of a scorer on this machine; None where it is not known."""
     if reward.remote or reward.template:
         return NOTHING
-    ours = None if reward.is_callable else shipped.find(name)
+    ours = None if reward.is_callable else shipped.of(name, reward)
     return ours.size(reward) if ours else None
 
 

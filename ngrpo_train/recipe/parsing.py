@@ -23,6 +23,7 @@ import tyro
 
 from ngrpo_train.recipe.algorithms import Algorithm, carried_over, refuse_foreign
 from ngrpo_train.recipe.resume import with_present_names
+from ngrpo_train.recipe.rewards import REWARDS, as_kind, refuse_fields_of_others, settings_class
 from ngrpo_train.recipe.sections import Recipe, Reward, as_dict
 
 T = TypeVar("T")
@@ -134,7 +135,9 @@ def parse(
     resolved = replace(resolved, rewards=rewards)
     # Rewards are a table of any names; the parser only knows flags of names that it has seen in its defaults.
     mentioned = [match[1] for argument in arguments if (match := re.match(r"--rewards\.([^.=]+)\.", argument))]
-    default = command(recipe=_with_rewards(resolved, mentioned))  # type: ignore[call-arg]
+    resolved = _with_rewards(resolved, {name: {} for name in mentioned})
+    resolved = replace(resolved, rewards=_of_their_kinds(resolved.rewards, arguments))
+    default = command(recipe=resolved)  # type: ignore[call-arg]
     return parse_flags(default, list(_with_pythons_booleans(arguments, resolved)), prog=prog, quiet=quiet)
 
 
@@ -159,16 +162,16 @@ def _given(arguments: Sequence[str]) -> dict[str, str]:
 
 def _fields_given(arguments: Sequence[str], section: str) -> list[str]:
     """The fields of a section that are given as flags."""
-    prefix = f"--{section}."
+    prefix = f"--{section}.".replace("_", "-")
     return [flag.removeprefix(prefix).replace("-", "_") for flag in _given(arguments) if flag.startswith(prefix)]
 
 
 def _with_pythons_booleans(arguments: Sequence[str], recipe: Recipe) -> Iterator[str]:
     """The arguments with true and false, TOML's words, as True and False, the only ones that the parser takes."""
-    sections = [Reward, *(type(getattr(recipe, section.name)) for section in dataclasses.fields(Recipe))]
+    sections = [type(getattr(recipe, section.name)) for section in dataclasses.fields(Recipe)]
     fields = {
         name
-        for section in sections
+        for section in (Reward, *REWARDS.values(), *sections)
         if dataclasses.is_dataclass(section)
         for name, kind in get_type_hints(section).items()
         if kind is bool
@@ -194,9 +197,9 @@ def resolve(recipe: Mapping[str, Any], *, name: str, quiet: bool = False) -> Rec
         algorithm = Algorithm.of(str(_algorithm(recipe).get("name", _DEFAULT)))
         _refuse_misshapen(recipe, algorithm)
         refuse_foreign(algorithm.name, _algorithm(recipe))
+        default = _with_rewards(Recipe(algorithm=algorithm), recipe.get("rewards", {}))
     except ValueError as error:
         raise ValueError(f"recipe {name}: {error}") from error
-    default = _with_rewards(Recipe(algorithm=algorithm), recipe.get("rewards", {}))
     try:
         return _cli(RecipeFlags, as_flags(recipe), default, "ngrpo train", quiet)
     except SystemExit:
@@ -262,24 +265,45 @@ def take_rewards(arguments: Sequence[str], known: Mapping[str, Reward]) -> tuple
     if not chosen:
         if len(rest) < len(arguments):
             raise ValueError("--rewards must name at least one reward, or package.module:callable")
-        return dict(known), rest
+        return _of_their_kinds(known, rest), rest
     rewards: dict[str, Reward] = {}
     for path in dict.fromkeys(chosen):
         name = path.rpartition(":")[2] if ":" in path else path.replace("-", "_")
         if name in rewards:
             raise ValueError(f"--rewards: {path} would be called {name}, as another one is: rename one of them")
         own = Reward(path=path) if ":" in path else None
-        rewards[name] = own or known.get(name) or Reward()
-    return rewards, rest
+        rewards[name] = own or known.get(name) or settings_class(name)()
+    return _of_their_kinds(rewards, rest), rest
+
+
+def _of_their_kinds(rewards: Mapping[str, Reward], arguments: Sequence[str]) -> dict[str, Reward]:
+    """The rewards with the kinds and paths that flags give them, so that the parser knows the fields of each.
+
+    Raises ValueError for the flag of a field that belongs to other kinds.
+    """
+    found = {}
+    for name, reward in rewards.items():
+        kind, path = (flag_value(arguments, f"--rewards.{name}.{each}") for each in ("kind", "path"))
+        found[name] = as_kind(name, reward, kind or reward.kind, path or reward.path)
+        refuse_fields_of_others(name, type(found[name]), _fields_given(arguments, f"rewards.{name}"))
+    return found
 
 
 def _nearly_rewards(argument: str) -> bool:
     return bool(difflib.get_close_matches(argument.partition("=")[0], ["--rewards"], cutoff=0.75))
 
 
-def _with_rewards(recipe: Recipe, names: Iterable[str]) -> Recipe:
-    """The recipe with rewards of these names added, at their defaults."""
-    wanted = {name.replace("-", "_"): Reward() for name in names}
+def _with_rewards(recipe: Recipe, sections: Mapping[str, Any]) -> Recipe:
+    """The recipe with the rewards of these sections added, each of the section's kind, at its defaults.
+
+    Raises ValueError for a field that belongs to other kinds.
+    """
+    wanted = {}
+    for name, section in sections.items():
+        section, name = section if isinstance(section, Mapping) else {}, name.replace("-", "_")
+        settings = settings_class(name, *(str(section.get(each, "")) for each in ("kind", "path")))
+        refuse_fields_of_others(name, settings, (key.replace("-", "_") for key in section))
+        wanted[name] = settings()
     return replace(recipe, rewards={**recipe.rewards, **{n: r for n, r in wanted.items() if n not in recipe.rewards}})
 
 

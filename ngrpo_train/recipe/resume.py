@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ngrpo_train.recipe.algorithms import Algorithm, field_names
+from ngrpo_train.recipe.rewards import settings_class
 from ngrpo_train.recipe.sections import Model, Recipe
 
 # Fields that may differ between a checkpoint and the run that resumes from it: none of them changes the numbers.
@@ -36,7 +37,10 @@ def refuse_changed(saved: Mapping[str, Any], current: Mapping[str, Any], prefix:
         saved = dataclasses.asdict(Model()) | dict(saved)
     if prefix == "algorithm.":
         saved = _of_today(saved, current)
-    for key in sorted({*saved, *current}, key=lambda key: (key != "name", key)):
+    if reward := re.fullmatch(r"rewards\.(.+)\.", prefix):
+        settings = settings_class(reward[1], *(str(saved.get(each, "")) for each in ("kind", "path")))
+        saved = dataclasses.asdict(settings()) | dict(saved)
+    for key in sorted({*saved, *current}, key=lambda key: (key not in ("name", "kind"), key)):
         name, old, new = f"{prefix}{key}", saved.get(key), current.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             refuse_changed(old, new, f"{name}.")

@@ -80,6 +80,9 @@ class Sampling:
 class Reward:
     """A scorer of pictures."""
 
+    kind: str = ""
+    """Name of the shipped reward that this one is, where the section has another name.
+    So one recipe can have two rewards of a kind."""
     weight: Finite[float] = 1.0
     """Weight of the group-standardised advantage, or of the score itself where algorithm.combine = "raw_sum"."""
     path: str = ""

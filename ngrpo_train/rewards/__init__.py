@@ -156,6 +156,8 @@ def refuse_non_finite(names: Sequence[str], scores_RN: Tensor, prompts: Sequence
 def find_scorer(name: str, reward: Reward, device: torch.device) -> Scorer:
     """The scorer that a recipe's [rewards.NAME] means. Raises ValueError, naming the reward, if it does not exist."""
     if reward.is_callable and not reward.remote:
+        if reward.kind:
+            raise ValueError(f"rewards.{name}.kind = {reward.kind!r} does not go with path = {reward.path!r}, your own")
         scorer: Scorer = import_named(f"rewards.{name}.path", reward.path)
         return scorer
     try:
@@ -165,7 +167,9 @@ def find_scorer(name: str, reward: Reward, device: torch.device) -> Scorer:
 
 
 def _loader(name: str, reward: Reward) -> Callable[[str, Reward, torch.device], Scorer]:
-    ours = shipped.find(name)
+    ours = shipped.of(name, reward)
+    if reward.kind and ours is None:
+        raise ValueError(f"kind = {reward.kind!r} is no reward that ships{_shipped_near(reward.kind)}")
     if reward.template:
         from ngrpo_train.rewards import vision_judge
 
@@ -176,7 +180,10 @@ def _loader(name: str, reward: Reward) -> Callable[[str, Reward, torch.device], 
         return remote.load
     if ours is None:
         raise ValueError(
-            f"no reward of that name{suggestion(name, shipped.NAMES)}; there are {', '.join(shipped.NAMES)}, or set "
-            f"rewards.{name}.path = 'package.module:callable'"
+            f"no reward of that name{_shipped_near(name)}, or set rewards.{name}.path = 'package.module:callable'"
         )
     return ours.load
+
+
+def _shipped_near(name: str) -> str:
+    return f"{suggestion(name, shipped.NAMES)}; there are {', '.join(shipped.NAMES)}"

@@ -66,7 +66,7 @@ def load(name: str, settings: Reward, device: torch.device) -> Scorer:
 
     Raises ValueError for a template, an address or a model that cannot be found.
     """
-    template = read_template(settings.template or name)
+    template = read_template(settings.template or settings.kind or name)
     model = settings.path or template.model
     start = f"`vllm serve {model or 'MODEL'} --port 8000`"
     if not settings.remote:

@@ -39,6 +39,11 @@ class Shipped:
     """True where `remote` is a server of the reward's own kind, and not `ngrpo reward-server`."""
 
 
+def of(name: str, settings: Reward) -> Shipped | None:
+    """The shipped reward that a recipe's [rewards.NAME] is by its kind or its name; None where no such reward ships."""
+    return find(settings.kind or name)
+
+
 def find(name: str) -> Shipped | None:
     """The reward of that name; None where no such reward ships."""
     if name not in NAMES:

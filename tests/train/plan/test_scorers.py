@@ -126,6 +126,12 @@ def test_what_nobody_can_know_is_named() -> None:
     assert scorer_sizes(rewards).keys() == {"pickscore"}
 
 
+def test_a_reward_under_another_name_costs_what_its_kind_costs() -> None:
+    assert scorer_size("mine", Reward(kind="hpsv2_1")) == scorer_size("hpsv2_1", Reward())
+    assert scorer_size("hpsv2_1", Reward(kind="shapes_judge")) == scorer_size("shapes_judge", Reward())
+    assert of_unknown_cost({"mine": Reward(kind="no_such")}) == ["mine"]
+
+
 def test_a_clip_is_known_by_its_directory() -> None:
     named = scorer_size("clip", Reward(path="/weights/clip-vit-large-patch14/"))
     assert named is not None

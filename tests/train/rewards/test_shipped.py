@@ -39,6 +39,21 @@ def test_a_further_reward_is_a_further_file(tmp_path, monkeypatch):
     sys.modules.pop("ngrpo_train.rewards.shipped.plain")
 
 
+def test_a_reward_has_a_name_of_its_own_and_says_its_kind():
+    cpu = torch.device("cpu")
+    assert find_scorer("mine", Reward(kind="shapes_verifier"), cpu) is find_scorer("shapes_verifier", Reward(), cpu)
+    with pytest.raises(
+        ValueError, match=r"^rewards\.mine: kind = 'shapes_juge' .*; did you mean shapes_judge\?; there are "
+    ):
+        find_scorer("mine", Reward(kind="shapes_juge"), cpu)
+    with pytest.raises(ValueError, match=r"^rewards\.mine: kind = 'nil' is no reward that ships; there are "):
+        find_scorer("mine", Reward(kind="nil", remote="http://localhost:1"), cpu)
+    with pytest.raises(ValueError, match=r"^rewards\.mine\.kind = 'clip' does not go with path = 'math:sqrt'"):
+        find_scorer("mine", Reward(kind="clip", path="math:sqrt"), cpu)
+    with pytest.raises(ValueError, match=r"^rewards\.mine: a judge needs a server: .* CodeGoat24/UnifiedReward"):
+        find_scorer("mine", Reward(kind="unified"), cpu)
+
+
 def test_listing_the_names_imports_none_of_them():
     code = (
         "import sys; from ngrpo_train.rewards import shipped; assert shipped.NAMES; "
