@@ -17,6 +17,7 @@ import pytest
 
 from ngrpo_train.__main__ import COMMANDS, main
 from ngrpo_train.recipe.algorithms import ALGORITHMS
+from ngrpo_train.recipe.rewards import REWARDS
 from ngrpo_train.recipe.sections import Recipe, Reward
 
 ROOT = Path(__file__).parents[1]
@@ -218,7 +219,8 @@ def wrong_calls(code: str) -> set[str]:
 
 def of_a_reward(flag: str) -> bool:
     """Whether a flag chooses rewards, or is a setting of one."""
-    settings = "|".join(field.name.replace("_", "-") for field in fields(Reward))
+    names = {field.name for settings in (Reward, *REWARDS.values()) for field in fields(settings)}
+    settings = "|".join(name.replace("_", "-") for name in names)
     return re.fullmatch(rf"--rewards(\.[\w-]+\.({settings}))?", flag) is not None
 
 

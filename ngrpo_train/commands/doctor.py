@@ -47,6 +47,7 @@ class Row:
 # Packages that ngrpo needs for only one feature: name, purpose, how to install it.
 OPTIONAL = (
     ("ftfy", "for prompts repaired as CLIP's own tokenizer repairs them", 'pip install "ngrpo[rewards]"'),
+    ("rapidocr", "for the reward ocr", 'pip install "ngrpo[ocr]"'),
     ("starlette", "for ngrpo reward-server", 'pip install "ngrpo[server]"'),
     ("xformers", "for the attention backend xformers", 'pip install "ngrpo[xformers]"'),
     ("flash-attn", "for the attention backend flash; needs nvcc", "pip install flash-attn --no-build-isolation"),

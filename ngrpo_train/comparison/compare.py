@@ -52,7 +52,7 @@ def evaluate_model(
     """
     prompts = load_prompts(recipe.prompts.source, by_style=True)
     with processes.joined(recipe.parallel) as launch:
-        _refuse_scorers(recipe.rewards)
+        _refuse_scorers(recipe.rewards, prompts)
         earlier = _earlier(base)
         around = earlier.made["model"] if earlier else base if base not in ("", "none") else FLUX_DEV
         source = Source.find(name, recipe, checkpoint, around)
@@ -83,10 +83,10 @@ def evaluate_images(images: Path, recipe: Recipe, out: Path) -> int:
     """Score existing pictures; returns the exit code, 1 if a picture cannot be read."""
     prompts = load_prompts(recipe.prompts.source, by_style=True)
     with processes.joined(recipe.parallel) as launch:
-        _refuse_scorers(recipe.rewards)
         pictures = existing_pictures(images, prompts)
         drawn = {picture.prompt for picture in pictures}
         present = [prompt for prompt in prompts if prompt in drawn]
+        _refuse_scorers(recipe.rewards, present)
         out.mkdir(parents=True, exist_ok=True)
         steps = [Step(images.resolve().name, pictures, ScoreFiles(out))]
         return _score_and_report(steps, present, recipe, launch.device, out)
@@ -131,12 +131,15 @@ def _score_and_report(
     return 1 if broken else 0
 
 
-def _refuse_scorers(rewards: Mapping[str, Reward]) -> None:
-    """Load every scorer once before hours of generating: missing weights or a silent server are found now."""
+def _refuse_scorers(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
+    """Load every scorer once before hours of generating.
+
+    Missing weights, a silent server and prompts that a scorer cannot score are found now.
+    """
     if not rewards:
         raise ValueError("--rewards must name at least one reward, or package.module:callable")
     for name, reward in rewards.items():
-        Rewards({name: reward})
+        Rewards({name: reward}).check(prompts, "prompts.source")
 
 
 def _base_of(source: Source, recipe: Recipe, base: str) -> Source | None:

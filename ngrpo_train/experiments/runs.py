@@ -58,6 +58,7 @@ class Yardstick:
         """Scores of a model on the test prompts, by name; a collective."""
         prompts = load_prompts(self.recipe.evaluation.test, "evaluation.test")
         rewards = Rewards(self.recipe.rewards, device)
+        rewards.check(prompts, "evaluation.test")
         with source.loaded(self.recipe, device) as model:
             return evaluate(model, self.recipe, rewards, prompts).mean()
 

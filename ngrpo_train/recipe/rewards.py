@@ -9,10 +9,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
+from ngrpo_train.recipe.ranges import NotNegative
 from ngrpo_train.recipe.sections import Reward
 
-REWARDS: dict[str, type[Reward]] = {}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ocr(Reward):
+    """A reader of the text in pictures, held against the text that the prompt asks for."""
+
+    measure: Literal["similarity", "exact", "contains", "edits"] = "similarity"
+    """"similarity": 1 minus the share of characters to change, and 1 where the text is found in what is read.
+    "exact" and "contains" are 1 or 0. "edits" is minus the number of characters to insert, delete or replace."""
+    layout: Literal["free", "line"] = "free"
+    """"free": text is looked for anywhere in the picture, and its boxes are read in order.
+    "line": the whole picture is one line of text. This is faster."""
+    line_width: NotNegative[int] = 0
+    """Pixels to which a line 48 pixels high is squeezed or stretched, for layout = "line" of pp_ocr.
+    0 keeps the aspect ratio. Fewer are faster, as long as letters stay apart."""
+    reader: Literal["pp_ocr"] = "pp_ocr"
+    """PP-OCRv6, which the package rapidocr ships."""
+    ignore_case: bool = True
+    """Read "Cat" is as good as "CAT"."""
+    ignore_spaces: bool = True
+    """Read "NO ENTRY" is as good as "NOENTRY"."""
+
+
+REWARDS: dict[str, type[Reward]] = {"ocr": Ocr}
 """The shipped rewards that have settings of their own, by name, with the class of their settings."""
 
 

@@ -79,9 +79,22 @@ class Rewards:
         self.weights = tuple(settings[name].weight for name in self.trained)
         self.scorers = {name: find_scorer(name, reward, device) for name, reward in settings.items()}
         self.with_rows = frozenset(name for name, scorer in self.scorers.items() if takes_rows(scorer))
+        self._checks = {name: _check_of(name, reward, self.scorers[name]) for name, reward in settings.items()}
         # Answers from other machines are awaited together, while this machine computes its own scores.
         self._elsewhere = [name for name, reward in settings.items() if reward.remote]
         self.running: set[str] = set()  # names of the scorers that compute now; a scorer that hangs stays here
+
+    def check(self, prompts: Sequence[Prompt], field: str, names: Sequence[str] | None = None) -> None:
+        """Raise ValueError where a reward, of all or of those of `names`, cannot score a prompt, as its check says.
+
+        The message names the reward, what it needs, the recipe's `field` that the prompts come from, and the prompt.
+        """
+        for name in self.names if names is None else names:
+            refused = [(prompt, why) for prompt in prompts if (why := _refusal(self._checks[name], prompt))]
+            if refused:
+                first, why = refused[0]
+                others = f" and {len(refused) - 1} more of {len(prompts)}" if len(refused) > 1 else ""
+                raise ValueError(f"rewards.{name} {why}: of {field}, it cannot score {first}{others}")
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[Prompt], names: Sequence[str] | None = None) -> Tensor:
@@ -151,6 +164,22 @@ def refuse_non_finite(names: Sequence[str], scores_RN: Tensor, prompts: Sequence
     for reward, picture in (~scores_RN.isfinite()).nonzero().tolist():
         value = scores_RN[reward, picture].item()
         raise RewardError(f"rewards.{names[reward]} = {value} for the prompt {prompts[picture]}")
+
+
+def _check_of(name: str, reward: Reward, scorer: Scorer) -> Callable[[str, Mapping[str, Any]], object] | None:
+    """What raises ValueError for a text and its row that a reward cannot score; None where all can be scored."""
+    ours = None if reward.is_callable else shipped.of(name, reward)
+    return ours.check if ours else getattr(scorer, "check", None)
+
+
+def _refusal(check: Callable[[str, Mapping[str, Any]], object] | None, prompt: Prompt) -> str:
+    """The reason why a check refuses a prompt; empty if it does not."""
+    try:
+        if check is not None:
+            check(prompt.text, prompt.row)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def find_scorer(name: str, reward: Reward, device: torch.device) -> Scorer:

@@ -54,6 +54,9 @@ def prepare(
     if recipe.prompts.embeddings:
         _embeddings(recipe, launch).refuse_missing([prompt.text for prompt in (*prompts, *validation, *test)])
     rewards = Rewards(recipe.rewards, launch.device)
+    rewards.check(prompts, "prompts.source", rewards.in_training)
+    rewards.check(validation, "evaluation.validation")
+    rewards.check(test, "evaluation.test")
     refuse_backend(recipe.algorithm, launch.device)
     kept = read_record(resume_from)["recipe"]["parallel"].get("attention", "") if resume_from else ""
     recipe = settle_attention(recipe, launch.device, kept)

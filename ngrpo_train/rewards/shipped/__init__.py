@@ -5,10 +5,11 @@ To add a reward, add a file. Listing the names imports none of the files.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 import torch
 
@@ -35,6 +36,8 @@ class Shipped:
     """Files read from the hub where a recipe gives no other path: repositories with their files, weights first."""
     size: Callable[[Reward], ScorerSize | None] = lambda settings: NOTHING
     """The scorer's cost on this machine, for the planner; None where it is not known."""
+    check: Callable[[str, Mapping[str, Any]], object] | None = None
+    """Raises ValueError, "needs ...", for a text and its row that the scorer cannot score, wherever it is computed."""
     asks_a_server: bool = False
     """True where `remote` is a server of the reward's own kind, and not `ngrpo reward-server`."""
 

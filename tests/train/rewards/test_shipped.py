@@ -18,7 +18,7 @@ WITH_WEIGHTS = ("aesthetic", "clip", "hpsv2_1", "image_reward", "pickscore")
 
 def test_every_file_is_a_reward():
     assert {*shipped.NAMES} == {path.stem for path in FOLDER.glob("*.py")} - {"__init__"}
-    assert {*shipped.NAMES} == {*WITH_WEIGHTS, "shapes_judge", "shapes_verifier", "unified"}
+    assert {*shipped.NAMES} == {*WITH_WEIGHTS, "ocr", "shapes_judge", "shapes_verifier", "unified"}
     assert [name for name in shipped.NAMES if shipped.find(name).hub_files] == [*WITH_WEIGHTS]
     assert shipped.find("nil") is None
 
@@ -58,9 +58,10 @@ def test_listing_the_names_imports_none_of_them():
     code = (
         "import sys; from ngrpo_train.rewards import shipped; assert shipped.NAMES; "
         "print([name for name in sys.modules if name.startswith((shipped.__name__ + '.', 'transformers.models.clip'))])"
+        "\nassert shipped.find('ocr'); print({'onnxruntime', 'cv2', 'rapidocr'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout == "[]\nset()\n"
 
 
 @pytest.mark.parametrize("name", WITH_WEIGHTS)
