@@ -29,6 +29,7 @@ _HEAVY = {
     "ngrpo_train.run.trainer.Trainer",
     "ngrpo_train.profiling.measure.profile",
     "ngrpo_train.plan.activations.measuring",
+    "ngrpo_train.rewards.tesseract.Tesseract",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.utils.flop_counter.FlopCounterMode",
 }

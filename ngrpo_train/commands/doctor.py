@@ -162,6 +162,11 @@ def _optional_packages() -> Iterator[Row]:
             yield Row("Optional packages", name, "", "absent", f"{purpose}: {install}")
         else:
             yield Row("Optional packages", name, version, note=purpose)
+    row, purpose = ("Optional packages", "tesseract"), 'a program, for reader = "tesseract" of the reward ocr'
+    if program := shutil.which("tesseract"):
+        yield Row(*row, program, note=purpose)
+    else:
+        yield Row(*row, "", "absent", f"{purpose}: apt install tesseract-ocr")
 
 
 def _devices() -> Iterator[Row]:

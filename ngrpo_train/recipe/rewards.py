@@ -29,8 +29,9 @@ class Ocr(Reward):
     line_width: NotNegative[int] = 0
     """Pixels to which a line 48 pixels high is squeezed or stretched, for layout = "line" of pp_ocr.
     0 keeps the aspect ratio. Fewer are faster, as long as letters stay apart."""
-    reader: Literal["pp_ocr"] = "pp_ocr"
-    """PP-OCRv6, which the package rapidocr ships."""
+    reader: Literal["pp_ocr", "tesseract"] = "pp_ocr"
+    """PP-OCRv6, which the package rapidocr ships, or Tesseract, a program that you install.
+    Tesseract is slower. It is a second reader, as a witness for what is trained by the first."""
     ignore_case: bool = True
     """Read "Cat" is as good as "CAT"."""
     ignore_spaces: bool = True

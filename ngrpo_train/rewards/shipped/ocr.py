@@ -20,6 +20,7 @@ from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import pp_ocr
 from ngrpo_train.rewards.scorer import Scorer
 from ngrpo_train.rewards.shipped import Shipped
+from ngrpo_train.rewards.tesseract import Tesseract
 
 Reader = Callable[[Tensor], list[str]]
 """The texts in N uint8 pictures [N, 3, H, W]."""
@@ -59,6 +60,8 @@ def shared_reader(
     reader: str, layout: str, line_width: int, path: str, batch: int, device: torch.device, threads: int
 ) -> Reader:
     """The one reader of all rewards in a process that read alike: pictures that several of them see are read once."""
+    if reader == "tesseract":
+        return Remembering(Tesseract(path, layout))
     recogniser = pp_ocr.Recogniser(Path(path).expanduser() if path else pp_ocr.shipped_file(pp_ocr.RECOGNISER), device)
     if layout == "line":
         return Remembering(pp_ocr.LineReader(recogniser, line_width, batch))

@@ -65,6 +65,19 @@ def test_this_environment_is_in_order(capsys: pytest.CaptureFixture[str]) -> Non
     assert f"; tested: {doctor.TESTED_TORCH}" in shown or f"newer than {doctor.TESTED_TORCH}" in shown
 
 
+def test_the_readers_of_text_are_named_with_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name, path=None: "/bin/tesseract" if name == "tesseract" else None)
+    rows = {row.name: row for row in doctor.report()}
+    assert rows["rapidocr"].note.startswith("for the reward ocr")
+    assert (rows["tesseract"].status, rows["tesseract"].found) == ("ok", "/bin/tesseract")
+    monkeypatch.setattr("shutil.which", lambda name, path=None: None)
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    rows = {row.name: row for row in doctor.report()}
+    assert (rows["tesseract"].status, rows["rapidocr"].status) == ("absent", "absent")
+    assert rows["tesseract"].note.endswith("of the reward ocr: apt install tesseract-ocr")
+    assert rows["rapidocr"].note == 'for the reward ocr: pip install "ngrpo[ocr]"'
+
+
 def test_what_is_wrong_is_named_with_the_command_that_mends_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -382,6 +382,7 @@ def test_a_server_and_this_process_agree():
         ({"offload": True}, r"offload = True is not for this reward"),
         ({"backend": "hpsv2"}, r"backend = 'hpsv2' is not for this reward"),
         ({"processor": "a"}, r"processor = 'a' is not for this reward"),
+        ({"line_width": 64, "layout": "line", "reader": "tesseract"}, r"line_width = 64 is for layout = "),
         ({"line_width": 64}, r'line_width = 64 is for layout = "line" and reader = "pp_ocr"'),
         ({"path": "nowhere.onnx"}, r"nowhere\.onnx cannot be read as an ONNX model: "),
         ({"path": str(pp_ocr.shipped_file(pp_ocr.DETECTOR))}, r".* is no recogniser of PP-OCR: 0 characters for "),

@@ -45,3 +45,19 @@ def test_prompts_of_an_evaluation_are_asked_for_where_there_is_one(ngrpo, embedd
         assert "lacks the prompt 'a cat'" in err
     flags = ["--evaluation.validation=other.txt", "--evaluation.test=nowhere.txt", "--warmup=0", "--iterations=1"]
     assert ngrpo("profile", embedded, *flags)[0] == 0  # which evaluates nothing
+
+
+def test_prompts_that_a_reward_cannot_score_are_refused_before_any_work(ngrpo, tiny_recipe):
+    """Those of training only if the reward is computed in training; those of evaluations always."""
+    Path("signs.txt").write_text("a sign 'CAT'\na dog")
+    watched = ("--rewards", "brightness,ocr", "--rewards.ocr.watch-only", "true", "--evaluation.test=signs.txt")
+    before = written()
+    for flags, said in (
+        (["--rewards=ocr"], f"of prompts.source, it cannot score {PROMPTS[0]!r} (row 1 of its file) and 3 more of 4"),
+        (watched, "of evaluation.test, it cannot score 'a dog' (row 2 of its file)"),
+    ):
+        with mock.patch.object(trainer, "FlowModel", side_effect=AssertionError("work began")):
+            code, _, err = ngrpo("train", tiny_recipe, *flags)
+        needs = 'rewards.ocr needs the row\'s field "text", or a text in quotes in the prompt'
+        assert (code, err) == (2, f"ngrpo train: {needs}: {said}\n")
+    assert written() == before
