@@ -63,6 +63,7 @@ def generating(recipe: Recipe, command: SampleCommand | EvalCommand) -> Recipe:
         sampling=command.sampling,
         parallel=command.parallel,
         prompts=replace(recipe.prompts, source=source),
+        evaluation=replace(recipe.evaluation, num_inference_steps=0),  # the command's sampling says them
     )
     if not source and not getattr(command, "prompt", ()):
         raise ValueError("--prompts.source must name a prompt source: a file, hpdv2:benchmark, smoke, shapes:test, ...")

@@ -44,7 +44,7 @@ class EvalCommand:
     batch: int = 8
     """Pictures generated at once, on each process."""
     as_trained: bool = False
-    """Generate as the run's rollouts do (solver, steps, size), not as the benchmark does."""
+    """Generate as the run's own evaluations do (solver, steps, size), not as the benchmark does."""
     checkpoint: str = "latest"
     """Checkpoint of a run: "latest", "best" or a step's number."""
     out: Annotated[str, tyro.conf.arg(metavar="DIRECTORY", help_behavior_hint="")] = ""
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     command = _parsed(defaults, flags)
     if command.as_trained:
-        command = _parsed(replace(defaults, sampling=recipe.sampling), flags)
+        command = _parsed(replace(defaults, sampling=recipe.evaluation_sampling()), flags)
     recipe = _evaluating(recipe, command)
     subject = Path(command.images).expanduser() if command.images else Path(source)
     out = Path(command.out or Path("evaluations") / subject.resolve().name).expanduser()

@@ -37,7 +37,7 @@ class SampleCommand:
 def main(arguments: Sequence[str]) -> int:
     source, flags = first_argument(arguments)
     recipe = recipe_of(source)
-    defaults = SampleCommand(sampling=recipe.sampling, parallel=recipe.parallel)
+    defaults = SampleCommand(sampling=recipe.evaluation_sampling(), parallel=recipe.parallel)
     command = parse_flags(defaults, flags, prog="ngrpo sample RUN_OR_MODEL")
     return sample(source, generating(recipe, command), command)
 

@@ -77,6 +77,8 @@ class Yardstick:
             return {}
         evaluation = self.recipe.evaluation
         kept = {"test": evaluation.test, "num_images_per_prompt": evaluation.num_images_per_prompt}
+        if evaluation.num_inference_steps:
+            kept["num_inference_steps"] = evaluation.num_inference_steps
         sections = _changed(self.recipe, ("model", "sampling", "rewards"))
         return sections | {"evaluation": kept}
 

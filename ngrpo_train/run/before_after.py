@@ -49,10 +49,9 @@ class Evaluations:
         """True where `path` has scores of these prompts and rewards, as when a run resumes unchanged."""
         if not path.exists():
             return False
-        per_prompt = recipe.evaluation.num_images_per_prompt
         made = Evaluations.load(path).by_set
         return made.keys() == prompts.keys() and all(
-            made[name].is_of(rewards.names, wanted, per_prompt) for name, wanted in prompts.items()
+            made[name].is_of(recipe, rewards.names, wanted) for name, wanted in prompts.items()
         )
 
     @staticmethod

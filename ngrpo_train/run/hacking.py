@@ -57,9 +57,7 @@ class Watch:
     def begin(path: Path, model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: list[Prompt]) -> Watch:
         """Look at the untrained model, or read from `path` what an earlier part of the run saw; a collective."""
         seen = Sight.read(path)
-        known = seen is not None and seen.evaluation.is_of(
-            rewards.names, prompts, recipe.evaluation.num_images_per_prompt
-        )
+        known = seen is not None and seen.evaluation.is_of(recipe, rewards.names, prompts)
         if processes.any_rank(not known):  # all processes have looked before one of them writes
             seen = Sight.of(evaluate(model, recipe, rewards, prompts, _observer(rewards)))
             if processes.rank() == 0:

@@ -27,23 +27,27 @@ class Evaluation:
     names: tuple[str, ...]
     prompts: tuple[Prompt, ...]
     scores_RN: Tensor
+    num_inference_steps: int = 0  # evaluation.num_inference_steps: 0 where it is the run's own number
     observed_NE: Tensor | None = None  # what `observe` saw in each picture
 
     def record(self) -> dict[str, Any]:
-        """The names, the request of each prompt, and the scores, as a run's JSON files keep them."""
-        prompts = [prompt.request for prompt in self.prompts]
-        return {"names": self.names, "prompts": prompts, "scores": self.scores_RN.tolist()}
+        """The names, the request of each prompt, the scores and the solver steps, as a run's JSON files keep them."""
+        prompts, steps = [prompt.request for prompt in self.prompts], self.num_inference_steps
+        return {"names": self.names, "prompts": prompts, "scores": self.scores_RN.tolist(), "steps": steps}
 
     @staticmethod
     def of_record(record: Mapping[str, Any]) -> Evaluation:
         """The evaluation that `record` was made from, without what was observed."""
         prompts = tuple(Prompt.of(request) for request in record["prompts"])
-        return Evaluation(tuple(record["names"]), prompts, torch.tensor(record["scores"]))
+        steps = record.get("steps", 0)  # version 0.1.0 had no number of its own
+        return Evaluation(tuple(record["names"]), prompts, torch.tensor(record["scores"]), steps)
 
-    def is_of(self, names: Sequence[str], prompts: Sequence[Prompt], per_prompt: int) -> bool:
-        """True where it scored `per_prompt` pictures of each of these prompts by these rewards."""
+    def is_of(self, recipe: Recipe, names: Sequence[str], prompts: Sequence[Prompt]) -> bool:
+        """True where these rewards scored pictures of these prompts, as many and by as many steps as `recipe` has."""
+        wanted = recipe.evaluation
         made = (self.names, [prompt.request for prompt in self.prompts], self.scores_RN.shape[1])
-        return made == (tuple(names), [prompt.request for prompt in prompts], len(prompts) * per_prompt)
+        asked = (tuple(names), [prompt.request for prompt in prompts], len(prompts) * wanted.num_images_per_prompt)
+        return made == asked and self.num_inference_steps == wanted.num_inference_steps
 
     def mean(self) -> dict[str, float]:
         return dict(zip(self.names, self.scores_RN.mean(1).tolist(), strict=True))
@@ -92,4 +96,5 @@ def evaluate(
         parts.append(torch.cat([scores, observe(images).T]) if observe else scores)
     gathered = torch.cat(list(processes.all_gather(torch.cat(parts, 1))), 1)[:, :total].cpu()
     scores_RN, observed_EN = gathered[: len(rewards.names)], gathered[len(rewards.names) :]
-    return Evaluation(rewards.names, tuple(prompts), scores_RN, observed_EN.T if observe else None)
+    steps = recipe.evaluation.num_inference_steps
+    return Evaluation(rewards.names, tuple(prompts), scores_RN, steps, observed_EN.T if observe else None)

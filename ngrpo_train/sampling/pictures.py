@@ -24,10 +24,11 @@ _NOISE_SEED = 2511_16955  # not the run's seed: every run is judged on the same 
 def pictures(
     model: FlowModel, recipe: Recipe, prompts: Sequence[str], slots: Sequence[int], tail: Tail | None = None
 ) -> Tensor:
-    """One picture per prompt, uint8 [N, 3, H, W]; `slots` [N] choose the noise."""
+    """One picture per prompt, uint8 [N, 3, H, W], by `evaluation_sampling`; `slots` [N] choose the noise."""
     shape = model.latent_shape
     noise = [torch.randn(shape, generator=stream(_NOISE_SEED, 0, slot, "evaluation")) for slot in slots]
-    sigmas = flow_sigmas(recipe.sampling.num_inference_steps, recipe.sampling.shift)
+    sampling = recipe.evaluation_sampling()
+    sigmas = flow_sigmas(sampling.num_inference_steps, sampling.shift)
     distinct = list(dict.fromkeys(prompts))
     rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=model.device)
     latents = torch.stack(noise).to(model.device)

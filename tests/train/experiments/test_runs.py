@@ -100,9 +100,10 @@ def test_what_makes_a_run_another() -> None:
         replace(RECIPE, evaluation=Evaluation(every=3)),
     ]
     judged = [Yardstick(replace(RECIPE, sampling=Sampling(num_inference_steps=9)), True), Yardstick(RECIPE, False)]
+    judged.append(Yardstick(replace(RECIPE, evaluation=Evaluation(num_inference_steps=9)), True))
     found = [identity(RECIPE, YARDSTICK), *(identity(recipe, YARDSTICK) for recipe in others)]
     found += [identity(RECIPE, yardstick) for yardstick in judged]
-    assert len(set(found)) == 7
+    assert len(set(found)) == 8
 
 
 # --- whole experiments

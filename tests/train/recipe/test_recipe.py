@@ -354,6 +354,7 @@ BAD = {
     "evaluation.every": [0],
     "evaluation.num_images_per_prompt": [0],
     "evaluation.batch": [-1],
+    "evaluation.num_inference_steps": [-1],
     "log.images_every": [0],
     "log.num_images": [0],
 }

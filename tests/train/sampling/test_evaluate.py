@@ -78,6 +78,14 @@ def test_ranks_share_the_pictures_out(tiny_dev, load_flux, rewards, monkeypatch,
     assert len({share.shape for share in shares}) == 1
 
 
+def test_an_evaluation_may_have_its_own_number_of_steps(tiny_dev, load_flux, rewards):
+    flux, recipe = load_flux(tiny_dev), recipe_of(num_inference_steps=6)
+    own = evaluate(flux, recipe, rewards, PROMPTS).scores_RN
+    six = replace(recipe_of(), sampling=Sampling(num_inference_steps=6))
+    assert torch.equal(own, evaluate(flux, six, rewards, PROMPTS).scores_RN)
+    assert not torch.equal(own, evaluate(flux, recipe_of(), rewards, PROMPTS).scores_RN)
+
+
 def test_standard_error_is_over_prompts():
     """Two pictures of one prompt count once: hand-worked means 1, 3, 8 of which the standard deviation is sqrt(13)."""
     scores = torch.tensor([[0.0, 2.0, 3.0, 3.0, 10.0, 6.0]])
@@ -159,6 +167,18 @@ def test_a_report_of_other_prompts_is_made_again(tiny_dev, load_flux, rewards, t
     assert not Evaluations.is_made(path, recipe, rewards, {"test": PROMPTS[:2], "train": PROMPTS})
     more = replace(recipe, evaluation=replace(recipe.evaluation, num_images_per_prompt=2))
     assert not Evaluations.is_made(path, more, rewards, prompts)
+    steps = replace(recipe, evaluation=replace(recipe.evaluation, num_inference_steps=5))
+    assert not Evaluations.is_made(path, steps, rewards, prompts)
+    Evaluations.make(load_flux(tiny_dev), steps, rewards, prompts, tmp_path / "before.png").save(path)
+    assert Evaluations.is_made(path, steps, rewards, prompts)
+    assert not Evaluations.is_made(path, recipe, rewards, prompts)
+    record = {name: {key: value for key, value in each.items() if key != "steps"} for name, each in read(path).items()}
+    path.write_text(json.dumps(record))  # of version 0.1.0
+    assert Evaluations.is_made(path, recipe, rewards, prompts)
+
+
+def read(path):
+    return json.loads(path.read_text())
 
 
 # --- the commands
@@ -171,7 +191,7 @@ def read_csv(path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_eval_and_sample_of_a_run(ngrpo, tiny_recipe, dtype):
-    """In the run, by `eval` and by `sample`: the same pictures, so the same scores.
+    """In the run, by `eval` and by `sample`: the same pictures, with steps of their own, so the same scores.
 
     Training keeps float32 weights beside bfloat16 arithmetic; for pictures they are bfloat16 to begin with.
     """
@@ -180,6 +200,7 @@ def test_eval_and_sample_of_a_run(ngrpo, tiny_recipe, dtype):
         "--evaluation.validation=prompts.txt",
         "--evaluation.every=1",
         "--checkpoint.every=1",
+        "--evaluation.num-inference-steps=3",
         "--model.ema=0.5",
     ]
     code, _, err = ngrpo("train", tiny_recipe, *flags, "--evaluation.num-images-per-prompt=2", "--checkpoint.keep=9")
