@@ -42,19 +42,32 @@ def quasi_norm(rewards_RPG: Tensor, weights: Sequence[float], settings: Algorith
     )
 
 
-def standardised(rewards_RPG: Tensor, weights: Sequence[float], settings: Stochastic) -> Tensor:
+def standardised(
+    rewards_RPG: Tensor, weights: Sequence[float], settings: Stochastic, *, batch_std: bool = False
+) -> Tensor:
     """Plain GRPO's advantages [P, G]: rewards [R, P, G], standardised, weighted and summed (Eq. 3), then clipped.
 
-    With p below 2, the sum is multiplied by its L_2 norm over its L_p quasi-norm before it is clipped: Eq. 11 in the
-    scale of Eq. 3.
+    With `batch_std`, a reward is divided by its standard deviation over all P * G pictures (the population's, as in
+    Flow-GRPO's code), not by that of its group. With p below 2, the sum is multiplied by its L_2 norm over its L_p
+    quasi-norm before it is clipped: Eq. 11 in the scale of Eq. 3.
     """
     each = [
-        weight * quasi_norm_advantages(reward_PG, 2.0, min_reward_std=settings.min_reward_std, backend="reference")
+        weight * _standardised(reward_PG, settings.min_reward_std, batch_std)
         for reward_PG, weight in zip(rewards_RPG, weights, strict=True)
     ]
-    G = rewards_RPG.shape[-1]
-    advantages_PG = torch.stack(each).sum(0) * (G - 1) ** 0.5  # with p = 2, Eq. 11 divides Eq. 3 by this
+    advantages_PG = torch.stack(each).sum(0)
     if settings.p < 2:
         l2_P1, lp_P1 = (torch.linalg.vector_norm(advantages_PG, order, 1, keepdim=True) for order in (2, settings.p))
         advantages_PG = advantages_PG * (l2_P1 / lp_P1).nan_to_num(0)
     return advantages_PG.clamp(-settings.advantage_clip, settings.advantage_clip)
+
+
+def _standardised(reward_PG: Tensor, min_reward_std: float, batch_std: bool) -> Tensor:
+    """One reward less its group's mean, in standard deviations of the group, or of all pictures: [P, G]."""
+    G = reward_PG.shape[1]
+    by_norm_PG = quasi_norm_advantages(reward_PG, 2.0, min_reward_std=min_reward_std, backend="reference")
+    own_PG = by_norm_PG * (G - 1) ** 0.5  # with p = 2, Eq. 11 divides Eq. 3 by this
+    if not batch_std:
+        return own_PG
+    in_batch_PG = own_PG * reward_PG.std(1, keepdim=True) / reward_PG.std(correction=0)
+    return torch.where(own_PG == 0, own_PG, in_batch_PG)  # where all pictures have one reward, 0 and not 0 / 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ngrpo_train.algorithms.stochastic import StochasticGRPO
+from ngrpo_train.recipe.algorithms import FlowGRPO as FlowSettings
 from ngrpo_train.sampling.sde import NoiseLevel
 
 
@@ -13,3 +14,8 @@ class FlowGRPO(StochasticGRPO):
 
     level: ClassVar[NoiseLevel] = "flow"
     shares_noise: ClassVar[bool] = False
+    settings: FlowSettings
+
+    @property
+    def batch_std(self) -> bool:
+        return self.settings.advantage_std == "batch"

@@ -190,6 +190,11 @@ class StochasticGRPO:
         self.sigmas = flow_sigmas(self.N, sampling.shift)
         self.policy = GaussianPolicy(settings)
 
+    @property
+    def batch_std(self) -> bool:
+        """True where advantages are in standard deviations over all prompts' pictures, and not over each group's."""
+        return False
+
     def walk(self, iteration: int) -> Walk:
         """A walk with every step random but the last, K of them trained, drawn for each prompt."""
         random = range(self.N - 1)
@@ -217,7 +222,7 @@ class StochasticGRPO:
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Advantages for all ranks' prompts, [P, G] on the CPU, from rewards by `standardised` (Eq. 3)."""
         rewards_RPG, weights = group_rewards(self.settings, scores, seed=self.seed, step=step)
-        return standardised(rewards_RPG, weights, self.settings)
+        return standardised(rewards_RPG, weights, self.settings, batch_std=self.batch_std)
 
     def update(
         self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor

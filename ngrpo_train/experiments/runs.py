@@ -24,6 +24,7 @@ from ngrpo_train.experiments.results import BASE_MODEL, BY_STEP, FIGURES, SCORE,
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import load_prompts, prompts_per_iteration
 from ngrpo_train.recipe.algorithms import ALGORITHMS
+from ngrpo_train.recipe.resume import AS_IN_0_1_0
 from ngrpo_train.recipe.sections import Recipe, as_dict
 from ngrpo_train.rewards import RewardError, Rewards
 from ngrpo_train.run.checkpoint import checkpoints
@@ -282,7 +283,7 @@ def _algorithms_defaults() -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     for kind in ALGORITHMS.values():
         defaults = dataclasses.asdict(kind()) | defaults
-    return defaults
+    return defaults | AS_IN_0_1_0
 
 
 def _hash(record: Mapping[str, Any]) -> str:

@@ -219,7 +219,7 @@ def _seconds(
     links = sharing + traffic.all_reduced_bytes / (copied * 1e9)
     host = traffic.host_bytes / (machine.host_gbps * 1e9)
     # The optimizer reads gradients, and reads and writes weights and states; AdamW's fp32 sizes bound all others.
-    step_bytes = recipe.algorithm.updates_per_iteration * 28 * weights.trained / layout.shares
+    step_bytes = recipe.workload().updates * 28 * weights.trained / layout.shares
     if recipe.parallel.offload:
         steps = step_bytes * node / (HOST_ADAMW_GBPS * 1e9)
     else:

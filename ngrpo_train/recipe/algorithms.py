@@ -23,6 +23,8 @@ from ngrpo_train.recipe.ranges import Fraction, NotNegative, Positive, Range, re
 TRANSITION_STATES = 16
 """float32 latents that the loss of a Gaussian policy holds for each transition, explored ones included."""
 
+_EDGES_PER_UPDATE = 6  # of a tree: BranchGRPO's script accumulates 12 transitions of a process's two trees
+
 _TWO_OR_MORE = Range("must be 2 or more", lambda value: value >= 2)
 _ORDER = Range("must be in (0, 2]", lambda value: 0 < value <= 2)
 _RISING = Range("must be two rising fractions within 0 and 1", lambda value: 0 <= value[0] < value[1] <= 1)
@@ -137,7 +139,8 @@ class Algorithm:
     This is a control experiment: the reward must not rise."""
     reference_coef: NotNegative[float] = 0.0
     """Weight of a tether to the untrained model; it needs tuning = "lora", where it costs no memory.
-    The tether is |v_theta - v_base|^2 for neighbor, and KL(pi_theta || pi_base) for the others, as in Flow-GRPO."""
+    The tether is |v_theta - v_base|^2 for neighbor, and for the others KL(pi_theta || pi_base) as in Flow-GRPO's paper.
+    Its code has that KL times the step's dt: divide a weight from there by about N."""
 
     @staticmethod
     def of(name: str) -> Algorithm:
@@ -169,6 +172,10 @@ class Algorithm:
         """K: the solver steps, of N, that are trained for one prompt."""
         return len(self.trainable_steps(N))
 
+    def optimizer_steps(self, states: int) -> int:
+        """The optimizer steps of an iteration that trains so many states of each prompt."""
+        return self.updates_per_iteration
+
     def workload(self, N: int, iteration: int = 0) -> Workload:
         """The work and memory that one prompt takes in that iteration, with N solver steps."""
         G, K = self.num_generations, self.num_trained_steps(N)
@@ -191,7 +198,7 @@ class Algorithm:
             calls=calls,
             num_train_steps=K,
             states=states,
-            updates=self.updates_per_iteration,
+            updates=self.optimizer_steps(states),
             old_policy=self._trained_later(states),
             explored_latents=3 * (explored or states) + self.num_generations,  # state, noise, velocity; final ones
             copied_latents=3 * states if explored else 0,
@@ -202,7 +209,7 @@ class Algorithm:
 
         The first step has the most states.
         """
-        return states - -(-states // self.updates_per_iteration) if self.old_policy == "exact" else 0
+        return states - -(-states // self.optimizer_steps(states)) if self.old_policy == "exact" else 0
 
     def _check_steps(self, N: int) -> None:
         require(
@@ -298,8 +305,8 @@ class Neighbor(Algorithm):
 class Stochastic(Algorithm):
     """Settings that the algorithms with an SDE share.
 
-    eta, clip and updates come from the authors' scripts for FLUX; updates there are candidates per process divided by
-    gradient accumulation. Flow-GRPO's eta comes from its paper, for SD3.5.
+    Published values are those of the authors' scripts for FLUX.1-dev. Optimizer steps are counted there as samples per
+    process divided by gradient accumulation.
     """
 
     explores_by: ClassVar[str] = "eta"
@@ -308,7 +315,7 @@ class Stochastic(Algorithm):
     """Strength of the SDE's noise.
     The noise level is eta for dance_grpo and branch_grpo, and eta sqrt(sigma / (1 - sigma)) for the others."""
     advantage_clip: Positive[float] = 5.0
-    """Advantages are clipped to +- this, in units of the group's standard deviation."""
+    """Advantages, which are in standard deviations, are clipped to +- this."""
 
     def trainable_steps(self, N: int) -> range:
         """The steps of `step_range` without the last one, an ODE step: its noise would stay in the picture."""
@@ -332,8 +339,14 @@ class FlowGRPO(Stochastic):
     implementation: ClassVar[str] = "ngrpo_train.algorithms.flow_grpo:FlowGRPO"
 
     name: str = "flow_grpo"
+    num_generations: Annotated[int, _TWO_OR_MORE] = 24
     num_train_steps: NotNegative[int] = 0
     """K: solver steps per prompt that are trained; 0 takes all random steps."""
+    eta: Positive[float] = 0.9
+    updates_per_iteration: Positive[int] = 2
+    advantage_std: Literal["batch", "group"] = "batch"
+    """Standard deviation that a reward is divided by, after its group's mean is subtracted.
+    "batch": that over all pictures of the iteration. "group": that over the group, as the other algorithms have it."""
 
     def check(self, N: int) -> None:
         super().check(N)
@@ -374,6 +387,8 @@ class MixGRPO(Stochastic):
     """Solver steps in the window. These are random and trained; all others are ODE steps."""
     window_every: Positive[int] = 25
     """Iterations between two moves of the window, each by one step, within step_range."""
+    window_restarts: bool = True
+    """At the end of step_range, start the window anew, as the authors' scripts do; or leave it there."""
     updates_per_iteration: Positive[int] = 4
 
     def check(self, N: int) -> None:
@@ -389,9 +404,10 @@ class MixGRPO(Stochastic):
         return self.window_size
 
     def window(self, N: int, iteration: int) -> range:
-        """The random steps: the window starts at the noisy end, moves on, and stays at the other end."""
-        steps = self.trainable_steps(N)
-        start = steps.start + min(iteration // self.window_every, len(steps) - self.window_size)
+        """The random steps: the window starts at the noisy end and moves on, up to the other end."""
+        steps, moves = self.trainable_steps(N), iteration // self.window_every
+        places = len(steps) - self.window_size + 1
+        start = steps.start + (moves % places if self.window_restarts else min(moves, places - 1))
         return range(start, start + self.window_size)
 
 
@@ -402,18 +418,20 @@ class MixGRPOFlash(MixGRPO):
     implementation: ClassVar[str] = "ngrpo_train.algorithms.mix_grpo:MixGRPOFlash"
 
     name: str = "mix_grpo_flash"
+    window_every: Positive[int] = 20
     window_frozen: bool = False
-    """Leave the window where it begins, as in MixGRPO-Flash*."""
+    """Leave the window where it begins. MixGRPO-Flash* does so, with a compression of 0.2."""
     compression: Fraction[float] = 0.4
-    """Steps after the window, as a share of the steps without DPM-Solver++."""
+    """Points of the schedule from the window's end to the picture, as a share of those without DPM-Solver++.
+    Both ends count: of 25 steps, a window of 4 leaves 22 points; 0.4 of them are 8, which is 7 steps."""
 
     def window(self, N: int, iteration: int) -> range:
         return super().window(N, 0 if self.window_frozen else iteration)
 
     def steps_after_window(self, N: int, iteration: int) -> int:
-        """Solver steps after the window: `compression` of those that are left, at least one."""
-        left = N - self.window(N, iteration).stop
-        return max(1, math.floor(self.compression * left + 1e-9))  # 0.2 of 20 is 4
+        """Solver steps after the window, between `compression` of the points that are left; at least one."""
+        points = N - self.window(N, iteration).stop + 1
+        return max(1, math.floor(self.compression * points + 1e-9) - 1)  # 0.2 of 20 is 4
 
     def workload(self, N: int, iteration: int = 0) -> Workload:
         steps = self.window(N, iteration).stop + self.steps_after_window(N, iteration)
@@ -430,7 +448,9 @@ class BranchGRPO(Stochastic):
     num_generations: Annotated[int, _TWO_OR_MORE] = 16
     eta: Positive[float] = 0.3
     clip_range: Annotated[float | tuple[float, float], _CLIP] = 1e-3
-    updates_per_iteration: Positive[int] = 3
+    updates_per_iteration: NotNegative[int] = 0
+    """Optimizer steps per iteration, each on a share of the tree's trained edges.
+    0 makes one for every 6 edges of a tree, as the authors' script does: 34 with 20 solver steps."""
     branch_steps: tuple[int, ...] = ()
     """Solver steps at which every branch splits in two: log2(G) steps.
     Empty takes steps that are 0.15 N apart."""
@@ -512,6 +532,9 @@ class BranchGRPO(Stochastic):
 
     def num_trained_steps(self, N: int) -> int:
         return len(self.tree_steps(N, 0))
+
+    def optimizer_steps(self, states: int) -> int:
+        return self.updates_per_iteration or -(-states // _EDGES_PER_UPDATE)
 
     def workload(self, N: int, iteration: int = 0) -> Workload:
         trained, last = self.tree_steps(N, iteration), self.splits(N)[-1]

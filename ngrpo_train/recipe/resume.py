@@ -21,6 +21,9 @@ _FREE_ON_RESUME = re.compile(
     r"|parallel\.(timeout_minutes|sharding|shard_size|offload|keep_gathered|reduce_gradients|compile_cache|text_encoders)"
 )
 
+AS_IN_0_1_0 = {"eta": 0.7, "advantage_std": "group", "window_restarts": False}
+"""What these fields of [algorithm] stood for in version 0.1.0, which had other defaults, or not the fields."""
+
 
 def with_present_names(algorithm: Mapping[str, Any]) -> dict[str, Any]:
     """An [algorithm] section that an earlier version may have written, under the present names of its fields."""
@@ -31,7 +34,8 @@ def with_present_names(algorithm: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_changed(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> None:
     """Raise ValueError where a resumed run's recipe (from `as_dict`) differs in a field that changes the numbers.
 
-    A field that the checkpoint's version did not have must stand at its default, because that version behaved so.
+    A field that the checkpoint's version did not have must stand at its default, or as in `AS_IN_0_1_0`, because that
+    version behaved so.
     """
     if prefix == "model.":
         saved = dataclasses.asdict(Model()) | dict(saved)
@@ -51,7 +55,7 @@ def refuse_changed(saved: Mapping[str, Any], current: Mapping[str, Any], prefix:
 def _of_today(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
     """The complete [algorithm] section of a checkpoint; version 0.1.0 wrote the fields of all algorithms into it."""
     algorithm = Algorithm.of(str(current["name"]))
-    saved = {"name": Recipe().algorithm.name, **with_present_names(saved)}
+    saved = {"name": Recipe().algorithm.name, **AS_IN_0_1_0, **with_present_names(saved)}
     return dataclasses.asdict(algorithm) | {key: saved[key] for key in saved if key in field_names(type(algorithm))}
 
 

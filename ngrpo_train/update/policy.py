@@ -90,7 +90,7 @@ def update(
     settings: Algorithm,
     max_grad_norm: float,
 ) -> UpdateStats | None:
-    """Make `updates_per_iteration` optimizer steps on this rank's P groups; None if no group of any rank has signal.
+    """Make the algorithm's number of optimizer steps on this rank's P groups; None if no group of any rank has signal.
 
     `advantages` [P, ...] is on the CPU and holds all ranks' prompts, so that every rank knows how many rows the others
     have. The loss is the mean over all prompts, rows and states of an optimizer step. Groups without signal are part of
@@ -100,7 +100,7 @@ def update(
     if signal.most_active == 0:
         return None
     device, P = explored.final_PGTC.device, len(explored.final_PGTC)
-    blocks = explored.blocks(settings.updates_per_iteration)
+    blocks = explored.blocks(settings.optimizer_steps(explored.rows_per_prompt * explored.states_per_row))
     most_rows = blocks[0].rows_per_prompt
     if model.settings.update_batch:
         rows_per_batch = max(1, model.settings.update_batch // blocks[0].states_per_row)

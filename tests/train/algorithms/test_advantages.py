@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from ngrpo_train.algorithms.advantages import group_rewards, quasi_norm, standardised
+from ngrpo_train.algorithms.flow_grpo import FlowGRPO
 from ngrpo_train.recipe.algorithms import Algorithm, Neighbor
-from ngrpo_train.recipe.sections import Reward
+from ngrpo_train.recipe.sections import Reward, Sampling
 from ngrpo_train.rewards import Scores
 
 FLOW = Algorithm.of("flow_grpo")
@@ -34,6 +35,38 @@ def test_by_hand():
     advantages = standardised(torch.tensor([[[0.0, 2, 4, 6]]]), (1.0,), FLOW)
     std = math.sqrt(20 / 3)
     torch.testing.assert_close(advantages, torch.tensor([[-3 / std, -1 / std, 1 / std, 3 / std]]))
+
+
+def flow_grpo(**settings):
+    algorithm = replace(FLOW, **settings)
+    return FlowGRPO(algorithm, sampling=Sampling(), seed=0, prompts_together=1, max_grad_norm=1.0)
+
+
+def test_flow_grpo_divides_by_the_standard_deviation_of_all_pictures():
+    """0, 2; 4, 10; 4, 4: all have the mean 4 and the variance 56 / 6."""
+    scores = Scores(("a",), ("a",), (1.0,), torch.tensor([[[0.0, 2], [4, 10], [4, 4]]]))
+    less_its_mean = torch.tensor([[-1.0, 1], [-3, 3], [0, 0]])
+    torch.testing.assert_close(flow_grpo().advantages(scores, 0), less_its_mean / math.sqrt(56 / 6))
+    in_group = flow_grpo(advantage_std="group").advantages(scores, 0)
+    torch.testing.assert_close(in_group, torch.tensor([-1.0, 1]) * math.sqrt(0.5) * torch.tensor([[1], [1], [0]]))
+    wide = flow_grpo(min_reward_std=2.0).advantages(scores, 0)  # the first group's is sqrt(2), the second's sqrt(18)
+    torch.testing.assert_close(wide, torch.tensor([[0.0, 0], [-3, 3], [0, 0]]) / math.sqrt(56 / 6))
+
+
+def test_several_rewards_each_have_their_batchs_standard_deviation():
+    a, _, b = scores_of().all_RPG.double()
+    expected = sum(
+        weight * (reward - reward.mean(1, keepdim=True)) / reward.std(correction=0)
+        for weight, reward in ((2.0, a), (-0.5, b))
+    )
+    torch.testing.assert_close(flow_grpo().advantages(scores_of(), 0).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_of_one_reward_and_one_with_nan():
+    rewards = torch.full((1, 3, 4), 0.3)
+    assert (standardised(rewards, (1.0,), FLOW, batch_std=True) == 0).all()
+    rewards[0, 1, 2] = float("nan")
+    assert standardised(rewards, (1.0,), FLOW, batch_std=True)[1].isnan().all()
 
 
 def test_several_rewards_are_standardised_and_then_weighed():

@@ -27,10 +27,12 @@ OWNED = {
     "temperature": (("neighbor",), "dim"),
     "backend": (("neighbor",), "reference"),
     "num_train_steps": (("neighbor", "flow_grpo", "dance_grpo"), 3),
+    "advantage_std": (("flow_grpo",), "group"),
     "eta": (SDE, 0.6),
     "advantage_clip": (SDE, 4.0),
     "window_size": (MIX, 3),
     "window_every": (MIX, 7),
+    "window_restarts": (MIX, False),
     "window_frozen": (("mix_grpo_flash",), True),
     "compression": (("mix_grpo_flash",), 0.5),
     "branch_steps": (BRANCH, (0, 1, 2, 4)),
@@ -147,28 +149,30 @@ def test_fields_of_its_own_are_taken(name):
     assert tomllib.loads(as_toml(recipe))["algorithm"].keys() & OWNED.keys() == own.keys()
 
 
-def test_an_algorithm_is_as_it_was_published():
-    """eta, clip and candidates of the authors' scripts for FLUX; Flow-GRPO's eta of its paper."""
+# Of the authors' scripts for FLUX.1-dev, beside their number of solver steps N: candidates, eta, clip, steps trained,
+# samples of a process per iteration over those that it accumulates. All clip advantages to 5.
+SCRIPTS = {
+    "flow_grpo": (6, 24, 0.9, 1e-4, int(0.99 * 6), 2),  # gradient_accumulation_steps = num_batches_per_epoch // 2
+    "dance_grpo": (16, 12, 0.3, 1e-4, int(0.6 * 15), 12 // 4),
+    "mix_grpo": (25, 12, 0.7, 1e-4, 4, 12 // 3),
+    "mix_grpo_flash": (25, 12, 0.7, 1e-4, 4, 12 // 3),
+    "branch_grpo": (20, 16, 0.3, 1e-3, 19, -(-202 * 2 // 12)),  # edges of two trees, without the last step's
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_algorithm_is_as_its_authors_scripts_have_it(name):
+    one, (N, *published) = Algorithm.of(name), SCRIPTS[name]
+    work = one.workload(N)
+    assert [one.num_generations, one.eta, one.clip_range, work.num_train_steps, work.updates] == published
+    assert (one.advantage_clip, one.p, one.kl_coef, one.reference_coef, one.step_range) == (5, 2, 0, 0, (0, 1))
+
+
+def test_a_recipe_leaves_open_what_was_published():
     settings = {name: Algorithm.of(name) for name in NAMES}
-    assert {name: one.eta for name, one in settings.items() if name != "neighbor"} == {
-        "flow_grpo": 0.7,
-        "dance_grpo": 0.3,
-        "mix_grpo": 0.7,
-        "mix_grpo_flash": 0.7,
-        "branch_grpo": 0.3,
-    }
-    assert {name: one.updates_per_iteration for name, one in settings.items()} == {
-        "neighbor": 1,
-        "flow_grpo": 1,
-        "dance_grpo": 3,
-        "mix_grpo": 4,
-        "mix_grpo_flash": 4,
-        "branch_grpo": 3,
-    }
-    assert {one.clip_range for name, one in settings.items() if name != "branch_grpo"} == {1e-4}
-    assert settings["branch_grpo"].clip_range == 1e-3
-    assert {one.p for name, one in settings.items() if name != "neighbor"} == {2.0}
-    assert {one.num_generations for name, one in settings.items() if name != "branch_grpo"} == {12}
+    assert settings["flow_grpo"].advantage_std == "batch"
+    windows = {name: (settings[name].window_every, settings[name].window_restarts) for name in MIX}
+    assert windows == {"mix_grpo": (25, True), "mix_grpo_flash": (20, True)}
     assert parsed({}, "--algorithm.name=dance_grpo").algorithm == settings["dance_grpo"]
     assert parsed({"algorithm": {"name": "branch_grpo", "eta": 0.1}}).algorithm == replace(
         settings["branch_grpo"],
@@ -176,10 +180,9 @@ def test_an_algorithm_is_as_it_was_published():
         num_generations=16,
         p=2.0,
         clip_range=1e-3,
-        updates_per_iteration=3,
+        updates_per_iteration=0,
         step_range=(0.0, 1.0),
     )
-    assert {one.step_range for name, one in settings.items() if name != "neighbor"} == {(0.0, 1.0)}
     assert parsed({"algorithm": {"step_range": [0.0, 0.5]}}, "--algorithm.name=mix_grpo").algorithm.step_range == (
         0,
         0.5,
@@ -249,7 +252,7 @@ BAD = [
     ("branch_grpo", "num_generations", [1, 12, 17], {}),
     ("branch_grpo", "num_generations", [8], {"branch_steps": (0, 1, 2, 3)}),
     ("branch_grpo", "width_pruning", ["extremes"], TREE_OF_TWO),
-    ("branch_grpo", "updates_per_iteration", [0, 2 + 4 + 8 + 4 * 16 + 1], {}),
+    ("branch_grpo", "updates_per_iteration", [-1, 2 + 4 + 8 + 4 * 16 + 1], {}),
     ("branch_grpo", "step_range", [(0.0, 0.05)], {}),
 ]
 

@@ -31,6 +31,7 @@ SETTINGS = {
     "branch_grpo": {"branch_steps": (0, 2), "width_pruning": "parent_top1"},
 }
 each_algorithm = pytest.mark.parametrize("name", SETTINGS)
+ETA = {"flow_grpo": 0.9, "dance_grpo": 0.3, "mix_grpo": 0.7, "mix_grpo_flash": 0.7, "branch_grpo": 0.3}
 NO_CLIPPING = 1e30  # of the gradient
 # Of the ratio, so that a second optimizer step has some on either side of a bound.
 CLIP = {"flow_grpo": 1e-3, "dance_grpo": 1e-3, "mix_grpo": 5e-4, "mix_grpo_flash": 5e-4, "branch_grpo": 5e-3}
@@ -90,8 +91,9 @@ def policy_at(groups, velocity, stds, sigmas):
 def written_out(flux, groups, advantages, algorithm, old_model=None):
     """Gradient of the loss of these transitions at the model's weights, against the weights of `old_model`."""
     sigmas = algorithm.sigmas.double().tolist()
-    level = {"dance_grpo": 0.3, "branch_grpo": 0.3}.get(algorithm.settings.name)
-    stds = [(level or 0.7 * (s / (1 - (t if s == 1 else s))) ** 0.5) * (s - t) ** 0.5 for s, t in pairwise(sigmas)]
+    eta, constant = ETA[algorithm.settings.name], algorithm.settings.name in ("dance_grpo", "branch_grpo")
+    levels = [eta if constant else eta * (s / (1 - (t if s == 1 else s))) ** 0.5 for s, t in pairwise(sigmas)]
+    stds = [level * (s - t) ** 0.5 for level, (s, t) in zip(levels, pairwise(sigmas), strict=True)]
     transformer, velocity = model_in_float64(flux)
     new = policy_at(groups, velocity(groups), stds, sigmas)
     with torch.no_grad():

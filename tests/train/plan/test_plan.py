@@ -504,7 +504,7 @@ def with_algorithm(name: str, steps: int, settings: dict[str, Any], **others: An
     return replace(settled(sampling__num_inference_steps=steps, **others), algorithm=published)
 
 
-FROZEN = {"window_frozen": True, "compression": 0.2}  # 4 of the 25 steps in the window, then 4 for the other 21
+FROZEN = {"window_frozen": True, "compression": 0.2}  # 4 of the 25 steps in the window, then 3 for the other 21
 TREE = 3 * (2 + 4 + 8) + 10 * 16  # edges of the 19 random steps: three after each split, but ten after the last
 
 
@@ -512,9 +512,9 @@ TREE = 3 * (2 + 4 + 8) + 10 * 16  # edges of the 19 random steps: three after ea
     "name, steps, settings, batch, evaluated, filled, forwards, trained, first, count",
     [
         ("dance_grpo", 25, {}, 12, 25 * 12, 25 * 12, 25, 12 * 14, 56, 14),
-        ("mix_grpo_flash", 25, FROZEN, 5, 8 * 12, 8 * 15, 8 * 3, 12 * 4, 12, 3),
+        ("mix_grpo_flash", 25, FROZEN, 5, 7 * 12, 7 * 15, 7 * 3, 12 * 4, 12, 3),
         # One picture before the first split; 16 in the last step, which is not trained.
-        ("branch_grpo", 20, {}, 4, 1 + TREE, 4 + 3 * (4 + 4 + 8) + 160, 1 + 3 * (1 + 1 + 2) + 40, TREE, 68, 17),
+        ("branch_grpo", 20, {}, 4, 1 + TREE, 4 + 3 * (4 + 4 + 8) + 160, 1 + 3 * (1 + 1 + 2) + 40, TREE, 6, 2),
     ],
 )
 def test_what_an_sde_computes(
@@ -529,10 +529,10 @@ def test_what_an_sde_computes(
     first: int,
     count: int,
 ) -> None:
-    """4 states at once, in 3 optimizer steps or Flash's 4. Forwards of one picture are those of Neighbor GRPO."""
+    """4 states at once, in each of U optimizer steps. Forwards of one picture are those of Neighbor GRPO."""
     asked = with_algorithm(name, steps, settings, parallel__rollout_batch=batch, parallel__update_batch=4)
     picture = iteration_flops(settled(), DEV).model_stages["rollout"] // (12 * 8)
-    flops, U = iteration_flops(asked, DEV), 4 if name == "mix_grpo_flash" else 3
+    flops, U = iteration_flops(asked, DEV), {"dance_grpo": 3, "mix_grpo_flash": 4, "branch_grpo": 34}[name]
     assert flops.model_stages["rollout"] == evaluated * picture
     assert flops.model_stages["forward"] == trained * picture == flops.model_stages["backward"] // 2
     assert flops.model_stages["old policy"] == (trained - first) * picture
@@ -663,9 +663,9 @@ def test_an_iteration_does_what_is_counted(
     "name, steps, said",
     [
         ("dance_grpo", 25, ["algorithm: dance_grpo; G 12, B 12, K 14\n", "NFE_old 25, NFE_theta 14.00\n"]),
-        # The window has moved 11 times in the last of 300 iterations: 15 steps to its end, and 0.4 of the last 10.
-        ("mix_grpo_flash", 25, ["G 12, B 12, K 4\n", "NFE_old 12 (at the end 19), NFE_theta 4.00\n"]),
-        ("branch_grpo", 20, ["G 16, B 10.63, K 19\n", "in each of 3 optimizer steps", "4 of 68 states in the update"]),
+        # The window has moved 14 times in the last of 300 iterations: 18 steps to its end, and 2 for the last 7.
+        ("mix_grpo_flash", 25, ["G 12, B 12, K 4\n", "NFE_old 11 (at the end 20), NFE_theta 4.00\n"]),
+        ("branch_grpo", 20, ["G 16, B 10.63, K 19\n", "in each of 34 optimizer steps", "4 of 8 states in the update"]),
     ],
 )
 def test_the_command_plans_every_algorithm(

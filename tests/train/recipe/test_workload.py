@@ -48,11 +48,15 @@ def test_how_many_are_trained(name, N, settings, expected):
 # --- MixGRPO
 
 
-def test_the_window_moves_every_25_iterations_and_stays_at_the_end():
-    mix = settings_of("mix_grpo")
+def test_the_window_moves_every_25_iterations_and_starts_anew():
+    mix, staying = settings_of("mix_grpo"), settings_of("mix_grpo", window_restarts=False)
     starts = [mix.window(8, iteration).start for iteration in range(300)]
+    assert starts == 3 * ([0] * 25 + [1] * 25 + [2] * 25 + [3] * 25)
+    starts = [staying.window(8, iteration).start for iteration in range(300)]
     assert starts == [0] * 25 + [1] * 25 + [2] * 25 + [3] * 225
-    assert {len(mix.window(8, iteration)) for iteration in range(300)} == {4}
+    assert {len(each.window(8, iteration)) for each in (mix, staying) for iteration in range(300)} == {4}
+    starts = [settings_of("mix_grpo_flash").window(25, iteration).start for iteration in range(300)]
+    assert starts == [iteration // 20 for iteration in range(300)]
     within = settings_of("mix_grpo", step_range=(0.25, 0.875), window_every=2, window_size=3)
     assert [within.window(8, i) for i in range(6)] == [range(2, 5)] * 2 + [range(3, 6)] * 2 + [range(4, 7)] * 2
     frozen = settings_of("mix_grpo_flash", window_frozen=True)
@@ -60,9 +64,9 @@ def test_the_window_moves_every_25_iterations_and_stays_at_the_end():
 
 
 def test_steps_after_the_window_are_compressed():
-    """25 steps, window 4: 21 are left, then 20, 19, ...; 0.4 of them, rounded down."""
+    """25 steps, window 4: 22 points are left, then 21, 20, ...; between 0.4 of them, rounded down, are the steps."""
     flash = settings_of("mix_grpo_flash")
-    assert [flash.steps_after_window(25, 25 * moves) for moves in (0, 1, 2, 6)] == [8, 8, 7, 6]
+    assert [flash.steps_after_window(25, 20 * moves) for moves in (0, 1, 2, 3, 6)] == [7, 7, 7, 6, 5]
     assert settings_of("mix_grpo_flash", window_every=1).steps_after_window(6, 9) == 1
     assert settings_of("mix_grpo_flash", compression=1.0).steps_after_window(25, 0) == 21
 
@@ -102,7 +106,7 @@ def test_depth_pruning_moves_up_to_the_last_split():
     [
         ("dance_grpo", 25, {}, 25, 14),
         ("mix_grpo", 25, {"window_size": 14}, 25, 14),  # the paper's K; MixGRPO's own is 4
-        ("mix_grpo_flash", 25, {"window_frozen": True, "compression": 0.2}, 8, 4),
+        ("mix_grpo_flash", 25, {"window_frozen": True, "compression": 0.25}, 8, 4),  # 0.2 of the script makes 7
         ("neighbor", 25, {"num_anchors": 12, "num_train_steps": 4}, 25, 4),
         ("neighbor", 16, {"num_anchors": 4, "num_train_steps": 9}, 16, 3),
         ("neighbor", 8, {"num_anchors": 4, "num_train_steps": 4}, 8, 4 / 3),
@@ -146,8 +150,18 @@ def test_pruned_trees_by_hand():
 
 def test_flashs_rollout_grows_as_the_window_moves():
     flash = settings_of("mix_grpo_flash")
-    assert [flash.workload(25, 25 * moves).nfe_old for moves in (0, 1, 2)] == [4 + 8, 5 + 8, 6 + 7]
+    assert [flash.workload(25, 20 * moves).nfe_old for moves in (0, 1, 2, 3)] == [4 + 7, 5 + 7, 6 + 7, 7 + 6]
     assert flash.workload(25).nfe_theta == 4
+    assert settings_of("mix_grpo_flash", window_frozen=True, compression=0.2).workload(25, 299).nfe_old == 4 + 3
+
+
+def test_a_trees_optimizer_steps_are_counted_by_its_edges():
+    """Its script accumulates 12 of the 436 transitions of two trees, which are 218 each with its last step's: 37."""
+    tree = settings_of("branch_grpo")
+    assert tree.optimizer_steps(218) == 37
+    assert tree.workload(20).updates == 34  # of 202 edges
+    assert settings_of("branch_grpo", width_pruning="extremes").workload(20).updates == 22  # of 42 + 16 + 72
+    assert settings_of("branch_grpo", updates_per_iteration=3).workload(20).updates == 3
 
 
 @pytest.mark.parametrize(
@@ -156,9 +170,11 @@ def test_flashs_rollout_grows_as_the_window_moves():
         ("dance_grpo", {}, 48 - 16),  # 12 candidates at 4 steps, the first 4 candidates need no other forward
         ("dance_grpo", {"old_policy": "cached"}, 0),
         ("mix_grpo", {}, 48 - 12),
-        ("flow_grpo", {}, 0),  # one optimizer step
+        ("flow_grpo", {}, 168 - 84),  # 24 candidates at 7 steps
+        ("flow_grpo", {"updates_per_iteration": 1}, 0),
         ("neighbor", {"updates_per_iteration": 4}, 16 - 4),
         ("branch_grpo", {"updates_per_iteration": 4}, 78 - 20),  # 20, 20, 19, 19
+        ("branch_grpo", {}, 78 - 6),
     ],
 )
 def test_forwards_of_the_old_policy(name, settings, later):
