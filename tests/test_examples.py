@@ -201,9 +201,14 @@ def rollout_for(name: str) -> Rollout:
     return Rollout(P=3, G=4, N=6, T=100, B=2, dtype=torch.bfloat16)
 
 
+def test_every_adapter_is_held_to_the_equations_and_shadows_no_trainer() -> None:
+    """A script finds the files beside it first: one named as its trainer's package would be imported in its place."""
+    assert {path.stem for path in (EXAMPLES / "adapters").glob("*.py")} == {f"for_{name}" for name in NAMES}
+
+
 def run(name: str, case: Rollout, step: int, old: Tensor | None, **settings: Any) -> LossOutput:
     """The adapter, in its trainer's terms, with the tensors of `case` laid out as that trainer does."""
-    return ADAPTERS[name](example(f"adapters/{name}"), case, step, old, settings)
+    return ADAPTERS[name](example(f"adapters/for_{name}"), case, step, old, settings)
 
 
 def dance_grpo(
@@ -456,7 +461,7 @@ def test_the_anchors_land_on_their_own_candidates(name: str) -> None:
 
 def test_window_is_the_mean_of_its_steps() -> None:
     case = rollout_for("mix_grpo")
-    adapter = example("adapters/mix_grpo")
+    adapter = example("adapters/for_mix_grpo")
     window = [0, 2, 3]
     together = adapter.neighbor_window(*fastvideo(case), window, case.sigmas, *group(case))
     assert together.log_ratio.shape == (3, case.B, case.G)
@@ -468,7 +473,7 @@ def test_window_is_the_mean_of_its_steps() -> None:
 
 def test_anchors_one_at_a_time_accumulate_to_the_same_gradient() -> None:
     case = TruncatedTimesteps(P=1, G=12, N=8, T=81, B=3)
-    adapter = example("adapters/dance_grpo")
+    adapter = example("adapters/for_dance_grpo")
 
     def grad(anchors: Tensor) -> Tensor:
         out = adapter.neighbor_one_step(*fastvideo(case), 2, case.sigmas, anchors, case.advantages)
@@ -482,7 +487,7 @@ def test_anchors_one_at_a_time_accumulate_to_the_same_gradient() -> None:
 @pytest.mark.parametrize("name", ["flow_grpo", "flow_factory"])
 def test_an_incomplete_group_is_refused(name: str) -> None:
     case = rollout_for(name)
-    adapter = example(f"adapters/{name}")
+    adapter = example(f"adapters/for_{name}")
     if name == "flow_grpo":
         sample, config, pipeline = flow_grpo_batch(case)
         sample = {name: tensor[:-1] for name, tensor in sample.items()}
@@ -495,7 +500,7 @@ def test_an_incomplete_group_is_refused(name: str) -> None:
 
 def test_a_group_cut_short_is_refused() -> None:
     case = TruncatedTimesteps(P=1, G=12, N=8, T=9, B=3)
-    adapter = example("adapters/dance_grpo")
+    adapter = example("adapters/for_dance_grpo")
     tensors = [tensor[:11] if isinstance(tensor, Tensor) else tensor for tensor in fastvideo(case)]
     anchors = torch.tensor([0, 3])
     with pytest.raises(ValueError, match="advantages"):
@@ -512,7 +517,7 @@ def test_adapters_call_the_transformer_of_diffusers_as_it_wants(name: str) -> No
     torch.manual_seed(0)
     case.moved = tiny_transformer(4, 2)  # type: ignore[assignment]
     if name == "diffusers_training":
-        adapter, scheduler = example("adapters/diffusers_training"), FlowMatchEulerDiscreteScheduler(shift=3.0)
+        adapter, scheduler = example("adapters/for_diffusers_training"), FlowMatchEulerDiscreteScheduler(shift=3.0)
         scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
         inputs = {"guidance": torch.tensor([3.5]), "txt_ids": torch.zeros(L, 3), "img_ids": case.image_ids}
         inputs |= {"pooled_projections": case.pooled[:1], "encoder_hidden_states": case.text[:1]}
@@ -523,7 +528,7 @@ def test_adapters_call_the_transformer_of_diffusers_as_it_wants(name: str) -> No
         torch.testing.assert_close(states[1], step)
         out = adapter.neighbor_loss(case.moved, scheduler, states, 1, *group(case), **inputs)
     elif name == "dance_grpo":
-        adapter = example("adapters/dance_grpo")
+        adapter = example("adapters/for_dance_grpo")
         out = adapter.neighbor_one_step(*fastvideo(case), 1, case.sigmas, *group(case))
     else:
         out = run(name, case, 1, None)
