@@ -8,24 +8,40 @@ from collections.abc import Iterator, Mapping
 
 from ngrpo_train.recipe.sections import Recipe
 
+SPREAD = "reward_std/"  # before a reward's name: its standard deviation within a group
+
+# Relative to the base model's. A policy that improves comes to agree with itself: in shapes_cpu, whose reward rises all
+# the while, its spread falls to 0.6. So only far less is a symptom.
+_LEAST_SPREAD = 1 / 3
+_LEAST_DIVERSITY = 0.5
+
 
 class Symptoms:
     """Recogniser of common failures; it names a setting to try, with each warning at most every 25 iterations."""
 
     QUIET = 25
+    ENOUGH = 10  # iterations that make a mean
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self._first: dict[str, list[float]] = {}  # of the run's first iterations, where it is still the base model's
         self._history: dict[str, deque[float]] = {}
         self._said: dict[str, int] = {}
         self._iteration = 0
-        self._first_diversity: float | None = None
 
-    def of(self, figures: Mapping[str, float]) -> list[str]:
-        self._iteration += 1
-        found = dict(self._found(figures))
+    def recall(self, figures: Mapping[str, float]) -> None:
+        """Remember an iteration's figures, to compare later ones with; a resumed run recalls those before it."""
         for name, value in figures.items():
             self._history.setdefault(name, deque(maxlen=20)).append(value)
+            first = self._first.setdefault(name, [])
+            if len(first) < self.ENOUGH:
+                first.append(value)
+
+    def of(self, figures: Mapping[str, float]) -> list[str]:
+        """Warnings about an iteration, which is then recalled."""
+        self._iteration += 1
+        found = dict(self._found(figures))
+        self.recall(figures)
         fresh = [key for key in found if self._iteration - self._said.get(key, -self.QUIET) >= self.QUIET]
         self._said |= dict.fromkeys(fresh, self._iteration)
         return [found[key] for key in fresh]
@@ -74,26 +90,26 @@ class Symptoms:
                     "or use a reward with finer steps"
                 ),
             )
-        flatness = self._recent("advantage/flatness", figures)
-        if flatness and flatness > 0.95:
-            yield (
-                "flatness",
-                (
-                    f"advantages are evenly spread (flatness {flatness:.2f}): watch for generic pictures; lower "
-                    f"algorithm.p = {algorithm.p:g} or raise {algorithm.exploration}"
-                ),
-            )
-        diversity = self._recent("group/diversity", figures)
-        if diversity:
-            self._first_diversity = self._first_diversity or diversity
-            if diversity < 0.5 * self._first_diversity:
+        for name in figures:
+            if name.startswith(SPREAD) and (left := self._left(name, figures)) is not None and left < _LEAST_SPREAD:
                 yield (
-                    "diversity",
+                    name,
                     (
-                        f"the group's diversity fell to {diversity / self._first_diversity:.0%} of where it began "
-                        f"(mode collapse): raise {algorithm.exploration} or lower optimizer.learning_rate"
+                        f"{name.removeprefix(SPREAD)} spreads {left:.0%} as far in a group as when the run began, and "
+                        "advantages count these small differences in full: raise "
+                        f"{algorithm.exploration}, or algorithm.min_reward_std = {algorithm.min_reward_std:g}, below "
+                        "which a reward adds nothing in a group"
                     ),
                 )
+        diversity = self._left("group/diversity", figures)
+        if diversity is not None and diversity < _LEAST_DIVERSITY:
+            yield (
+                "diversity",
+                (
+                    f"the group's diversity fell to {diversity:.0%} of where it began "
+                    f"(mode collapse): raise {algorithm.exploration} or lower optimizer.learning_rate"
+                ),
+            )
         for name in ("update/grad_norm", "update/loss"):
             past = self._history.get(name, ())
             usual = statistics.median(abs(value) for value in past) if len(past) >= 10 else 0.0
@@ -110,4 +126,10 @@ class Symptoms:
     def _recent(self, name: str, figures: Mapping[str, float]) -> float | None:
         """The mean over the last iterations; None for fewer than ten."""
         values = [*self._history.get(name, ()), *([figures[name]] if name in figures else [])]
-        return sum(values) / len(values) if len(values) >= 10 else None
+        return statistics.fmean(values) if len(values) >= self.ENOUGH else None
+
+    def _left(self, name: str, figures: Mapping[str, float]) -> float | None:
+        """The mean over the last iterations, relative to that over the first ten; None before, or where that is 0."""
+        first, now = self._first.get(name, []), self._recent(name, figures)
+        began = statistics.fmean(first) if len(first) == self.ENOUGH else 0.0
+        return now / began if began and now is not None else None

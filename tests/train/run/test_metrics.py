@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ngrpo_train.algorithms.neighbor import LeapingPolicy, Neighborhoods
+from ngrpo_train.algorithms.stochastic import GaussianPolicy
 from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Scores
@@ -19,6 +21,39 @@ from ngrpo_train.run import metrics, stopwatch
 from ngrpo_train.run.metrics import advantage_figures, device_figures, flat_recipe, reward_figures
 from ngrpo_train.run.stopwatch import Stopwatch
 from ngrpo_train.update.policy import Tally, UpdateStats
+
+FIGURES = {  # of an iteration of Neighbor on a CPU, those by solver step left out
+    "reward/mean",
+    "reward/std_in_group",
+    "reward/std_of_prompts",
+    "reward/brightness",
+    "reward/redness",
+    "reward_std/brightness",
+    "advantage/flat_groups",
+    "advantage/flatness",
+    "advantage/std",
+    "advantage/abs_max",
+    "group/diversity",
+    "update/loss",
+    "update/grad_norm",
+    "update/skipped_steps",
+    "policy/ratio_min",
+    "policy/ratio_mean",
+    "policy/ratio_max",
+    "policy/clip_fraction",
+    "policy/clamp_fraction",
+    "policy/kl",
+    "policy/policy_entropy",
+    "policy/rollout_mismatch",
+    "policy/mismatch_log_ratio_std",
+    "time/rollout_s",
+    "time/decode_s",
+    "time/reward_s",
+    "time/update_s",
+    "time/iteration_s",
+    "memory/peak_gib",
+    "compile/graphs",
+}
 
 
 def groups_of(final_PGTC, step_PK=None):
@@ -45,6 +80,23 @@ def stats_of(rows, **sums):
 # --- figures
 
 
+def test_the_page_explains_every_figure():
+    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text("utf-8")
+    table = page.partition("\n## The figures\n")[2].partition("\n## ")[0]
+    explained = set(re.findall(r"`(\w+/[\w*]+)`", table))
+    ours = {re.sub(r"^(reward|reward_std)/(brightness|redness)$", r"\1/NAME", name) for name in FIGURES}
+    others = {f"policy/{name}" for name in GaussianPolicy.FIGURES}  # of algorithms other than Neighbor
+    on_gpus = {"memory/reserved_gib", "memory/alloc_retries", "compute/mfu", "compute/hfu"}
+    assert explained == ours | others | on_gpus | {"velocity_grad_norm/step_*"}
+
+
+def test_the_spread_of_every_trained_reward_has_its_own_figure():
+    scores = torch.tensor([[[0.0, 2.0]], [[5.0, 9.0]], [[0.1, 0.5]]])
+    figures = reward_figures(Scores(("a", "watched", "b"), ("a", "b"), (1.0, 1.0), scores))
+    spreads = {name: value for name, value in figures.items() if name.startswith("reward_std/")}
+    assert spreads == {"reward_std/a": pytest.approx(2**0.5), "reward_std/b": pytest.approx(0.08**0.5)}
+
+
 def test_reward_figures():
     scores = torch.tensor([[[0.0, 1, 2], [2, 4, 6]], [[10, 10, 10], [10, 10, 40]]])
     figures = reward_figures(Scores(("a", "watched"), ("a",), (1.0,), scores))
@@ -52,6 +104,7 @@ def test_reward_figures():
         "reward/mean": pytest.approx(2.5),
         "reward/std_in_group": pytest.approx(1.5),  # of 1 and 2
         "reward/std_of_prompts": pytest.approx(1.5),  # of the means 1 and 4
+        "reward_std/a": pytest.approx(1.5),
         "reward/a": pytest.approx(2.5),
         "reward/watched": pytest.approx(15.0),
     }
@@ -62,11 +115,12 @@ def test_advantage_figures():
     figures = advantage_figures(advantages)
     assert figures == {
         "advantage/flat_groups": pytest.approx(1 / 3),
+        "advantage/std": pytest.approx(math.sqrt(4 / 3)),  # the squares add up to 4 + 12, over 12 candidates
         # |A|_1 / (sqrt(4) |A|_2): 4 / (2 * 2) and 6 / (2 * sqrt(12))
         "advantage/flatness": pytest.approx((1 + math.sqrt(3) / 2) / 2),
         "advantage/abs_max": 3.0,
     }
-    assert advantage_figures(torch.zeros(2, 4)) == {"advantage/flat_groups": 1.0}
+    assert advantage_figures(torch.zeros(2, 4)) == {"advantage/flat_groups": 1.0, "advantage/std": 0.0}
 
 
 def test_diversity_is_the_distance_per_element_within_groups():
@@ -154,6 +208,17 @@ def test_metrics_of_iterations_that_come_again_are_cut(tmp_path):
         file.write('{"step": 2, "again": true}\n')
     # The evaluation "at 2" was made after two iterations, before the third, number 2, which is made again.
     assert lines(path) == [*rows[:3], {"step": 2, "again": True}]
+    assert metrics.evaluations(path) == [rows[2]]
+    assert metrics.iterations(path) == [*rows[:2], {"step": 2, "again": True}]
+
+
+def test_a_resumed_run_knows_the_spread_that_the_run_began_with(tmp_path):
+    rows = [{"step": step, "reward_std/a": 1.0 if step < 15 else 5.0} for step in range(20)]  # the last 5 come again
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with metrics.Recorder(tmp_path, Recipe(), SimpleNamespace(trackers=[]), 15, None) as recorder:
+        found = [recorder.symptoms.of({"reward_std/a": 0.1}) for _ in range(20)]
+    [message] = [message for messages in found for message in messages]
+    assert message.startswith("a spreads 31% as far")  # of the last 21, 5 are 1 and 16 are 0.1
 
 
 def test_a_run_leaves_every_figure_and_picture(ngrpo, tiny_recipe):
@@ -183,37 +248,7 @@ def test_a_run_leaves_every_figure_and_picture(ngrpo, tiny_recipe):
     steps = {name for row in rows for name in row if name.startswith("velocity_grad_norm/")}
     assert steps <= {f"velocity_grad_norm/step_{i}" for i in range(3)}
     for row in (rows[0], rows[1], rows[3]):
-        assert set(row) - steps == {
-            "step",
-            "reward/mean",
-            "reward/std_in_group",
-            "reward/std_of_prompts",
-            "reward/brightness",
-            "reward/redness",
-            "advantage/flat_groups",
-            "advantage/flatness",
-            "advantage/abs_max",
-            "group/diversity",
-            "update/loss",
-            "update/grad_norm",
-            "update/skipped_steps",
-            "policy/ratio_min",
-            "policy/ratio_mean",
-            "policy/ratio_max",
-            "policy/clip_fraction",
-            "policy/clamp_fraction",
-            "policy/kl",
-            "policy/policy_entropy",
-            "policy/rollout_mismatch",
-            "policy/mismatch_log_ratio_std",
-            "time/rollout_s",
-            "time/decode_s",
-            "time/reward_s",
-            "time/update_s",
-            "time/iteration_s",
-            "memory/peak_gib",
-            "compile/graphs",
-        }
+        assert set(row) - steps == FIGURES | {"step"}
         assert all(math.isfinite(value) for value in row.values())
         assert row["policy/rollout_mismatch"] < 1e-4
         assert len(steps & set(row)) >= 2, "two steps of each prompt"

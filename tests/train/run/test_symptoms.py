@@ -13,6 +13,8 @@ from ngrpo_train.run.symptoms import Symptoms
 HEALTHY = {
     "advantage/flat_groups": 0.1,
     "advantage/flatness": 0.8,
+    "reward_std/hpsv2_1": 0.02,
+    "reward_std/image_reward": 1.0,
     "group/diversity": 0.5,
     "update/grad_norm": 1.0,
     "update/loss": 0.01,
@@ -44,7 +46,6 @@ def test_a_healthy_run_warns_of_nothing():
         ("memory/alloc_retries", 2.0, 0, "the allocator ran out of memory 2 times", "lower parallel.rollout_batch"),
         ("compile/graphs", 4.0, 2, "4 graphs were compiled anew", "set parallel.update_batch"),
         ("advantage/flat_groups", 0.6, 9, "60% of the groups have equal rewards", "raise algorithm.sigma = 0.3"),
-        ("advantage/flatness", 0.97, 9, "evenly spread (flatness 0.97)", "algorithm.p = 0.8"),
     ],
 )
 def test_a_lasting_symptom_is_named_with_the_setting_to_try(name, value, at, symptom, setting):
@@ -66,11 +67,13 @@ def test_a_lasting_symptom_is_named_with_the_setting_to_try(name, value, at, sym
         ("mix_grpo_flash", "raise algorithm.eta = 0.7"),
     ],
 )
-@pytest.mark.parametrize("symptom", [{"advantage/flat_groups": 0.6}, {"advantage/flatness": 0.97}])
-def test_how_far_to_explore_is_a_setting_of_the_algorithm(name, setting, symptom):
+@pytest.mark.parametrize("figure", ["advantage/flat_groups", "reward_std/hpsv2_1", "group/diversity"])
+def test_how_far_to_explore_is_a_setting_of_the_algorithm(name, setting, figure):
     recipe = Recipe(algorithm=Algorithm.of(name))
-    [message] = warnings_of([HEALTHY | symptom] * 10, recipe)[9]
-    assert setting in message
+    symptom = {figure: 0.6 if figure == "advantage/flat_groups" else 0.0}
+    messages = [message for each in warnings_of([HEALTHY] * 10 + [HEALTHY | symptom] * 20, recipe) for message in each]
+    assert len(messages) == 1
+    assert setting in messages[0]
 
 
 @pytest.mark.parametrize("name, value", [("policy/rollout_mismatch", 0.9e-3), ("advantage/flat_groups", 0.5)])
@@ -96,6 +99,52 @@ def test_falling_diversity_is_named():
     assert re.search(
         r"diversity fell to 4\d% of where it began \(mode collapse\): raise algorithm.sigma = 0.3", message
     )
+
+
+def spreads(*values, of="hpsv2_1"):
+    return [HEALTHY | {f"reward_std/{of}": value} for value in values]
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+def test_rewards_that_come_close_within_their_groups_are_named(scale):
+    """The mean of the last 21 iterations is below a third when 5 of the first ten are left: (5 + 16 * 0.1) / 21."""
+    found = warnings_of(spreads(*[scale] * 10, *[0.1 * scale] * 40, of="image_reward"))
+    assert [i for i, messages in enumerate(found) if messages] == [25]
+    [message] = found[25]
+    assert "image_reward spreads 31% as far in a group as when the run began" in message
+    assert "raise algorithm.sigma = 0.3, or algorithm.min_reward_std = 0, " in message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.02] * 60,
+        [0.02 * 0.98**i for i in range(60)],  # to 0.41: a policy that improves comes to agree with itself
+        [0.02] * 20 + [0.0] * 5 + [0.02] * 20,  # 16 of 21 are left
+        [0.001] * 10 + [0.02] * 20 + [0.001] * 40,  # it began as close
+        [0.0] * 60,  # all groups are flat, which is another symptom
+    ],
+    ids=["steady", "slow", "short", "rise", "flat"],
+)
+def test_rewards_that_spread_as_before_are_not_named(values):
+    assert not any(warnings_of(spreads(*values)))
+
+
+@pytest.mark.parametrize("flatness", [0.5, 1.0])
+def test_how_evenly_advantages_are_spread_is_no_symptom(flatness):
+    """It hardly depends on the policy: for 12 normal draws it is 0.80, whatever their scale."""
+    assert not any(warnings_of([HEALTHY | {"advantage/flatness": flatness}] * 40))
+
+
+def test_a_resumed_run_compares_with_the_runs_beginning():
+    earlier, later = spreads(*[0.02] * 15), [each | {"compile/graphs": 0.0} for each in spreads(*[0.002] * 20)]
+    later[0]["compile/graphs"] = 4.0  # it compiles as a run does that begins, which is no symptom
+    symptoms = Symptoms(Recipe())
+    for figures in earlier:
+        symptoms.recall(figures)
+    [message] = [message for figures in later for message in symptoms.of(figures)]
+    assert "hpsv2_1 spreads 31% as far" in message
+    assert not any(warnings_of(later)), "by itself, the later part is its own measure"
 
 
 @pytest.mark.parametrize("name, sign", [("update/grad_norm", 1), ("update/loss", -1)])
