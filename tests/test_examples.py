@@ -320,10 +320,12 @@ def flow_factory(
         pooled_prompt_embeds: Tensor,
         img_ids: Tensor,
         compute_log_prob: bool,
+        noise_level: float,
         return_kwargs: list[str],
         **unused: Any,
     ) -> SimpleNamespace:
         assert not compute_log_prob
+        assert noise_level == 0.0
         assert return_kwargs == ["noise_pred"]
         assert (t_next < t).all()
         text_ids = torch.zeros(prompt_embeds.shape[1], 3)
@@ -494,8 +496,36 @@ def test_an_incomplete_group_is_refused(name: str) -> None:
         with pytest.raises(ValueError, match=r"expected 4 samples of each prompt, got \[4, 4, 3\]"):
             adapter.neighbor_loss(SimpleCall(case.moved), pipeline, sample, 0, config, case.anchors)
     else:
+        samples = flow_factory_samples(case, 0)[:-1]
         with pytest.raises(ValueError, match=r"expected 4 samples of each, got \[4, 4, 3\]"):
-            adapter.neighbor_loss(flow_factory_samples(case, 0)[:-1], 0, case.G, case.anchors, None)
+            adapter.neighbor_loss(samples, 0, case.G, case.anchors, None)
+        with pytest.raises(ValueError, match=r"expected 4 samples of each, got \[4, 4, 3\]"):
+            adapter.neighbor_advantages(SimpleNamespace(group_size=4), samples, {"a": torch.rand(11)}, True)
+
+
+def test_flow_factory_gets_the_advantages_of_the_equations() -> None:
+    """Two rewards of unequal weight and scale; the samples of three prompts are interleaved."""
+    case = rollout_for("flow_factory")
+    rewards = {"narrow": 0.02 * case.normal(12), "wide": 3 + case.normal(12)}
+    weights = {"wide": 0.5, "narrow": 2.0}
+    samples = flow_factory_samples(case, 0)
+    for sample in samples:
+        sample.extra_kwargs = {}
+    processor = SimpleNamespace(
+        group_size=case.G, reward_weights=weights, accelerator=SimpleNamespace(device=torch.device("cpu"))
+    )
+    got = example("adapters/for_flow_factory").neighbor_advantages(processor, samples, rewards, True)
+
+    want = torch.zeros(12, dtype=torch.float64)
+    for prompt in range(case.P):
+        rows = torch.tensor([sample.unique_id == prompt for sample in samples])
+        for name, reward in rewards.items():
+            group = reward[rows].double()
+            want[rows] += weights[name] * (group - group.mean()) / group.std()  # Eq. 3
+        want[rows] /= want[rows].abs().pow(0.8).sum() ** (1 / 0.8)  # Eq. 11
+    # A float32 reward near 4 is good to 5e-7, which is divided by a group's spread; weights over the norm are below 1.
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
+    assert [sample.extra_kwargs["advantage"] for sample in samples] == list(got)
 
 
 def test_a_group_cut_short_is_refused() -> None:
