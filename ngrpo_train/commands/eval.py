@@ -104,6 +104,8 @@ def _benchmark_sampling(recipe: Recipe, base: str) -> Sampling:
 def _evaluating(recipe: Recipe, command: EvalCommand) -> Recipe:
     """The recipe with the command's settings. Raises ValueError, naming the flag, for a setting that cannot be used."""
     recipe = generating(recipe, command)
+    if not command.rewards:
+        raise ValueError("--rewards must name at least one reward, or package.module:callable")
     if command.batch < 1:
         raise ValueError(f"--batch = {command.batch} must be positive")
     steps = recipe.sampling.num_inference_steps

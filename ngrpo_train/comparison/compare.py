@@ -136,8 +136,6 @@ def _refuse_scorers(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) ->
 
     Missing weights, a silent server and prompts that a scorer cannot score are found now.
     """
-    if not rewards:
-        raise ValueError("--rewards must name at least one reward, or package.module:callable")
     for name, reward in rewards.items():
         Rewards({name: reward}).check(prompts, "prompts.source")
 

@@ -23,7 +23,7 @@ import tyro
 
 from ngrpo_train.recipe.algorithms import Algorithm, carried_over, refuse_foreign
 from ngrpo_train.recipe.resume import with_present_names
-from ngrpo_train.recipe.rewards import REWARDS, as_kind, refuse_fields_of_others, settings_class
+from ngrpo_train.recipe.rewards import REWARDS, refuse_fields_of_others, settings_class, with_class
 from ngrpo_train.recipe.sections import Recipe, Reward, as_dict
 
 T = TypeVar("T")
@@ -277,15 +277,16 @@ def take_rewards(arguments: Sequence[str], known: Mapping[str, Reward]) -> tuple
 
 
 def _of_their_kinds(rewards: Mapping[str, Reward], arguments: Sequence[str]) -> dict[str, Reward]:
-    """The rewards with the kinds and paths that flags give them, so that the parser knows the fields of each.
+    """The rewards, each of the class that flags for its kind and path ask for, so that the parser knows its fields.
 
     Raises ValueError for the flag of a field that belongs to other kinds.
     """
     found = {}
     for name, reward in rewards.items():
         kind, path = (flag_value(arguments, f"--rewards.{name}.{each}") for each in ("kind", "path"))
-        found[name] = as_kind(name, reward, kind or reward.kind, path or reward.path)
-        refuse_fields_of_others(name, type(found[name]), _fields_given(arguments, f"rewards.{name}"))
+        settings = settings_class(name, kind or reward.kind, path or reward.path)
+        refuse_fields_of_others(name, settings, _fields_given(arguments, f"rewards.{name}"))
+        found[name] = with_class(reward, settings)
     return found
 
 

@@ -51,12 +51,11 @@ def settings_class(name: str, kind: str = "", path: str = "") -> type[Reward]:
     return Reward if users_own else REWARDS.get(kind or name, Reward)
 
 
-def as_kind(name: str, reward: Reward, kind: str, path: str) -> Reward:
-    """The reward with another `kind` and `path`; where that asks for another class, its own settings are left out."""
-    settings = settings_class(name, kind, path)
-    if type(reward) is not settings:
-        reward = settings(**{field.name: getattr(reward, field.name) for field in dataclasses.fields(Reward)})
-    return dataclasses.replace(reward, kind=kind, path=path)
+def with_class(reward: Reward, settings: type[Reward]) -> Reward:
+    """The reward as it is, or as one of another class: then its own settings are left out."""
+    if type(reward) is settings:
+        return reward
+    return settings(**{field.name: getattr(reward, field.name) for field in dataclasses.fields(Reward)})
 
 
 def own_fields(settings: type[Reward]) -> set[str]:

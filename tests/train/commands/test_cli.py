@@ -120,7 +120,7 @@ def test_an_unknown_reward_is_answered_with_the_list(ngrpo, no_model, tiny_recip
     code, _, err = ngrpo("train", tiny_recipe, "--rewards.nosuch.weight", "1")
     assert code == 2
     assert err.splitlines() == [
-        "ngrpo train: rewards.nosuch: no reward of that name; there are aesthetic, clip, hpsv2_1, image_reward, "
+        "ngrpo train: rewards.nosuch: no reward of that name; there are aesthetic, clip, hpsv2_1, image_reward, ocr, "
         "pickscore, shapes_judge, shapes_verifier, unified, or set rewards.nosuch.path = 'package.module:callable'"
     ]
 

@@ -96,8 +96,10 @@ def test_commands_without_a_recipe_take_kinds_too():
     chosen, flags = take_rewards(["--rewards", "a", "--rewards.a.kind", "chess", "--rewards.a.opening=kings"], {})
     command = parse_flags(EvalCommand(rewards=chosen), flags, prog="ngrpo eval")
     assert command.rewards == {"a": Chess(kind="chess", opening="kings")}
-    chosen, _ = take_rewards(["--rewards.slow.kind=go_board"], {"slow": SLOW})
-    assert chosen == {"slow": Go(kind="go_board", log_only=True)}
+    chosen, flags = take_rewards(["--rewards.slow.kind=go_board"], {"slow": SLOW})
+    assert parse_flags(EvalCommand(rewards=chosen), flags, prog="ngrpo eval").rewards == {
+        "slow": Go(kind="go_board", log_only=True)
+    }
 
 
 @pytest.mark.parametrize(
