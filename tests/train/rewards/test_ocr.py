@@ -265,7 +265,7 @@ def test_pictures_are_read_as_rapidocr_reads_them():
         np.testing.assert_allclose(ours, found.boxes, atol=4)  # of 720 and 1024; the picture is resized by another rule
 
 
-def test_rows_are_read_as_in_a_batch(monkeypatch):
+def test_rows_are_read_as_in_a_batch():
     """Whatever stands beside a picture, and however many are read at once."""
     lines = torch.stack([lettered(word) for word in WORDS])
     single = reader(layout="line", batch=1)
@@ -274,22 +274,17 @@ def test_rows_are_read_as_in_a_batch(monkeypatch):
     assert reader(batch=2)(both)[0] == read(SCENE)[0]
 
 
-@pytest.mark.parametrize(
-    "size, layouts",
-    [((32, 64), ("line",)), ((1, 1), ("line", "free")), ((2, 5000), ("line", "free")), ((700, 3), ("line", "free"))],
-    ids=str,
-)
-@pytest.mark.parametrize("level", [0, 128], ids=["black", "grey"])
-def test_pictures_without_text_give_no_text(size, layouts, level):
-    for layout in layouts:
-        assert read(torch.full((3, *size), level, dtype=torch.uint8), layout=layout) == [""]
+@pytest.mark.parametrize("layout", ["line", "free"])
+@pytest.mark.parametrize("size", [(1, 1), (2, 5000), (700, 3)], ids=str)
+def test_pictures_without_text_give_no_text(size, layout):
+    assert read(torch.full((3, *size), 128, dtype=torch.uint8), layout=layout) == [""]
 
 
 def test_noise_is_not_what_was_asked_for():
     noise = torch.randint(0, 256, (2, 3, 32, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     scores = find_scorer("ocr", Ocr(layout="line"), CPU)(noise, ['"CATS"'] * 2, [{}] * 2)
     assert ((scores >= 0) & (scores <= 0.25)).all()  # a letter by chance
-    assert read(noise[0]) == [""]
+    assert read(noise[0]) == read(torch.zeros(3, 32, 64, dtype=torch.uint8), layout="line") == [""]
 
 
 def test_ctc_keeps_the_first_of_each_run_and_no_blanks():
