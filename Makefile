@@ -44,11 +44,8 @@ no folder of that name))
 check: lint types    ## lint, types and the light tests, in about 90 s; ONLY=rewards (kernels, ...): one folder's tests
 	@$(PYTEST) $(PARALLEL) -m 'light and not slow' $(if $(ONLY),$(WING)) $(ARGS) $(OR_NONE)
 
-# A lane after the other, the light one first. Ranks that compute together have the cores to themselves: one worker.
-test: $(INSTALLED)   ## run the tests, lane by lane
-	@$(PYTEST) $(PARALLEL) -m 'light and not slow' $(ARGS) $(OR_NONE)
-	@$(PYTEST) $(PARALLEL) -m 'heavy and not slow' $(ARGS) $(OR_NONE)
-	@$(PYTEST) -m 'ranks and not slow' $(ARGS) $(OR_NONE)
+test: $(INSTALLED)   ## run the tests, lane by lane: the light ones first
+	@$(PYTEST) $(PARALLEL) $(ARGS)
 
 slow: $(INSTALLED)   ## run the tests that make test leaves out: bugs planted in the kernels, inductor's code
 	@$(PYTEST) $(PARALLEL) -m slow $(ARGS)

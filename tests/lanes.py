@@ -5,7 +5,7 @@ A test's lane follows from what it is made of, and is never set by hand:
 - `light` starts no process, trains no run, runs no program, compiles and interprets nothing;
 - `heavy` does one of these, on one core: Triton's interpreter or compiler, torch.compile, a count of a model's
   operators one by one, a run, an experiment, a profile, an example, a benchmark, a server;
-- `ranks` starts several processes that compute together, and has the cores to itself.
+- `ranks` starts several processes that compute together, and comes last.
 """
 
 import multiprocessing

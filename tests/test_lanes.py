@@ -1,22 +1,37 @@
 """The lanes that tests run in: each test is in one, `make test` runs all of them, and they hold what they should."""
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from .conftest import LANE_OF_TEST
+from .conftest import LANE_OF_TEST, LaneByLane
 from .lanes import LANES
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_make_test_runs_every_lane_and_every_test_is_in_one(request: pytest.FixtureRequest) -> None:
-    """So what `make test` runs is everything that is collected, but for what is marked slow."""
+def test_make_test_runs_everything_but_what_is_slow(request: pytest.FixtureRequest) -> None:
     assert set(request.config.stash[LANE_OF_TEST].values()) <= set(LANES)
     dry = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    expressions = [line.partition("-m '")[2].partition("'")[0] for line in dry.splitlines() if "pytest" in line]
-    assert expressions == [f"{lane} and not slow" for lane in LANES]
+    (command,) = (line for line in dry.splitlines() if "pytest" in line)
+    assert re.fullmatch(r".* -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder *", command)
+    assert request.config.getini("addopts")[-2:] == ["-m", "not slow"]
+
+
+def test_the_light_tests_of_all_modules_come_first_and_the_ranks_last(request: pytest.FixtureRequest) -> None:
+    lanes = [LANES.index(request.config.stash[LANE_OF_TEST][item.nodeid]) for item in request.session.items]
+    assert lanes == sorted(lanes)
+
+
+def test_workers_take_one_lane_of_a_module_at_a_time() -> None:
+    tests = {"tests/a.py::x": "light", "tests/b.py::x": "light", "tests/a.py::y": "heavy", "tests/a.py::z": "heavy"}
+    shared_out = LaneByLane.__new__(LaneByLane)
+    shared_out.lanes = tests
+    scopes = [shared_out._split_scope(name) for name in tests]
+    assert scopes[2] == scopes[3]
+    assert len(set(scopes)) == 3
 
 
 @pytest.mark.parametrize(

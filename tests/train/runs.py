@@ -1,10 +1,11 @@
 """Small training runs on the shapes pipeline: in this process, on several ranks, under a launcher; and what they leave.
 
-As a script it makes runs one after the other, alone or as ranks that it forks, and may kill itself in the middle.
+As a script it makes runs one after the other, and may kill itself in the middle.
 """
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -210,9 +212,7 @@ def on_ranks(count: int, runs: Sequence[Run], codes: Sequence[int] = ()) -> list
     `codes` are the exit codes to expect, by default 0.
     """
     with _as_jobs(runs) as jobs:
-        parent = start([sys.executable, __file__, jobs, str(count)], environment())
-        output = finish(parent)
-        assert parent.returncode == 0, output
+        _in_a_process(_fork_ranks, jobs, count)
         logs = [_log(jobs, rank) for rank in range(count)]
         outputs = [log.read_text() for log in logs]
         ended = json.loads(Path(jobs).with_name("codes.json").read_text())
@@ -221,12 +221,29 @@ def on_ranks(count: int, runs: Sequence[Run], codes: Sequence[int] = ()) -> list
     return outputs
 
 
+def _in_a_process(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function of a module in a process that has imported the trainer, but computed nothing yet."""
+    context = multiprocessing.get_context("forkserver")
+    if not forkserver._forkserver._forkserver_pid:  # one import for all processes that follow; libraries warn in it
+        context.set_forkserver_preload(["ngrpo_train.run.loop"])
+        heard = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        forkserver.ensure_running()
+        os.dup2(heard, 2)
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    process.join(1200)
+    process.kill()
+    assert process.exitcode == 0
+
+
 def _log(jobs: str, rank: int) -> Path:
     return Path(jobs).with_name(f"rank_{rank}.txt")
 
 
 def _fork_ranks(jobs: str, count: int) -> None:
     """Ranks that share one import of everything; their exit codes go beside the jobs."""
+    torch.set_num_threads(1)  # which decides how sums are rounded
     children = []
     for rank in range(count):
         child = os.fork()
@@ -437,9 +454,4 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        import ngrpo_train.run.loop  # noqa: F401  # before the fork, for all of them
-
-        _fork_ranks(sys.argv[1], int(sys.argv[2]))
-    else:
-        sys.exit(_make(sys.argv[1]))
+    sys.exit(_make(sys.argv[1]))
