@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -212,17 +213,20 @@ def on_ranks(count: int, runs: Sequence[Run], codes: Sequence[int] = ()) -> list
     `codes` are the exit codes to expect, by default 0.
     """
     with _as_jobs(runs) as jobs:
-        _in_a_process(_fork_ranks, jobs, count)
-        logs = [_log(jobs, rank) for rank in range(count)]
-        outputs = [log.read_text() for log in logs]
-        ended = json.loads(Path(jobs).with_name("codes.json").read_text())
-    for got, output, code in zip(ended, outputs, codes or [0] * count, strict=True):
+        log = Path(jobs).with_name("parent.txt")
+        ended(forked(log, _fork_ranks, jobs, count), log)
+        outputs = [_log(jobs, rank).read_text() for rank in range(count)]
+        reached = json.loads(Path(jobs).with_name("codes.json").read_text())
+    for got, output, code in zip(reached, outputs, codes or [0] * count, strict=True):
         assert got == code, output
     return outputs
 
 
-def _in_a_process(function: Callable[..., None], *arguments: Any) -> None:
-    """Call a function of a module in a process that has imported the trainer, but computed nothing yet."""
+def forked(log: Path, function: Callable[..., Any], *arguments: Any, **variables: str) -> BaseProcess:
+    """Start a function of a module in a process that has imported the trainer, but computed nothing yet.
+
+    It has one thread, which decides how sums are rounded, these environment variables, and `log` for what it says.
+    """
     context = multiprocessing.get_context("forkserver")
     if not forkserver._forkserver._forkserver_pid:  # one import for all processes that follow; libraries warn in it
         context.set_forkserver_preload(["ngrpo_train.run.loop"])
@@ -230,11 +234,33 @@ def _in_a_process(function: Callable[..., None], *arguments: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         forkserver.ensure_running()
         os.dup2(heard, 2)
-    process = context.Process(target=function, args=arguments)
+    process = context.Process(target=_heard, args=(str(log), variables, function, arguments))
     process.start()
+    return process
+
+
+def _heard(log: str, variables: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    hear(log)
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    function(*arguments)
+    sys.stdout.flush()
+
+
+def hear(log: str | Path) -> None:
+    """Write what this process says to a file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+def ended(process: BaseProcess, log: Path, code: int = 0) -> str:
+    """What a forked process has said, when it ends with that exit code. It is killed if that takes too long."""
     process.join(1200)
     process.kill()
-    assert process.exitcode == 0
+    process.join()
+    assert process.exitcode == code, log.read_text()
+    return log.read_text()
 
 
 def _log(jobs: str, rank: int) -> Path:
@@ -243,14 +269,11 @@ def _log(jobs: str, rank: int) -> Path:
 
 def _fork_ranks(jobs: str, count: int) -> None:
     """Ranks that share one import of everything; their exit codes go beside the jobs."""
-    torch.set_num_threads(1)  # which decides how sums are rounded
     children = []
     for rank in range(count):
         child = os.fork()
         if not child:
-            log = os.open(_log(jobs, rank), os.O_WRONLY | os.O_CREAT)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
+            hear(_log(jobs, rank))
             group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
             os.environ.update(group)
             try:

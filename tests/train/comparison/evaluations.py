@@ -1,6 +1,6 @@
 """`ngrpo eval` in processes of their own, alone or as ranks, which may kill themselves; and what each leaves.
 
-As a script it forks the processes of one command after the other, so that what they need is imported once.
+The processes of one command after the other are forked, so that what they need is imported once.
 """
 
 import json
@@ -22,11 +22,12 @@ from ngrpo_train.comparison.compare import evaluate_model
 from ngrpo_train.comparison.scores import ScoreFiles
 from ngrpo_train.shapes import verifier
 
+from ..runs import ended, forked, free_ports, hear
+
 # Before any fork.
 IMPORTED = (CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast, evaluate_model, verifier)
 
-HERE = Path(__file__).parent
-RUNS = HERE.parent  # where `runs` is, whose scorers commands use
+RUNS = Path(__file__).parents[1]  # where `runs` is, whose scorers commands use
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,21 @@ class Ended:
     files: dict[str, tuple[int, int]]
 
 
-def run_all(commands, start, finish, environment, free_ports):
-    """Every command in turn. The functions are those of `runs`."""
+def run_all(commands):
+    """Every command in turn."""
     with TemporaryDirectory() as directory:
         jobs = Path(directory) / "jobs.json"
         ports = free_ports(len(commands))
         rows = [asdict(command) | {"port": port} for command, port in zip(commands, ports, strict=True)]
         jobs.write_text(json.dumps(rows, default=str))
-        process = start([sys.executable, __file__, str(jobs)], environment())
-        output = finish(process)
-        assert process.returncode == 0, output
+        log = jobs.with_name("parent.txt")
+        ended(forked(log, _run, jobs), log)
         return [Ended(**row) for row in json.loads(jobs.with_name("ended.json").read_text())]
 
 
 def _rank(job, rank, log):
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    hear(log)
+    sys.path.insert(0, str(RUNS))
     if job["ranks"] > 1:
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "MASTER_PORT": job["port"]}
         os.environ |= {name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "127.0.0.1"}
@@ -119,7 +118,7 @@ def _files(out):
 
 def _run(jobs):
     context = multiprocessing.get_context("fork")
-    ended = []
+    ends = []
     for number, job in enumerate(json.loads(jobs.read_text())):
         logs = [jobs.with_name(f"{number}_{rank}.txt") for rank in range(job["ranks"])]
         ranks = [context.Process(target=_rank, args=(job, rank, log)) for rank, log in enumerate(logs)]
@@ -130,9 +129,6 @@ def _run(jobs):
             process.kill()
             process.join()
         codes, outputs = [process.exitcode for process in ranks], [log.read_text() for log in logs]
-        ended.append(asdict(Ended(codes, outputs, _files(job["out"]))))
-    jobs.with_name("ended.json").write_text(json.dumps(ended))
+        ends.append(asdict(Ended(codes, outputs, _files(job["out"]))))
+    jobs.with_name("ended.json").write_text(json.dumps(ends))
 
-
-if __name__ == "__main__":
-    _run(Path(sys.argv[1]))

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from ngrpo_train.prompts import load_prompts
 from ngrpo_train.shapes import shapes_pipeline_dir, verifier
 
-from ..runs import environment, finish, free_ports, start
 from .evaluations import Command, run_all
 
 KILLED = -signal.SIGKILL
@@ -77,9 +76,7 @@ def ended(tmp_path_factory):
     arguments += ["--rewards", "shapes_verifier,runs:redness", "--rewards.shapes-verifier.batch", "2"]
     arguments += ["--parallel.device", "cpu", "--out", str(directory / "failed")]
     commands["failed"] = Command(arguments, directory / "failed", ranks=2)
-    return dict(
-        zip(commands, run_all(commands.values(), start, finish, environment, free_ports), strict=True)
-    ), directory
+    return dict(zip(commands, run_all(commands.values()), strict=True)), directory
 
 
 def pictures_in(files):

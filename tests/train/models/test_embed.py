@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +13,16 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from ngrpo_train.models import embed as embed_module
 from ngrpo_train.models.embed import embed, embed_command, training_prompts
 from ngrpo_train.models.embeddings import EmbeddingCache, Manifest, encoder_hash
 from ngrpo_train.models.encoders import TextEncoders
+from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.sections import Evaluation, Model, Parallel, Prompts, Recipe, Sampling
 
-from ..runs import environment, finish, free_ports, start
+from ..runs import ended, forked, free_ports
 
 LENGTH = 16
 CPU = torch.device("cpu")
@@ -392,37 +393,26 @@ def test_what_the_command_cannot_use(recipe, tiny_dev, out, change, complaint):
 
 # --- two ranks
 
-ON_A_RANK = """
-import sys
-from pathlib import Path
-import torch
-from torch.distributed.tensor import DTensor
-from ngrpo_train.models import embed as embed_module
-from ngrpo_train.parallel import processes
-from ngrpo_train.recipe.sections import Parallel
-from ngrpo_train.models.embed import embed
-from ngrpo_train.models.embeddings import Manifest
-from ngrpo_train.models.encoders import TextEncoders
 
-embed_module._SHARD_PROMPTS = 2
-model, out, *prompts = sys.argv[1:]
-out = Path(out)
-with processes.joined(Parallel(device="cpu")) as launch:
-    def encoders(placement):
-        pipeline, _ = embed_module.load_text_encoders(model, torch.float32)
-        return TextEncoders(
-            pipeline, device=launch.device, dtype=torch.float32, max_sequence_length=16, placement=placement
-        )
-    sharded = encoders("shard")
-    assert all(isinstance(parameter, DTensor) for parameter in sharded._t5.parameters())
-    for share in (prompts[:1], prompts[2:]) if processes.rank() else (prompts, prompts):  # as often, not as many
-        encoded = sharded.encode(share)
-    torch.save([encoded.prompt_embeds, encoded.pooled, encoded.txt_ids], out / f"sharded_{processes.rank()}.pt")
-    manifest = Manifest(encoder="an encoder", max_sequence_length=16, features=16, pooled_features=16)
-    for known in (prompts[:1], prompts):
-        summary = embed(encoders("device"), known, out / "embeddings", manifest, batch=1)
-    launch.print(summary)
-"""
+def on_a_rank(model: str, out: Path, prompts: list[str]) -> None:
+    embed_module._SHARD_PROMPTS = 2
+    with processes.joined(Parallel(device="cpu")) as launch:
+
+        def encoders(placement):
+            pipeline, _ = embed_module.load_text_encoders(model, torch.float32)
+            return TextEncoders(
+                pipeline, device=launch.device, dtype=torch.float32, max_sequence_length=16, placement=placement
+            )
+
+        sharded = encoders("shard")
+        assert all(isinstance(parameter, DTensor) for parameter in sharded._t5.parameters())
+        for share in (prompts[:1], prompts[2:]) if processes.rank() else (prompts, prompts):  # as often, not as many
+            encoded = sharded.encode(share)
+        torch.save([encoded.prompt_embeds, encoded.pooled, encoded.txt_ids], out / f"sharded_{processes.rank()}.pt")
+        manifest = Manifest(encoder="an encoder", max_sequence_length=16, features=16, pooled_features=16)
+        for known in (prompts[:1], prompts):
+            summary = embed(encoders("device"), known, out / "embeddings", manifest, batch=1)
+        launch.print(summary)
 
 
 @pytest.fixture(scope="module")
@@ -430,12 +420,12 @@ def on_two_ranks(tiny_dev, tmp_path_factory):
     """The directory that two ranks wrote in, and what they said."""
     directory = tmp_path_factory.mktemp("ranks")
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
-    command = [sys.executable, "-c", ON_A_RANK, tiny_dev, str(directory), *PROMPTS]
-    ranks = [start(command, environment() | group | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(2)]
-    outputs = [finish(rank) for rank in ranks]
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, output
-    return directory, outputs
+    logs = [directory / f"rank_{i}.txt" for i in range(2)]
+    ranks = [
+        forked(log, on_a_rank, tiny_dev, directory, PROMPTS, **group, RANK=str(i), LOCAL_RANK=str(i))
+        for i, log in enumerate(logs)
+    ]
+    return directory, [ended(rank, log) for rank, log in zip(ranks, logs, strict=True)]
 
 
 @pytest.mark.parametrize("rank, share", [(0, slice(None)), (1, slice(2, None))])
