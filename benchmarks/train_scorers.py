@@ -26,6 +26,7 @@ from ngrpo_train.recipe.sections import Recipe, Reward
 from ngrpo_train.rewards.clip_scorer import ClipScorer, Preprocessing, Released
 from ngrpo_train.rewards.scorer import ModelScorer, Scorer
 from ngrpo_train.rewards.shipped.aesthetic import Aesthetic
+from ngrpo_train.rewards.shipped.clip_iqa import Quality
 from ngrpo_train.rewards.shipped.image_reward import Architecture, ImageReward
 from ngrpo_train.shapes.pipeline import clip_tokenizer
 
@@ -135,9 +136,8 @@ def random_scorer(name: str, settings: Reward, device: torch.device) -> ModelSco
         "hpsv2_1": Preprocessing(size.side, "longest", clamp=False),
         "pickscore": Preprocessing(size.side, half_pixel="down"),
     }.get(name)
-    return ClipScorer(
-        settings, device, released, clip_tokenizer(), preprocessing=preprocessing, scaled=name == "pickscore"
-    ).ready()
+    kind, scaled = (Quality, True) if name == "clip_iqa" else (ClipScorer, name == "pickscore")
+    return kind(settings, device, released, clip_tokenizer(), preprocessing=preprocessing, scaled=scaled).ready()
 
 
 _BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "large", "red", "circle", "on", "blue", "background")
@@ -150,7 +150,8 @@ def _clip_size(name: str, settings: Reward) -> ClipSize:
         return VIT_H
     if name == "aesthetic":
         return CLIPS[PurePath(settings.processor or "clip-vit-large-patch14").name]
-    return CLIPS[PurePath(settings.path or "DFN5B-CLIP-ViT-H-14-384").name]
+    official = "clip-vit-large-patch14" if name == "clip_iqa" else "DFN5B-CLIP-ViT-H-14-384"
+    return CLIPS[PurePath(settings.path or official).name]
 
 
 # -- What scoring costs ------------------------------------------------------------------------------------------------

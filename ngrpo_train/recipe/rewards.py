@@ -17,6 +17,16 @@ from ngrpo_train.recipe.sections import Reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClipIqa(Reward):
+    """Two texts, of which a picture should be closer to the first."""
+
+    good: str = "Good photo."
+    """Text that a good picture is close to."""
+    bad: str = "Bad photo."
+    """Text that a bad picture is close to: the opposite of `good`, in the same words otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ocr(Reward):
     """A reader of the text in pictures, held against the text that the prompt asks for."""
 
@@ -38,7 +48,7 @@ class Ocr(Reward):
     """Read "NO ENTRY" is as good as "NOENTRY"."""
 
 
-REWARDS: dict[str, type[Reward]] = {"ocr": Ocr}
+REWARDS: dict[str, type[Reward]] = {"clip_iqa": ClipIqa, "ocr": Ocr}
 """The shipped rewards that have settings of their own, by name, with the class of their settings."""
 
 

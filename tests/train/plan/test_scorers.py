@@ -22,6 +22,7 @@ from ngrpo_train.plan.scorers import Scoring, of_unknown_cost, scorer_size, scor
 from ngrpo_train.plan.traffic import iteration_traffic
 from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.parsing import as_toml, find_recipe, parse, read_recipe, resolve
+from ngrpo_train.recipe.rewards import ClipIqa
 from ngrpo_train.recipe.sections import Recipe, Reward
 from ngrpo_train.rewards import shipped
 
@@ -37,6 +38,7 @@ MODELS = [
     ("aesthetic", Reward()),
     ("clip", Reward()),
     ("clip", Reward(path="openai/clip-vit-large-patch14")),
+    ("clip_iqa", ClipIqa()),
 ]
 
 
@@ -96,7 +98,7 @@ def test_scorers_are_as_large_as_their_classes(name: str, reward: Reward, monkey
 
 
 def test_every_scorer_that_ships_has_a_place() -> None:
-    with_weights = {"aesthetic", "clip", "hpsv2_1", "image_reward", "pickscore"}
+    with_weights = {"aesthetic", "clip", "clip_iqa", "hpsv2_1", "image_reward", "pickscore"}
     assert {*shipped.NAMES} == with_weights | {"ocr", "shapes_judge", "shapes_verifier", "unified"}
     assert of_unknown_cost({name: Reward() for name in shipped.NAMES}) == ["ocr"]  # which computes on the CPU
     assert scorer_sizes({name: Reward() for name in shipped.NAMES}).keys() == with_weights

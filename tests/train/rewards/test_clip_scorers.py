@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from ngrpo_train.recipe.rewards import ClipIqa, settings_class
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import clip_scorer, find_scorer
 from ngrpo_train.rewards.shipped import aesthetic, clip, hpsv2_1, pickscore
@@ -317,10 +318,28 @@ def test_aesthetic_is_an_mlp_of_the_unit_embedding(tmp_path, hf_directory, layou
     torch.testing.assert_close(scores.double(), x[:, 0], rtol=0, atol=1e-6)
 
 
+# --- CLIP-IQA
+
+
+@pytest.mark.parametrize("texts", [{}, {"good": "a red circle", "bad": "a blue star"}], ids=["quality", "of ones own"])
+def test_clip_iqa_is_the_share_of_the_good_text_in_a_softmax(hf_directory, texts):
+    """By transformers' own logits for the two texts, which stand in for every prompt."""
+    images = pictures(SIZE, SIZE + 3)
+    both = list(texts.values()) or ["Good photo.", "Bad photo."]
+    cosines = torch.stack([transformers_scores(hf_directory, images, [text] * len(images)) for text in both], 1)
+    exact = (math.exp(4.6052) * cosines).softmax(1)[:, 0]
+    assert exact.std() > 0.05
+    scorer = find_scorer("clip_iqa", ClipIqa(path=str(hf_directory), batch=4, **texts), CPU)
+    scores = scorer(images, PROMPTS)
+    assert torch.equal(scores, scorer(images, ["another"] * len(images)))
+    # A sigmoid's slope is at most 1/4, and its argument is 100 times the difference of two cosines.
+    torch.testing.assert_close(scores.double(), exact, rtol=0, atol=25 * 2 * EXACT["atol"])
+
+
 # --- what all of them do
 
 
-@pytest.fixture(params=["hpsv2_1", "pickscore", "clip", "aesthetic"])
+@pytest.fixture(params=["hpsv2_1", "pickscore", "clip", "clip_iqa", "aesthetic"])
 def any_scorer(request, tmp_path, hps_file, hf_directory, processor):
     """Loads a scorer by further settings."""
     settings = {"path": str(hf_directory)}
@@ -329,7 +348,10 @@ def any_scorer(request, tmp_path, hps_file, hf_directory, processor):
     elif request.param == "aesthetic":
         torch.save(mlp_state(EMBED), tmp_path / "mlp.pth")
         settings = {"path": str(tmp_path / "mlp.pth"), "processor": str(hf_directory)}
-    return lambda device=CPU, **more: find_scorer(request.param, Reward(**settings | more), device)
+    elif request.param == "clip_iqa":
+        settings |= {"good": "a red circle", "bad": "a blue star"}  # the usual texts are 0 or 1 with these weights
+    kind = settings_class(request.param)
+    return lambda device=CPU, **more: find_scorer(request.param, kind(**settings | more), device)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 32])

@@ -13,7 +13,7 @@ from ngrpo_train.rewards import find_scorer, shipped, weights
 from ngrpo_train.rewards.towers import NOTHING
 
 FOLDER = Path(shipped.__file__).parent
-WITH_WEIGHTS = ("aesthetic", "clip", "hpsv2_1", "image_reward", "pickscore")
+WITH_WEIGHTS = ("aesthetic", "clip", "clip_iqa", "hpsv2_1", "image_reward", "pickscore")
 
 
 def test_every_file_is_a_reward():
