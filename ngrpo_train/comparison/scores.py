@@ -12,14 +12,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ngrpo_train.comparison.gallery import Picture
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.progress import progress
+from ngrpo_train.prompts.picture_files import read_picture
 from ngrpo_train.recipe.rewards import own_fields
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, refuse_non_finite
@@ -147,17 +146,6 @@ def _read_or_none(file: Path) -> Tensor | None:
         return read_picture(file)
     except ValueError:
         return None
-
-
-def read_picture(file: Path) -> Tensor:
-    """The pixels of a picture, uint8 [3, H, W]. Raises ValueError for a file that is not a whole picture."""
-    try:
-        with Image.open(file) as image:
-            if image.mode[0] in "IF":  # PIL would clip these, not scale them
-                raise ValueError(f"pixels of PIL's mode {image.mode}: save it with 8 bits a channel")
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: {error}") from error
 
 
 def unreadable(pictures: Sequence[Picture], rewards: Mapping[str, Reward], files: ScoreFiles) -> dict[str, str]:

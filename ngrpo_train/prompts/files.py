@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ngrpo_train.prompts.prompt import Prompt
+from ngrpo_train.prompts.prompt import Prompt, Row
 
 
 def read_prompts(path: Path, style: str = "") -> list[Prompt]:
@@ -17,7 +17,8 @@ def read_prompts(path: Path, style: str = "") -> list[Prompt]:
     Raises OSError, ValueError or csv.Error for a file that cannot be read, and for an entry without a text.
     """
     entries = READERS[path.suffix.lower()](path)
-    prompts = [_prompt(entry, number, style) for number, entry in enumerate(entries, start=1)]
+    folder = path.absolute().parent
+    prompts = [_prompt(entry, number, style, folder) for number, entry in enumerate(entries, start=1)]
     return [prompt for prompt in prompts if prompt.text]
 
 
@@ -26,14 +27,14 @@ def is_prompt_file(name: str) -> bool:
     return Path(name).suffix.lower() in READERS
 
 
-def _prompt(entry: Any, number: int, style: str) -> Prompt:
+def _prompt(entry: Any, number: int, style: str, folder: Path) -> Prompt:
     row = dict(entry) if isinstance(entry, dict) else {"prompt": entry}
     text, own = row.pop("prompt", None), row.pop("style", None)
     if not isinstance(text, str):
         raise ValueError(f'entry {number} is neither a string nor an object with a string "prompt"')
     if style := ("" if own is None else str(own).strip()) or style:
         row["style"] = style
-    return Prompt(text.strip(), row=row, number=number)
+    return Prompt(text.strip(), row=Row(row, folder), number=number)
 
 
 def _lines(path: Path) -> list[str]:

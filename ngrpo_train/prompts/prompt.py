@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+
+class Row(dict[str, Any]):
+    """The fields of a row of a prompt file, and the directory of that file, where paths in the row begin."""
+
+    def __init__(self, fields: Mapping[str, Any], folder: Path) -> None:
+        super().__init__(fields)
+        self.folder = folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +25,7 @@ class Prompt:
     """Index in an iteration's global batch, set by the cursor; it seeds the prompt's noise."""
     row: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """The other fields of its row in the prompt file, by name: plain values, as JSON has them. Empty for a text alone.
-    Scorers may read them; an evaluation reports its results by `style`."""
+    Scorers may read them; an evaluation reports its results by `style`. Rows that are read from a file are `Row`s."""
     number: int = field(default=0, compare=False)
     """Number of its row in the file, from 1, for messages; 0 where it comes from no file."""
 

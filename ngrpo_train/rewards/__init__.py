@@ -79,17 +79,26 @@ class Rewards:
         self.weights = tuple(settings[name].weight for name in self.trained)
         self.scorers = {name: find_scorer(name, reward, device) for name, reward in settings.items()}
         self.with_rows = frozenset(name for name, scorer in self.scorers.items() if takes_rows(scorer))
+        relative = {name for name, reward in settings.items() if (ours := _shipped(name, reward)) and ours.relative}
+        self.relative = tuple(name for name in self.names if name in relative)
+        self.evaluated = tuple(name for name in self.names if name not in relative)
         self._checks = {name: _check_of(name, reward, self.scorers[name]) for name, reward in settings.items()}
         # Answers from other machines are awaited together, while this machine computes its own scores.
         self._elsewhere = [name for name, reward in settings.items() if reward.remote]
         self.running: set[str] = set()  # names of the scorers that compute now; a scorer that hangs stays here
 
     def check(self, prompts: Sequence[Prompt], field: str, names: Sequence[str] | None = None) -> None:
-        """Raise ValueError where a reward, of all or of those of `names`, cannot score a prompt, as its check says.
+        """Raise ValueError where a reward cannot score a prompt, as its check says; without `names`, in an evaluation.
 
         The message names the reward, what it needs, the recipe's `field` that the prompts come from, and the prompt.
         """
-        for name in self.names if names is None else names:
+        names = self.evaluated if names is None else names
+        if prompts and not names:
+            raise ValueError(
+                f"rewards.{self.relative[0]} compares the pictures of a prompt with each other, so its mean is 1/2 for "
+                f"every model: name another reward for {field}"
+            )
+        for name in names:
             refused = [(prompt, why) for prompt in prompts if (why := _refusal(self._checks[name], prompt))]
             if refused:
                 first, why = refused[0]
@@ -166,10 +175,15 @@ def refuse_non_finite(names: Sequence[str], scores_RN: Tensor, prompts: Sequence
         raise RewardError(f"rewards.{names[reward]} = {value} for the prompt {prompts[picture]}")
 
 
+def _shipped(name: str, reward: Reward) -> shipped.Shipped | None:
+    """The shipped reward that a recipe's [rewards.NAME] is; None for a scorer of a user's own."""
+    return None if reward.is_callable else shipped.of(name, reward)
+
+
 def _check_of(name: str, reward: Reward, scorer: Scorer) -> Callable[[str, Mapping[str, Any]], object] | None:
     """What raises ValueError for a text and its row that a reward cannot score; None where all can be scored."""
-    ours = None if reward.is_callable else shipped.of(name, reward)
-    return ours.check if ours else getattr(scorer, "check", None)
+    ours = _shipped(name, reward)
+    return (ours and ours.check) or getattr(scorer, "check", None)
 
 
 def _refusal(check: Callable[[str, Mapping[str, Any]], object] | None, prompt: Prompt) -> str:
@@ -199,11 +213,12 @@ def _loader(name: str, reward: Reward) -> Callable[[str, Reward, torch.device], 
     ours = shipped.of(name, reward)
     if reward.kind and ours is None:
         raise ValueError(f"kind = {reward.kind!r} is no reward that ships{_shipped_near(reward.kind)}")
-    if reward.template:
+    asks_a_server = ours is not None and ours.asks_a_server
+    if reward.template and not asks_a_server:
         from ngrpo_train.rewards import vision_judge
 
         return vision_judge.load
-    if reward.remote and not (ours and ours.asks_a_server):
+    if reward.remote and not asks_a_server:
         from ngrpo_train.rewards import remote
 
         return remote.load

@@ -1,6 +1,7 @@
 """Vision-language models as judges, behind an OpenAI-compatible server (vLLM, SGLang): a question, an answer, a score.
 
-A template says what is asked and where in the answer the score stands: a TOML file with the fields of `Template`.
+A template says what is asked, and how the answer is read: a TOML file with the fields of `Template`, for a score of one
+picture, or of `PairTemplate`, for the better one of two.
 """
 
 # N pictures.
@@ -13,17 +14,18 @@ import json
 import re
 import tomllib
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ngrpo_train.prompts.picture_files import named_picture, read_picture
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import threads
@@ -36,49 +38,149 @@ _QUOTED = 200  # characters of an answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Template:
-    """The question that a judge is asked about one picture, and how its answer is read."""
+class Question:
+    """What every template says: the question that a judge is asked, and how it is sent."""
 
     text: str
     """The question. {prompt} in it is replaced by the picture's prompt, unchanged."""
     labels: tuple[str, ...]
-    """Regular expressions for the text right before the score, in order of preference; case is ignored. The first
-    expression that matches counts, at its last match: a judge may explain itself before it gives the score."""
-    minimum: float
-    """The lowest score there is. A number below it, or above `maximum`, is not a score."""
-    maximum: float
+    """Regular expressions for the text right before the score or verdict, in order of preference; case is ignored. The
+    first expression that matches counts, at its last match: a judge may explain itself before it concludes."""
     model: str = ""
     """The model's name at the server, where rewards.NAME.path is empty."""
     system: str = ""
     image: str = "before"
-    """Place of the picture: "before" the text or "after" it."""
+    """Place of the pictures: "before" the text or "after" it."""
+    source: str = ""
+    """Field of a prompt's row that names a picture's file. That picture is shown first, as what was to be edited."""
     max_tokens: int = 1024
     """Most tokens of an answer."""
     temperature: float = 0.0
     attempts: int = 3
-    """Questions about one picture, at most, until an answer has a score."""
+    """How often a question is sent, at most, until an answer can be read."""
     timeout_s: float = 120.0
     """Seconds to wait for one answer."""
 
 
-def load(name: str, settings: Reward, device: torch.device) -> Scorer:
-    """The judge that a recipe's [rewards.NAME] means, asked from this process. Its server must be running.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template(Question):
+    """A question about one picture, whose answer has a score."""
 
-    Raises ValueError for a template, an address or a model that cannot be found.
-    """
-    template = read_template(settings.template or settings.kind or name)
-    model = settings.path or template.model
-    start = f"`vllm serve {model or 'MODEL'} --port 8000`"
-    if not settings.remote:
-        raise ValueError(f"a judge needs a server: {start}, then rewards.{name}.remote = 'http://localhost:8000'")
-    if not model:
-        raise ValueError(f"its template names no model: set rewards.{name}.path to the model's name at the server")
-    url = check_url(settings.remote)
-    endpoint = Endpoint(
-        url=url if url.endswith("/v1") else f"{url}/v1", token=token_from(_API_KEY), timeout_s=template.timeout_s
-    )
-    _refuse_missing(name, model, endpoint, start)
-    return Judge(name, endpoint, model, template, settings.batch)
+    minimum: float
+    """The lowest score there is. A number below it, or above `maximum`, is not a score."""
+    maximum: float
+    combine: str = "first"
+    """"first": the score is the number behind the first of `labels` that occurs.
+    "minimum", "mean": all of `labels` must occur, and the score is the least or the mean of their numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairTemplate(Question):
+    """A question about two pictures, whose answer says which one is better."""
+
+    first: str
+    """Regular expression for the verdict that the picture that is shown first is better; case is ignored."""
+    second: str
+    tie: str = ""
+    """The verdict that they are equally good. Empty: the judge has to choose."""
+
+
+Q = TypeVar("Q", bound=Question)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Respondent(Generic[Q]):
+    """A model at a server that answers a template's question; the part that all scorers by judges share."""
+
+    name: str
+    """The reward's, for messages."""
+    endpoint: Endpoint
+    model: str
+    template: Q
+    in_flight: int
+    """Questions that are asked at once."""
+
+    @classmethod
+    def connect(cls, name: str, settings: Reward, template: Q, **more: Any) -> Self:
+        """The respondent of a recipe's [rewards.NAME]; `more` are a subclass's own fields. Its server must be running.
+
+        Raises ValueError for an address or a model that cannot be found.
+        """
+        model = settings.path or template.model
+        start = f"`vllm serve {model or 'MODEL'} --port 8000`"
+        if not settings.remote:
+            raise ValueError(f"a judge needs a server: {start}, then rewards.{name}.remote = 'http://localhost:8000'")
+        if not model:
+            raise ValueError(f"its template names no model: set rewards.{name}.path to the model's name at the server")
+        url = check_url(settings.remote)
+        endpoint = Endpoint(
+            url=url if url.endswith("/v1") else f"{url}/v1", token=token_from(_API_KEY), timeout_s=template.timeout_s
+        )
+        _refuse_missing(name, model, endpoint, start)
+        return cls(name, endpoint, model, template, settings.batch, **more)
+
+    def check(self, prompt: str, row: Mapping[str, Any]) -> None:
+        """Raise ValueError, "needs ...", where the template shows a row's picture, and this row has none."""
+        if self.template.source:
+            named_picture(row, self.template.source)
+
+    def sources(self, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+        """What is shown before the results of N prompts: for each a data URL of its row's picture, or nothing.
+
+        Each file is read once. Raises RewardError, naming prompt and file, for one that cannot be read.
+        """
+        urls: dict[Path, str] = {}
+        shown: list[list[str]] = []
+        for prompt, row in zip(prompts, rows or [{}] * len(prompts), strict=True):
+            if not self.template.source:
+                shown.append([])
+                continue
+            try:
+                file = named_picture(row, self.template.source)
+                if file not in urls:
+                    urls[file] = data_url(read_picture(file))
+            except ValueError as error:
+                raise RewardError(f"rewards.{self.name}, for the prompt {prompt!r}: {error}") from error
+            shown.append([urls[file]])
+        return shown
+
+    def answer(self, pictures: Sequence[str], prompt: str, what: str, read: Callable[[str], T]) -> T:
+        """What `read` finds in an answer about these data URLs; it raises ValueError where it finds no `what`.
+
+        Raises HttpError where the server does not answer, and RewardError, naming prompt and answer, where nothing is
+        found in any of `template.attempts` answers.
+        """
+        messages = _messages(self.template, pictures, prompt)
+        temperature = self.template.temperature
+        for attempt in range(self.template.attempts):
+            body = {
+                "model": self.model,
+                "messages": messages,
+                "max_tokens": self.template.max_tokens,
+                "temperature": temperature,
+                "seed": attempt,
+            }
+            answer = self.endpoint.post("/chat/completions", json.dumps(body).encode(), "application/json")
+            try:
+                return read(answer_text(answer))
+            except ValueError as error:
+                reason, last = error, answer
+                # The likeliest answer would only come again. So the next ones are drawn, with fixed seeds.
+                temperature = max(temperature, _ASKED_AGAIN_AT)
+        raise RewardError(
+            f"rewards.{self.name}: no {what} for the prompt {prompt!r} in {self.template.attempts} answers of "
+            f"{self.model}: {reason}; the last is {self._quoted(last)!r}"
+        ) from reason
+
+    def _quoted(self, answer: bytes) -> str:
+        """The beginning of the answer's text, or, where it has no text, of its body."""
+        try:
+            text, _ = _content(answer)
+        except ValueError:
+            text = ""
+        text = text or answer.decode(errors="replace")
+        return (text.replace(self.endpoint.token, "***") if self.endpoint.token else text)[:_QUOTED]
 
 
 def _refuse_missing(name: str, model: str, endpoint: Endpoint, start: str) -> None:
@@ -97,55 +199,30 @@ def _refuse_missing(name: str, model: str, endpoint: Endpoint, start: str) -> No
         raise ValueError(f"{endpoint.url} has no model {model!r}: set rewards.{name}.path to one of its own, {known}")
 
 
-class Judge:
-    """A scorer: float32 [N] on the CPU for uint8 images [N, 3, H, W] and N prompts.
+def load(name: str, settings: Reward, device: torch.device) -> Scorer:
+    """The judge that a recipe's [rewards.NAME] means, asked from this process.
 
-    It asks one question for each picture, `in_flight` at a time. Raises HttpError where the server does not answer,
-    and RewardError, naming prompt and answer, where no answer has a score.
+    Raises ValueError for a template, an address or a model that cannot be found.
+    """
+    return Judge.connect(name, settings, read_template(settings.template or settings.kind or name, Template))
+
+
+class Judge(Respondent[Template]):
+    """A scorer: float32 [N] on the CPU for uint8 images [N, 3, H, W], N prompts and their rows.
+
+    It asks one question for each picture.
     """
 
-    def __init__(self, name: str, endpoint: Endpoint, model: str, template: Template, in_flight: int) -> None:
-        self.name, self.endpoint, self.model, self.template = name, endpoint, model, template
-        self._in_flight = in_flight
+    def __call__(self, images: Tensor, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()) -> Tensor:
+        each = zip(images.cpu(), prompts, self.sources(prompts, rows), strict=True)
+        scores = threads.start([partial(self._score, *one) for one in each], at_once=self.in_flight)
+        return torch.tensor(threads.results(scores), dtype=torch.float32)
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        questions = [partial(self._score, *pair) for pair in zip(images.cpu(), prompts, strict=True)]
-        return torch.tensor(threads.results(threads.start(questions, at_once=self._in_flight)), dtype=torch.float32)
-
-    def _score(self, picture: Tensor, prompt: str) -> float:
-        messages = _messages(self.template, _data_url(picture), prompt)
-        temperature = self.template.temperature
-        for attempt in range(self.template.attempts):
-            body = {
-                "model": self.model,
-                "messages": messages,
-                "max_tokens": self.template.max_tokens,
-                "temperature": temperature,
-                "seed": attempt,
-            }
-            answer = self.endpoint.post("/chat/completions", json.dumps(body).encode(), "application/json")
-            try:
-                return read_score(answer_text(answer), self.template)
-            except ValueError as error:
-                reason, last = error, answer
-                # The likeliest answer would only come again. So the next ones are drawn, with fixed seeds.
-                temperature = max(temperature, _ASKED_AGAIN_AT)
-        raise RewardError(
-            f"rewards.{self.name}: no score for the prompt {prompt!r} in {self.template.attempts} answers of "
-            f"{self.model}: {reason}; the last is {self._quoted(last)!r}"
-        ) from reason
-
-    def _quoted(self, answer: bytes) -> str:
-        """The beginning of the answer's text, or, where it has no text, of its body."""
-        try:
-            text, _ = _content(answer)
-        except ValueError:
-            text = ""
-        text = text or answer.decode(errors="replace")
-        return (text.replace(self.endpoint.token, "***") if self.endpoint.token else text)[:_QUOTED]
+    def _score(self, picture: Tensor, prompt: str, sources: Sequence[str]) -> float:
+        return self.answer([*sources, data_url(picture)], prompt, "score", partial(read_score, template=self.template))
 
 
-def _data_url(picture: Tensor) -> str:
+def data_url(picture: Tensor) -> str:
     """The picture, uint8 [3, H, W], as a lossless data URL."""
     file = io.BytesIO()
     # Light compression: time counts here, and the server is near.
@@ -153,11 +230,11 @@ def _data_url(picture: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _messages(template: Template, data_url: str, prompt: str) -> list[dict[str, Any]]:
+def _messages(template: Question, pictures: Sequence[str], prompt: str) -> list[dict[str, Any]]:
     # Not str.format: a brace in either text would mean something to it.
-    text = {"type": "text", "text": template.text.replace("{prompt}", prompt)}
-    image = {"type": "image_url", "image_url": {"url": data_url}}
-    content = [image, text] if template.image == "before" else [text, image]
+    text = [{"type": "text", "text": template.text.replace("{prompt}", prompt)}]
+    images = [{"type": "image_url", "image_url": {"url": picture}} for picture in pictures]
+    content = [*images, *text] if template.image == "before" else [*text, *images]
     system = [{"role": "system", "content": template.system}] if template.system else []
     return [*system, {"role": "user", "content": content}]
 
@@ -189,9 +266,10 @@ def _content(answer: bytes) -> tuple[str, str]:
 
 _THOUGHT = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*", re.DOTALL | re.IGNORECASE)
 _FORMATTING = str.maketrans({"*": "", "`": "", "_": " "})
+_OPENING = r"""[\s"'$(\[{<]*(?:\\boxed\{\s*)?"""
 _NUMBER = re.compile(
-    r"""
-    [\s"'$(\[{<]*(?:\\boxed\{\s*)?
+    _OPENING
+    + r"""
     (?P<value>[-+]?\d+(?:[.,]\d+)?)
     (?![.,]?\d|\s*[%\N{FRACTION SLASH}]|\s*(?:[-~\N{EN DASH}\N{EM DASH}]|to|or)\s*\d)   # no part, share or range
     (?:\s*\(?(?:/|out\s+of)\s*(?P<best>\d+(?:[.,]\d+)?))?
@@ -201,23 +279,61 @@ _NUMBER = re.compile(
 
 
 def read_score(text: str, template: Template) -> float:
-    """The score in an answer's text: the number right behind the label. Raises ValueError, with the reason, if none."""
+    """The score in an answer's text: the number right behind a label, or what `combine` makes of several.
+
+    Raises ValueError, with the reason, if there is none.
+    """
+    text = _plain(text)
+    if template.combine == "first":
+        return _number_behind(_label_in(text, template.labels), text, template)
+    numbers = [_number_behind(_label_in(text, [label]), text, template) for label in template.labels]
+    return min(numbers) if template.combine == "minimum" else sum(numbers) / len(numbers)
+
+
+def read_winner(text: str, template: PairTemplate) -> float:
+    """The verdict in an answer's text: 1 if the first picture is better, 0 if the second is, 1/2 for a tie.
+
+    Raises ValueError, with the reason, if there is none.
+    """
+    text = _plain(text)
+    label = _label_in(text, template.labels)
+    verdicts = {1.0: template.first, 0.0: template.second, 0.5: template.tie}
+    found = [
+        share
+        for share, verdict in verdicts.items()
+        if verdict and re.compile(rf"{_OPENING}(?:{verdict})(?!\w)", re.IGNORECASE).match(text, label.end())
+    ]
+    if len(found) != 1:
+        where = f"behind {label.group().strip()!r}" if label.group().strip() else "where it should"
+        raise ValueError(f"no verdict stands {where}" if not found else f"more than one verdict stands {where}")
+    return found[0]
+
+
+def _plain(text: str) -> str:
+    """An answer's text without thoughts and formatting."""
     text = unicodedata.normalize("NFKC", text)  # turns full-width digits and colons into plain ones
-    text = _THOUGHT.sub("", text).translate(_FORMATTING)
-    for label in template.labels:
+    return _THOUGHT.sub("", text).translate(_FORMATTING)
+
+
+def _label_in(text: str, labels: Sequence[str]) -> re.Match[str]:
+    """The last match of the first label that occurs. Raises ValueError if none does."""
+    for label in labels:
         *_, last = [None, *re.finditer(label, text, re.IGNORECASE)]
-        if last is None:
-            continue
-        number = _NUMBER.match(text, last.end())
-        if number is None:
-            raise ValueError(f"no number stands behind {last.group().strip()!r}")
-        value = _float(number["value"])
-        if number["best"] and _float(number["best"]) != template.maximum:
-            raise ValueError(f"{number.group().strip()} is on a scale that does not end at {template.maximum:g}")
-        if not template.minimum <= value <= template.maximum:
-            raise ValueError(f"{value:g} is not from {template.minimum:g} to {template.maximum:g}")
-        return value
+        if last is not None:
+            return last
     raise ValueError("the answer has none of the template's labels")
+
+
+def _number_behind(label: re.Match[str], text: str, template: Template) -> float:
+    number = _NUMBER.match(text, label.end())
+    if number is None:
+        raise ValueError(f"no number stands behind {label.group().strip()!r}")
+    value = _float(number["value"])
+    if number["best"] and _float(number["best"]) != template.maximum:
+        raise ValueError(f"{number.group().strip()} is on a scale that does not end at {template.maximum:g}")
+    if not template.minimum <= value <= template.maximum:
+        raise ValueError(f"{value:g} is not from {template.minimum:g} to {template.maximum:g}")
+    return value
 
 
 def _float(number: str) -> float:
@@ -227,14 +343,17 @@ def _float(number: str) -> float:
 # --- templates
 
 
-def read_template(name: str) -> Template:
-    """A packaged template, by its name, or one from a TOML file. Raises ValueError that says what is wrong with it."""
+def read_template(name: str, kind: type[Q]) -> Q:
+    """A packaged template, by its name, or one from a TOML file, which is of class `kind`.
+
+    Raises ValueError that says what is wrong with it.
+    """
     packaged = {
         path.name.removesuffix(".toml"): path for path in (files("ngrpo_train.rewards") / "templates").iterdir()
     }
     source = packaged.get(name, Path(name).expanduser())
     try:
-        return _template(tomllib.loads(source.read_text(encoding="utf-8")))
+        return _template(tomllib.loads(source.read_text(encoding="utf-8")), kind)
     except OSError as error:
         names = ", ".join(sorted(packaged))
         raise ValueError(f"template {name!r} is no file and none of {names}{suggestion(name, packaged)}") from error
@@ -250,27 +369,41 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
 }
 
 
-def _template(values: dict[str, Any]) -> Template:
-    known = {field.name: field for field in fields(Template)}
+def _template(values: dict[str, Any], kind: type[Q]) -> Q:
+    if kind is Template and {"first", "second"} & values.keys():
+        raise ValueError('it asks which of two pictures is better: set kind = "pairwise"')
+    if kind is PairTemplate and {"minimum", "maximum"} & values.keys():
+        raise ValueError('it asks for the score of one picture, and kind = "pairwise" needs one about two')
+    known = {field.name: field for field in fields(kind)}
     for key, value in values.items():
         if key not in known:
             raise ValueError(f"it has no field {key!r}{suggestion(key, known)}; there are {', '.join(known)}")
-        kind, description = _KINDS[str(known[key].type)]
-        if not isinstance(value, kind) or isinstance(value, bool):
+        of_type, description = _KINDS[str(known[key].type)]
+        if not isinstance(value, of_type) or isinstance(value, bool):
             raise ValueError(f"{key} = {value!r} must be {description}")
     if missing := [key for key, field in known.items() if field.default is MISSING and key not in values]:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    template = Template(**values | {"labels": tuple(values["labels"])})
+    template = kind(**values | {"labels": tuple(values["labels"])})
     if "{prompt}" not in template.text:
         raise ValueError("text must have {prompt} where the picture's prompt belongs")
-    for label in template.labels:
-        try:
-            re.compile(label)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"labels: {label!r} is no regular expression: {error}") from error
+    patterns = [("labels", label) for label in template.labels]
     _require(bool(template.labels), "labels", template.labels, "must not be empty")
     _require(template.image in ("before", "after"), "image", template.image, 'must be "before" or "after"')
-    _require(template.minimum < template.maximum, "minimum", template.minimum, f"must be below {template.maximum:g}")
+    if isinstance(template, Template):
+        least, most, combine = template.minimum, template.maximum, template.combine
+        _require(least < most, "minimum", least, f"must be below {most:g}")
+        known_ways = ("first", "minimum", "mean")
+        _require(combine in known_ways, "combine", combine, f"must be one of {', '.join(known_ways)}")
+    if isinstance(template, PairTemplate):
+        verdicts = {key: getattr(template, key) for key in ("first", "second", "tie")}
+        for key in ("first", "second"):
+            _require(bool(verdicts[key]), key, verdicts[key], "must not be empty")
+        patterns += verdicts.items()
+    for key, pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{key}: {pattern!r} is no regular expression: {error}") from error
     _require(template.max_tokens > 0, "max_tokens", template.max_tokens, "must be positive")
     _require(template.temperature >= 0, "temperature", template.temperature, "must be 0 or more")
     _require(template.attempts > 0, "attempts", template.attempts, "must be positive")

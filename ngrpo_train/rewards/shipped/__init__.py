@@ -40,6 +40,9 @@ class Shipped:
     """Raises ValueError, "needs ...", for a text and its row that the scorer cannot score, wherever it is computed."""
     asks_a_server: bool = False
     """True where `remote` is a server of the reward's own kind, and not `ngrpo reward-server`."""
+    relative: bool = False
+    """True where it compares a prompt's pictures with each other. Their mean then says nothing, so evaluations leave
+    the reward out; a request to a reward server could separate them, so no server offers it."""
 
 
 def of(name: str, settings: Reward) -> Shipped | None:

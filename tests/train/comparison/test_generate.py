@@ -10,9 +10,9 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from ngrpo_train.comparison import generate
 from ngrpo_train.comparison.gallery import Gallery
 from ngrpo_train.comparison.generate import base_tail, generate_missing
-from ngrpo_train.comparison.scores import read_picture
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.prompts.picture_files import read_picture
 from ngrpo_train.recipe.sections import Evaluation, Recipe, Sampling
 from ngrpo_train.sampling.pictures import pictures
 from ngrpo_train.sampling.rollout import generate as solve

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from ngrpo_train.comparison.gallery import Picture, existing_pictures
-from ngrpo_train.comparison.scores import ScoreFiles, gather, read_picture, score_missing, unreadable
+from ngrpo_train.comparison.scores import ScoreFiles, gather, score_missing, unreadable
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.prompts.picture_files import read_picture
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards
 

@@ -1,5 +1,8 @@
-"""Servers on free ports: one that misbehaves by script, and the reward server in a thread or a process."""
+"""Servers on free ports: one that misbehaves by script, the reward server in a thread or a process, and a judge."""
 
+import base64
+import io
+import json
 import os
 import select
 import socket
@@ -8,12 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import uvicorn
+from PIL import Image
 
 from ngrpo_train.commands.reward_server import make_application, server_settings
 from ngrpo_train.recipe.sections import Reward
@@ -167,3 +174,98 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+# -- Judges: servers of OpenAI's kind ----------------------------------------------------------------------------------
+
+
+def completion(content: object, finish_reason: str = "stop") -> bytes:
+    """The body of a chat completion."""
+    message = {"role": "assistant", "content": content}
+    return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}]}).encode()
+
+
+@dataclass
+class Question:
+    """A request as the server got it."""
+
+    path: str
+    headers: dict[str, str]
+    body: dict[str, Any]
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        return self.body["messages"][-1]["content"]
+
+    @property
+    def text(self) -> str:
+        return next(part["text"] for part in self.parts if part["type"] == "text")
+
+    @property
+    def pngs(self) -> list[bytes]:
+        """The pictures' files, in order."""
+        urls = [part["image_url"]["url"].partition(",") for part in self.parts if part["type"] == "image_url"]
+        assert {kind for kind, _, _ in urls} == {"data:image/png;base64"}
+        return [base64.b64decode(data, validate=True) for _, _, data in urls]
+
+    @property
+    def pictures(self) -> list[torch.Tensor]:
+        """The pictures' pixels, uint8 [3, H, W] each."""
+        arrays = [np.array(Image.open(io.BytesIO(png))) for png in self.pngs]
+        return [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
+
+    @property
+    def values(self) -> list[int]:
+        """The first byte of each picture."""
+        return [int(picture[0, 0, 0]) for picture in self.pictures]
+
+
+class Judging:
+    """Answers with what `respond`, given the question and how many came before it, returns: body or (status, body)."""
+
+    def __init__(self, *models: str) -> None:
+        self.models = 200, json.dumps({"data": [{"id": model} for model in models]}).encode()
+        self.respond: Callable[[Question, int], Any] = lambda asked, before: completion(f"Score: {asked.values[0]}")
+        self.questions: list[Question] = []
+        self._lock = threading.Lock()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.answer(*(fake.models if self.path == "/v1/models" else (404, b"")))
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                question = Question(self.path, dict(self.headers), body)
+                with fake._lock:
+                    before = len(fake.questions)
+                    fake.questions.append(question)
+                answer = fake.respond(question, before)
+                self.answer(*(answer if isinstance(answer, tuple) else (200, answer)))
+
+            def answer(self, status: int, body: bytes) -> None:
+                self.send_response(status)
+                if status == 429:
+                    self.send_header("Retry-After", "0")
+                self.send_header("Content-Length", str(len(body)))
+                with suppress(ConnectionError):  # who asked has given up
+                    self.end_headers()
+                    self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+
+@contextmanager
+def judging(*models: str) -> Iterator[Judging]:
+    """A judge with these models in a thread of this process."""
+    judge = Judging(*models)
+    threading.Thread(target=judge.http.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield judge
+    finally:
+        judge.http.shutdown()
+        judge.http.server_close()

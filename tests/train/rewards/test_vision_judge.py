@@ -2,110 +2,38 @@
 
 import base64
 import hashlib
-import io
 import json
 import re
 import threading
 import time
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy
 import pytest
 import torch
 from PIL import Image
 
-from ngrpo_train.prompts import Prompt
+from ngrpo_train.prompts import Prompt, load_prompts
+from ngrpo_train.prompts.picture_files import read_picture
 from ngrpo_train.recipe.sections import Reward
-from ngrpo_train.rewards import RewardError, Rewards, find_scorer
+from ngrpo_train.rewards import RewardError, Rewards, find_scorer, vision_judge
 from ngrpo_train.rewards.http import Endpoint, HttpError
-from ngrpo_train.rewards.vision_judge import Judge, Template, answer_text, read_score, read_template
+from ngrpo_train.rewards.vision_judge import Judge, PairTemplate, Template, answer_text, read_score, read_template
+
+from .servers import completion, judging
 
 CPU = torch.device("cpu")
-UNIFIED, FINAL, RATE = map(read_template, ("unified", "unified_final", "rate_1_to_10"))
+UNIFIED, FINAL, RATE, EDIT = (
+    read_template(name, Template) for name in ("unified", "unified_final", "rate_1_to_10", "edit_0_to_10")
+)
 PLAIN = Template(text="Rate: {prompt}", labels=("score:",), minimum=0, maximum=255, attempts=3)
-
-
-def completion(content, finish_reason="stop"):
-    message = {"role": "assistant", "content": content}
-    return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}]}).encode()
-
-
-@dataclass
-class Question:
-    """A request as the server got it."""
-
-    path: str
-    headers: dict
-    body: dict
-
-    @property
-    def parts(self):
-        return self.body["messages"][-1]["content"]
-
-    @property
-    def text(self):
-        return next(part["text"] for part in self.parts if part["type"] == "text")
-
-    @property
-    def png(self):
-        kind, _, data = next(p["image_url"]["url"] for p in self.parts if p["type"] == "image_url").partition(",")
-        assert kind == "data:image/png;base64"
-        return base64.b64decode(data, validate=True)
-
-    @property
-    def pixels(self):
-        return torch.from_numpy(numpy.array(Image.open(io.BytesIO(self.png)))).permute(2, 0, 1)
-
-
-class FakeServer:
-    """Answers with what `respond`, given the question and how many came before it, returns: body or (status, body)."""
-
-    def __init__(self):
-        self.models = 200, json.dumps({"data": [{"id": "a-judge"}, {"id": UNIFIED.model}]}).encode()
-        self.respond = lambda question, before: completion(f"Score: {question.pixels[0, 0, 0]}")
-        self.questions = []
-        self._lock = threading.Lock()
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.answer(*(fake.models if self.path == "/v1/models" else (404, b"")))
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                question = Question(self.path, dict(self.headers), body)
-                with fake._lock:
-                    before = len(fake.questions)
-                    fake.questions.append(question)
-                answer = fake.respond(question, before)
-                self.answer(*(answer if isinstance(answer, tuple) else (200, answer)))
-
-            def answer(self, status, body):
-                self.send_response(status)
-                if status == 429:
-                    self.send_header("Retry-After", "0")
-                self.send_header("Content-Length", str(len(body)))
-                with suppress(ConnectionError):  # who asked has given up
-                    self.end_headers()
-                    self.wfile.write(body)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
 
 
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    fake = FakeServer()
-    threading.Thread(target=fake.http.serve_forever, args=(0.01,), daemon=True).start()
-    yield fake
-    fake.http.shutdown()
-    fake.http.server_close()
+    with judging("a-judge", UNIFIED.model) as fake:
+        yield fake
 
 
 @pytest.fixture
@@ -137,15 +65,15 @@ def test_the_picture_and_the_prompt_arrive_as_they_are(server, ask):
     ask(text='As {"score": X} or {0}, rate: {prompt}')(noise[None], [prompt])
     (question,) = server.questions
     assert question.text == 'As {"score": X} or {0}, rate: ' + prompt
-    assert question.png.startswith(b"\x89PNG\r\n\x1a\n")
-    assert torch.equal(question.pixels, noise)
+    assert question.pngs[0].startswith(b"\x89PNG\r\n\x1a\n")
+    assert torch.equal(question.pictures[0], noise)
 
 
 def test_a_view_of_other_pictures_is_sent_in_its_own_layout(server, ask):
     grid = torch.arange(2 * 3 * 8 * 8, dtype=torch.uint8).view(2, 3, 8, 8)
     ask()(grid.transpose(2, 3)[1:, :, ::2], ["a cat"])
     want = torch.stack([grid[1, c].T[::2] for c in range(3)])
-    assert torch.equal(server.questions[0].pixels, want)
+    assert torch.equal(server.questions[0].pictures[0], want)
 
 
 def test_the_body_is_that_of_a_chat_completion(server, ask):
@@ -153,7 +81,7 @@ def test_the_body_is_that_of_a_chat_completion(server, ask):
     (question,) = server.questions
     assert question.path == "/v1/chat/completions"
     assert question.headers["Content-Type"] == "application/json"
-    url = "data:image/png;base64," + base64.b64encode(question.png).decode()
+    url = "data:image/png;base64," + base64.b64encode(question.pngs[0]).decode()
     assert question.body == {
         "model": "a-judge",
         "messages": [
@@ -176,7 +104,7 @@ def test_scores_are_in_the_order_of_the_pictures(server, ask):
     answered = []
 
     def later_pictures_first(question, _):
-        value = int(question.pixels[0, 0, 0])
+        value = question.values[0]
         time.sleep(0.03 * (8 - value))
         answered.append(value)
         return completion(f"Score: {value + 0.125}")
@@ -262,6 +190,11 @@ def test_as_many_prompts_as_pictures(ask):
         (RATE, "8", 8),
         (RATE, " **8/10** \n", 8),
         (RATE, "8 out of 10.", 8),
+        (EDIT, "The hat is there.\n\nInstruction Score: 8\nPreservation Score: 6.5", 6.5),
+        (EDIT, "**Preservation Score (0-10):** 10/10\n**Instruction Score (0-10):** 0", 0),
+        (EDIT, "Instruction: done, Preservation: fair.\nInstruction: 7\nPreservation: 9", 7),
+        (replace(EDIT, combine="mean"), "Instruction Score: 8\nPreservation Score: 6.5", 7.25),
+        (replace(EDIT, combine="first"), "Instruction Score: 8\nPreservation Score: 6.5", 8),
     ],
 )
 def test_a_score_in_an_answer(template, text, score):
@@ -299,6 +232,9 @@ def test_a_score_in_an_answer(template, text, score):
         (RATE, "8 cats, all fine", "none of the template's labels"),
         (RATE, "Anatomy score: 8, light score: 3", "none of the template's labels"),
         (RATE, "Score: 0", "0 is not from 1 to 10"),
+        (EDIT, "Instruction Score: 8", "none of the template's labels"),
+        (EDIT, "Instruction Score: 8\nPreservation Score: fair", "no number stands behind 'Preservation Score:'"),
+        (EDIT, "Instruction Score: 11\nPreservation Score: 3", "11 is not from 0 to 10"),
     ],
 )
 def test_no_score_in_an_answer(template, text, reason):
@@ -309,7 +245,7 @@ def test_no_score_in_an_answer(template, text, reason):
 def test_a_long_answer_is_read_in_no_time():
     start = time.process_time()
     for text in ("<think " * 20_000, "\n" * 100_000, "Final Score " * 10_000, "(" * 100_000, "9" * 100_000):
-        for template in (UNIFIED, FINAL, RATE):
+        for template in (UNIFIED, FINAL, RATE, EDIT):
             with pytest.raises(ValueError, match=r"label|number|not from"):
                 read_score(text, template)
     assert time.process_time() - start < 5
@@ -422,7 +358,7 @@ def test_a_server_that_hangs_is_given_up(server, ask):
 
 def test_a_recipe_names_a_judge(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-2")
-    server.respond = lambda question, before: completion(f"Alignment Score (1-5): {1 + question.pixels[0, 0, 0] / 64}")
+    server.respond = lambda question, before: completion(f"Alignment Score (1-5): {1 + question.values[0] / 64}")
     rewards = Rewards({"unified": Reward(remote=server.url, batch=2)}, CPU)
     assert rewards.score(pictures(0, 64, 128), [Prompt(text) for text in "abc"]).tolist() == [[1, 2, 3]]
     for question in server.questions:
@@ -478,8 +414,8 @@ def unused_url():
         ({"remote": ""}, r"a judge needs a server: `vllm serve CodeGoat24/UnifiedReward-qwen-7b --port 8000`, then "
          r"rewards\.unified\.remote = 'http://localhost:8000'"),
         ({"remote": "localhost:8000"}, r"'localhost:8000' is no address of a server"),
-        ({"template": "unifed"}, r"template 'unifed' is no file and none of rate_1_to_10, unified, unified_final; did "
-         r"you mean unified\?"),
+        ({"template": "unifed"}, r"template 'unifed' is no file and none of better_of_two, edit_0_to_10, rate_1_to_10, "
+         r"unified, unified_final, unified_pair, unified_think; did you mean unified\?"),
         ({"template": "rate_1_to_10"}, r"its template names no model: set rewards\.unified\.path"),
         ({"path": "another"}, r"http://127\.0\.0\.1:\d+/v1 has no model 'another': set rewards\.unified\.path to one "
          r"of its own, a-judge, CodeGoat24/UnifiedReward-qwen-7b"),
@@ -517,6 +453,76 @@ def test_a_server_need_not_list_its_models(server):
     assert callable(find_scorer("unified", Reward(remote=server.url), CPU))
 
 
+# --- the picture that was to be edited
+
+
+@pytest.fixture
+def edits(tmp_path):
+    """Prompts of a file beside which, or far from which, the pictures lie that their rows name."""
+    (tmp_path / "far").mkdir()
+    for name, value in (("near.png", 100), ("far/away.jpg", 200)):
+        Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / name)
+    (tmp_path / "half.png").write_bytes((tmp_path / "near.png").read_bytes()[:50])
+    (tmp_path / "note.png").write_text("a note")
+    names = ["near.png", str(tmp_path / "far" / "away.jpg"), None, "gone.png", "note.png", 7, "half.png"]
+    rows = [{"prompt": f"edit {i}", "image": name} for i, name in enumerate(names, start=1)]
+    rows.append({"prompt": "edit 8"})
+    (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return load_prompts(str(tmp_path / "edits.jsonl"))
+
+
+def test_a_rows_picture_is_shown_before_the_result(server, edits, monkeypatch, tmp_path):
+    """It is read once for all results of a prompt."""
+    monkeypatch.chdir(tmp_path / "far")  # paths do not begin where the run was started
+    read = []
+    monkeypatch.setattr(vision_judge, "read_picture", lambda file: (read.append(file.name), read_picture(file))[1])
+    server.respond = lambda question, before: completion(
+        f"Instruction Score: 9\nPreservation Score: {question.values[1] / 10}"
+    )
+    rewards = Rewards({"edit": Reward(remote=server.url, path="a-judge", template="edit_0_to_10")})
+    assert rewards.with_rows == {"edit"}
+    rewards.check(edits[:2], "prompts.source")
+    assert rewards(pictures(1, 2, 3, 4), edits[:2]).all_RPG.tolist() == [
+        [[pytest.approx(0.1), pytest.approx(0.2)], [pytest.approx(0.3), pytest.approx(0.4)]]
+    ]
+    assert read == ["near.png", "away.jpg"]
+    asked = {question.values[1]: question for question in server.questions}
+    assert [asked[i].values[0] for i in (1, 2, 3, 4)] == [100, 100, 200, 200]
+    assert [part["type"] for part in asked[1].parts] == ["image_url", "image_url", "text"]
+    assert "<instruction>\nedit 1\n</instruction>" in asked[1].text
+
+
+@pytest.mark.parametrize(
+    "number, complaint",
+    [
+        (3, "needs the row's field \"image\", a picture's file: of prompts.source, it cannot score 'edit 3' (row 3 of"),
+        (4, "needs the picture that the row's field \"image\" names: [Errno 2] No such file or directory: '/"),
+        (5, "needs the picture that the row's field \"image\" names: cannot identify image file '/"),
+        (6, "needs a picture's file in the row's field \"image\", not 7: of prompts.source, it cannot score 'edit 6'"),
+        (8, "needs the row's field \"image\", a picture's file: "),
+    ],
+)
+def test_a_row_without_its_picture_is_refused_before_any_work(server, edits, number, complaint):
+    for name in ("edit", "unified"):  # the template decides, whatever the reward's name
+        rewards = Rewards({name: Reward(remote=server.url, path="a-judge", template="edit_0_to_10")})
+        with pytest.raises(ValueError, match=rf"^rewards\.{name} {re.escape(complaint)}") as error:
+            rewards.check([*edits[:2], edits[number - 1]], "prompts.source")
+        assert str(error.value).endswith(f"it cannot score 'edit {number}' (row {number} of its file)")
+
+
+def test_a_picture_that_is_cut_off_is_named_when_it_is_read(server, edits):
+    rewards = Rewards({"edit": Reward(remote=server.url, path="a-judge", template="edit_0_to_10")})
+    with pytest.raises(RewardError, match=r"^rewards\.edit, for the prompt 'edit 7': /\S+/half\.png: "):
+        rewards.score(ONE, [edits[6]])
+    assert not server.questions
+
+
+def test_a_row_that_came_without_its_file_has_no_relative_paths(server):
+    rewards = Rewards({"edit": Reward(remote=server.url, path="a-judge", template="edit_0_to_10")})
+    with pytest.raises(RewardError, match=r"needs an absolute path in the row's field \"image\", not 'near\.png'$"):
+        rewards.score(ONE, [Prompt("edit", row={"image": "near.png"})])
+
+
 # --- templates
 
 
@@ -525,6 +531,14 @@ def test_a_server_need_not_list_its_models(server):
     [
         (UNIFIED, "88d1d1c5f0fba9dc6f112022ffbabf86f6ad64df58047a7c7293814f91c39ea9"),
         (FINAL, "f56f919ce3bc6aab3c173a5f836defe195e17e9614753e8b4c3dc2405bd4975b"),
+        (
+            read_template("unified_pair", PairTemplate),
+            "0fd2f5c43a06516503fde3e64ffc98fff6f3a8815b5eac8dc5f0d81cee686614",
+        ),
+        (
+            read_template("unified_think", PairTemplate),
+            "342f6a4bd0efdae0ca754259d78404e534aae5f1c5527dd47f6062028305e3ff",
+        ),
     ],
 )
 def test_a_trained_instruction_is_word_for_word_the_published_one(template, digest):
@@ -551,6 +565,7 @@ GOOD = {"text": "'{prompt}'", "labels": "['score:']", "minimum": "1", "maximum":
         ({"maximum": "nan"}, "minimum = 1 must be below nan"),
         ({"maximum": "true"}, "maximum = True must be a number"),
         ({"image": "'left'"}, 'image = \'left\' must be "before" or "after"'),
+        ({"combine": "'median'"}, "combine = 'median' must be one of first, minimum, mean"),
         ({"max_tokens": "0"}, "max_tokens = 0 must be positive"),
         ({"max_tokens": "1.5"}, "max_tokens = 1.5 must be a whole number"),
         ({"temperature": "-1"}, "temperature = -1 must be 0 or more"),
@@ -564,4 +579,4 @@ def test_a_template_that_is_wrong(tmp_path, change, complaint):
     values = {key: value for key, value in (GOOD | change).items() if value is not None}
     path.write_text("\n".join(f"{key} = {value}" for key, value in values.items()))
     with pytest.raises(ValueError, match=f"^template {re.escape(repr(str(path)))}: {re.escape(complaint)}"):
-        read_template(str(path))
+        read_template(str(path), Template)
