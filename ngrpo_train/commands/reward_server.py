@@ -107,6 +107,11 @@ def serve_command(command: RewardServerCommand) -> int:
     device = _device(command.device)
     with _bound(command.host, command.port) as listener:  # before scorers load: an occupied port is known at once
         rewards = Rewards(command.rewards, device)
+        if rewards.relative:
+            raise ValueError(
+                f"rewards.{rewards.relative[0]} compares the pictures of a prompt with each other, and requests would "
+                "separate them: leave it out, and give the trainer's recipe its judge as remote"
+            )
         application = make_application(rewards, device, token=token, body_limit=command.max_body_mb * 2**20)
         server = uvicorn.Server(server_settings(application, drain_s=command.drain_s))
 

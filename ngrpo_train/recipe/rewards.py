@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from ngrpo_train.recipe.ranges import NotNegative
+from ngrpo_train.recipe.ranges import NotNegative, Range
 from ngrpo_train.recipe.sections import Reward
 
 
@@ -48,7 +48,18 @@ class Ocr(Reward):
     """Read "NO ENTRY" is as good as "NOENTRY"."""
 
 
-REWARDS: dict[str, type[Reward]] = {"clip_iqa": ClipIqa, "ocr": Ocr}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairwise(Reward):
+    """A judge that is shown two pictures of a prompt at a time."""
+
+    opponents: Annotated[int, Range("must be an even number, or 0 for all", lambda n: n >= 0 and n % 2 == 0)] = 0
+    """How many other pictures of its prompt each picture is compared with; 0 means all of them.
+    The number is even, because a picture is shown first as often as second."""
+    both_orders: bool = False
+    """Ask about each pair twice, with the pictures in either order."""
+
+
+REWARDS: dict[str, type[Reward]] = {"clip_iqa": ClipIqa, "ocr": Ocr, "pairwise": Pairwise}
 """The shipped rewards that have settings of their own, by name, with the class of their settings."""
 
 

@@ -51,7 +51,7 @@ class Evaluations:
             return False
         made = Evaluations.load(path).by_set
         return made.keys() == prompts.keys() and all(
-            made[name].is_of(recipe, rewards.names, wanted) for name, wanted in prompts.items()
+            made[name].is_of(recipe, rewards.evaluated, wanted) for name, wanted in prompts.items()
         )
 
     @staticmethod

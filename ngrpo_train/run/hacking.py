@@ -43,7 +43,7 @@ class Look:
 
     figures: dict[str, float]
     warnings: list[str]  # each symptom only once in a run
-    score: float  # of the rewards trained on; larger is better
+    score: float  # of the rewards trained on; larger is better; -inf if none of them is evaluated
 
 
 class Watch:
@@ -51,13 +51,15 @@ class Watch:
 
     def __init__(self, recipe: Recipe, rewards: Rewards, base: Sight) -> None:
         self.recipe, self.rewards, self.base = recipe, rewards, base
+        weights = dict(zip(rewards.trained, rewards.weights, strict=True))
+        self._trained = {name: weights[name] for name in rewards.evaluated if name in weights}
         self._said: set[str] = set()
 
     @staticmethod
     def begin(path: Path, model: FlowModel, recipe: Recipe, rewards: Rewards, prompts: list[Prompt]) -> Watch:
         """Look at the untrained model, or read from `path` what an earlier part of the run saw; a collective."""
         seen = Sight.read(path)
-        known = seen is not None and seen.evaluation.is_of(recipe, rewards.names, prompts)
+        known = seen is not None and seen.evaluation.is_of(recipe, rewards.evaluated, prompts)
         if processes.any_rank(not known):  # all processes have looked before one of them writes
             seen = Sight.of(evaluate(model, recipe, rewards, prompts, _observer(rewards)))
             if processes.rank() == 0:
@@ -85,7 +87,7 @@ class Watch:
         figures["watch/chroma"] = shift.chroma.item()
         if now.diversity_P.isfinite().all():
             figures["watch/diversity"] = now.diversity_P.mean().item()
-            of_groups = advantage_figures(self._advantages(now.evaluation))
+            of_groups = advantage_figures(self._advantages(now.evaluation)) if self._trained else {}
             for name in ("flat_groups", "flatness"):
                 if f"advantage/{name}" in of_groups:  # without any signal, flatness is not defined
                     figures[f"watch/{name}"] = of_groups[f"advantage/{name}"]
@@ -94,9 +96,8 @@ class Watch:
     def warnings(self, now: Sight) -> Iterator[tuple[str, str]]:
         """Symptoms of pleasing a reward in a way that nobody wants, each with the advice to give."""
         change = self._changes(now.evaluation)
-        trained = self.rewards.trained
-        rose = [name for name in trained if change[name].certainly_rose]
-        fell = [name for name in self.rewards.names if name not in trained and change[name].certainly_fell]
+        rose = [name for name in self._trained if change[name].certainly_rose]
+        fell = [name for name in change if name not in self._trained and change[name].certainly_fell]
         if rose and fell:
             yield (
                 "hacking",
@@ -132,8 +133,8 @@ class Watch:
 
     def _score(self, now: Sight) -> float:
         """The weighted sum of each trained reward's gain, in units of its spread over the base model's pictures."""
-        total = 0.0
-        for name, weight in zip(self.rewards.trained, self.rewards.weights, strict=True):
+        total = 0.0 if self._trained else float("-inf")
+        for name, weight in self._trained.items():
             row = now.evaluation.names.index(name)
             before, after = self.base.evaluation.scores_RN[row], now.evaluation.scores_RN[row]
             gain = (after.mean() - before.mean()) / (before.std(correction=0) or 1.0)
@@ -143,7 +144,7 @@ class Watch:
     def _advantages(self, now: Evaluation) -> Tensor:
         """Advantages [P, n], with each prompt's pictures as a group, as an update would get them."""
         all_RPn = now.scores_RN.view(len(now.names), len(now.prompts), -1)
-        scores = Scores(now.names, self.rewards.trained, self.rewards.weights, all_RPn)
+        scores = Scores(now.names, tuple(self._trained), tuple(self._trained.values()), all_RPn)
         groups_RPn, weights = scores.combined(self.recipe.algorithm.combine)
         return quasi_norm_advantages(
             groups_RPn,

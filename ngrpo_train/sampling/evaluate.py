@@ -80,6 +80,7 @@ def evaluate(
 
     `observe` takes the same uint8 pictures [N, 3, H, W] and gives further observations of each: float32 [N, E].
     """
+    names = rewards.evaluated
     per_prompt = recipe.evaluation.num_images_per_prompt
     batch = recipe.evaluation.batch or 64
     total = len(prompts) * per_prompt
@@ -91,10 +92,10 @@ def evaluate(
         slots = mine[start : start + batch]
         wanted = [prompts[slot // per_prompt] for slot in slots]
         images = pictures(model, recipe, [prompt.text for prompt in wanted], slots)
-        scores = rewards.score(images, wanted)
-        refuse_non_finite(rewards.names, scores.cpu(), wanted)
+        scores = rewards.score(images, wanted, names)
+        refuse_non_finite(names, scores.cpu(), wanted)
         parts.append(torch.cat([scores, observe(images).T]) if observe else scores)
     gathered = torch.cat(list(processes.all_gather(torch.cat(parts, 1))), 1)[:, :total].cpu()
-    scores_RN, observed_EN = gathered[: len(rewards.names)], gathered[len(rewards.names) :]
+    scores_RN, observed_EN = gathered[: len(names)], gathered[len(names) :]
     steps = recipe.evaluation.num_inference_steps
-    return Evaluation(rewards.names, tuple(prompts), scores_RN, steps, observed_EN.T if observe else None)
+    return Evaluation(names, tuple(prompts), scores_RN, steps, observed_EN.T if observe else None)

@@ -344,7 +344,7 @@ def test_it_is_left_out_of_evaluations(judge):
     alone = Rewards({"mine": both["mine"]})
     alone.check([Prompt("a cat")], "prompts.source", alone.in_training)
     alone.check([], "evaluation.test")
-    with pytest.raises(ValueError, match=r"1/2 for every model: evaluation\.test needs another reward$") as error:
+    with pytest.raises(ValueError, match=r"1/2 for every model: name another reward for evaluation\.test$") as error:
         alone.check([Prompt("a cat")], "evaluation.test")
     assert str(error.value).startswith("rewards.mine compares the pictures of a prompt with each other, so its mean")
 

@@ -18,7 +18,7 @@ WITH_WEIGHTS = ("aesthetic", "clip", "clip_iqa", "hpsv2_1", "image_reward", "pic
 
 def test_every_file_is_a_reward():
     assert {*shipped.NAMES} == {path.stem for path in FOLDER.glob("*.py")} - {"__init__"}
-    assert {*shipped.NAMES} == {*WITH_WEIGHTS, "ocr", "shapes_judge", "shapes_verifier", "unified"}
+    assert {*shipped.NAMES} == {*WITH_WEIGHTS, "ocr", "pairwise", "shapes_judge", "shapes_verifier", "unified"}
     assert [name for name in shipped.NAMES if shipped.find(name).hub_files] == [*WITH_WEIGHTS]
     assert shipped.find("nil") is None
 

@@ -124,6 +124,20 @@ def test_raw_sums_reach_the_groups():
         assert figures["watch/flat_groups"] == flat, "equal weights of opposite order cancel once standardised"
 
 
+def test_what_is_not_evaluated_is_neither_trained_nor_watched_here():
+    """Such as win rates among a prompt's pictures: only "watched" and "rare" have scores."""
+    rewards = Rewards(REWARDS)
+    rewards.evaluated = ("watched", "rare")
+    fallen = replace(sight(), evaluation=Evaluation(rewards.evaluated, PROMPTS, torch.cat([STEADY - 0.1, STEADY])))
+    base = replace(sight(), evaluation=Evaluation(rewards.evaluated, PROMPTS, STEADY.repeat(2, 1)))
+    found = Watch(Recipe(rewards=REWARDS), rewards, base)
+    assert [*found.warnings(fallen)] == []
+    figures = found.figures(fallen)
+    assert figures["validation/watched"] == pytest.approx(0.175)
+    assert not {"validation/trained", "watch/flatness", "watch/flat_groups"} & figures.keys()
+    assert found._score(fallen) == -math.inf, "no validation is the best"
+
+
 # --- what is seen in pictures
 
 

@@ -105,6 +105,15 @@ def test_a_reward_that_is_not_finite_is_named(tiny_dev, load_flux, monkeypatch, 
         evaluate(load_flux(tiny_dev), recipe_of(), rewards, PROMPTS)
 
 
+def test_what_compares_a_prompts_pictures_is_left_out(tiny_dev, load_flux, rewards):
+    flux, recipe = load_flux(tiny_dev), recipe_of(num_images_per_prompt=2)
+    whole = evaluate(flux, recipe, rewards, PROMPTS)
+    rewards.evaluated = ("redness",)
+    part = evaluate(flux, recipe, rewards, PROMPTS)
+    assert part.names == ("redness",)
+    assert torch.equal(part.scores_RN, whole.scores_RN[1:])
+
+
 # --- pictures
 
 
