@@ -3,6 +3,7 @@
 //
 // P prompts (or prompt-step rows), B anchors, G candidates, D latent elements.
 // x_i candidate; x_j the anchor's own candidate; y_i = x_i - x_j; a the old policy's point; delta = x_theta - a.
+// M draws of an SDE, whose ops are the last ones.
 //
 // Within a tile of D, sums are float (double if an input is); tiles are added in double, in order. Threads are those of
 // PyTorch: torch.set_num_threads applies, and the process has one OpenMP runtime. NaN must propagate: no -ffast-math.
@@ -289,12 +290,12 @@ Tensor quasi_norm_advantages(Tensor rewards, double p_norm, Tensor weights, Tens
   return result;
 }
 
-// Writes the tile `from` to row (p, b) of a contiguous [P, B, D] tensor, in its dtype.
+// Writes the tile `from` to a row of a contiguous [..., D] tensor, in its dtype.
 template <typename T>
-void write(const T* from, const Tensor& tensor, int64_t p, int64_t b, int64_t begin, int64_t count) {
+void write(const T* from, const Tensor& tensor, int64_t row, int64_t begin, int64_t count) {
   with_type(tensor.scalar_type(), [&](auto element) {
     using Element = decltype(element);
-    Element* to = tensor.mutable_data_ptr<Element>() + (p * tensor.size(1) + b) * tensor.size(2) + begin;
+    Element* to = tensor.mutable_data_ptr<Element>() + row * tensor.size(tensor.dim() - 1) + begin;
     for (int64_t d = 0; d < count; ++d) to[d] = convert<Element>(from[d]);
   });
 }
@@ -321,7 +322,7 @@ Tensor weighted_differences(Tensor weights, std::optional<Tensor> scale, Tensor 
         const auto origin_of = [&](int64_t b) { return x[own[p * anchors + b]]; };
         const T* weights_p = weights_of.data() + p * anchors * group;
         add_weighted(x, valid[p], weights_p, origin_of, anchors, group, count, sums.data());
-        for (int64_t b = 0; b < anchors; ++b) write(&sums[b * TILE], result, p, b, begin, count);
+        for (int64_t b = 0; b < anchors; ++b) write(&sums[b * TILE], result, p * anchors + b, begin, count);
       };
     });
   });
@@ -369,7 +370,115 @@ Tensor weighted_sum_from(Tensor weights, Tensor anchors, Tensor candidates) {
         origins.read(anchor_rows, p, begin, count);
         const auto origin_of = [&](int64_t b) { return origins[b]; };
         add_weighted(x, valid[p], weights_of + p * rows * group, origin_of, rows, group, count, sums.data());
-        for (int64_t b = 0; b < rows; ++b) write(&sums[b * TILE], result, p, b, begin, count);
+        for (int64_t b = 0; b < rows; ++b) write(&sums[b * TILE], result, p * rows + b, begin, count);
+      };
+    });
+  });
+  return result;
+}
+
+// A tile of one draw, and what it is made of in units of the standard deviation, as in the reference's `whitened`.
+template <typename T>
+class Whitened {
+ public:
+  struct Parts {
+    Vector<T> shift;  // mean(moving) - mean(old)
+    Vector<T> drift;  // mean(moving) - the mean that x' was drawn around
+    Vector<T> rest;   // x' - mean(moving)
+  };
+
+  Whitened(const Tensor& moving, const std::optional<Tensor>& old, const std::optional<Tensor>& rollout,
+           const std::optional<Tensor>& noise)
+      : moving_(moving), scratch_(4 * TILE) {
+    if (old) old_.emplace(*old);
+    if (rollout) rollout_.emplace(*rollout);
+    if (noise) noise_.emplace(*noise);
+  }
+
+  void read(int64_t m, T scale, int64_t begin, int64_t count) {
+    const auto tile = [&](const std::optional<Rows>& rows, int64_t number) -> const T* {
+      return rows ? rows->tile(m, 0, begin, count, &scratch_[number * TILE]) : nullptr;
+    };
+    scale_ = scale;
+    moving_d_ = moving_.tile(m, 0, begin, count, &scratch_[0]);
+    old_d_ = tile(old_, 1);
+    rollout_d_ = tile(rollout_, 2);
+    noise_d_ = tile(noise_, 3);
+  }
+
+  Parts operator[](int64_t d) const {
+    const Vector<T> moving = load(moving_d_ + d);
+    // without `old` 0, but NaN where `moving` is not finite
+    const Vector<T> shift = scale_ * (moving - (old_d_ ? load(old_d_ + d) : moving));
+    const Vector<T> drift = rollout_d_ ? scale_ * (moving - load(rollout_d_ + d)) : shift;
+    return {shift, drift, noise_d_ ? load(noise_d_ + d) - drift : -drift};
+  }
+
+ private:
+  Rows moving_;
+  std::optional<Rows> old_, rollout_, noise_;
+  std::vector<T> scratch_;
+  T scale_ = 0;
+  const T *moving_d_ = nullptr, *old_d_ = nullptr, *rollout_d_ = nullptr, *noise_d_ = nullptr;
+};
+
+// The fields of the reference's GaussianRatio, stacked: [5, M].
+Tensor gaussian_log_ratio(Tensor moving, std::optional<Tensor> old, std::optional<Tensor> rollout,
+                          std::optional<Tensor> noise, Tensor scale) {
+  constexpr int64_t MEANS = 5;
+  const int64_t rows = moving.size(0), dim = moving.size(1);
+  const Split split(rows, dim);
+  const Tensor scales = contiguous(scale);
+  Tensor result = new_empty(scale, {MEANS, rows});
+  with_sum_type(scale.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* scale_of = scales.const_data_ptr<T>();
+    const std::vector<double> totals = split.sum_tiles(MEANS, [&] {
+      return [&, parts = Whitened<T>(moving, old, rollout, noise)](int64_t m, int64_t begin, int64_t count,
+                                                                  double* sums) mutable {
+        constexpr T HALF = 0.5;
+        Vector<T> sum[MEANS] = {};
+        parts.read(m, scale_of[m], begin, count);
+        for (int64_t d = 0; d < count; d += LANES<T>) {
+          const auto [shift, drift, rest] = parts[d];
+          sum[0] += shift * (rest + HALF * shift);
+          sum[1] += HALF * shift * shift;
+          sum[2] += rest * rest;
+          sum[3] += drift * (rest + HALF * drift);
+          sum[4] += HALF * drift * drift;
+        }
+        for (int64_t i = 0; i < MEANS; ++i) sums[i] += sum_of_lanes<T>(sum[i]);
+      };
+    });
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t i = 0; i < MEANS; ++i) {
+        result.mutable_data_ptr<T>()[i * rows + m] = static_cast<T>(totals[m * MEANS + i] / dim);
+      }
+    }
+  });
+  return result;
+}
+
+Tensor gaussian_log_ratio_grad(Tensor moving, std::optional<Tensor> old, std::optional<Tensor> rollout,
+                               std::optional<Tensor> noise, Tensor scale, Tensor by_log_ratio, Tensor by_kl) {
+  const int64_t rows = moving.size(0), dim = moving.size(1);
+  const Split split(rows, dim);
+  const Tensor scales = contiguous(scale), by_log_ratios = contiguous(by_log_ratio), by_kls = contiguous(by_kl);
+  Tensor result = new_empty(moving, {rows, dim});
+  with_sum_type(scale.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* scale_of = scales.const_data_ptr<T>();
+    split.for_each_tile([&] {
+      return [&, parts = Whitened<T>(moving, old, rollout, noise), grad = std::vector<T>(TILE)](
+                 int64_t, int64_t m, int64_t begin, int64_t count) mutable {
+        const T by_rest = scale_of[m] / dim * by_log_ratios.const_data_ptr<T>()[m];
+        const T by_shift = scale_of[m] / dim * by_kls.const_data_ptr<T>()[m];
+        parts.read(m, scale_of[m], begin, count);
+        for (int64_t d = 0; d < count; d += LANES<T>) {
+          const auto [shift, drift, rest] = parts[d];
+          store(&grad[d], by_rest * rest + by_shift * shift);
+        }
+        write(grad.data(), result, m, begin, count);
       };
     });
   });
@@ -385,4 +494,6 @@ STABLE_TORCH_LIBRARY_IMPL(ngrpo_cpp, CPU, m) {
   m.impl("pairwise_sqdist", TORCH_BOX(&ngrpo::pairwise_sqdist));
   m.impl("weighted_sum_from", TORCH_BOX(&ngrpo::weighted_sum_from));
   m.impl("quasi_norm_advantages", TORCH_BOX(&ngrpo::quasi_norm_advantages));
+  m.impl("gaussian_log_ratio", TORCH_BOX(&ngrpo::gaussian_log_ratio));
+  m.impl("gaussian_log_ratio_grad", TORCH_BOX(&ngrpo::gaussian_log_ratio_grad));
 }

@@ -139,14 +139,15 @@ To convert(From value) {
   }
 }
 
-// A tensor [P, rows, D] in any strides and any floating dtype, read tile by tile.
+// A tensor [P, rows, D], or [P, D] for one row each, in any strides and any floating dtype, read tile by tile.
 class Rows {
  public:
   explicit Rows(const Tensor& tensor)
       : data_(static_cast<const char*>(tensor.const_data_ptr())),
         dtype_(tensor.scalar_type()),
-        strides_{tensor.stride(0), tensor.stride(1), tensor.stride(2)} {
-    STD_TORCH_CHECK(tensor.dim() == 3 && tensor.is_cpu(), "ngrpo: latents must be three-dimensional CPU tensors");
+        strides_{tensor.stride(0), tensor.dim() == 3 ? tensor.stride(1) : 0, tensor.stride(tensor.dim() - 1)} {
+    STD_TORCH_CHECK((tensor.dim() == 2 || tensor.dim() == 3) && tensor.is_cpu(),
+                    "ngrpo: latents must be two- or three-dimensional CPU tensors");
   }
 
   // `count` elements of a row as T, padded with zeros to whole vectors: read in place if memory holds them like that,

@@ -1,9 +1,10 @@
-"""Checks of the public functions' arguments, and their flattening to the [P, B, D] and [P, G, D] that the ops take.
+"""Checks of the public functions' arguments, and their flattening to the [P, B, D], [P, G, D] and [M, D] of the ops.
 
 Values (indices, step sizes) are checked on the CPU only: on a GPU a check would synchronise, and under torch.compile it
-would break the graph. There an index outside the group or a step size that is not positive gives NaN.
+would break the graph. There an index outside the group, or a step size or standard deviation that is not positive,
+gives NaN.
 """
-# P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened).
+# P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened); M draws.
 
 import math
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_kernels import reference
-from ngrpo_kernels.reference import Points
+from ngrpo_kernels.reference import Draws, Points
 
 OldPolicy = Tensor | Literal["detach", "literal"]
 Temperature = float | Literal["dim", "neighborhood"]
@@ -269,3 +270,54 @@ def check_rewards(
 
     columns = per_reward("weights", 1.0 if weights is None else weights), per_reward("min_reward_std", min_reward_std)
     return rewards, *columns, candidate_mask
+
+
+def check_draws(
+    velocity: Tensor,
+    noise: Tensor | None,
+    slope: float | Tensor,
+    std: float | Tensor,
+    old_velocity: Tensor | Literal["detach"],
+    rollout_velocity: Tensor | None,
+) -> Draws:
+    check_tensor("velocity", velocity)
+    if velocity.ndim < 2 or 0 in velocity.shape[1:]:
+        raise ValueError(f"velocity must be [M, ...] with latent dimensions that are not empty, got {_shape(velocity)}")
+    if not isinstance(old_velocity, Tensor) and old_velocity != "detach":
+        raise ValueError(f"old_velocity must be a tensor or 'detach', got {old_velocity!r}")
+
+    def like_velocity(name: str, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        check_tensor(name, tensor, like=("velocity", velocity))
+        _check_shape(name, tensor, velocity.shape, "the dimensions of velocity")
+        return tensor.detach().flatten(1)
+
+    old = like_velocity("old_velocity", old_velocity if isinstance(old_velocity, Tensor) else None)
+    rollout = like_velocity("rollout_velocity", rollout_velocity)
+    drawn = like_velocity("noise", noise)
+    scale = _of_rows("slope", slope, velocity, positive=False) / _of_rows("std", std, velocity, positive=True)
+    scale = scale.to(reference.compute_dtype(velocity, old, rollout, drawn))
+    return Draws(velocity.flatten(1), old, rollout, drawn, scale)
+
+
+def _of_rows(name: str, value: float | Tensor, velocity: Tensor, *, positive: bool) -> Tensor:
+    """A number, or a tensor [] or [M], as float64 [M, 1] on the velocity's device; NaN where it must be positive."""
+    required = "positive and finite" if positive else "finite"
+    if isinstance(value, Tensor):
+        check_tensor(name, value, like=None if value.ndim == 0 else ("velocity", velocity))
+        if value.shape not in (torch.Size([]), velocity.shape[:1]):
+            raise ValueError(f"{name} must be a number or [M], got {_shape(value)} for velocity {_shape(velocity)}")
+        value = value.detach()
+        if value.ndim == 0 and _values_readable(value):
+            value = value.item()  # read on the CPU: to copy it to a GPU would synchronise
+    if not isinstance(value, Tensor):
+        if not (math.isfinite(value) and (value > 0 or not positive)):
+            raise ValueError(f"{name} must be {required}, got {value}")
+        return torch.full((len(velocity), 1), value, dtype=torch.float64, device=velocity.device)
+    if _values_readable(value):
+        wrong = ~value.isfinite() | (value <= 0) if positive else ~value.isfinite()
+        if wrong.any():
+            raise ValueError(f"{name} must be {required}, got {value[wrong][0].item()}")
+    rows = value.to(velocity.device, torch.float64).expand(len(velocity))[:, None]
+    return torch.where(rows > 0, rows, float("nan")) if positive else rows

@@ -4,15 +4,26 @@ C++ and Triton share the schemas, each in a namespace of its own: a dispatch key
 interpreter, both of which compute on the CPU. With a schema, an op traces under torch.compile, and autocast, activation
 checkpointing and CUDA graphs treat it like any other op. The public functions add the gradients.
 """
-# P prompts (or prompt-step rows), B anchors, G candidates, R rewards, D latent elements (tokens x channels, flattened).
+# P prompts (or prompt-step rows), B anchors, G candidates, R rewards, D latent elements (tokens x channels, flattened);
+# M draws of an SDE.
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-from ngrpo_kernels.reference import LogRatio, Objective, Points, Settings, compute_dtype, temperature_rows
+from ngrpo_kernels.reference import (
+    Draws,
+    GaussianRatio,
+    LogRatio,
+    Objective,
+    Points,
+    Settings,
+    compute_dtype,
+    temperature_rows,
+)
 
 
 class Backend(NamedTuple):
@@ -24,6 +35,8 @@ class Backend(NamedTuple):
     objective: Callable[..., Objective]
     weighted_differences: Callable[..., Tensor]
     quasi_norm_advantages: Callable[..., Tensor]
+    gaussian_log_ratio: Callable[..., GaussianRatio]
+    gaussian_log_ratio_grad: Callable[..., Tensor]
 
 
 def define_backend(namespace: str, launchers: dict[str, Callable[..., Any]] | None = None) -> Backend:
@@ -51,6 +64,12 @@ def define_backend(namespace: str, launchers: dict[str, Callable[..., Any]] | No
         tau = temperature_rows(temperature, result.mean_sqdist)
         return LogRatio(result.log_ratio, result.policy, 2 * points.slope / tau)
 
+    def gaussian_log_ratio(draws: Draws) -> GaussianRatio:
+        return GaussianRatio(*ops["gaussian_log_ratio"](*draws).unbind())
+
+    def gaussian_log_ratio_grad(draws: Draws, by_log_ratio: Tensor, by_kl: Tensor) -> Tensor:
+        return ops["gaussian_log_ratio_grad"](*draws, by_log_ratio, by_kl)
+
     return Backend(
         pairwise_sqdist=pairwise_sqdist,
         pairwise_sqdist_grad_anchors=pairwise_sqdist_grad_anchors,
@@ -58,6 +77,8 @@ def define_backend(namespace: str, launchers: dict[str, Callable[..., Any]] | No
         objective=objective,
         weighted_differences=ops["weighted_differences"],
         quasi_norm_advantages=ops["quasi_norm_advantages"],
+        gaussian_log_ratio=gaussian_log_ratio,
+        gaussian_log_ratio_grad=gaussian_log_ratio_grad,
     )
 
 
@@ -71,15 +92,15 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return launch_there
 
 
-# -- Bundles: a schema has only tensors and numbers, so an op takes the fields of both bundles, one after the other ----
+# -- Bundles: a schema has only tensors and numbers, so an op takes the fields of its bundles, one after the other -----
 
 
-def from_fields(function: Callable[[Points, Settings], Any]) -> Callable[..., Any]:
-    """Wrap `function` to take what PyTorch passes to an op: the fields of `Points`, then those of `Settings`."""
+def from_fields(function: Callable[..., Any], *bundles: Any) -> Callable[..., Any]:
+    """Wrap `function` to take what PyTorch passes to an op: each bundle's fields in turn, then what is no field."""
 
     def call(*fields: Any) -> Any:
-        number = len(Points._fields)
-        return function(Points(*fields[:number]), Settings(*fields[number:]))
+        given = iter(fields)
+        return function(*(bundle(*islice(given, len(bundle._fields))) for bundle in bundles), *given)
 
     return call
 
@@ -128,10 +149,19 @@ def alloc_quasi_norm_advantages(
     return rewards.new_empty(rewards.shape[1:], dtype=compute_dtype(rewards))
 
 
+def alloc_gaussian_log_ratio(draws: Draws) -> Tensor:
+    """The fields of `GaussianRatio`, stacked: [5, M]."""
+    return draws.scale.new_empty(len(GaussianRatio._fields), len(draws.moving))
+
+
+def alloc_gaussian_log_ratio_grad(draws: Draws, by_log_ratio: Tensor, by_kl: Tensor) -> Tensor:
+    return draws.moving.new_empty(draws.moving.shape)
+
+
 OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "objective": (
         f"({_parameters(Points, Settings)}) -> ({', '.join(['Tensor'] * len(Objective._fields))})",
-        from_fields(alloc_objective),
+        from_fields(alloc_objective, Points, Settings),
     ),
     "weighted_differences": (
         "(Tensor weights, Tensor? scale, Tensor candidates, Tensor anchor_index, Tensor? mask, ScalarType dtype) "
@@ -149,5 +179,13 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "quasi_norm_advantages": (
         "(Tensor rewards, float p, Tensor weights, Tensor min_reward_std, Tensor? mask) -> Tensor",
         alloc_quasi_norm_advantages,
+    ),
+    "gaussian_log_ratio": (
+        f"({_parameters(Draws)}) -> Tensor",
+        from_fields(alloc_gaussian_log_ratio, Draws),
+    ),
+    "gaussian_log_ratio_grad": (
+        f"({_parameters(Draws)}, Tensor by_log_ratio, Tensor by_kl) -> Tensor",
+        from_fields(alloc_gaussian_log_ratio_grad, Draws),
     ),
 }

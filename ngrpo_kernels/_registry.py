@@ -102,4 +102,6 @@ _REFERENCE = Backend(
     objective=reference.objective,
     weighted_differences=reference.weighted_differences,
     quasi_norm_advantages=reference.quasi_norm_advantages,
+    gaussian_log_ratio=reference.gaussian_log_ratio,
+    gaussian_log_ratio_grad=reference.gaussian_log_ratio_grad,
 )

@@ -4,7 +4,7 @@ A program keeps a tile of at most ROWS candidates in registers, and 4 elements o
 float32. Further candidates, anchors and shifts go to further programs, which find the candidates in the cache.
 tests/kernels/test_compile.py checks that no register is spilled.
 """
-# P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened).
+# P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened); M draws.
 
 from typing import NamedTuple
 
@@ -37,9 +37,15 @@ def sums_tile(prompts: int, anchors: int, group: int, dim: int, shifts: int) -> 
     block_d = ELEMENTS // block_g
     blocks = max(triton.cdiv(anchors, block_b), triton.cdiv(shifts, block_s) if shifts else 0)
     parts = triton.cdiv(group, block_g) * blocks
+    chunk, chunks = _chunks(dim, block_d, PROGRAMS // (prompts * parts))
+    return SumsTile(block_g, block_b, block_s, block_d, parts, chunk, chunks)
+
+
+def _chunks(dim: int, block_d: int, programs: int) -> tuple[int, int]:
+    """Elements of D, in whole blocks, that each of about `programs` programs sums over, and the number of programs."""
     tiles = triton.cdiv(dim, block_d)
-    chunk = triton.cdiv(tiles, min(tiles, max(1, PROGRAMS // (prompts * parts)))) * block_d
-    return SumsTile(block_g, block_b, block_s, block_d, parts, chunk, triton.cdiv(dim, chunk))
+    chunk = triton.cdiv(tiles, min(tiles, max(1, programs))) * block_d
+    return chunk, triton.cdiv(dim, chunk)
 
 
 class FinishTile(NamedTuple):
@@ -59,3 +65,12 @@ def finish_tile(anchors: int, group: int) -> FinishTile:
 # The backward pass:
 WRITTEN = 1024  # elements of D that a program writes, for ANCHORS anchors
 AT_ONCE = 4  # candidates whose loads are in flight together
+
+
+# The Gaussian policy, whose programs hold a stretch of one row at a time:
+STRETCH = 1024  # elements of D, 8 for each thread: a 16-byte load in bfloat16, two in float32
+
+
+def stretches(rows: int, dim: int) -> tuple[int, int]:
+    """Elements of D that a program sums over, in whole stretches, and the number of programs for each of M rows."""
+    return _chunks(dim, STRETCH, PROGRAMS // max(rows, 1))

@@ -2,13 +2,17 @@
 
 Arguments are validated and flattened by the caller. Everything is computed in float32, or in float64 when a latent is
 float64, by element-wise products and sums, which neither autocast nor tf32 changes. Only `measure` and
-`weighted_differences` read latents; everything between them is algebra on [P, B, G].
+`weighted_differences` read latents; everything between them is algebra on [P, B, G]. The Gaussian policy of an SDE,
+which has no candidates, is an op of its own.
 """
 # P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened), R rewards.
 #
 # x_i candidate; x_j the anchor's own candidate; y_i = x_i - x_j; a the old policy's point; delta = x_theta - a;
 # tau temperature; pi the leaping policy over candidates (Eq. 8); rho = pi_theta / pi_old (Eq. 10).
+#
+# Of the Gaussian policies at the end of this file: M rows, each a draw x' of one step of an SDE.
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -431,3 +435,102 @@ def direct_loss(
     old_sqdist = (candidates[:, None] - old_anchors[:, :, None]).square().sum(-1)
     kl = -((-old_sqdist / temperature).softmax(-1) * log_ratio).sum(-1)
     return (kl_coef * kl - torch.minimum(gain * ratio, gain * clipped).sum(-1)).mean()
+
+
+# -- The Gaussian policy of an SDE (Eqs. 4, 5) -------------------------------------------------------------------------
+
+
+class Draws(NamedTuple):
+    """The tensors of a Gaussian policy's log-ratio: M draws, and the velocities that their policies follow from.
+
+    A policy draws x' from N(mean(v), std^2 I), and its mean is affine in the velocity: mean(v) = constant + slope v.
+    Only differences of means are computed, so the constant is not needed.
+    """
+
+    moving: Tensor  # [M, D], velocity of the new policy
+    old: Tensor | None  # [M, D], velocity of the old policy; without it the old policy is the new one
+    rollout: Tensor | None  # [M, D], x' = mean(rollout) + std noise; without it x' = mean(old) + std noise
+    noise: Tensor | None  # [M, D]; without it zeros
+    scale: Tensor  # [M, 1], slope / std, in the dtype of the sums
+
+
+class GaussianRatio(NamedTuple):
+    """Two Gaussian policies at the draws x' of M rows. float32, or float64 if an input is; each [M] is a mean over D.
+
+    `log_ratio` and `kl` carry gradients to the velocity; the others are detached.
+    """
+
+    log_ratio: Tensor
+    """[M]: log pi_theta(x') - log pi_old(x')."""
+    kl: Tensor
+    """[M]: KL(pi_old || pi_theta). It equals KL(pi_theta || pi_old), since both have the same standard deviation."""
+    square: Tensor
+    """[M]: |x' - mean(velocity)|^2 / std^2. So log pi_theta(x') is -square / 2 - log(std) - log(2 pi) / 2."""
+    rollout_log_ratio: Tensor
+    """[M]: log pi_theta(x') less the log-probability under the policy that drew x'."""
+    rollout_kl: Tensor
+    """[M]: KL between pi_theta and the policy that drew x'."""
+
+
+class Whitened(NamedTuple):
+    """Differences of means and draws in units of the standard deviation, each [M, D]."""
+
+    shift: Tensor  # mean(moving) - mean(old)
+    drift: Tensor  # mean(moving) - the mean that x' was drawn around
+    rest: Tensor  # x' - mean(moving)
+
+
+def whitened(draws: Draws) -> Whitened:
+    """The differences that all of a Gaussian policy's outputs are made of, from velocities subtracted first.
+
+    Where `old` is missing it stands for `moving`, so the shift is exactly 0, but NaN where `moving` is not finite.
+    """
+    dtype = draws.scale.dtype
+    moving = draws.moving.to(dtype)
+    shift = draws.scale * (moving - (moving if draws.old is None else draws.old.to(dtype)))
+    drift = shift if draws.rollout is None else draws.scale * (moving - draws.rollout.to(dtype))
+    return Whitened(shift, drift, -drift if draws.noise is None else draws.noise.to(dtype) - drift)
+
+
+def gaussian_log_ratio(draws: Draws) -> GaussianRatio:
+    """Log-ratio of both policies from the shift of the mean, never from two log-probabilities; and what belongs to it.
+
+    With s the shift and x' - mean(moving) = std w, the log-ratio is <s, w + s / 2> / D: exactly 0 at s = 0, and as
+    accurate as s where it is small.
+    """
+    shift, drift, rest = whitened(draws)
+    return GaussianRatio(
+        log_ratio=_mean_of_products(shift, rest + shift / 2),
+        kl=_mean_of_products(shift, shift) / 2,
+        square=_mean_of_products(rest, rest),
+        rollout_log_ratio=_mean_of_products(drift, rest + drift / 2),
+        rollout_kl=_mean_of_products(drift, drift) / 2,
+    )
+
+
+def gaussian_log_ratio_grad(draws: Draws, by_log_ratio: Tensor, by_kl: Tensor) -> Tensor:
+    """Gradient [M, D] at `moving`, in its dtype, of a loss whose derivatives by log-ratio and KL are given, each [M].
+
+    It is slope / (std D) (by_log_ratio w + by_kl s): the log-ratio moves with log pi_theta alone, whatever pi_old is.
+    """
+    shift, _, rest = whitened(draws)
+    scale = draws.scale / shift.shape[1]
+    return (scale * (by_log_ratio[:, None] * rest + by_kl[:, None] * shift)).to(draws.moving.dtype)
+
+
+def _mean_of_products(left: Tensor, right: Tensor) -> Tensor:
+    return _dot(left, right) / left.shape[-1]
+
+
+def direct_gaussian_log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
+    """Log-ratio [M] as a difference of two log-probabilities, each a mean over D, for tests and benchmarks only.
+
+    `sample`, `mean` and `old_mean` are [M, D], `std` is [M, 1]. A change of the policy below the rounding of a
+    log-probability is lost.
+    """
+
+    def log_probability(centre: Tensor) -> Tensor:
+        each = -((sample - centre) ** 2) / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
+        return each.mean(-1)
+
+    return log_probability(mean) - log_probability(old_mean)

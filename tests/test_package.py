@@ -33,7 +33,7 @@ ORDER = {
         _library
         _triton
         _registry
-        distances leaping advantages objective
+        distances leaping advantages objective gaussian
         __init__
     """,
     "ngrpo_train": """

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ngrpo_kernels import gaussian_log_ratio
 from ngrpo_train.algorithms.advantages import group_rewards, standardised
 from ngrpo_train.draws import NOISE, draw_train_steps, stream
 from ngrpo_train.models.model import Conditioning, FlowModel
@@ -20,9 +21,9 @@ from ngrpo_train.recipe.algorithms import Algorithm, Stochastic
 from ngrpo_train.recipe.sections import Sampling
 from ngrpo_train.rewards import Scores
 from ngrpo_train.sampling.rollout import generate
-from ngrpo_train.sampling.sde import NoiseLevel, gaussian_log_ratio, mean_slope, sde_step, step_std
+from ngrpo_train.sampling.sde import NoiseLevel, mean_slope, sde_step, step_std
 from ngrpo_train.sampling.solvers import Previous, Sigmas, SolverStep, dpmpp_2m_step, euler_step, flow_sigmas
-from ngrpo_train.update.policy import LOG_RATIO_LIMIT, Terms, UpdateStats, drift_figure, update
+from ngrpo_train.update.policy import LOG_RATIO_LIMIT, Terms, UpdateStats, update
 from ngrpo_train.update.rows import Rows, in_parts
 
 
@@ -117,44 +118,49 @@ class GaussianPolicy:
 
     def terms(self, rows: TransitionRows, velocity: Tensor, old_velocity: Tensor | None, advantages: Tensor) -> Terms:
         """The loss -J + kl_coef * KL(pi_old || pi_theta), J = min(A rho, A clip(rho)) (Eq. 4, its KL as a penalty)."""
-        old = velocity.detach() if old_velocity is None else old_velocity
+        old: Tensor | Literal["detach"] = "detach" if old_velocity is None else old_velocity
         if self.settings.old_policy == "cached":
             old = rows.rollout_velocity_rbTC
-        slope, std = rows.slope_r[:, None, None, None], rows.std_r[:, None]
-        shift = slope * (velocity.float() - old.float())
         # The rollout drew around its own mean. Where its forward rounds differently, the old policy's mean is another.
-        drift = slope * (rows.rollout_velocity_rbTC - old.float())
-        noise = rows.noise_r1TC + drift / std[..., None, None]
-        log_ratio = gaussian_log_ratio(shift, noise, std)
+        out = gaussian_log_ratio(
+            velocity,
+            rows.noise_r1TC,
+            slope=rows.slope_r,
+            std=rows.std_r,
+            old_velocity=old,
+            rollout_velocity=rows.rollout_velocity_rbTC,
+        )
+        log_ratio, kl_coef = out.log_ratio[:, None], self.settings.kl_coef
         ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
         gain = advantages[rows.prompt_r, rows.advantage_r][:, None]
         surrogate = torch.minimum(gain * ratio, gain * ratio.clamp(1 - self.low, 1 + self.high))
-        kl = (shift / std[..., None, None]).square().mean((-2, -1)) / 2
-        loss = (self.settings.kl_coef * kl - surrogate).mean()
+        loss = (kl_coef * out.kl[:, None] - surrogate).mean()
         with torch.no_grad():
             outside = (ratio < 1 - self.low) | (ratio > 1 + self.high)
             clamped = log_ratio.abs() > LOG_RATIO_LIMIT
-            # d J / d log rho, then d loss / d velocity without the factor slope / std / D: what flows into the model.
+            # d J / d log rho, then the norm of d loss / d velocity = slope / (std D) (kl_coef s - by_log_ratio w),
+            # with s and w as in `gaussian_log_ratio`, which gives the means of their products.
             clipped = torch.where(gain > 0, ratio > 1 + self.high, ratio < 1 - self.low)
-            by_log_ratio = (gain * ratio).masked_fill(clipped | clamped, 0)[..., None, None]
-            way = shift / std[..., None, None]
-            gradient = self.settings.kl_coef * way - by_log_ratio * (noise - way)
-            gradient_norm = gradient.flatten(2).norm(dim=2) * (rows.slope_r / rows.std_r).abs()[:, None]
-            # The log-ratio of the training forward's policy to the rollout's, at the sample that the rollout drew.
-            mismatch = gaussian_log_ratio(slope * (velocity.float() - rows.rollout_velocity_rbTC), rows.noise_r1TC, std)
+            by_log_ratio = (gain * ratio).masked_fill(clipped | clamped, 0)[:, 0]
+            square = by_log_ratio**2 * out.square - 2 * by_log_ratio * kl_coef * (out.log_ratio - out.kl)
+            square = (square + kl_coef**2 * 2 * out.kl).clamp_min(0)  # rounding may leave less than zero; NaN stays
+            D, scale_r = velocity[0].numel(), (rows.slope_r / rows.std_r).abs()
+            gradient_norm = scale_r * (square / D).sqrt() / len(velocity)
+            drift_r = (2 * D * out.rollout_kl).sqrt() / scale_r  # |velocity - the rollout's|
         figures = {
             "clip_fraction": outside.float().mean(1),
             "clamp_fraction": clamped.float().mean(1),
-            "kl": kl.detach().mean(1),
-            "rollout_mismatch": drift_figure(rows, velocity.detach()),
-            "mismatch_log_ratio": mismatch.abs().mean(1),
+            "kl": out.kl.detach(),
+            "rollout_mismatch": drift_r / rows.rollout_velocity_rbTC.flatten(1).norm(dim=1),
+            # The log-ratio of the training forward's policy to the rollout's, at the sample that the rollout drew.
+            "mismatch_log_ratio": out.rollout_log_ratio.abs(),
         }
-        return Terms(loss, log_ratio.detach(), gradient_norm / (gradient[0, 0].numel() * len(gradient)), figures)
+        return Terms(loss, log_ratio.detach(), gradient_norm[:, None], figures)
 
     def tether(self, rows: TransitionRows, velocity: Tensor, base_velocity: Tensor) -> Tensor:
         """The divergence KL(pi_theta || pi_base) as a mean over D, as in Flow-GRPO (arXiv 2505.05470)."""
-        by_std = (rows.slope_r / rows.std_r)[:, None, None, None]
-        return (by_std * (velocity.float() - base_velocity)).square().mean() / 2
+        out = gaussian_log_ratio(velocity, None, slope=rows.slope_r, std=rows.std_r, old_velocity=base_velocity)
+        return out.kl.mean()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from ngrpo_train.recipe.named import import_named
 from ngrpo_train.recipe.ranges import Fraction, NotNegative, Positive, Range, require
 
-TRANSITION_STATES = 16
-"""float32 latents that the loss of a Gaussian policy holds for each transition, explored ones included."""
+TRANSITION_STATES = 6
+"""float32 latents that the loss of a Gaussian policy holds for each transition.
+State, noise, the velocities of rollout, old and new policy, and the gradient."""
 
 _EDGES_PER_UPDATE = 6  # of a tree: BranchGRPO's script accumulates 12 transitions of a process's two trees
 

@@ -1,13 +1,14 @@
-"""The SDE of a flow that has the ODE's marginals, one step at a time, and the Gaussian policy it defines.
+"""The SDE of a flow that has the ODE's marginals, one step at a time.
 
 Equations are of arXiv 2511.16955 (Eqs. 4, 5, 12 to 16). A flow state is `x = (1 - sigma) * data + sigma * noise`, and
 `eps_hat = x + (1 - sigma) * v` the noise that a velocity implies. A step from sigma to sigma - dt draws
 
     x' ~ N(mean, std^2 I),   mean = x - dt * v - std^2 / (2 sigma) * eps_hat   (Eq. 5)
 
-so `mean` is linear in v, and a policy gradient needs only its `slope` d mean / d v.
+so `mean` is affine in v, and of it `ngrpo_kernels.gaussian_log_ratio`, the policy's log-ratio, needs only the `slope`
+d mean / d v.
 """
-# N steps of a schedule, so N + 1 sigmas; D latent elements of a picture, the last two dimensions of a state.
+# N steps of a schedule, so N + 1 sigmas.
 
 import math
 from typing import Literal
@@ -46,24 +47,3 @@ def sde_mean(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float, std: 
 def sde_step(x: Tensor, velocity: Tensor, noise: Tensor, sigma: float, sigma_next: float, std: float) -> Tensor:
     """One Euler-Maruyama step (Eq. 5); with std = 0 it is the ODE's."""
     return torch.add(sde_mean(x, velocity, sigma, sigma_next, std), noise, alpha=std)
-
-
-def gaussian_log_prob(sample: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
-    """The log-density log N(sample; mean, std^2 I), as a mean over D (Eq. 16 divided by D): [...] from [..., T, C].
-
-    The clip ranges of published trainers, 1e-4 and 1e-3, are for ratios of these means.
-    """
-    std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
-    square = ((sample - mean) / std[..., None, None]).square().mean((-2, -1))
-    return -square / 2 - std.log() - math.log(2 * math.pi) / 2
-
-
-def gaussian_log_ratio(shift: Tensor, noise: Tensor, std: Tensor) -> Tensor:
-    """The log-ratio log pi_theta - log pi_old at the sample `old mean + std * noise`, as a mean over D: [...].
-
-    `shift` [..., T, C] is the new mean less the old one; `std` is [...]. The log-ratio is formed from the shift,
-    `<shift, noise> / std - |shift|^2 / (2 std^2)`. A difference of two log-probabilities would lose changes that are
-    smaller than their rounding.
-    """
-    steps = shift / std[..., None, None]
-    return (steps * (noise - steps / 2)).mean((-2, -1))

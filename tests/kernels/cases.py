@@ -1,5 +1,5 @@
 """Inputs shaped like a trainer's, their float64 truth, and the tolerance the suite uses."""
-# P prompts, B anchors, G candidates, D latent elements (tokens x channels, flattened).
+# P prompts, B anchors, G candidates, D latent elements (tokens x channels, flattened); M draws of an SDE.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -8,13 +8,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ngrpo_kernels import LossOutput, neighbor_grpo_loss, neighbor_grpo_loss_from_velocity, reference
-from ngrpo_kernels._inputs import Group, check_clip_range
+from ngrpo_kernels import (
+    GaussianRatio,
+    LossOutput,
+    gaussian_log_ratio,
+    neighbor_grpo_loss,
+    neighbor_grpo_loss_from_velocity,
+    reference,
+)
+from ngrpo_kernels._inputs import Group, check_clip_range, check_draws
 from ngrpo_kernels.reference import Settings
 
-from .rounding import assert_within_rounding, loss_errors
+from .rounding import assert_within_rounding, gaussian_errors, loss_errors
 
 OLD = ["tensor", "detach", "literal"]  # what `run` takes for the old policy
+Result = LossOutput | GaussianRatio
 
 
 def assert_as_accurate_as_torch(got: Tensor, exact: Tensor, native: Tensor, slack: float = 2.0) -> None:
@@ -164,9 +172,9 @@ def keep_some(case: Case) -> Tensor:
     return keep.scatter(1, case.anchor_index, True)
 
 
-def assert_identical(got: tuple[LossOutput, Tensor], want: tuple[LossOutput, Tensor]) -> None:
+def assert_identical(got: tuple[Result, Tensor], want: tuple[Result, Tensor]) -> None:
     """The same bits in every output and in the gradient."""
-    for name, left, right in zip((*LossOutput._fields, "grad"), (*got[0], got[1]), (*want[0], want[1]), strict=True):
+    for name, left, right in zip((*got[0]._fields, "grad"), (*got[0], got[1]), (*want[0], want[1]), strict=True):
         torch.testing.assert_close(
             left, right, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
         )
@@ -207,3 +215,93 @@ def assert_as_accurate_as_reference(
             value, native = getattr(output, field), getattr(results["reference"][0], field)
             assert value.dtype == native.dtype, field
             assert_within_rounding(value, getattr(exact, field), errors[field], f"{name}'s {field}")
+
+
+# -- Draws of an SDE ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Draws that a rollout made, the old velocity of the forward that trains, and a model that has moved a little."""
+
+    velocity: Tensor  # [M, D]; so are all but the last two
+    old_velocity: Tensor
+    rollout_velocity: Tensor
+    noise: Tensor
+    slope: Tensor  # [M]
+    std: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Walk":
+        return self.map(lambda tensor: tensor.to(dtype))
+
+    def map(self, function: Any) -> "Walk":
+        """The walk with each of its tensors of size D changed."""
+        names = [f.name for f in fields(self) if f.name not in ("slope", "std")]
+        return replace(self, **{name: function(getattr(self, name)) for name in names})
+
+
+# What `draw` passes on of a walk: the old policy, and whether there is a rollout of its own, and noise.
+FORMS = [("tensor", True, True), ("tensor", False, True), ("detach", True, True), ("detach", False, True)]
+WITHOUT_NOISE = ("tensor", False, False)  # as for the divergence from a base model
+
+
+def make_walk(M: int = 3, D: int = 48, change: float = 1e-2, seed: int = 0) -> Walk:
+    """A float64 walk; `change` is the relative size of velocity - old_velocity."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(M, D, generator=random, dtype=torch.float64)
+
+    rollout = normal()
+    old = rollout * (1 + 3e-3 * normal())  # the training forward is not the rollout's
+    return Walk(
+        velocity=old * (1 + change * normal()),
+        old_velocity=old,
+        rollout_velocity=rollout,
+        noise=normal(),
+        slope=-torch.linspace(0.05, 0.3, M, dtype=torch.float64),
+        std=torch.linspace(0.7, 0.1, M, dtype=torch.float64),
+    )
+
+
+def draw(
+    walk: Walk, form: tuple[str, bool, bool] = FORMS[0], dtype: torch.dtype | None = None, backend: str = "auto"
+) -> tuple[GaussianRatio, Tensor]:
+    """The public function, and the gradient of a sum of log-ratios and divergences, weighted row by row."""
+    walk = walk if dtype is None else walk.to(dtype)
+    velocity = walk.velocity.detach().requires_grad_()
+    ratio = gaussian_log_ratio(velocity, **_arguments(walk, form), backend=backend)
+    total = sum((weights * mean).sum() for weights, mean in zip(_upstream(walk), ratio[:2], strict=True))
+    return ratio, torch.autograd.grad(total, velocity)[0]
+
+
+def _arguments(walk: Walk, form: tuple[str, bool, bool]) -> dict[str, Any]:
+    old, has_rollout, has_noise = form
+    return {
+        "noise": walk.noise if has_noise else None,
+        "slope": walk.slope,
+        "std": walk.std,
+        "old_velocity": walk.old_velocity if old == "tensor" else old,
+        "rollout_velocity": walk.rollout_velocity if has_rollout else None,
+    }
+
+
+def _upstream(walk: Walk) -> tuple[Tensor, Tensor]:
+    """Derivatives of a loss by log-ratios and by divergences, of either sign."""
+    row = torch.arange(len(walk.std), dtype=torch.float64, device=walk.std.device)
+    return (2 * row + 1).cos() + 0.2, 0.3 + 0.1 * row.sin()
+
+
+def assert_draws_as_accurate_as_reference(walk: Walk, form: tuple[str, bool, bool], backend: str) -> None:
+    """Every output and the gradient of a backend, and of the reference, are float64's but for their rounding."""
+    exact = draw(walk, form, torch.float64, backend="reference")
+    wide = walk.to(torch.float64)
+    draws = check_draws(wide.velocity, **_arguments(wide, form))
+    errors = gaussian_errors(draws, *_upstream(walk), eps=torch.finfo(torch.float32).eps)
+    for name in (backend, "reference"):
+        ratio, grad = draw(walk, form, backend=name)
+        assert grad.dtype == walk.velocity.dtype, name
+        assert_within_rounding(grad, exact[1], errors["grad"], f"{name}'s gradient")
+        for field, value, true in zip(GaussianRatio._fields, ratio, exact[0], strict=True):
+            assert value.dtype == torch.float32, field
+            assert_within_rounding(value, true, errors[field], f"{name}'s {field}")

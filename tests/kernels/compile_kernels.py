@@ -29,7 +29,7 @@ from triton.runtime import JITFunction
 
 from ngrpo_kernels import _tiles
 from ngrpo_kernels._triton import BACKEND
-from ngrpo_kernels.reference import Points, Settings
+from ngrpo_kernels.reference import Draws, Points, Settings
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -59,14 +59,15 @@ class Case(NamedTuple):
 
 OFTEN = "loss", "backward"
 SOME = *OFTEN, "distances", "distances' backward"
+DRAWS = "log-ratio of draws", "its backward"
 CASES = {
     "every call": Case(torch.float32, torch.float32, 4, 12),
     "float32": Case(torch.float32, torch.float32, 4, 12, calls=SOME[:3]),
-    "bfloat16": Case(torch.bfloat16, torch.bfloat16, 4, 16, calls=SOME),
-    "mixed": Case(torch.float32, torch.bfloat16, 4, 16, calls=OFTEN),
+    "bfloat16": Case(torch.bfloat16, torch.bfloat16, 4, 16, calls=(*SOME, *DRAWS)),
+    "mixed": Case(torch.float32, torch.bfloat16, 4, 16, calls=(*OFTEN, *DRAWS)),
     "one anchor": Case(torch.bfloat16, torch.bfloat16, 1, 16, calls=OFTEN),
     "two anchors": Case(torch.float32, torch.bfloat16, 2, 12, calls=OFTEN),
-    "ragged": Case(torch.float32, torch.float32, 3, 7, 4099, masked=True, calls=OFTEN),
+    "ragged": Case(torch.float32, torch.float32, 3, 7, 4099, masked=True, calls=(*OFTEN, *DRAWS)),
 }
 TABLE = {
     "float32": CASES["every call"],
@@ -170,6 +171,8 @@ def calls(case: Case) -> dict[str, Callable[[], object]]:
         return BACKEND.objective(points, Settings(0.8, 1 - 1e-4, 1 + 1e-4, temperature, kl_coef=0.1))
 
     one = torch.empty(1, 1, 1)
+    # As the trainer has them: what the rollout keeps is in the dtype of its states.
+    draws = Draws(moving[:, 0], old[:, 0], start[:, 0], candidates[:, 0], slope[:, 0])
     every = {
         "loss": lambda: objective(old, False, 1.0, advantages=rewards),
         "loss of rewards, one update": lambda: objective(None, False, None, rewards=rewards),
@@ -178,6 +181,8 @@ def calls(case: Case) -> dict[str, Callable[[], object]]:
         "distances": lambda: BACKEND.pairwise_sqdist(moving, candidates),
         "distances' backward": lambda: BACKEND.pairwise_sqdist_grad_anchors(weights, moving, candidates),
         "advantages": lambda: BACKEND.quasi_norm_advantages(rewards[None], 0.8, one, one, mask),
+        DRAWS[0]: lambda: BACKEND.gaussian_log_ratio(draws),
+        DRAWS[1]: lambda: BACKEND.gaussian_log_ratio_grad(draws, slope[:, 0, 0], slope[:, 0, 0]),
     }
     return {name: call for name, call in every.items() if name in (case.calls or every)}
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_kernels import reference
-from ngrpo_kernels.reference import Points, Settings
+from ngrpo_kernels.reference import Draws, Points, Settings
 
 SLACK = 2.0
 LIMIT = reference.LOG_RATIO_LIMIT
@@ -63,8 +63,7 @@ def loss_errors(points: Points, settings: Settings, *, eps: float) -> dict[str, 
     # Both bounds of a sum hold for <y, delta>, whose terms have either sign. To chance come its drift, which is its own
     # value, and the rounding of the slope, which all terms share.
     by_size = _stacked(y, lambda y: (y * delta_terms).sum(-1))
-    growth = (1 + min(64, points.candidates.shape[-1] / 4) / 4) ** 0.5
-    by_chance = growth * _stacked(y, lambda y: (y * delta_terms).square().sum(-1).sqrt())
+    by_chance = _growth(points.candidates.shape[-1]) * _stacked(y, lambda y: (y * delta_terms).square().sum(-1).sqrt())
     sloped = points.slope * (points.moving if points.old is None else points.moving - points.old)
     shared = _stacked(differences, lambda difference: (difference * sloped).sum(-1)).abs()
     shift_err = eps * 2 * torch.minimum(by_size, by_chance + measured.projections.abs() + shared) / tau
@@ -150,6 +149,11 @@ def loss_errors(points: Points, settings: Settings, *, eps: float) -> dict[str, 
     }
 
 
+def _growth(dim: int) -> float:
+    """Factor by which the roundings of a sum over D, whose terms have signs by chance, exceed those of its terms."""
+    return (1 + min(64, dim / 4) / 4) ** 0.5
+
+
 def _stacked(tensors: Any, function: Any) -> Tensor:
     return torch.stack([function(tensor) for tensor in tensors], dim=-1)
 
@@ -211,3 +215,32 @@ def sqdist_errors(grad: Tensor, left: Tensor, right: Tensor, eps: float) -> tupl
     distances = (left[:, :, None] - right[:, None]).abs()
     terms = 2 * grad.abs()[..., None] * distances
     return eps * distances.square().sum(-1), 2 * eps * terms.sum(2), 2 * eps * terms.sum(1)
+
+
+def gaussian_errors(draws: Draws, by_log_ratio: Tensor, by_kl: Tensor, *, eps: float) -> dict[str, Tensor]:
+    """The error of every field of GaussianRatio and, as "grad", of the gradient at `moving`; `draws` are float64.
+
+    In units of eps a shift s and a drift u err by themselves, for a difference and a product, and what is left of the
+    draw, w = noise - u, by |u| + |w| / 2. To the roundings of a mean's terms and of their sum come its drift, which is
+    its own value, and the rounding of `scale`, which all terms share.
+    """
+    shift, drift, rest = reference.whitened(draws)
+    (s, u, w), dim = (each.abs() for each in (shift, drift, rest)), shift.shape[1]
+
+    def of_mean(terms: Tensor, value: Tensor, by_scale: Tensor) -> Tensor:
+        by_chance = _growth(dim) * terms.square().sum(-1).sqrt() + value.sum(-1).abs() + by_scale.sum(-1).abs()
+        return eps * torch.minimum(terms.sum(-1) + by_scale.abs().sum(-1), by_chance) / dim
+
+    def of_log_ratio(step: Tensor) -> Tensor:
+        value, size = step * (rest + step / 2), step.abs()
+        return of_mean(size * (2.5 * w + 1.5 * size + u), value, value + step * (step / 2 - drift))
+
+    by_element = by_log_ratio.abs()[:, None] * (3 * w + 2 * u) + by_kl.abs()[:, None] * 3.5 * s
+    return {
+        "log_ratio": of_log_ratio(shift),
+        "kl": of_mean(1.25 * s.square(), shift.square() / 2, shift.square()),
+        "square": of_mean(2 * w * u + 1.5 * w.square(), rest.square(), 2 * rest * drift),
+        "rollout_log_ratio": of_log_ratio(drift),
+        "rollout_kl": of_mean(1.25 * u.square(), drift.square() / 2, drift.square()),
+        "grad": eps * draws.scale.abs() / dim * by_element,
+    }

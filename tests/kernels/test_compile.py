@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ngrpo_kernels._tiles import AT_ONCE, WARPS, WRITTEN
+from ngrpo_kernels._tiles import AT_ONCE, STRETCH, WARPS, WRITTEN
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ROOT = SCRIPT.parents[2]
@@ -25,6 +25,7 @@ WHAT = [  # by process
 ]
 AMD = "mixed:gfx942"
 ANCHORS = {"every call": 4, "float32": 4, "bfloat16": 4, "mixed": 4, "one anchor": 1, "two anchors": 2}  # D = 64 T
+DRAWS = "gaussian_kernel", "gaussian_grad_kernel"
 Rows = list[dict[str, Any]]
 
 
@@ -57,7 +58,7 @@ def label(row: dict[str, Any]) -> str:
 
 def test_every_gpu_gets_every_kernel_of_the_loss(compiled: Rows) -> None:
     names = {(row["gpu"], row["kernel"].strip("_")) for row in compiled}
-    kernels = "sums_kernel", "finish_kernel", "weighted_kernel", "distances_kernel"
+    kernels = "sums_kernel", "finish_kernel", "weighted_kernel", "distances_kernel", *DRAWS
     assert names >= {(gpu, kernel) for gpu in NVIDIA.split(",") for kernel in kernels}
     assert ("sm_90", "advantages_kernel") in names
 
@@ -97,6 +98,10 @@ def test_latents_are_loaded_16_bytes_at_a_time(compiled: Rows) -> None:
         assert narrow == ({"8": B} if of_loss else {}) | {"4": B * AT_ONCE + of_loss}, label(row)
     for row in of([row for row in compiled if row["case"] in ("float32", "bfloat16")], "distances_kernel"):
         assert set(row["loads"]) == {"16"}, label(row)
+    for row in of([row for row in compiled if row["case"] in ANCHORS], *DRAWS):
+        of_row = 3 if "grad" in row["kernel"] else 1  # the scale, and the derivatives of the loss
+        narrow = {width: count for width, count in row["loads"].items() if width != "16"}
+        assert narrow == {"4": of_row}, label(row)
 
 
 def test_bfloat16_gradients_are_rounded_to_nearest(compiled: Rows) -> None:
@@ -106,6 +111,8 @@ def test_bfloat16_gradients_are_rounded_to_nearest(compiled: Rows) -> None:
             assert row["to_bf16"] == {"rn": ANCHORS[row["case"]] * WRITTEN // (32 * WARPS)}, label(row)
         else:
             assert not row["to_bf16"]
+    for row in of(compiled, "gaussian_grad_kernel"):
+        assert row["to_bf16"] == ({"rn": STRETCH // (32 * WARPS)} if row["case"] in ("bfloat16", "mixed") else {})
 
 
 def test_nothing_is_atomic(compiled: Rows) -> None:
@@ -120,7 +127,7 @@ def test_amd(tmp_path: Path) -> None:
     if "amd" not in backends:
         pytest.skip("this build of Triton has no AMD backend")
     rows = compile_kernels(tmp_path, AMD)
-    assert {row["kernel"].strip("_") for row in rows} == {"sums_kernel", "finish_kernel", "weighted_kernel"}
+    assert {row["kernel"].strip("_") for row in rows} == {"sums_kernel", "finish_kernel", "weighted_kernel", *DRAWS}
     for row in rows:
         assert row["local_bytes"] == 0, label(row)
         assert row["shared_bytes"] <= 64 * 1024

@@ -16,7 +16,7 @@ import torch
 
 from ngrpo_kernels import _cpp, _registry, available_backends, pairwise_sqdist, quasi_norm_advantages
 
-from .cases import assert_identical, make_case, run
+from .cases import assert_identical, draw, make_case, make_walk, run
 
 needs_cpp = pytest.mark.skipif(_cpp.why_not() is not None, reason=f"no C++ backend: {_cpp.why_not()}")
 
@@ -25,19 +25,25 @@ needs_cpp = pytest.mark.skipif(_cpp.why_not() is not None, reason=f"no C++ backe
 @pytest.mark.parametrize("dim", [70_001, 5 * 1024])
 def test_threads_and_alignment_change_no_bit(dim: int) -> None:
     case = make_case(2, 3, 7, dim, change=0.1).to(torch.float32)
-    shifted = case.map(
-        lambda t: torch.cat([t.new_zeros(3), t.flatten()])[3:].view_as(t) if t.is_floating_point() else t
-    )
+    walk = make_walk(3, dim).to(torch.float32)
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor.new_zeros(3), tensor.flatten()])[3:].view_as(tensor)
+
+    shifted_case = case.map(lambda tensor: shifted(tensor) if tensor.is_floating_point() else tensor)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         want = run(case, temperature="neighborhood", backend="cpp")
         want_sqdist = pairwise_sqdist(case.latents, case.candidates, backend="cpp")
+        want_draws = draw(walk, backend="cpp")
         for number in (1, 2, 5):
             torch.set_num_threads(number)
             assert_identical(run(case, temperature="neighborhood", backend="cpp"), want)
-            assert_identical(run(shifted, temperature="neighborhood", backend="cpp"), want)
+            assert_identical(run(shifted_case, temperature="neighborhood", backend="cpp"), want)
             assert pairwise_sqdist(case.latents, case.candidates, backend="cpp").equal(want_sqdist)
+            for each in (walk, walk.map(shifted)):
+                assert_identical(draw(each, backend="cpp"), want_draws)
     finally:
         torch.set_num_threads(threads)
 

@@ -33,6 +33,7 @@ class Bug(NamedTuple):
 
 
 RAGGED = "test_backends.py::test_loss[triton-ragged-velocity-tensor]"
+RAGGED_DRAWS = "test_gaussian.py::test_log_ratio[triton-ragged-tensor-rollout-noise]"
 BUGS = [
     Bug(
         "the ragged tail is masked one element late",
@@ -180,6 +181,55 @@ BUGS = [
         "(std <= 8 * EPS * row_max(tl.abs(rewards), valid)) | ",
         "",
         "test_advantages.py::test_rewards_equal_but_for_rounding_give_exactly_zero[triton]",
+    ),
+    Bug(
+        "the ragged tail of draws is masked one element late",
+        "_triton/gaussian.py",
+        "None if WHOLE else d < D,",
+        "None if WHOLE else d <= D,",
+        RAGGED_DRAWS,
+    ),
+    Bug(
+        "the noise is counted from the old policy's mean, wherever it was drawn",
+        "_triton/gaussian.py",
+        "inside, other).to(scale.dtype) - drift",
+        "inside, other).to(scale.dtype) - shift",
+        RAGGED_DRAWS,
+    ),
+    Bug(
+        "the log-ratio is the old policy's gradient times the shift",
+        "_triton/gaussian.py",
+        "log_ratio += shift * (rest + shift / 2)",
+        "log_ratio += shift * (rest + shift)",
+        RAGGED_DRAWS,
+    ),
+    Bug(
+        "the divergence has no gradient",
+        "_triton/gaussian.py",
+        " + scale / D * tl.load(by_kl_ptr + m) * shift",
+        "",
+        RAGGED_DRAWS,
+    ),
+    Bug(
+        "draws of all rows have the first one's scale",
+        "_triton/gaussian.py",
+        "    scale = tl.load(scale_ptr + m)\n    log_ratio",
+        "    scale = tl.load(scale_ptr)\n    log_ratio",
+        RAGGED_DRAWS,
+    ),
+    Bug(
+        "chunks of draws overlap",
+        "_triton/gaussian.py",
+        "tl.minimum(chunk * CHUNK + CHUNK, D)",
+        "D",
+        "test_gaussian.py::test_in_chunks_of_several_stretches[triton-(3, 9216)]",
+    ),
+    Bug(
+        "draws are addressed in int32",
+        "_triton/gaussian.py",
+        "tl.program_id(0).to(tl.int64), tl.program_id(1)",
+        "tl.program_id(0), tl.program_id(1)",
+        "test_triton.py::test_offsets_beyond_int32_of_draws",
     ),
 ]
 

@@ -1,5 +1,5 @@
 """The loss and its parts on drawn shapes, dtypes, masks and settings, against the reference in float64."""
-# P prompts, B anchors, G candidates, D latent elements (tokens x channels, flattened).
+# P prompts, B anchors, G candidates, D latent elements (tokens x channels, flattened); M draws of an SDE.
 
 from dataclasses import replace
 from typing import Any
@@ -12,10 +12,14 @@ from torch import Tensor
 from ngrpo_kernels import pairwise_sqdist, quasi_norm_advantages
 
 from .cases import (
+    FORMS,
     OLD,
+    WITHOUT_NOISE,
     Case,
     assert_as_accurate_as_reference,
+    assert_draws_as_accurate_as_reference,
     make_case,
+    make_walk,
     run,
     run_from_anchors,
 )
@@ -79,6 +83,18 @@ def test_pairwise_sqdist(
     error, *_ = sqdist_errors(torch.zeros_like(exact), anchors.double(), candidates.double(), EPS)
     for name in (backend, "reference"):
         assert_within_rounding(pairwise_sqdist(anchors, candidates, backend=name), exact, error, name)
+
+
+@checked
+@given(
+    M=st.integers(1, 6),
+    D=st.integers(1, 2100),
+    change=st.sampled_from([0.0, 1e-4, 0.1, 10.0]),
+    dtype=st.sampled_from(DTYPES),
+    form=st.sampled_from([*FORMS, WITHOUT_NOISE]),
+)
+def test_draws(M: int, D: int, change: float, dtype: torch.dtype, form: tuple[str, bool, bool], backend: str) -> None:
+    assert_draws_as_accurate_as_reference(make_walk(M, D, change).to(dtype), form, backend)
 
 
 @checked

@@ -26,7 +26,7 @@ from ngrpo_kernels import (
 )
 from ngrpo_kernels.reference import Points, Settings
 
-from .cases import Case, assert_identical, make_case, run
+from .cases import Case, assert_identical, draw, make_case, make_walk, run
 
 BY_ROW = ("log_ratio", "clip_fraction", "clamp_fraction", "kl", "entropy", "mean_sqdist", "advantages")
 
@@ -108,6 +108,13 @@ def test_offsets_beyond_int32_in_the_gradient_of_distances(far: str, sparse: Ten
         grads.append(torch.autograd.grad(pairwise_sqdist(*points, backend="triton").sum(), points))
     for grad, want in zip(*grads, strict=True):
         assert grad.equal(want)
+
+
+@interpreted
+def test_offsets_beyond_int32_of_draws(sparse: Tensor) -> None:
+    walk, starts = make_walk(4, 20).to(torch.bfloat16), iter(range(0, 2**20, 2**17))
+    apart = walk.map(lambda tensor: sparse[next(starts) :].as_strided(tensor.shape, (2**30 + 64, 1)).copy_(tensor))
+    assert_identical(draw(apart, backend="triton"), draw(walk, backend="triton"))
 
 
 @interpreted

@@ -2,6 +2,7 @@
 # N solver steps, S groups of one prompt, G candidates, D latent elements. States are [S, G, 1, D]: one token.
 
 import functools
+import math
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from ngrpo_train.sampling.sde import NoiseLevel, gaussian_log_ratio, mean_slope, sde_mean, sde_step, step_std
+from ngrpo_kernels import gaussian_log_ratio, reference
+from ngrpo_train.sampling.sde import NoiseLevel, mean_slope, sde_mean, sde_step, step_std
 
 from .flows import DTYPE, Policy, cosine, flat, gradient, schedule, slope, standardised
 from .page import check_table
@@ -113,14 +115,19 @@ def test_at_the_old_policy_the_gradient_is_the_advantage_weighted_pull(level: No
 
 @pytest.mark.parametrize("level", ETA)
 def test_the_trainers_log_ratio_has_that_gradient(level: NoiseLevel) -> None:
-    """`gaussian_log_ratio` of `mean_slope * (v - v_old)`, as a mean over D; away from the old policy, too."""
+    """`gaussian_log_ratio` with the slope of `mean_slope`, a mean over D; away from the old policy, too."""
     policy = Policy(D, seed=0)
     steps, advantages = rollout(level)
     moved(policy, 0.3)
     for step in steps[::6]:
-        shift = mean_slope(step.sigma, step.sigma_next, step.std) * (policy(step.x, step.sigma) - step.old_velocity)
-        log_ratio = gaussian_log_ratio(shift, step.noise, torch.full((S, G), step.std, dtype=DTYPE))
-        got = gradient(D * (advantages * log_ratio).sum(), policy)
+        ratio = gaussian_log_ratio(
+            policy(step.x, step.sigma).flatten(0, 1),
+            step.noise.flatten(0, 1),
+            slope=mean_slope(step.sigma, step.sigma_next, step.std),
+            std=step.std,
+            old_velocity=step.old_velocity.flatten(0, 1),
+        )
+        got = gradient(D * (advantages.flatten() * ratio.log_ratio).sum(), policy)
         expected, _ = pulls(policy, [step], advantages)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-9 * float(expected.norm()))
 
@@ -171,3 +178,33 @@ def test_the_residual_vanishes_linearly_and_the_weighting_of_steps_stays() -> No
     assert one_step[0] < 1e-11 < 1e-4 < all_constant[0] == pytest.approx(all_constant[1], rel=0.01)
     assert all_flow[0] < all_constant[0] / 10
     check_table("residual", rows)
+
+
+def test_the_log_ratio_in_float32() -> None:
+    """What it may err by from the shift of the mean, and where a difference of log-probabilities reads nothing."""
+    dim, sigma, following = 129_600, 0.9545, 0.9  # FLUX at 720 x 720, the second of 8 steps at shift 3
+    std = 0.3 * (sigma - following) ** 0.5  # DanceGRPO's
+    slope = mean_slope(sigma, following, std)
+    spacing = 2.0**-23  # of float32 numbers from 1 to 2, as the log-probability is
+    draw = torch.Generator().manual_seed(0)
+    old, way, noise = torch.randn(3, 1, dim, generator=draw)
+    rows: dict[str, list[float]] = {}
+    for change in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
+        velocity = old + change * way
+        shift = slope / std * (velocity.double() - old.double())
+        rest = noise.double() - shift
+        exact, kl = (shift * (rest + shift / 2)).mean(), shift.square().mean() / 2
+        # The noise was added to the old policy's mean, so u = s.
+        each = shift.abs() * (2.5 * rest.abs() + 2.5 * shift.abs())
+        by_scale = exact + (shift * (shift / 2 - shift)).mean()
+        rounding = (1 + 64 / 4) ** 0.5 * each.norm() / dim + exact.abs() + by_scale.abs()
+        error = 2 * torch.finfo(torch.float32).eps * rounding
+        got = gaussian_log_ratio(velocity, noise, slope=slope, std=std, old_velocity=old).log_ratio
+        assert (got - exact).abs() <= error
+        mean, old_mean = slope * velocity, slope * old
+        direct = reference.direct_gaussian_log_ratio(old_mean + std * noise, mean, old_mean, torch.tensor([[std]]))
+        assert 1 < -rest.square().mean() / 2 - math.log(std) - math.log(2 * math.pi) / 2 < 2
+        assert direct % spacing == 0
+        typical = (2 * kl / dim).sqrt()
+        rows[f"{change:g}"] = [float(each) for each in (typical, kl, error / typical, spacing / typical)]
+    check_table("gaussian", rows)

@@ -554,7 +554,10 @@ def test_what_an_sde_computes(
     assert plan.seconds.compute > make_plan(settled(), H200).seconds.compute
 
 
-def test_the_loss_of_transitions_holds_what_is_counted() -> None:
+def test_the_loss_of_transitions_holds_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernels, whose ops allocate on "meta" what they do on a device."""
+    monkeypatch.setattr("ngrpo_kernels.gaussian.pick", lambda *_: "cpp")
+
     def meta(*size: int) -> torch.Tensor:
         return torch.empty(size, device="meta")
 
@@ -573,8 +576,10 @@ def test_the_loss_of_transitions_holds_what_is_counted() -> None:
             std_r=meta(4),
             noise_r1TC=meta(*state),
         )
-        terms = GaussianPolicy(Algorithm.of("dance_grpo")).terms(rows, meta(*state).requires_grad_(), None, meta(1, 12))
-    assert terms.loss.requires_grad
+        velocity = meta(*state).requires_grad_()
+        terms = GaussianPolicy(Algorithm.of("dance_grpo")).terms(rows, velocity, meta(*state), meta(1, 12))
+        (gradient,) = torch.autograd.grad(terms.loss, velocity)
+    assert gradient.shape == state
     assert live.peak() == pytest.approx(TRANSITION_STATES * 4 * 4 * 64 * 64, rel=0.01)
 
 
