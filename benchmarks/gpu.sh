@@ -83,7 +83,7 @@ train_tests() {
 
 kernels() {
     run "$1" kernels.log "$PYTHON" -m pytest benchmarks/bench_objective.py benchmarks/bench_distances.py \
-        --benchmark-only --benchmark-columns=median,iqr,rounds -q -p no:cacheprovider \
+        benchmarks/bench_gaussian.py --benchmark-only --benchmark-columns=median,iqr,rounds -q -p no:cacheprovider \
         --seconds "$2" --results "$out/kernels_gpu.csv"
 }
 
@@ -138,7 +138,7 @@ case $part in
     tests) tests 280; train_tests 280 ;;
     kernels) kernels 560 2 ;;
     profile) profile 120 ;;
-    all) tests 200; kernels 280 1; profile 45 ;;
+    all) tests 190; kernels 330 1; profile 45 ;;
     train-smoke)
         for each in optimizer peer rewards iteration variants sharded; do train 110 "$each" --tiny; done
         train 110 algorithms --tiny --only BranchGRPO MixGRPO-Flash ;;

@@ -1,10 +1,13 @@
 """The implementations that the kernel benchmarks compare, their inputs, and the float64 truth to check results with.
 
 The direct form is Eqs. 8 to 10 as written: squared distances through a [P, B, G, D] tensor, two log-softmaxes, their
-difference. It has neither the KL term nor the statistics of `LossOutput`; only the exact form pays for those here.
+difference. It has neither the KL term nor the statistics of `LossOutput`; only the exact form pays for those here. For
+an SDE it is the loss of its trainers, a log-probability less one that was stored, without statistics too.
 """
-# P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened).
+# P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened); M = P B
+# draws of an SDE.
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -13,13 +16,20 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ngrpo_kernels import available_backends, neighbor_grpo_loss_from_velocity, pairwise_sqdist, reference
+from ngrpo_kernels import (
+    GaussianRatio,
+    available_backends,
+    gaussian_log_ratio,
+    neighbor_grpo_loss_from_velocity,
+    pairwise_sqdist,
+    reference,
+)
 
 CLIP_RANGE = 1e-4
 DT = 0.0455  # the first of 8 steps at shift 3
 SIGMA = 0.3
 MODES = ("forward", "forward+backward")
-PROVIDERS = ("direct", "direct-compiled", "cdist", "exact", "exact-compiled", "cpp", "triton")
+PROVIDERS = ("direct", "direct-compiled", "cdist", "exact-autograd", "exact", "exact-compiled", "cpp", "triton")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +72,15 @@ DISTANCE_SETTINGS = (
 )
 
 
+DRAW_SETTINGS = (
+    Setting(name="720x720", D=D_720, B=12),
+    Setting(name="720x720, one update", D=D_720, B=12, old="detach"),
+    Setting(name="720x720, fp32, small change", D=D_720, B=12, velocity_dtype=torch.float32, change=1e-5),
+    Setting(name="video", D=D_VIDEO),
+    Setting(name="smoke", D=4096, when="when asked for"),
+)
+
+
 class LossInputs(NamedTuple):
     """A neighborhood (Eq. 7) after one Euler step through a smooth field, and a model that has changed a little."""
 
@@ -79,9 +98,22 @@ class DistanceInputs(NamedTuple):
     upstream: Tensor  # gradient of some loss with respect to the distances, [P, B, G]
 
 
+class DrawInputs(NamedTuple):
+    """Draws of one step of DanceGRPO's SDE, and a model that has changed a little since."""
+
+    moving: Tensor  # the velocity, [M, D], which gets a gradient
+    old: Tensor | None  # None: the velocity itself, as with one update
+    rollout: Tensor  # velocity of the rollout's forward, [M, D]
+    noise: Tensor  # [M, D]
+    advantages: Tensor  # [M]
+    latents: Tensor  # states before the step, [M, D]; this and what follows is what the direct form reads instead
+    after: Tensor  # states after it, [M, D]
+    old_log_probability: Tensor  # [M]
+
+
 class Result(NamedTuple):
     value: Tensor  # the quantity that is differentiated
-    detail: Tensor  # [P, B, G]: the log-ratio, or the squared distances
+    detail: Tensor  # [P, B, G]: the log-ratio, or the squared distances; of draws [M]
 
 
 class Truth(NamedTuple):
@@ -105,7 +137,8 @@ class Errors(NamedTuple):
         ]
 
 
-Inputs = TypeVar("Inputs", LossInputs, DistanceInputs)
+AnyInputs = LossInputs | DistanceInputs | DrawInputs
+Inputs = TypeVar("Inputs", LossInputs, DistanceInputs, DrawInputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +158,7 @@ def is_exact(provider: str) -> bool:
     return provider.partition("-")[0] in ("exact", "cpp", "triton")
 
 
-def gradient(inputs: LossInputs | DistanceInputs, result: Result) -> Tensor:
+def gradient(inputs: AnyInputs, result: Result) -> Tensor:
     upstream = inputs.upstream if isinstance(inputs, DistanceInputs) else None
     return torch.autograd.grad(result.value, inputs.moving, upstream)[0]
 
@@ -215,9 +248,13 @@ def loss_from_distances(log_ratio: Callable[[Tensor, Tensor, Tensor], Tensor]) -
 
 def surrogate_loss(log_ratio: Tensor, advantages: Tensor) -> Tensor:
     """The loss -J of Eq. 9."""
+    return -surrogate(log_ratio, advantages[:, None]).sum(-1).mean()
+
+
+def surrogate(log_ratio: Tensor, gain: Tensor) -> Tensor:
+    """The clipped surrogate of each candidate or draw (Eqs. 4, 9); `gain` are their advantages."""
     ratio = log_ratio.clamp(-reference.LOG_RATIO_LIMIT, reference.LOG_RATIO_LIMIT).exp()
-    gain = advantages[:, None]
-    return -torch.minimum(gain * ratio, gain * ratio.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE)).sum(-1).mean()
+    return torch.minimum(gain * ratio, gain * ratio.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE))
 
 
 def cdist_log_ratio(anchors: Tensor, old_anchors: Tensor, candidates: Tensor) -> Tensor:
@@ -253,7 +290,8 @@ def loss_truth(inputs: LossInputs) -> Truth:
 def loss_errors(inputs: LossInputs, result: Result, grad: Tensor, truth: Truth) -> Errors:
     log_ratio_bound = 1e-6 + 1e-5 * truth.detail.abs().max().item()
     total_gain = inputs.advantages.abs().sum(-1).max().item()
-    wrong = clipped(result.detail, inputs.advantages) != clipped(truth.detail, inputs.advantages)
+    gain = inputs.advantages[:, None]
+    wrong = clipped(result.detail, gain) != clipped(truth.detail, gain)
     return Errors(
         measured={
             "loss_error": _largest(result.value - truth.value),
@@ -269,10 +307,10 @@ def loss_errors(inputs: LossInputs, result: Result, grad: Tensor, truth: Truth) 
     )
 
 
-def clipped(log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    """True for the candidates whose gradient the clip removes."""
+def clipped(log_ratio: Tensor, gain: Tensor) -> Tensor:
+    """True for the candidates whose gradient the clip removes; `gain` are their advantages."""
     ratio = log_ratio.exp()
-    return torch.where(advantages[:, None] > 0, ratio > 1 + CLIP_RANGE, ratio < 1 - CLIP_RANGE)
+    return torch.where(gain > 0, ratio > 1 + CLIP_RANGE, ratio < 1 - CLIP_RANGE)
 
 
 def loss_bytes(inputs: LossInputs, mode: str) -> int:
@@ -359,6 +397,150 @@ def distance_bytes(inputs: DistanceInputs, mode: str) -> int:
 DISTANCES = Op(
     "pairwise_sqdist", make_distance_inputs, distance_providers, distance_truth, distance_errors, distance_bytes
 )
+
+
+# -- Draws of an SDE ---------------------------------------------------------------------------------------------------
+
+SIGMA_BEFORE = 1 - DT  # the second of 8 steps at shift 3
+STD = 0.3 * DT**0.5  # DanceGRPO's
+SLOPE = -DT - STD**2 * (1 - SIGMA_BEFORE) / (2 * SIGMA_BEFORE)  # d mean / d velocity
+
+
+def make_draw_inputs(setting: Setting, device: torch.device) -> DrawInputs:
+    random = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=device)
+
+    M, D = setting.P * setting.B, setting.D
+    latents, rollout, noise = normal(M, D), normal(M, D), normal(M, D)
+    old = rollout * (1 + 3e-3 * normal(M, D))  # the training forward differs from the rollout's
+    velocity = (old * (1 + setting.change * normal(M, D))).to(setting.velocity_dtype)
+    old = old.to(setting.velocity_dtype) if setting.old == "tensor" else velocity
+    after = draw_mean(latents, rollout) + STD * noise
+    return DrawInputs(
+        moving=velocity.requires_grad_(),
+        old=old if setting.old == "tensor" else None,
+        rollout=rollout,
+        noise=noise,
+        advantages=normal(M),
+        latents=latents,
+        after=after,
+        old_log_probability=log_probability(after, draw_mean(latents, old.detach())),
+    )
+
+
+def draw_mean(latents: Tensor, velocity: Tensor) -> Tensor:
+    """The mean of the SDE's step (Eq. 5), term by term as its trainers have it."""
+    velocity = velocity.float()
+    by_state, by_velocity = STD**2 / (2 * SIGMA_BEFORE), STD**2 * (1 - SIGMA_BEFORE) / (2 * SIGMA_BEFORE)
+    return latents * (1 - by_state) - velocity * (DT + by_velocity)
+
+
+def log_probability(sample: Tensor, mean: Tensor) -> Tensor:
+    """The log-density of N(mean, STD^2) as a mean over D, element by element as the trainers have it."""
+    each = -((sample - mean) ** 2) / (2 * STD**2) - math.log(STD) - math.log(math.sqrt(2 * math.pi))
+    return each.mean(dim=-1)
+
+
+def draw_providers(device: torch.device) -> dict[str, Callable[[DrawInputs], Result]]:
+    exact = our_draws("reference")
+    return {
+        "direct": direct_draws,
+        "direct-compiled": compiled(direct_draws),
+        "exact-autograd": loss_of_draws(ratio_by_autograd),
+        "exact": exact,
+        "exact-compiled": compiled(exact),
+        **{backend: our_draws(backend) for backend in _kernel_backends(device)},
+    }
+
+
+def our_draws(backend: str) -> Callable[[DrawInputs], Result]:
+    return loss_of_draws(
+        lambda inputs: gaussian_log_ratio(
+            inputs.moving,
+            inputs.noise,
+            slope=SLOPE,
+            std=STD,
+            old_velocity="detach" if inputs.old is None else inputs.old,
+            rollout_velocity=inputs.rollout,
+            backend=backend,
+        )
+    )
+
+
+def loss_of_draws(of: Callable[[DrawInputs], GaussianRatio]) -> Callable[[DrawInputs], Result]:
+    def loss(inputs: DrawInputs) -> Result:
+        ratio = of(inputs)
+        return Result(-surrogate(ratio.log_ratio, inputs.advantages).mean(), ratio.log_ratio.detach())
+
+    return loss
+
+
+def direct_draws(inputs: DrawInputs) -> Result:
+    """The loss from two log-probabilities, one of them stored, as in DanceGRPO and Flow-Factory."""
+    now = log_probability(inputs.after, draw_mean(inputs.latents, inputs.moving))
+    log_ratio = now - (now.detach() if inputs.old is None else inputs.old_log_probability)
+    return Result(-surrogate(log_ratio, inputs.advantages).mean(), log_ratio.detach())
+
+
+def ratio_by_autograd(inputs: DrawInputs) -> GaussianRatio:
+    """What `gaussian_log_ratio` returns, written in PyTorch from the shift, with autograd's gradient."""
+    moving = inputs.moving.float()
+    old = moving.detach() if inputs.old is None else inputs.old.float()
+    shift = SLOPE * (moving - old) / STD
+    noise = inputs.noise + SLOPE * (inputs.rollout - old) / STD
+    log_ratio = (shift * (noise - shift / 2)).mean(-1)
+    kl = shift.square().mean(-1) / 2
+    with torch.no_grad():
+        square = (noise - shift).square().mean(-1)
+        drift = SLOPE * (moving - inputs.rollout) / STD
+        rollout_log_ratio = (drift * (inputs.noise - drift / 2)).mean(-1)
+        return GaussianRatio(log_ratio, kl, square, rollout_log_ratio, drift.square().mean(-1) / 2)
+
+
+def draw_truth(inputs: DrawInputs) -> Truth:
+    """The loss by torch's own densities in float64, one draw at a time to bound memory."""
+    M = len(inputs.moving)
+    values, details, grads = [], [], []
+    for m in range(M):
+        velocity = inputs.moving.detach()[m].double().requires_grad_()
+        old = velocity.detach() if inputs.old is None else inputs.old[m].double()
+        sample = SLOPE * inputs.rollout[m].double() + STD * inputs.noise[m].double()
+        now, before = (torch.distributions.Normal(SLOPE * v, STD).log_prob(sample).mean() for v in (velocity, old))
+        value = -surrogate(now - before, inputs.advantages[m].double())
+        grads.append(torch.autograd.grad(value, velocity)[0] / M)
+        values.append(value.detach())
+        details.append((now - before).detach())
+    return Truth(torch.stack(values).mean(), torch.stack(details), torch.stack(grads))
+
+
+def draw_errors(inputs: DrawInputs, result: Result, grad: Tensor, truth: Truth) -> Errors:
+    log_ratio_bound = 1e-5 * truth.detail.abs().max().item()
+    wrong = clipped(result.detail, inputs.advantages) != clipped(truth.detail, inputs.advantages)
+    return Errors(
+        measured={
+            "loss_error": _largest(result.value - truth.value),
+            "log_ratio_error": _largest(result.detail - truth.detail),
+            "clip_mismatch": wrong.double().mean().item(),
+            "grad_error": _relative_norm(grad, truth.grad),
+        },
+        allowed={
+            "loss_error": inputs.advantages.abs().mean().item() * (log_ratio_bound + 1e-6),  # of ratios near 1
+            "log_ratio_error": log_ratio_bound,
+            "grad_error": _grad_bound(grad.dtype),
+        },
+    )
+
+
+def draw_bytes(inputs: DrawInputs, mode: str) -> int:
+    """Bytes for reading velocities and noise once; in the backward, for reading them again and writing the gradient."""
+    old = 0 if inputs.old is None else inputs.old.nbytes
+    read = inputs.moving.nbytes + old + inputs.rollout.nbytes + inputs.noise.nbytes
+    return read if mode == "forward" else 2 * read + inputs.moving.nbytes
+
+
+DRAWS = Op("gaussian_log_ratio", make_draw_inputs, draw_providers, draw_truth, draw_errors, draw_bytes)
 
 
 def _largest(difference: Tensor) -> float:

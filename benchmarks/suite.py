@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.providers import MODES, DistanceInputs, LossInputs, Op, Result, Setting, gradient, is_exact
+from benchmarks.providers import DISTANCES, MODES, AnyInputs, Op, Result, Setting, gradient, is_exact
 from benchmarks.rows import Row, provenance
 
 ACCURACY_UNITS = {  # in the order of the columns; each is a row of the mode that first has it
@@ -86,7 +86,7 @@ def run(
     return measured
 
 
-def _warm_result(provider: Callable[[Any], Result], inputs: LossInputs | DistanceInputs) -> tuple[Result, torch.Tensor]:
+def _warm_result(provider: Callable[[Any], Result], inputs: AnyInputs) -> tuple[Result, torch.Tensor]:
     for _ in range(2):  # the first call compiles or builds; the second one's result is checked
         result = provider(inputs)
         grad = gradient(inputs, result)
@@ -167,8 +167,8 @@ def _row(
         G=setting.G,
         D=setting.D,
         # The distances are between states, which are float32 for any dtype of the model.
-        moving_dtype=str(setting.velocity_dtype if op == "loss" else torch.float32).removeprefix("torch."),
-        old_policy=setting.old if op == "loss" else "",
+        moving_dtype=str(torch.float32 if op == DISTANCES.name else setting.velocity_dtype).removeprefix("torch."),
+        old_policy="" if op == DISTANCES.name else setting.old,
         metric=metric,
         unit=unit,
         p20=p20 if len(values) > 1 else None,

@@ -37,7 +37,11 @@ COLUMNS = (
     Column("gradient error", BOTH, "grad_error", "{:.0e}"),
     Column("clips wrong", FORWARD, "clip_mismatch", "{:.0%}"),
 )
-TITLES = {"loss": "The loss", "pairwise_sqdist": "Squared distances"}
+TITLES = {
+    "loss": "The loss",
+    "pairwise_sqdist": "Squared distances",
+    "gaussian_log_ratio": "The loss of draws of an SDE",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,13 +16,18 @@ import pytest
 import torch
 
 from benchmarks import measure, providers, rows, suite, table
-from benchmarks.providers import DISTANCES, LOSS, MODES, Op, Result, Setting, gradient
+from benchmarks.providers import DISTANCES, DRAWS, LOSS, MODES, Op, Result, Setting, gradient
 from ngrpo_kernels import available_backends, neighbor_grpo_loss_from_velocity, reference
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 TINY = Setting(name="tiny", D=512, P=2, B=2, G=3)
-OPS = pytest.mark.parametrize("op", [LOSS, DISTANCES], ids=lambda op: op.name)
+OPS = pytest.mark.parametrize("op", [LOSS, DISTANCES, DRAWS], ids=lambda op: op.name)
+OURS: dict[str, Any] = {
+    LOSS.name: providers.our_loss,
+    DISTANCES.name: providers.our_distances,
+    DRAWS.name: providers.our_draws,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +65,7 @@ def test_the_truth_is_the_loss_in_float64(old: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_backend_is_as_exact_as_it_has_to_be(op: Op[Any], backend: str, dtype: torch.dtype) -> None:
     device = torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
-    call: Any = providers.our_loss(backend) if op is LOSS else providers.our_distances(backend)
+    call = OURS[op.name](backend)
     inputs = op.make_inputs(replace(TINY, velocity_dtype=dtype), device)
     result = call(inputs)
     assert not op.errors(inputs, result, gradient(inputs, result), op.truth(inputs)).excess()
@@ -75,6 +80,18 @@ def test_the_direct_form_is_that_of_the_reference() -> None:
     result = LOSS.providers(CPU)["direct"](inputs)
     torch.testing.assert_close(result.value, expected)
     torch.testing.assert_close(gradient(inputs, result), torch.autograd.grad(expected, inputs.moving)[0])
+
+
+@pytest.mark.parametrize("old", ["tensor", "detach"])
+def test_all_forms_for_draws_mean_the_same(old: Any) -> None:
+    """The direct one, from states and a stored log-probability, as far as float32 has it."""
+    inputs = DRAWS.make_inputs(replace(TINY, old=old, velocity_dtype=torch.float32, change=0.1), CPU)
+    truth = DRAWS.truth(inputs)
+    for name in ("direct", "exact-autograd", "exact"):
+        result = DRAWS.providers(CPU)[name](inputs)
+        within = 1e-6 if name == "direct" else 1e-5 * truth.detail.abs().max().item()
+        torch.testing.assert_close(result.detail.double(), truth.detail, rtol=0, atol=within)
+        torch.testing.assert_close(gradient(inputs, result).double(), truth.grad, rtol=1e-4, atol=1e-9)
 
 
 def spoil(call: Callable[[Any], Result], *, by: float) -> Callable[[Any], Result]:
@@ -99,7 +116,7 @@ def scale_gradient(call: Callable[[Any], Result], *, by: float) -> Callable[[Any
 @pytest.mark.parametrize("by", [1e-2, float("nan")])
 @pytest.mark.parametrize("damage", [spoil, scale_gradient])
 def test_a_wrong_provider_is_not_timed(op: Op[Any], damage: Callable[..., Any], by: float) -> None:
-    exact: Any = providers.our_loss("reference") if op is LOSS else providers.our_distances("reference")
+    exact = OURS[op.name]("reference")
     calls = {"exact": exact, "cpp": damage(exact, by=by)}
     measured = suite.run(replace(op, providers=lambda device: calls), TINY, CPU, seconds=0)
     for mode in MODES:
@@ -122,7 +139,7 @@ def test_a_provider_without_room_is_left_out() -> None:
 
 
 def test_the_interpreter_is_never_timed() -> None:
-    for op in (LOSS, DISTANCES):
+    for op in (LOSS, DISTANCES, DRAWS):
         assert "triton" not in op.providers(CPU)
         assert set(op.providers(CPU)) <= set(providers.PROVIDERS)
 
@@ -135,6 +152,9 @@ def test_min_bytes_count_each_tensor_once() -> None:
     distances = DISTANCES.make_inputs(TINY, CPU)
     assert DISTANCES.min_bytes(distances, "forward") == 4 * (row + group)
     assert DISTANCES.min_bytes(distances, "forward+backward") == 4 * (3 * row + 2 * group)
+    draws = DRAWS.make_inputs(TINY, CPU)
+    assert DRAWS.min_bytes(draws, "forward") == (2 + 2 + 4 + 4) * row
+    assert DRAWS.min_bytes(draws, "forward+backward") == (2 * (2 + 2 + 4 + 4) + 2) * row
 
 
 # -- Measuring ---------------------------------------------------------------------------------------------------------

@@ -288,7 +288,7 @@ def _arguments(walk: Walk, form: tuple[str, bool, bool]) -> dict[str, Any]:
 
 def _upstream(walk: Walk) -> tuple[Tensor, Tensor]:
     """Derivatives of a loss by log-ratios and by divergences, of either sign."""
-    row = torch.arange(len(walk.std), dtype=torch.float64, device=walk.std.device)
+    row = torch.arange(len(walk.noise), dtype=torch.float64, device=walk.noise.device)
     return (2 * row + 1).cos() + 0.2, 0.3 + 0.1 * row.sin()
 
 

@@ -2,7 +2,7 @@
 
 Mirrors what test_backends.py and test_triton.py show in the interpreter, which runs programs one by one.
 """
-# P prompts, B anchors, G candidates, D latent elements (tokens x channels, flattened).
+# P prompts, B anchors, G candidates, D latent elements (tokens x channels, flattened); M draws of an SDE.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,12 +24,18 @@ from ngrpo_kernels import (
 )
 
 from .cases import (
+    FORMS,
     OLD,
+    WITHOUT_NOISE,
     Case,
+    Walk,
     assert_as_accurate_as_reference,
+    assert_draws_as_accurate_as_reference,
     assert_identical,
+    draw,
     keep_some,
     make_case,
+    make_walk,
     run,
     run_from_anchors,
 )
@@ -61,6 +67,13 @@ def mixed(case: Case, dtypes: tuple[torch.dtype, torch.dtype]) -> Case:
     case = case.to(latents)
     velocities = {name: getattr(case, name).to(velocity) for name in ("velocity", "old_velocity")}
     return replace(case, **velocities, advantages=case.advantages.float())
+
+
+def walk_on_gpu(walk: Walk, rollout: torch.dtype, velocity: torch.dtype) -> Walk:
+    """The walk with what a rollout keeps in one dtype, and the velocities of the forward that trains in another."""
+    walk = walk.map(lambda tensor: tensor.to("cuda", rollout))
+    velocities = {name: getattr(walk, name).to(velocity) for name in ("velocity", "old_velocity")}
+    return replace(walk, **velocities, slope=walk.slope.cuda(), std=walk.std.cuda())
 
 
 def need_gib(number: float) -> None:
@@ -110,6 +123,15 @@ def test_loss_at_odd_sizes(shape: tuple[int, ...], form: Any, old: str) -> None:
     mask = keep_some(case.map(Tensor.cpu)).cuda()
     settings: dict[str, Any] = {"temperature": "neighborhood", "kl_coef": 0.25, "clip_range": 0.5}
     assert_as_accurate_as_reference(form, case, old, "triton", candidate_mask=mask, **settings)
+
+
+@pytest.mark.parametrize("form", [*FORMS, WITHOUT_NOISE], ids=str)
+@pytest.mark.parametrize("dtypes", ["mixed", "float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(12, FLUX_720), (5, 4099), (1, 1)], ids=str)
+def test_draws(shape: tuple[int, int], dtypes: str, form: tuple[str, bool, bool]) -> None:
+    walk = walk_on_gpu(make_walk(*shape, change=1e-3), *DTYPES[dtypes])
+    assert_draws_as_accurate_as_reference(walk, form, "triton")
+    assert_identical(draw(walk, form, backend="triton"), draw(walk, form, backend="triton"))
 
 
 @pytest.mark.parametrize("change", [1e-6, 1e-4, 1e-2])
@@ -282,6 +304,7 @@ def test_cuda_graph() -> None:
 def test_never_synchronises() -> None:
     case = on_gpu(make_case(change=0.1)).to(torch.bfloat16)
     mask, steps = torch.ones(2, 5, dtype=torch.bool, device="cuda"), torch.full((2,), 0.0455, device="cuda")
+    walk = walk_on_gpu(make_walk(), torch.float32, torch.bfloat16)
 
     def step() -> None:
         for old in OLD:
@@ -291,6 +314,8 @@ def test_never_synchronises() -> None:
         run(case, dt=torch.tensor(0.0455))  # on the CPU, where schedulers keep their sigmas
         points = case.latents.clone().requires_grad_(), case.candidates.clone().requires_grad_()
         torch.autograd.grad(pairwise_sqdist(*points).sum(), points)
+        draw(walk)
+        draw(replace(walk, slope=torch.tensor(-0.1), std=0.3))
 
     step()  # compiles
     torch.cuda.synchronize()
@@ -301,15 +326,21 @@ def test_never_synchronises() -> None:
 def test_memory() -> None:
     """Under 1 MB beside the gradient, at 720 x 720."""
     case = on_gpu(make_case(P=4, B=4, G=12, D=FLUX_720, change=1e-3)).to(torch.float32)
-    run(case, backend="triton")
+    walk = walk_on_gpu(make_walk(12, FLUX_720), torch.float32, torch.bfloat16)
     torch.use_deterministic_algorithms(False)  # which fills what is allocated
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    _, grad = run(case, backend="triton")
-    torch.cuda.synchronize()
-    extra = torch.cuda.max_memory_allocated() - before - grad.numel() * grad.element_size()
-    assert extra < 1_000_000
+    calls: list[Callable[[], tuple[Any, Tensor]]] = [
+        lambda: run(case, backend="triton"),
+        lambda: draw(walk, backend="triton"),
+    ]
+    for call in calls:
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _, grad = call()
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before - grad.numel() * grad.element_size()
+        assert extra < 1_000_000
 
 
 # -- As PyTorch sees it ------------------------------------------------------------------------------------------------
