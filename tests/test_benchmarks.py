@@ -165,16 +165,28 @@ def test_calls_and_input_sets_take_turns() -> None:
     calls = {name: partial(lambda name, number: seen.append((name, number)), name) for name in "ab"}
     timings = measure.times(calls, sets=3, device=CPU, seconds=0)
     assert {name: len(timing.seconds) for name, timing in timings.items()} == dict.fromkeys("ab", measure.MIN_ROUNDS)
-    assert all(timing.clock == "wall" for timing in timings.values())
     numbers = Counter(number for name, number in seen if name == "a")
     assert set(numbers) == {0, 1, 2}
     assert max(numbers.values()) - min(numbers.values()) <= 1
     assert all(seen[i][0] != seen[i + 1][0] for i in range(0, len(seen), 2))
 
 
-def test_time_is_the_call_s() -> None:
-    timing = measure.times({"slow": lambda _: time.sleep(0.02)}, sets=1, device=CPU, seconds=0)["slow"]
-    assert 0.02 <= measure.quantiles(timing.seconds)[1] < 0.2
+@pytest.mark.parametrize("threads, clock", [(1, "cpu"), (2, "wall")])
+def test_time_is_the_call_s(threads: int, clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is one thread, less the time in which it does not compute."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+    def busy(_: int) -> None:
+        end = time.thread_time() + 0.02
+        while time.thread_time() < end:
+            pass
+
+    calls = {"busy": busy, "idle": lambda _: time.sleep(0.02)}
+    timings = measure.times(calls, sets=1, device=CPU, seconds=0)
+    busy_second, idle_second = (measure.quantiles(timings[name].seconds)[1] for name in calls)
+    assert {timing.clock for timing in timings.values()} == {clock}
+    assert busy_second >= 0.02
+    assert idle_second < 0.01 if clock == "cpu" else idle_second >= 0.02
 
 
 def test_peak_memory_is_the_most_held_at_once() -> None:
