@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel
+from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel, Qwen2VLConfig
 
 from benchmarks.train_model import ROUNDS
 from benchmarks.train_recipes import TINY_MODEL, score, settings_of
@@ -25,6 +25,7 @@ from ngrpo_train.plan.scorers import scorer_size
 from ngrpo_train.recipe.sections import Recipe, Reward
 from ngrpo_train.rewards.clip_scorer import ClipScorer, Preprocessing, Released
 from ngrpo_train.rewards.scorer import ModelScorer, Scorer
+from ngrpo_train.rewards.shipped import hpsv3
 from ngrpo_train.rewards.shipped.aesthetic import Aesthetic
 from ngrpo_train.rewards.shipped.clip_iqa import Quality
 from ngrpo_train.rewards.shipped.image_reward import Architecture, ImageReward
@@ -109,6 +110,27 @@ def _blip(*, tiny: bool) -> Architecture:
     )
 
 
+def _qwen() -> Qwen2VLConfig:
+    """Qwen2-VL-7B with HPSv3's vocabulary."""
+    text = {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 151658,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    }
+    return Qwen2VLConfig(text_config=text, vision_config={"hidden_size": 3584})
+
+
+def _words(text: str) -> list[int]:
+    """As many ids as Qwen2-VL's tokenizer makes of these parts of HPSv3's text, where a prompt has 40 tokens."""
+    lead = 15
+    return [0] * (lead if text == hpsv3.BEFORE_PICTURE else hpsv3.TOKENS - 256 - lead)
+
+
 # -- Scorers -----------------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +146,9 @@ def random_scorer(name: str, settings: Reward, device: torch.device) -> ModelSco
         tokenizer = BertTokenizer(vocab={token: row for row, token in enumerate(_BERT_TOKENS)})
         with device:
             return ImageReward(settings, device, _blip(tiny=settings.path == TINY), tokenizer).ready()
+    if name == "hpsv3":
+        with device:
+            return hpsv3.HPSv3(settings, device, _qwen(), _words).ready()
     size = _clip_size(name, settings)
     config = _clip_config(size)
     with device:

@@ -13,6 +13,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +38,36 @@ def takes_rows(scorer: Scorer) -> bool:
     return any(each.name == "rows" or each.default is each.empty for each in third)
 
 
-class ModelScorer(nn.Module, ABC):
-    """A scorer with weights: scores pictures in batches, encodes each distinct prompt once, offloads weights if asked.
-
-    A subclass defines how prompts are encoded, and how pixels are scored against the encoded prompts.
-    """
+class WithWeights(nn.Module):
+    """A scorer with weights, or a part of one: frozen, in the recipe's dtype, in host memory between uses if asked."""
 
     def __init__(self, settings: Reward, device: torch.device) -> None:
         super().__init__()
         self.settings, self.device = settings, device
+
+    def ready(self) -> Self:
+        """Freeze the scorer, in the recipe's dtype, at its place between uses. A subclass's loading ends with it."""
+        where = torch.device("cpu") if self.settings.offload else self.device
+        self.to(device=where, dtype=getattr(torch, self.settings.dtype))
+        return self.requires_grad_(False).eval()
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Hold offloaded weights on the device within the block."""
+        if self.settings.offload:
+            self.to(self.device)
+        try:
+            yield
+        finally:
+            if self.settings.offload:
+                self.to("cpu")
+
+
+class ModelScorer(WithWeights, ABC):
+    """A scorer with weights: scores pictures in batches, and encodes each distinct prompt once.
+
+    A subclass defines how prompts are encoded, and how pixels are scored against the encoded prompts.
+    """
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
@@ -54,12 +76,6 @@ class ModelScorer(nn.Module, ABC):
     @abstractmethod
     def score(self, pixels: Tensor, *encoded: Tensor) -> Tensor:
         """Float32 [N] for float32 pixels [N, 3, H, W] in [0, 1] and N rows of encoded prompts; differentiable."""
-
-    def ready(self) -> ModelScorer:
-        """Freeze the scorer, in the recipe's dtype, at its place between uses. A subclass's loading ends with it."""
-        where = torch.device("cpu") if self.settings.offload else self.device
-        self.to(device=where, dtype=getattr(torch, self.settings.dtype))
-        return self.requires_grad_(False).eval()
 
     def differentiable(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores float32 [N] with gradients to the pixels (float32 [N, 3, H, W] in [0, 1], on the scorer's device).
@@ -79,17 +95,6 @@ class ModelScorer(nn.Module, ABC):
                 for part, chosen in zip(images.split(self.settings.batch), rows.split(self.settings.batch), strict=True)
             ]
         return torch.cat(scores)
-
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Hold offloaded weights on the device within the block."""
-        if self.settings.offload:
-            self.to(self.device)
-        try:
-            yield
-        finally:
-            if self.settings.offload:
-                self.to("cpu")
 
     def _encode_distinct(self, prompts: Sequence[str]) -> tuple[tuple[Tensor, ...], Tensor]:
         """The distinct prompts, encoded, and for each prompt its row among them, on the device."""

@@ -22,7 +22,7 @@ class ScorerSize:
     side: int
     """Height and width, in pixels, of the square pictures that the vision tower takes."""
     values: int
-    """Values that the vision tower holds for one picture when it holds the most."""
+    """Values that the scorer holds for one picture when it holds the most."""
     parameters_around: int = 0
     """Parameters outside of the two towers."""
     reads: bool = False

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ class ImageReward(ModelScorer):
         self.mlp = nn.Sequential(OrderedDict((each, nn.Linear(*size)) for each, size in architecture.mlp.items()))
         self.tokenizer, self.size = tokenizer, architecture.vision.image_size
 
-    def ready(self) -> ImageReward:
+    def ready(self) -> Self:
         exact = self.mlp.state_dict()
         super().ready()
         self.mlp.float().load_state_dict(exact)  # the score is computed in float32

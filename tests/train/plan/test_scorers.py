@@ -39,6 +39,7 @@ MODELS = [
     ("clip", Reward()),
     ("clip", Reward(path="openai/clip-vit-large-patch14")),
     ("clip_iqa", ClipIqa()),
+    ("hpsv3", Reward(dtype="bfloat16")),
 ]
 
 
@@ -98,7 +99,7 @@ def test_scorers_are_as_large_as_their_classes(name: str, reward: Reward, monkey
 
 
 def test_every_scorer_that_ships_has_a_place() -> None:
-    with_weights = {"aesthetic", "clip", "clip_iqa", "hpsv2_1", "image_reward", "pickscore"}
+    with_weights = {"aesthetic", "clip", "clip_iqa", "hpsv2_1", "hpsv3", "image_reward", "pickscore"}
     assert {*shipped.NAMES} == with_weights | {"ocr", "pairwise", "shapes_judge", "shapes_verifier", "unified"}
     assert of_unknown_cost({name: Reward() for name in shipped.NAMES}) == ["ocr"]  # which computes on the CPU
     assert scorer_sizes({name: Reward() for name in shipped.NAMES}).keys() == with_weights

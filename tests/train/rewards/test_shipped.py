@@ -8,12 +8,13 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from ngrpo_train.recipe.rewards import settings_class
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import find_scorer, shipped, weights
 from ngrpo_train.rewards.towers import NOTHING
 
 FOLDER = Path(shipped.__file__).parent
-WITH_WEIGHTS = ("aesthetic", "clip", "clip_iqa", "hpsv2_1", "image_reward", "pickscore")
+WITH_WEIGHTS = ("aesthetic", "clip", "clip_iqa", "hpsv2_1", "hpsv3", "image_reward", "pickscore")
 
 
 def test_every_file_is_a_reward():
@@ -74,7 +75,7 @@ def test_what_is_missing_is_what_the_file_says(name, monkeypatch):
 
     monkeypatch.setattr(weights, "hf_hub_download", nothing)
     with pytest.raises(ValueError, match=rf"^rewards\.{name}: .*`hf download ") as raised:
-        find_scorer(name, Reward(), torch.device("cpu"))
+        find_scorer(name, settings_class(name)(), torch.device("cpu"))
     assert "\n" not in str(raised.value)
     known = dict(shipped.find(name).hub_files)
     assert asked
