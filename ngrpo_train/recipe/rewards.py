@@ -27,6 +27,15 @@ class ClipIqa(Reward):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Geneval(Reward):
+    """A detector of objects, their number, colours and places, held against what the prompt's row asks for."""
+
+    measure: Literal["correct", "fraction"] = "correct"
+    """"correct": 1 where the picture has all that is asked for and nothing that is excluded, else 0, as in GenEval.
+    "fraction": the share of single checks that hold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ocr(Reward):
     """A reader of the text in pictures, held against the text that the prompt asks for."""
 
@@ -59,7 +68,7 @@ class Pairwise(Reward):
     """Ask about each pair twice, with the pictures in either order."""
 
 
-REWARDS: dict[str, type[Reward]] = {"clip_iqa": ClipIqa, "ocr": Ocr, "pairwise": Pairwise}
+REWARDS: dict[str, type[Reward]] = {"clip_iqa": ClipIqa, "geneval": Geneval, "ocr": Ocr, "pairwise": Pairwise}
 """The shipped rewards that have settings of their own, by name, with the class of their settings."""
 
 

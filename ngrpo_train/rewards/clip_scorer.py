@@ -27,13 +27,21 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards.pixels import CLIP_MEAN, CLIP_STD, longest_edge_pad, normalise, resize, shortest_edge_crop
 from ngrpo_train.rewards.scorer import ModelScorer
-from ngrpo_train.rewards.weights import fill, find_file, find_state, mismatch, read_json, read_state, some
+from ngrpo_train.rewards.weights import (
+    HF_WEIGHTS,
+    fill,
+    find_file,
+    find_state,
+    mismatch,
+    read_json,
+    read_state,
+    some,
+)
 
 logger = logging.getLogger(__name__)
 
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # OpenAI's vocabulary, which all of these models use
 
-_HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _BICUBIC = 3  # PIL's number for bicubic resizing
@@ -205,13 +213,13 @@ def read_clip(path: str, fetch: Sequence[str] = ()) -> Released:
         return _open_clip(local, state, config) if open_clip else _hf(local, state, config)
     config = find_file(path, "open_clip_config.json", "config.json", fetch=fetch)
     if config.name == "config.json":
-        return _hf(*find_state(path, *_HF_WEIGHTS, fetch=fetch), config)
+        return _hf(*find_state(path, *HF_WEIGHTS, fetch=fetch), config)
     return _open_clip(*find_state(path, *_OPEN_CLIP_WEIGHTS, fetch=fetch), config)
 
 
 def read_hf_clip(path: str, fetch: Sequence[str] = ()) -> Released:
     """A CLIP in transformers' layout; `fetch` and errors as for `read_clip`."""
-    file, state = find_state(path, *_HF_WEIGHTS, fetch=fetch)
+    file, state = find_state(path, *HF_WEIGHTS, fetch=fetch)
     if not any(name.startswith("vision_model.") for name in state):
         raise mismatch(file, "a CLIP by transformers' names such as vision_model.post_layernorm.weight", some(state))
     local = Path(path).expanduser()

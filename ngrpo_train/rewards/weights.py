@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.hub import HUB_ERRORS, why_missing
 
+HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Files that hold the weights of a model in transformers' layout: one of them."""
+
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _INDEX = ".index.json"  # of weights in several files
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Mask2FormerConfig
 
 from benchmarks import train_scorers
 from ngrpo_train.commands.train import TrainCommand
@@ -22,9 +23,10 @@ from ngrpo_train.plan.scorers import Scoring, of_unknown_cost, scorer_size, scor
 from ngrpo_train.plan.traffic import iteration_traffic
 from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.parsing import as_toml, find_recipe, parse, read_recipe, resolve
-from ngrpo_train.recipe.rewards import ClipIqa
+from ngrpo_train.recipe.rewards import ClipIqa, Geneval
 from ngrpo_train.recipe.sections import Recipe, Reward
 from ngrpo_train.rewards import shipped
+from ngrpo_train.rewards.mask2former import Mask2Former
 
 DEV, META = KNOWN["flux-dev"], torch.device("meta")
 H200 = MACHINES["h200-141"]
@@ -98,8 +100,22 @@ def test_scorers_are_as_large_as_their_classes(name: str, reward: Reward, monkey
     assert Scoring.of(four_at_once).activations == pytest.approx(live.peak(), rel=0.02)
 
 
+def test_a_detector_is_as_large_as_its_class() -> None:
+    size, clip = scorer_size("geneval", Geneval()), scorer_size("clip", Reward(path="openai/clip-vit-large-patch14"))
+    assert size is not None
+    assert clip is not None
+    with META:
+        network = Mask2Former(Mask2FormerConfig(num_labels=80)).eval().to(META)  # its defaults are the official sizes
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    assert size.parameters == parameters + clip.parameters
+    with torch.no_grad(), measuring() as live, FlopCounterMode(display=False) as flops:
+        network(torch.empty(4, 3, 800, 800, device=META))
+    assert size.flops(4, 4) == pytest.approx(flops.get_total_flops() + 4 * clip.vision.flops, rel=1e-6)
+    assert 4 * size.values == pytest.approx(live.peak() / 4, rel=0.02)  # float32
+
+
 def test_every_scorer_that_ships_has_a_place() -> None:
-    with_weights = {"aesthetic", "clip", "clip_iqa", "hpsv2_1", "hpsv3", "image_reward", "pickscore"}
+    with_weights = {"aesthetic", "clip", "clip_iqa", "geneval", "hpsv2_1", "hpsv3", "image_reward", "pickscore"}
     assert {*shipped.NAMES} == with_weights | {"ocr", "pairwise", "shapes_judge", "shapes_verifier", "unified"}
     assert of_unknown_cost({name: Reward() for name in shipped.NAMES}) == ["ocr"]  # which computes on the CPU
     assert scorer_sizes({name: Reward() for name in shipped.NAMES}).keys() == with_weights
@@ -124,8 +140,10 @@ def test_what_nobody_can_know_is_named() -> None:
         "aesthetic": Reward(processor="somebody/another-clip"),
         "pickscore": Reward(path="/weights/pickscore"),
         "hps": Reward(),
+        "geneval": Geneval(path="facebook/mask2former-swin-large-coco-instance"),
+        "colours": Geneval(kind="geneval", processor="somebody/another-clip"),
     }
-    assert of_unknown_cost(rewards) == ["mine", "hpsv2_1", "clip", "aesthetic", "hps"]
+    assert of_unknown_cost(rewards) == ["mine", "hpsv2_1", "clip", "aesthetic", "hps", "geneval", "colours"]
     assert scorer_sizes(rewards).keys() == {"pickscore"}
 
 

@@ -14,7 +14,7 @@ from ngrpo_train.rewards import find_scorer, shipped, weights
 from ngrpo_train.rewards.towers import NOTHING
 
 FOLDER = Path(shipped.__file__).parent
-WITH_WEIGHTS = ("aesthetic", "clip", "clip_iqa", "hpsv2_1", "hpsv3", "image_reward", "pickscore")
+WITH_WEIGHTS = ("aesthetic", "clip", "clip_iqa", "geneval", "hpsv2_1", "hpsv3", "image_reward", "pickscore")
 
 
 def test_every_file_is_a_reward():
