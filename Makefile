@@ -13,7 +13,7 @@ PIP_ARGS    ?=
 ARGS        ?=
 ONLY        ?=
 WORKERS     ?= 2
-RUN         ?= runs/shapes_cpu-$(shell date +%Y%m%d-%H%M%S)
+RUN         ?= runs/spelling_cpu-$(shell date +%Y%m%d-%H%M%S)
 
 # Relative paths throughout, so that the checkout may lie in a directory with spaces.
 BIN       := .venv/bin
@@ -31,8 +31,8 @@ help:                ## this list
 	@echo "Settings:"
 	@sed -n 's/^#   /  /p' Makefile
 
-train: $(INSTALLED)  ## train the shipped small recipe on this machine's CPU and show before and after
-	@$(INSIDE) $(BIN)/ngrpo train shapes_cpu --log.output-dir "$(RUN)" $(ARGS)
+train: $(INSTALLED)  ## teach a small FLUX to spell, on this machine's CPU, and show before and after
+	@$(INSIDE) $(BIN)/ngrpo train spelling_cpu --log.output-dir "$(RUN)" $(ARGS)
 
 PYTEST   := OMP_NUM_THREADS=1 $(INSIDE) $(PY) -m pytest
 PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder

@@ -40,7 +40,9 @@ ORDER = {
         __init__
         draws
         recipe
+        worlds
         shapes
+        spelling
         parallel
         prompts
         models

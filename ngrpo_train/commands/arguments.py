@@ -11,6 +11,7 @@ from ngrpo_train.parallel.launch import rank_at_launch
 from ngrpo_train.recipe.checks import check_sections
 from ngrpo_train.recipe.parsing import find_recipe, is_run, parse, read_recipe, resolve
 from ngrpo_train.recipe.sections import Model, Recipe
+from ngrpo_train.worlds import WORLDS
 
 if TYPE_CHECKING:
     from ngrpo_train.commands.eval import EvalCommand
@@ -43,12 +44,12 @@ def with_recipe(kind: type[T], command: str, arguments: Sequence[str], default: 
 
 
 def recipe_of(source: str) -> Recipe:
-    """The recipe of a run directory; the shapes recipe for the shapes pipeline; the defaults for any other model."""
+    """The recipe of a run directory; the world's recipe for a world's pipeline; the defaults for any other model."""
     if is_run(source):
         path = Path(source) / "recipe.toml"
         return resolve(read_recipe(path), name=str(path))
-    if source == "shapes":
-        return resolve(read_recipe(find_recipe("shapes_cpu")), name="shapes_cpu")
+    if source in WORLDS:
+        return resolve(read_recipe(find_recipe(f"{source}_cpu")), name=f"{source}_cpu")
     return Recipe(model=Model(name_or_path=source))
 
 

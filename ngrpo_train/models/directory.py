@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ngrpo_train.shapes import shapes_pipeline_dir
+from ngrpo_train.worlds import WORLDS, pipeline_dir
 
 
 def local_directory(name_or_path: str) -> Path | None:
     """The directory that `model.name_or_path` means; None for a hub id and for "random:NAME"."""
-    directory = shapes_pipeline_dir() if name_or_path == "shapes" else Path(name_or_path).expanduser()
+    directory = pipeline_dir(name_or_path) if name_or_path in WORLDS else Path(name_or_path).expanduser()
     return directory if directory.is_dir() else None
 
 

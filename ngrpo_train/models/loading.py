@@ -37,6 +37,7 @@ from ngrpo_train.models.sizes import (
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.hub import why_missing
 from ngrpo_train.recipe.sections import Model
+from ngrpo_train.worlds import WORLDS
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
@@ -82,7 +83,7 @@ def find_transformer(model: Model, directory: Path | None) -> Path | None:
 
 def is_transformer(name: str) -> bool:
     """True where this directory or hub id holds a transformer alone, without a pipeline around it."""
-    if name == "shapes" or name.startswith("random:"):
+    if name in WORLDS or name.startswith("random:"):
         return False
     directory = Path(name).expanduser()
     if directory.is_dir():
@@ -242,7 +243,7 @@ def _explained(name_or_path: str, setting: str = "model.name_or_path") -> Iterat
 
 def _remedy(error: BaseException, name_or_path: str) -> str:
     """The error of a model that did not load, and what to do. diffusers hides the hub's errors as causes."""
-    if Path(name_or_path).expanduser().is_dir() or name_or_path == "shapes":
+    if Path(name_or_path).expanduser().is_dir() or name_or_path in WORLDS:
         reason = f"{str(error).strip().splitlines()[0]:.300}"
         return reason if reason.startswith(("has ", "has, ", "lacks ")) else f"cannot be loaded: {reason}"
     if not _HUB_ID.fullmatch(name_or_path):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ngrpo_train.models.directory import local_directory, local_vae_config
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Model, Sampling
+from ngrpo_train.worlds import WORLDS
 
 # Folders of a model's directory in FLUX.1's layout; it also has a scheduler's, which is not read here.
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -229,7 +230,7 @@ def _config_file(name_or_path: str, directory: Path | None, part: str) -> Path |
         return None
     raise ValueError(
         f"model.name_or_path = {name_or_path!r} is no directory, and its configs are not in the hub's cache here"
-        f"{suggestion(name_or_path, [*_HUB_IDS, 'shapes'])}. "
+        f"{suggestion(name_or_path, [*_HUB_IDS, *WORLDS])}. "
         f"`hf download {name_or_path} --include '*/config.json'` brings them; random:flux-dev has FLUX.1-dev's size"
     )
 

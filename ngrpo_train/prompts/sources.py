@@ -1,4 +1,4 @@
-"""Prompt sources by name: files, directories, datasets on the hub, HPDv2, the shapes world and a small list of ours."""
+"""Prompt sources by name: files, directories, datasets on the hub, HPDv2, our worlds and a small list of ours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import re
 from collections import Counter
 from dataclasses import replace
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 
@@ -15,10 +16,9 @@ from ngrpo_train.prompts.datasets import Dataset, choose, listing, split_of
 from ngrpo_train.prompts.files import READERS, is_prompt_file, read_prompts
 from ngrpo_train.prompts.prompt import Prompt
 from ngrpo_train.recipe.parsing import suggestion
+from ngrpo_train.worlds import WORLDS
 
 logger = logging.getLogger(__name__)
-
-SHAPES_SPLITS = ("train", "validation", "test")
 
 _HPDV2 = ("zhwang/HPDv2", "ymhao/HPDv2")  # two copies of the same dataset
 _HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -30,7 +30,10 @@ _HPDV2_FILES = {
 _HPDV2_PER_STYLE = 800
 
 _FORMATS = ", ".join(READERS)
-_KNOWN = f"{_FORMATS} files, directories of them, hub:OWNER/DATASET[/PATH][:SPLIT], hpdv2:SPLIT, shapes:SPLIT and smoke"
+_KNOWN = (
+    f"{_FORMATS} files, directories of them, hub:OWNER/DATASET[/PATH][:SPLIT], hpdv2:SPLIT, "
+    f"{', '.join(f'{world}:SPLIT' for world in WORLDS)} and smoke"
+)
 
 
 def load_prompts(source: str, field: str = "prompts.source", *, by_style: bool = False) -> list[Prompt]:
@@ -49,7 +52,7 @@ def load_prompts(source: str, field: str = "prompts.source", *, by_style: bool =
     for one file or, as with a directory, one folder of styles.
     hpdv2:benchmark (3,200 prompts in four styles), hpdv2:train, hpdv2:test. A local copy's benchmark directory and
     files can be given by their paths.
-    shapes:train, shapes:validation, shapes:test.
+    shapes:train, shapes:validation, shapes:test, and spelling: with the same splits, whose rows have the sign's "text".
     smoke: 42 prompts that ship with ngrpo: HPDv2's four styles, and a fifth style of things that are hard to draw.
 
     Raises ValueError, in one line that names the recipe's `field`, for an unknown source or format, an unreadable or
@@ -94,12 +97,11 @@ def _from_scheme(scheme: str, name: str) -> list[Prompt]:
             return _from_hub(name)
         case "hpdv2":
             return _from_hpdv2(name)
-        case "shapes":
-            _refuse_unknown_split(name, SHAPES_SPLITS)
-            from ngrpo_train.shapes.world import prompts  # imported here, so that other sources do not pay for it
-
-            return [Prompt(text) for text in prompts(name)]
-    raise ValueError(f"unknown scheme {scheme!r}; known are {_KNOWN}{suggestion(scheme, ['hub', 'hpdv2', 'shapes'])}")
+    if scheme in WORLDS:
+        world = import_module(f"ngrpo_train.{scheme}.world")  # here, so that other sources do not pay for it
+        _refuse_unknown_split(name, tuple(world.SPLITS))
+        return [Prompt(text, row=world.row_of(text)) for text in world.prompts(name)]
+    raise ValueError(f"unknown scheme {scheme!r}; known are {_KNOWN}{suggestion(scheme, ['hub', 'hpdv2', *WORLDS])}")
 
 
 def _from_directory(directory: Path) -> list[Prompt]:

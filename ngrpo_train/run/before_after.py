@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,8 @@ class Evaluations:
         images = pictures(model, recipe, shown, [i * per_prompt for i in range(len(shown))])
         if processes.rank() == 0:
             scale = max(1, 128 // images.shape[-1])
-            save_picture(tile(images.cpu(), columns=min(4, len(shown)), scale=scale), picture_path)
+            grid = tile(images.cpu(), columns=min(4, len(shown)), scale=scale, gap=6, captions=shown)
+            save_picture(grid, picture_path)
         return Evaluations(evaluations)
 
     def save(self, path: Path) -> None:
@@ -60,9 +61,10 @@ class Evaluations:
         return Evaluations({name: Evaluation.of_record(each) for name, each in record.items()})
 
 
-def before_after(before: Evaluations, after: Evaluations, log_only: frozenset[str]) -> Table:
-    """A table with a row for each prompt set and reward; differences are paired by prompt, +- their standard error."""
-    table = Table(title="Before and after", title_justify="left", box=box.SIMPLE_HEAD)
+def before_after(before: Evaluations, after: Evaluations, trained: Collection[str]) -> Table:
+    """A table with a row for each prompt set and reward, +- standard errors; differences are paired by prompt."""
+    title = "Before and after: means over prompts ± their standard errors"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("prompts", "score", "role"):
         table.add_column(column)
     for column in ("before", "after", "difference"):
@@ -70,15 +72,13 @@ def before_after(before: Evaluations, after: Evaluations, log_only: frozenset[st
     for name, late in after.by_set.items():
         early = before.by_set[name]
         paired = Evaluation(late.names, late.prompts, late.scores_RN - early.scores_RN)
-        difference, error = paired.mean(), paired.standard_error()
         for score in late.names:
             table.add_row(
                 f"{name} ({len(late.prompts)})",
                 score,
-                "out of domain" if score in log_only else "reward",
-                f"{early.mean()[score]:.3f}",
-                f"{late.mean()[score]:.3f}",
-                f"{difference[score]:+.3f}{plus_minus(error[score])}",
+                "trained on" if score in trained else "watched",
+                *(f"{each.mean()[score]:.3f}{plus_minus(each.standard_error()[score])}" for each in (early, late)),
+                f"{paired.mean()[score]:+.3f}{plus_minus(paired.standard_error()[score])}",
             )
     return table
 
@@ -117,8 +117,7 @@ def look_after(
         return
     after.save(run / "after.json")
     side_by_side(run / "before.png", run / "after.png", run / "before_after.png")
-    log_only = frozenset(name for name, reward in recipe.rewards.items() if reward.log_only)
-    table = before_after(Evaluations.load(run / "before.json"), after, log_only)
+    table = before_after(Evaluations.load(run / "before.json"), after, recipe.trained_rewards())
     Console().print(table)
     with (run / "before_after.txt").open("w") as file:
         Console(file=file, width=100).print(table)

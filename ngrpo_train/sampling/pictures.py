@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ngrpo_train.draws import stream
@@ -18,6 +18,7 @@ from ngrpo_train.sampling.rollout import Tail, generate
 from ngrpo_train.sampling.solvers import flow_sigmas
 
 _NOISE_SEED = 2511_16955  # not the run's seed: every run is judged on the same noise
+_CAPTION_SIZE = 11  # pixels
 
 
 @torch.no_grad()
@@ -37,22 +38,47 @@ def pictures(
     return model.decode(latents)
 
 
-def tile(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
+def tile(
+    images: Tensor, columns: int, scale: int = 1, gap: int = 2, captions: Sequence[str] | None = None
+) -> Image.Image:
     """Lay out uint8 pictures [N, 3, H, W], on the CPU, row by row on white.
 
-    Each is enlarged `scale` times; `gap` pixels are between them.
+    Each is enlarged `scale` times, with its caption below; `gap` pixels are between them.
     """
     count, _, height, width = images.shape
+    below = [_caption(text, width * scale) for text in captions] if captions else []
+    across = width * scale + gap
+    down = height * scale + gap + max((caption.height for caption in below), default=0)
     rows = -(-count // columns)
-    canvas = Image.new(
-        "RGB", (columns * (width * scale + gap) - gap, rows * (height * scale + gap) - gap), (255, 255, 255)
-    )
+    canvas = Image.new("RGB", (columns * across - gap, rows * down - gap), (255, 255, 255))
     for i, image in enumerate(images):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         if scale != 1:
             picture = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        canvas.paste(picture, ((i % columns) * (width * scale + gap), (i // columns) * (height * scale + gap)))
+        x, y = (i % columns) * across, (i // columns) * down
+        canvas.paste(picture, (x, y))
+        if below:
+            canvas.paste(below[i], (x, y + picture.height))
     return canvas
+
+
+def _caption(text: str, width: int) -> Image.Image:
+    """A text on white, broken into lines that fit into `width` pixels; at most three of them."""
+    font = ImageFont.load_default(size=_CAPTION_SIZE)
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    if len(lines) > 3:
+        lines = [*lines[:2], f"{lines[2]} ..."]
+    height = round(1.25 * _CAPTION_SIZE)
+    image = Image.new("RGB", (width, height * len(lines) + _CAPTION_SIZE // 2), (255, 255, 255))
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(image).text((1, number * height), line, fill=(0, 0, 0), font=font)
+    return image
 
 
 def save_picture(image: Image.Image, path: Path) -> None:

@@ -1,124 +1,29 @@
-"""The shapes pipeline, untrained: FLUX.1-dev's component classes and directory layout at 1/5000 of its size.
+"""The shapes pipeline, untrained.
 
 Every word of the shapes world is one token of both tokenizers; any other text falls back to characters.
 """
 
 from __future__ import annotations
 
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from diffusers import FluxPipeline
+from transformers import CLIPTokenizer, T5TokenizerFast
 
 from ngrpo_train.shapes.world import COLOURS, IMAGE_SIZE, SHAPES, SIZES
+from ngrpo_train.worlds import small_flux
 
 WORDS = ("a", "on", "background", *SIZES, *COLOURS, *SHAPES)
 MAX_SEQUENCE_LENGTH = 16  # T5 tokens the transformer is trained with; FluxPipeline pads and does not mask
 CLIP_LENGTH = 32
-SHIFT = 3.0
-_TEXT_DIM = 64
-_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """A byte-pair tokenizer whose merges spell out WORDS, prefix by prefix, and nothing else."""
-    symbols = sorted(ByteLevel.alphabet())
-    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols)]
-    merges: list[tuple[str, str]] = []
-    for word in sorted(WORDS, key=lambda w: (-len(w), w)):  # longest first, so that no short word splits a long one
-        letters = [*word[:-1], word[-1] + "</w>"]
-        prefix = letters[0]
-        for letter in letters[1:]:
-            if (prefix, letter) not in merges:
-                merges.append((prefix, letter))
-                tokens.append(prefix + letter)
-            prefix += letter
-    vocabulary = {token: i for i, token in enumerate([*tokens, _BOS, _EOS])}
-    return CLIPTokenizer(
-        vocab=vocabulary,
-        merges=merges,
-        bos_token=_BOS,
-        eos_token=_EOS,
-        unk_token=_EOS,
-        pad_token=_EOS,
-        model_max_length=CLIP_LENGTH,
-    )
+    return small_flux.clip_tokenizer(WORDS, CLIP_LENGTH)
 
 
 def t5_tokenizer() -> T5TokenizerFast:
-    """A unigram tokenizer as in T5 (<pad> 0, </s> 1, <unk> 2): the words, then printable ASCII, scored far lower."""
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    vocabulary += [("▁" + word, -1.0) for word in WORDS]
-    vocabulary += [(piece, -10.0) for piece in ["▁", *(chr(code) for code in range(33, 127))]]
-    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
+    return small_flux.t5_tokenizer(WORDS)
 
 
 def untrained_pipeline() -> FluxPipeline:
     """A pipeline with random weights from torch's global generator; 2.4 M parameters."""
-    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=_TEXT_DIM,
-            intermediate_size=2 * _TEXT_DIM,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            projection_dim=_TEXT_DIM,
-            max_position_embeddings=CLIP_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    text_encoder_2 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer_2),
-            d_model=_TEXT_DIM,
-            d_ff=2 * _TEXT_DIM,
-            d_kv=16,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=0,
-            eos_token_id=1,
-            decoder_start_token_id=0,
-        )
-    )
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=64,
-        num_layers=2,
-        num_single_layers=3,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=_TEXT_DIM,
-        pooled_projection_dim=_TEXT_DIM,
-        guidance_embeds=True,
-        axes_dims_rope=(8, 12, 12),
-    )
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=16,
-        block_out_channels=(8, 16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=IMAGE_SIZE,
-        scaling_factor=1.0,  # pretraining writes the measured values
-        shift_factor=0.0,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        force_upcast=True,
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False)
-    return FluxPipeline(
-        scheduler=scheduler,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        text_encoder_2=text_encoder_2,
-        tokenizer_2=tokenizer_2,
-        transformer=transformer,
-    )
+    return small_flux.untrained_pipeline(clip_tokenizer(), t5_tokenizer(), IMAGE_SIZE)

@@ -75,6 +75,11 @@ def prompts(split: str) -> list[str]:
     return [str(caption) for caption in captions(split)]
 
 
+def row_of(prompt: str) -> dict[str, str]:
+    """The fields of a prompt's row: there are none."""
+    return {}
+
+
 def coverage(shape: str, radius: Tensor, centre: Tensor) -> Tensor:
     """The share of each pixel that a shape covers: float32 [N, 64, 64] in [0, 1].
 

@@ -2,5 +2,6 @@
 
 from ngrpo_train.rewards.shipped import Shipped
 from ngrpo_train.shapes.judge import judge
+from ngrpo_train.shapes.world import Caption
 
-REWARD = Shipped(load=lambda name, settings, device: judge)
+REWARD = Shipped(load=lambda name, settings, device: judge, check=lambda prompt, row: Caption.parse(prompt))

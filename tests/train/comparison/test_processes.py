@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ngrpo_train.prompts import load_prompts
-from ngrpo_train.shapes import shapes_pipeline_dir, verifier
+from ngrpo_train.shapes import verifier
+from ngrpo_train.worlds import pipeline_dir
 
 from .evaluations import Command, run_all
 
@@ -25,7 +26,7 @@ def ended(tmp_path_factory):
     """Every command's end, by name, and the directory where they ran."""
     directory = tmp_path_factory.mktemp("eval")
     peer = directory / "peer"  # somebody's transformer, alone
-    shutil.copytree(shapes_pipeline_dir() / "transformer", peer)
+    shutil.copytree(pipeline_dir("shapes") / "transformer", peer)
     [weights] = peer.glob("*.safetensors")
     generator = torch.Generator().manual_seed(0)
     save_file(

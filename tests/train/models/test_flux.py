@@ -16,7 +16,7 @@ from torch import nn
 
 from ngrpo_train.sampling.rollout import generate
 from ngrpo_train.sampling.solvers import flow_sigmas
-from ngrpo_train.shapes import shapes_pipeline_dir
+from ngrpo_train.worlds import pipeline_dir
 
 from ..oracles import stock_pictures
 
@@ -50,7 +50,7 @@ def test_sampling_equals_stock_on_the_shapes_pipeline(load_flux, steps):
     )
     noise = torch.randn(3, *flux.latent_shape, generator=torch.Generator().manual_seed(1))
     ours = sampled(flux, noise, flow_sigmas(steps, 3.0))
-    theirs = stock(shapes_pipeline_dir())(
+    theirs = stock(pipeline_dir("shapes"))(
         PROMPTS,
         height=64,
         width=64,

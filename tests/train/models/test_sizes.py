@@ -17,7 +17,7 @@ from ngrpo_train.models.sizes import KNOWN, Architecture, find_architecture, lor
 from ngrpo_train.plan import settle
 from ngrpo_train.plan.flops import transformer_flops
 from ngrpo_train.recipe.sections import Model, Recipe, Sampling
-from ngrpo_train.shapes import shapes_pipeline_dir
+from ngrpo_train.worlds import pipeline_dir
 
 DEV, SCHNELL = KNOWN["flux-dev"], KNOWN["flux-schnell"]
 
@@ -56,7 +56,7 @@ def test_the_shapes_pipeline_is_read_from_its_files() -> None:
     found = find_architecture("shapes")
     assert found is find_architecture("shapes")
     assert (found.width, found.layers, found.channels) == (128, (2, 3), 64)
-    weights = shapes_pipeline_dir() / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = pipeline_dir("shapes") / "transformer" / "diffusion_pytorch_model.safetensors"
     assert parameters(found).transformer == sum(tensor.numel() for tensor in load_file(weights).values())
     assert found.image_tokens(Sampling(height=64, width=64)) == 16
     assert DEV.image_tokens(Sampling(height=720, width=720)) == 2025

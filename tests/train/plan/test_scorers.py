@@ -116,7 +116,6 @@ def test_a_detector_is_as_large_as_its_class() -> None:
 
 def test_every_scorer_that_ships_has_a_place() -> None:
     with_weights = {"aesthetic", "clip", "clip_iqa", "geneval", "hpsv2_1", "hpsv3", "image_reward", "pickscore"}
-    assert {*shipped.NAMES} == with_weights | {"ocr", "pairwise", "shapes_judge", "shapes_verifier", "unified"}
     assert of_unknown_cost({name: Reward() for name in shipped.NAMES}) == ["ocr"]  # which computes on the CPU
     assert scorer_sizes({name: Reward() for name in shipped.NAMES}).keys() == with_weights
 

@@ -4,11 +4,12 @@ import json
 import re
 import sys
 from collections import Counter
-from types import ModuleType
 
 import pytest
 
 from ngrpo_train.prompts import Prompt, PromptCursor, load_prompts
+from ngrpo_train.shapes.world import Caption
+from ngrpo_train.spelling.world import Sign
 
 PROMPTS = ["a red circle", 'a "quoted", blue square', "étoile 星 on a background"]
 MESSY = ["  a red circle\t", "", PROMPTS[1], "   ", "a red circle", PROMPTS[2], PROMPTS[1]]
@@ -84,12 +85,11 @@ def test_a_colon_in_a_file_name_is_no_scheme(tmp_path, monkeypatch):
     assert texts_of("v2:prompts.txt") == ["a cat"]
 
 
-def test_shapes(monkeypatch):
-    world = ModuleType("ngrpo_train.shapes.world")
-    world.prompts = lambda split: [f"a {split} circle", f"a {split} square"]
-    monkeypatch.setitem(sys.modules, "ngrpo_train.shapes", ModuleType("ngrpo_train.shapes"))
-    monkeypatch.setitem(sys.modules, "ngrpo_train.shapes.world", world)
-    assert texts_of("shapes:validation") == ["a validation circle", "a validation square"]
+def test_worlds():
+    shapes, signs = load_prompts("shapes:validation"), load_prompts("spelling:validation")
+    assert len(shapes) == len(signs) == 24
+    assert [str(Caption.parse(prompt.text)) for prompt in shapes] == [prompt.text for prompt in shapes]
+    assert {prompt.row["text"] for prompt in signs} == {Sign.parse(prompt.text).word for prompt in signs}
 
 
 @pytest.mark.parametrize(

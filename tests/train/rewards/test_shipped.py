@@ -15,11 +15,12 @@ from ngrpo_train.rewards.towers import NOTHING
 
 FOLDER = Path(shipped.__file__).parent
 WITH_WEIGHTS = ("aesthetic", "clip", "clip_iqa", "geneval", "hpsv2_1", "hpsv3", "image_reward", "pickscore")
+OF_THE_WORLDS = ("shapes_judge", "shapes_verifier", "spelling_colour", "spelling_judge", "spelling_paper")
 
 
 def test_every_file_is_a_reward():
     assert {*shipped.NAMES} == {path.stem for path in FOLDER.glob("*.py")} - {"__init__"}
-    assert {*shipped.NAMES} == {*WITH_WEIGHTS, "ocr", "pairwise", "shapes_judge", "shapes_verifier", "unified"}
+    assert {*shipped.NAMES} == {*WITH_WEIGHTS, *OF_THE_WORLDS, "ocr", "pairwise", "unified"}
     assert [name for name in shipped.NAMES if shipped.find(name).hub_files] == [*WITH_WEIGHTS]
     assert shipped.find("nil") is None
 

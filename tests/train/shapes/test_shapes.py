@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 
-from ngrpo_train.shapes import shapes_pipeline_dir
 from ngrpo_train.shapes.judge import judge
 from ngrpo_train.shapes.pipeline import WORDS, clip_tokenizer, t5_tokenizer
 from ngrpo_train.shapes.verifier import score, verify
@@ -23,6 +22,7 @@ from ngrpo_train.shapes.world import (
     prompts,
     rgb,
 )
+from ngrpo_train.worlds import pipeline_dir
 
 EVERY = [caption for split in SPLITS for caption in captions(split)]
 
@@ -118,7 +118,7 @@ def test_the_vae_leaves_the_score_that_the_page_tells(split, page):
     """Of one drawing of each prompt; from seed to seed it differs by 0.005."""
     wanted = captions(split)
     with torch.no_grad():
-        vae = AutoencoderKL.from_pretrained(shapes_pipeline_dir(), subfolder="vae").eval()
+        vae = AutoencoderKL.from_pretrained(pipeline_dir("shapes"), subfolder="vae").eval()
         pictures = draw(wanted, torch.Generator().manual_seed(0))
         restored = vae.decode(vae.encode(2 * pictures - 1).latent_dist.mode()).sample
     got = score(quantised(((restored + 1) / 2).clamp(0, 1)), [str(caption) for caption in wanted]).mean().item()
@@ -168,7 +168,7 @@ def test_every_word_is_one_token_and_other_text_falls_back_to_characters():
 
 def test_stock_diffusers_samples_the_shipped_pipeline_as_the_trainer_does():
     """FluxPipeline's own call, 8 Euler steps: clearly better than chance, far from perfect, as RL needs it."""
-    pipeline = FluxPipeline.from_pretrained(shapes_pipeline_dir(), local_files_only=True)
+    pipeline = FluxPipeline.from_pretrained(pipeline_dir("shapes"), local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     wanted = prompts("test")
     images = pipeline(

@@ -1,0 +1,146 @@
+"""How a world's VAE and rectified flow are pretrained on drawn pictures."""
+
+# N pictures of a batch.
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FluxPipeline
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+from transformers import PreTrainedTokenizerBase
+
+
+def one_cycle(modules: Iterable[nn.Module], learning_rate: float, steps: int) -> Callable[[Tensor], None]:
+    """A function that takes a loss and makes one AdamW step on the one-cycle schedule."""
+    parameters = [p for module in modules for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    schedule = OneCycleLR(optimizer, learning_rate, steps, pct_start=0.05)
+
+    def update(loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+    return update
+
+
+def train_vae(
+    vae: AutoencoderKL,
+    draw: Callable[[int], Tensor],
+    steps: int,
+    generator: torch.Generator,
+    *,
+    batch: int = 16,
+    learning_rate: float = 3e-3,
+) -> None:
+    """Train a VAE on pictures float32 [N, 3, H, W] in [0, 1], which `draw` makes, and freeze it."""
+    update = one_cycle([vae], learning_rate, steps)
+    progress = Progress("vae", steps)
+    for step in range(steps):
+        images = 2 * draw(batch) - 1
+        posterior = vae.encode(images).latent_dist
+        restored = vae.decode(posterior.sample(generator)).sample
+        error = restored - images
+        # Edges are a small share of the pixels, but they define a shape or a letter.
+        weight = 1 + 4 * (F.max_pool2d(images, 7, 1, 3) + F.max_pool2d(-images, 7, 1, 3) > 0.1).float()
+        fidelity = (weight * (error.abs() + 2 * error.square())).mean()
+        loss = fidelity + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
+        update(loss)
+        progress.report(step, loss)
+    vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: Iterable[Tensor], generator: torch.Generator) -> Tensor:
+    """Latents of batches of pictures [N, 3, H, W] in [0, 1], standardised; the VAE's config gets the two constants."""
+    latents = torch.cat([vae.encode(2 * images - 1).latent_dist.sample(generator) for images in pictures])
+    shift, scale = latents.mean().item(), 1 / latents.std().item()
+    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    return (latents - shift) * scale
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> Tensor:
+    """Token ids of texts, padded and cut to `length`: int64 [N, length]."""
+    encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    ids: Tensor = encoded["input_ids"]
+    return ids
+
+
+def train_flow(
+    pipeline: FluxPipeline,
+    latents: Tensor,
+    captions: Callable[[Sequence[int]], Sequence[str]],
+    steps: int,
+    generator: torch.Generator,
+    *,
+    text_length: int,
+    batch: int = 64,
+    average: float = 1e-3,
+) -> None:
+    """Train a rectified flow on standardised latents; both text encoders learn together with the transformer.
+
+    `captions` gives the captions of rows of `latents`, anew each time, and `text_length` their number of T5 tokens. The
+    pipeline keeps a running mean of the weights, of which each step is the share `average`.
+    """
+    modules = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
+    for module in modules:
+        module.train()
+    x0 = FluxPipeline._pack_latents(latents, *latents.shape)
+    img_ids = FluxPipeline._prepare_latent_image_ids(
+        1, latents.shape[2] // 2, latents.shape[3] // 2, latents.device, latents.dtype
+    )
+    txt_ids = torch.zeros(text_length, 3)
+
+    parameters = [p for module in modules for p in module.parameters()]
+    averages = [p.detach().clone() for p in parameters]
+    update = one_cycle(modules, 1.5e-3, steps)
+    progress = Progress("flow", steps)
+    for step in range(steps):
+        rows = torch.randint(len(x0), (batch,), generator=generator)
+        texts = captions(rows.tolist())
+        x, noise = x0[rows], torch.randn(batch, *x0.shape[1:], generator=generator)
+        t = torch.sigmoid(0.5 + torch.randn(batch, generator=generator))
+        clip_ids = token_ids(pipeline.tokenizer, texts, pipeline.tokenizer.model_max_length)
+        velocity = pipeline.transformer(
+            hidden_states=torch.lerp(x, noise, t[:, None, None]),
+            timestep=t,
+            # Guidance is embedded but has no meaning here; the model learns to ignore it.
+            guidance=1 + 5 * torch.rand(batch, generator=generator),
+            encoder_hidden_states=pipeline.text_encoder_2(token_ids(pipeline.tokenizer_2, texts, text_length))[0],
+            pooled_projections=pipeline.text_encoder(clip_ids).pooler_output,
+            txt_ids=txt_ids,
+            img_ids=img_ids,
+            return_dict=False,
+        )[0]
+        loss = F.mse_loss(velocity, noise - x)
+        update(loss)
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, average)
+        progress.report(step, loss)
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, averages)
+    for module in modules:
+        module.eval()
+
+
+class Progress:
+    """Printer of a line with the mean loss, twenty times in a stage."""
+
+    def __init__(self, stage: str, steps: int) -> None:
+        self.stage, self.steps, self.started = stage, steps, time.perf_counter()
+        self.losses: list[Tensor] = []
+
+    def report(self, step: int, loss: Tensor) -> None:
+        self.losses.append(loss.detach())
+        if (step + 1) % max(1, self.steps // 20) == 0:
+            mean = torch.stack(self.losses).mean().item()
+            self.losses.clear()
+            elapsed = time.perf_counter() - self.started
+            print(f"{self.stage}: step {step + 1}/{self.steps}, loss {mean:.4f}, {elapsed:.0f} s", flush=True)
