@@ -17,7 +17,10 @@ _LEAST_DIVERSITY = 0.5
 
 
 class Symptoms:
-    """Recogniser of common failures; it names a setting to try, with each warning at most every 25 iterations."""
+    """Recogniser of common failures, which names a setting to try.
+
+    A warning comes again after 25 iterations or more, and when the run is twice as long: what lasts is said ever less.
+    """
 
     QUIET = 25
     ENOUGH = 10  # iterations that make a mean
@@ -26,7 +29,7 @@ class Symptoms:
         self.recipe = recipe
         self._first: dict[str, list[float]] = {}  # of the run's first iterations, where it is still the base model's
         self._history: dict[str, deque[float]] = {}
-        self._said: dict[str, int] = {}
+        self._next: dict[str, int] = {}  # the iteration from which on a warning may come again
         self._iteration = 0
 
     def recall(self, figures: Mapping[str, float]) -> None:
@@ -42,8 +45,8 @@ class Symptoms:
         self._iteration += 1
         found = dict(self._found(figures))
         self.recall(figures)
-        fresh = [key for key in found if self._iteration - self._said.get(key, -self.QUIET) >= self.QUIET]
-        self._said |= dict.fromkeys(fresh, self._iteration)
+        fresh = [key for key in found if self._iteration >= self._next.get(key, 0)]
+        self._next |= dict.fromkeys(fresh, max(self._iteration + self.QUIET, 2 * self._iteration))
         return [found[key] for key in fresh]
 
     def _found(self, figures: Mapping[str, float]) -> Iterator[tuple[str, str]]:
@@ -106,8 +109,8 @@ class Symptoms:
             yield (
                 "diversity",
                 (
-                    f"the group's diversity fell to {diversity:.0%} of where it began "
-                    f"(mode collapse): raise {algorithm.exploration} or lower optimizer.learning_rate"
+                    f"the group's diversity fell to {diversity:.0%} of where it began: if the prompts leave anything "
+                    f"open, that is mode collapse: raise {algorithm.exploration} or lower optimizer.learning_rate"
                 ),
             )
         for name in ("update/grad_norm", "update/loss"):
