@@ -34,7 +34,7 @@ class Timing(NamedTuple):
 
     seconds: list[float]
     clock: str
-    """"wall", "cpu" (of the one thread), "graph" (device time, replayed without the host) or "events" (host included)."""
+    """"wall", "cpu" (of one thread), "graph" (device time, replayed without the host) or "events" (host included)."""
 
 
 def cache_bytes(device: torch.device) -> int:
