@@ -139,6 +139,8 @@ LOSS_KERNELS = (  # the Triton functions of ngrpo_kernels
     "_weighted_kernel",
     "finish_kernel",
     "sums_kernel",
+    "_gaussian_grad_kernel",
+    "_gaussian_kernel",
 )
 
 # The first pattern that matches a name decides its group. Inductor's fused kernels (triton_poi_..., triton_red_...)

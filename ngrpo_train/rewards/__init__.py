@@ -90,7 +90,7 @@ class Rewards:
     def check(self, prompts: Sequence[Prompt], field: str, names: Sequence[str] | None = None) -> None:
         """Raise ValueError where a reward cannot score a prompt, as its check says; without `names`, in an evaluation.
 
-        The message names the reward, what it needs, the recipe's `field` that the prompts come from, and the prompt.
+        The message names the reward, the prompt, the recipe's `field` that it comes from, and the reason.
         """
         names = self.evaluated if names is None else names
         if prompts and not names:
@@ -103,7 +103,7 @@ class Rewards:
             if refused:
                 first, why = refused[0]
                 others = f" and {len(refused) - 1} more of {len(prompts)}" if len(refused) > 1 else ""
-                raise ValueError(f"rewards.{name} {why}: of {field}, it cannot score {first}{others}")
+                raise ValueError(f"rewards.{name} cannot score {first}{others} of {field}: {why}")
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[Prompt], names: Sequence[str] | None = None) -> Tensor:

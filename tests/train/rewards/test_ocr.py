@@ -82,17 +82,16 @@ LACKING = [
 
 def test_prompts_are_checked_all_at_once():
     rewards = Rewards({"words": Ocr(kind="ocr", layout="line"), "shapes_judge": Reward()})
-    rewards.check([LACKING[0], LACKING[2]], "prompts.source")
-    rewards.check(LACKING, "prompts.source", ["shapes_judge"])
-    needs = (
-        'rewards.words needs the row\'s field "text", or a text in quotes in the prompt: of prompts.source, it cannot'
-    )
-    with pytest.raises(ValueError, match=r"1 more of 4$") as raised:
+    rewards.check([LACKING[0], LACKING[2]], "prompts.source", ["words"])
+    needs = 'of prompts.source: needs the row\'s field "text", or a text in quotes in the prompt'
+    with pytest.raises(ValueError, match="1 more of 4") as raised:
         rewards.check(LACKING, "prompts.source")
-    assert str(raised.value) == f"{needs} score 'a dog' (row 2 of its file) and 1 more of 4"
+    assert str(raised.value) == f"rewards.words cannot score 'a dog' (row 2 of its file) and 1 more of 4 {needs}"
     with pytest.raises(ValueError, match="row 4") as raised:
         rewards.check(LACKING[2:], "prompts.source")
-    assert str(raised.value) == f"{needs} score 'c' (row 4 of its file)"
+    assert str(raised.value) == f"rewards.words cannot score 'c' (row 4 of its file) {needs}"
+    with pytest.raises(ValueError, match=r"shapes_judge cannot score 'b' of .*: not a prompt of the shapes world: 'b'"):
+        rewards.check(LACKING[2:3], "prompts.source")
 
 
 def test_a_scorer_of_ones_own_may_check_prompts(monkeypatch):
@@ -107,7 +106,7 @@ def test_a_scorer_of_ones_own_may_check_prompts(monkeypatch):
     monkeypatch.setitem(sys.modules, "rhymes_under_test", SimpleNamespace(rhymes=Rhymes()))
     rewards = Rewards({"rhymes": Reward(path="rhymes_under_test:rhymes")})
     rewards.check([Prompt("a cat")], "evaluation.test")
-    with pytest.raises(ValueError, match=r"^rewards\.rhymes needs a word .*: of evaluation\.test, .* 'an orange'$"):
+    with pytest.raises(ValueError, match=r"^rewards\.rhymes cannot score 'an orange' of evaluation\.test: needs a word"):
         rewards.check([Prompt("a cat"), Prompt("an orange")], "evaluation.test")
 
 
@@ -126,8 +125,8 @@ def test_ngrpo_eval_refuses_prompts_without_text(tmp_path, capsys, monkeypatch):
     ]
     assert main(arguments) == 2
     assert capsys.readouterr().err == (
-        'ngrpo eval: rewards.ocr needs the row\'s field "text", or a text in quotes in the prompt: of prompts.source, '
-        "it cannot score 'a blue sign that says LION' (row 1 of its file)\n"
+        "ngrpo eval: rewards.ocr cannot score 'a blue sign that says LION' (row 1 of its file) of prompts.source: "
+        'needs the row\'s field "text", or a text in quotes in the prompt\n'
     )
 
 
@@ -361,7 +360,7 @@ def test_a_server_and_this_process_agree():
         remote = {"ocr": Ocr(remote=url), "exact": Ocr(kind="ocr", remote=url, batch=2)}
         rewards = Rewards(remote)
         assert torch.equal(rewards.score(images, prompts), here)
-        with pytest.raises(ValueError, match=r"^rewards\.ocr needs the row's field .* cannot score 'a dog'$"):
+        with pytest.raises(ValueError, match=r"^rewards\.ocr cannot score 'a dog' of .*: needs the row's field "):
             rewards.check([Prompt("a dog")], "prompts.source")
         with pytest.raises(RewardError, match=r"failed on 'a dog', with no fields: ValueError: needs the row's field"):
             Rewards({"ocr": Ocr(remote=url)}).score(images[:1], [Prompt("a dog")])

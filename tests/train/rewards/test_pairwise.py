@@ -340,7 +340,7 @@ def test_it_is_left_out_of_evaluations(judge):
     both = {"mine": settings(judge, kind="pairwise"), "shapes_judge": Reward()}
     rewards = Rewards(both)
     assert (rewards.evaluated, rewards.relative, rewards.in_training) == (("shapes_judge",), ("mine",), tuple(both))
-    rewards.check([Prompt("a cat")], "evaluation.validation")
+    rewards.check([Prompt("a small red star on a blue background")], "evaluation.validation")
     alone = Rewards({"mine": both["mine"]})
     alone.check([Prompt("a cat")], "prompts.source", alone.in_training)
     alone.check([], "evaluation.test")

@@ -495,19 +495,19 @@ def test_a_rows_picture_is_shown_before_the_result(server, edits, monkeypatch, t
 @pytest.mark.parametrize(
     "number, complaint",
     [
-        (3, "needs the row's field \"image\", a picture's file: of prompts.source, it cannot score 'edit 3' (row 3 of"),
+        (3, "needs the row's field \"image\", a picture's file"),
         (4, "needs the picture that the row's field \"image\" names: [Errno 2] No such file or directory: '/"),
         (5, "needs the picture that the row's field \"image\" names: cannot identify image file '/"),
-        (6, "needs a picture's file in the row's field \"image\", not 7: of prompts.source, it cannot score 'edit 6'"),
-        (8, "needs the row's field \"image\", a picture's file: "),
+        (6, "needs a picture's file in the row's field \"image\", not 7"),
+        (8, "needs the row's field \"image\", a picture's file"),
     ],
 )
 def test_a_row_without_its_picture_is_refused_before_any_work(server, edits, number, complaint):
     for name in ("edit", "unified"):  # the template decides, whatever the reward's name
         rewards = Rewards({name: Reward(remote=server.url, path="a-judge", template="edit_0_to_10")})
-        with pytest.raises(ValueError, match=rf"^rewards\.{name} {re.escape(complaint)}") as error:
+        refused = f"rewards.{name} cannot score 'edit {number}' (row {number} of its file) of prompts.source: "
+        with pytest.raises(ValueError, match=f"^{re.escape(refused + complaint)}"):
             rewards.check([*edits[:2], edits[number - 1]], "prompts.source")
-        assert str(error.value).endswith(f"it cannot score 'edit {number}' (row {number} of its file)")
 
 
 def test_a_picture_that_is_cut_off_is_named_when_it_is_read(server, edits):

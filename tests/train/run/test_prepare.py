@@ -53,11 +53,11 @@ def test_prompts_that_a_reward_cannot_score_are_refused_before_any_work(ngrpo, t
     watched = ("--rewards", "brightness,ocr", "--rewards.ocr.watch-only", "true", "--evaluation.test=signs.txt")
     before = written()
     for flags, said in (
-        (["--rewards=ocr"], f"of prompts.source, it cannot score {PROMPTS[0]!r} (row 1 of its file) and 3 more of 4"),
-        (watched, "of evaluation.test, it cannot score 'a dog' (row 2 of its file)"),
+        (["--rewards=ocr"], f"{PROMPTS[0]!r} (row 1 of its file) and 3 more of 4 of prompts.source"),
+        (watched, "'a dog' (row 2 of its file) of evaluation.test"),
     ):
         with mock.patch.object(trainer, "FlowModel", side_effect=AssertionError("work began")):
             code, _, err = ngrpo("train", tiny_recipe, *flags)
-        needs = 'rewards.ocr needs the row\'s field "text", or a text in quotes in the prompt'
-        assert (code, err) == (2, f"ngrpo train: {needs}: {said}\n")
+        needs = 'needs the row\'s field "text", or a text in quotes in the prompt'
+        assert (code, err) == (2, f"ngrpo train: rewards.ocr cannot score {said}: {needs}\n")
     assert written() == before
