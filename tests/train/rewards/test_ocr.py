@@ -106,7 +106,7 @@ def test_a_scorer_of_ones_own_may_check_prompts(monkeypatch):
     monkeypatch.setitem(sys.modules, "rhymes_under_test", SimpleNamespace(rhymes=Rhymes()))
     rewards = Rewards({"rhymes": Reward(path="rhymes_under_test:rhymes")})
     rewards.check([Prompt("a cat")], "evaluation.test")
-    with pytest.raises(ValueError, match=r"^rewards\.rhymes cannot score 'an orange' of evaluation\.test: needs a word"):
+    with pytest.raises(ValueError, match=r"^rewards\.rhymes cannot score 'an orange' of .*: needs a word"):
         rewards.check([Prompt("a cat"), Prompt("an orange")], "evaluation.test")
 
 
