@@ -290,12 +290,12 @@ Tensor quasi_norm_advantages(Tensor rewards, double p_norm, Tensor weights, Tens
   return result;
 }
 
-// Writes the tile `from` to a row of a contiguous [..., D] tensor, in its dtype.
+// Writes the tile `from` to row (p, b) of a contiguous [P, B, D] tensor, in its dtype.
 template <typename T>
-void write(const T* from, const Tensor& tensor, int64_t row, int64_t begin, int64_t count) {
+void write(const T* from, const Tensor& tensor, int64_t p, int64_t b, int64_t begin, int64_t count) {
   with_type(tensor.scalar_type(), [&](auto element) {
     using Element = decltype(element);
-    Element* to = tensor.mutable_data_ptr<Element>() + row * tensor.size(tensor.dim() - 1) + begin;
+    Element* to = tensor.mutable_data_ptr<Element>() + (p * tensor.size(1) + b) * tensor.size(2) + begin;
     for (int64_t d = 0; d < count; ++d) to[d] = convert<Element>(from[d]);
   });
 }
@@ -322,7 +322,7 @@ Tensor weighted_differences(Tensor weights, std::optional<Tensor> scale, Tensor 
         const auto origin_of = [&](int64_t b) { return x[own[p * anchors + b]]; };
         const T* weights_p = weights_of.data() + p * anchors * group;
         add_weighted(x, valid[p], weights_p, origin_of, anchors, group, count, sums.data());
-        for (int64_t b = 0; b < anchors; ++b) write(&sums[b * TILE], result, p * anchors + b, begin, count);
+        for (int64_t b = 0; b < anchors; ++b) write(&sums[b * TILE], result, p, b, begin, count);
       };
     });
   });
@@ -370,7 +370,7 @@ Tensor weighted_sum_from(Tensor weights, Tensor anchors, Tensor candidates) {
         origins.read(anchor_rows, p, begin, count);
         const auto origin_of = [&](int64_t b) { return origins[b]; };
         add_weighted(x, valid[p], weights_of + p * rows * group, origin_of, rows, group, count, sums.data());
-        for (int64_t b = 0; b < rows; ++b) write(&sums[b * TILE], result, p * rows + b, begin, count);
+        for (int64_t b = 0; b < rows; ++b) write(&sums[b * TILE], result, p, b, begin, count);
       };
     });
   });
@@ -461,6 +461,7 @@ Tensor gaussian_log_ratio(Tensor moving, std::optional<Tensor> old, std::optiona
 
 Tensor gaussian_log_ratio_grad(Tensor moving, std::optional<Tensor> old, std::optional<Tensor> rollout,
                                std::optional<Tensor> noise, Tensor scale, Tensor by_log_ratio, Tensor by_kl) {
+  constexpr int64_t WRITTEN = 8 * LANES<float>;  // at a time: the stores of a whole tile would hold up the next loads
   const int64_t rows = moving.size(0), dim = moving.size(1);
   const Split split(rows, dim);
   const Tensor scales = contiguous(scale), by_log_ratios = contiguous(by_log_ratio), by_kls = contiguous(by_kl);
@@ -469,16 +470,22 @@ Tensor gaussian_log_ratio_grad(Tensor moving, std::optional<Tensor> old, std::op
     using T = decltype(zero);
     const T* scale_of = scales.const_data_ptr<T>();
     split.for_each_tile([&] {
-      return [&, parts = Whitened<T>(moving, old, rollout, noise), grad = std::vector<T>(TILE)](
+      return [&, parts = Whitened<T>(moving, old, rollout, noise), grad = std::array<T, WRITTEN>()](
                  int64_t, int64_t m, int64_t begin, int64_t count) mutable {
         const T by_rest = scale_of[m] / dim * by_log_ratios.const_data_ptr<T>()[m];
         const T by_shift = scale_of[m] / dim * by_kls.const_data_ptr<T>()[m];
         parts.read(m, scale_of[m], begin, count);
-        for (int64_t d = 0; d < count; d += LANES<T>) {
-          const auto [shift, drift, rest] = parts[d];
-          store(&grad[d], by_rest * rest + by_shift * shift);
-        }
-        write(grad.data(), result, m, begin, count);
+        with_type(result.scalar_type(), [&](auto element) {
+          auto* to = result.mutable_data_ptr<decltype(element)>() + m * dim + begin;
+          for (int64_t first = 0; first < count; first += WRITTEN) {
+            const int64_t size = std::min(WRITTEN, count - first);
+            for (int64_t d = 0; d < size; d += LANES<T>) {
+              const auto [shift, drift, rest] = parts[first + d];
+              store(&grad[d], by_rest * rest + by_shift * shift);
+            }
+            for (int64_t d = 0; d < size; ++d) to[first + d] = convert<decltype(element)>(grad[d]);
+          }
+        });
       };
     });
   });
