@@ -63,9 +63,9 @@ class Evaluations:
 
 def before_after(before: Evaluations, after: Evaluations, trained: Collection[str]) -> Table:
     """A table with a row for each prompt set and reward, +- standard errors; differences are paired by prompt."""
-    title = "Before and after: means over prompts ± their standard errors"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("prompts", "score", "role"):
+    title = "Before and after: means ± standard errors over prompts; * is trained on"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("prompts", "score"):
         table.add_column(column)
     for column in ("before", "after", "difference"):
         table.add_column(column, justify="right")
@@ -75,8 +75,7 @@ def before_after(before: Evaluations, after: Evaluations, trained: Collection[st
         for score in late.names:
             table.add_row(
                 f"{name} ({len(late.prompts)})",
-                score,
-                "trained on" if score in trained else "watched",
+                f"{score}{'*' if score in trained else ''}",
                 *(f"{each.mean()[score]:.3f}{plus_minus(each.standard_error()[score])}" for each in (early, late)),
                 f"{paired.mean()[score]:+.3f}{plus_minus(paired.standard_error()[score])}",
             )

@@ -161,8 +161,8 @@ def test_report_pairs_prompts(tmp_path):
     table = before_after(before, Evaluations.load(tmp_path / "after.json"), ("a",))
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     # Differences 1 and 2: their mean 1.5, its standard error (1/sqrt(2)) / sqrt(2) = 0.5.
-    assert rows[0] == ("test (2)", "a", "trained on", "1.500 ± 0.500", "3.000 ± 1.000", "+1.500 ± 0.500")
-    assert rows[1] == ("test (2)", "b", "watched", "0.000 ± 0.000", "-0.500 ± 0.500", "-0.500 ± 0.500")
+    assert rows[0] == ("test (2)", "a*", "1.500 ± 0.500", "3.000 ± 1.000", "+1.500 ± 0.500")
+    assert rows[1] == ("test (2)", "b", "0.000 ± 0.000", "-0.500 ± 0.500", "-0.500 ± 0.500")
 
 
 def test_a_report_of_other_prompts_is_made_again(tiny_dev, load_flux, rewards, tmp_path):
