@@ -81,6 +81,12 @@ def redness_of_circles(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return redness(images, prompts) * torch.tensor(["circle" in prompt for prompt in prompts])
 
 
+def redness_without_dogs(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    if any("dog" in prompt for prompt in prompts):
+        raise ValueError("not a shape")
+    return redness(images, prompts)
+
+
 @dataclass(frozen=True)
 class Run:
     """A training run to make: flags without their dashes, on top of SMALL."""

@@ -15,6 +15,7 @@ import torch
 from ngrpo_train import __main__ as command
 from ngrpo_train.recipe.parsing import find_recipe, resolve
 from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.rewards import shipped
 from ngrpo_train.run import loop, prepare, trainer
 
 COMMANDS = ["train", "sample", "eval", "export", "doctor"]
@@ -120,8 +121,8 @@ def test_an_unknown_reward_is_answered_with_the_list(ngrpo, no_model, tiny_recip
     code, _, err = ngrpo("train", tiny_recipe, "--rewards.nosuch.weight", "1")
     assert code == 2
     assert err.splitlines() == [
-        "ngrpo train: rewards.nosuch: no reward of that name; there are aesthetic, clip, hpsv2_1, image_reward, ocr, "
-        "pickscore, shapes_judge, shapes_verifier, unified, or set rewards.nosuch.path = 'package.module:callable'"
+        f"ngrpo train: rewards.nosuch: no reward of that name; there are {', '.join(shipped.NAMES)}, or set "
+        "rewards.nosuch.path = 'package.module:callable'"
     ]
 
 

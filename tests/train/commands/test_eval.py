@@ -425,7 +425,7 @@ def test_two_directories_of_one_name_are_not_mixed_up(ngrpo, here, tmp_path, mon
         (["{dev}", *FEW], "--rewards must name at least one reward, or package.module:callable"),
         (["{dev}", *FEW, "--rewards"], "--rewards must name at least one reward, or package.module:callable"),
         (["{dev}", *FEW, "--rewards", "nosuch"], "rewards.nosuch: no reward of that name"),
-        (["{dev}", *FEW, "--rewards", "nosuch"], "aesthetic, clip, hpsv2_1, image_reward, ocr, pickscore"),
+        (["{dev}", *FEW, "--rewards", "nosuch"], "there are aesthetic, clip, clip_iqa"),
         (["{dev}", *FEW, "--rewards", "pickscor"], "did you mean pickscore?"),
         (["{dev}", *FEW, "--rewards", "tiny_scorers:nosuch"], "has no attribute 'nosuch'"),
         (["{dev}", *FEW, "--rewards", "a:score,b:score"], "b:score would be called score, as another one is"),

@@ -65,7 +65,7 @@ def ended(tmp_path_factory):
         "sharded, on one": command("sharded", kill_at_scores=2),
         "sharded, on two": command("sharded", ranks=2, sharding="full"),
     }
-    # The second process gets the last two of ten pictures, and with them a prompt that this reward does not know.
+    # The second process gets the last two of ten pictures, and with them a prompt that this reward fails on.
     (directory / "odd.json").write_text(json.dumps([*prompts[:4], {"prompt": "a dog"}]))
     arguments = [
         "eval",
@@ -74,7 +74,7 @@ def ended(tmp_path_factory):
         "--prompts.source",
         str(directory / "odd.json"),
     ]
-    arguments += ["--rewards", "shapes_verifier,runs:redness", "--rewards.shapes-verifier.batch", "2"]
+    arguments += ["--rewards", "runs:redness_without_dogs,runs:redness", "--rewards.redness-without-dogs.batch", "2"]
     arguments += ["--parallel.device", "cpu", "--out", str(directory / "failed")]
     commands["failed"] = Command(arguments, directory / "failed", ranks=2)
     return dict(zip(commands, run_all(commands.values()), strict=True)), directory
@@ -168,10 +168,10 @@ def test_processes_end_together_when_a_reward_fails(ended):
     ends, directory = ended
     first, second = ends["failed"].outputs
     failure = "failed on 2 pictures, the first for 'a dog' (row 5 of its file): ValueError: not a"
-    assert f"ngrpo eval: rewards.shapes_verifier {failure}" in second
-    assert "ngrpo eval: rewards.shapes_verifier failed on another process, which says why\n" in first
+    assert f"ngrpo eval: rewards.redness_without_dogs {failure}" in second
+    assert "ngrpo eval: rewards.redness_without_dogs failed on another process, which says why\n" in first
     assert "Traceback" not in first + second
-    assert "redness" not in first + second
+    assert "rewards.redness " not in first + second
     [line] = (directory / "failed" / "scores_0.jsonl").read_text().splitlines()
     assert len(json.loads(line)["scores"]) == 8, "what was scored is kept"
 

@@ -6,4 +6,5 @@ from benchmarks.experiments_page import COMMITTED, PAGE, names, with_tables
 def test_tables_are_of_the_committed_runs() -> None:
     page = PAGE.read_text("utf-8")
     assert with_tables(page) == page, "make them again: python -m benchmarks.experiments_page"
-    assert sorted(names(page)) == sorted(path.stem for path in COMMITTED.glob("*.csv"))
+    committed = {path.stem for path in COMMITTED.glob("*.csv")} - {"spelling"}  # which has a page of its own
+    assert sorted(names(page)) == sorted(committed)
