@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-# --- several workers: module by module, but the light tests of all modules first, and the ranks last
+# --- several workers: module by module, but the light tests of all modules first
 
 _LANES_FILE = "ngrpo_lanes_file"  # where a worker leaves the lane of every test for the process that shares tests out
 

@@ -3,9 +3,9 @@
 A test's lane follows from what it is made of, and is never set by hand:
 
 - `light` starts no process, trains no run, runs no program, compiles and interprets nothing;
-- `heavy` does one of these, on one core: Triton's interpreter or compiler, torch.compile, a count of a model's
-  operators one by one, a run, an experiment, a profile, an example, a benchmark, a server;
-- `ranks` starts several processes that compute together, and comes last.
+- `ranks` starts several processes that compute together; its few modules take longest, so they come before
+- `heavy`, which does one of these, on one core: Triton's interpreter or compiler, torch.compile, a count of a model's
+  operators one by one, a run, an experiment, a profile, an example, a benchmark, a server.
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-LANES = ("light", "heavy", "ranks")
+LANES = ("light", "ranks", "heavy")  # in their order
 
 _COMPILERS = {"triton", "inductor", "aot_eager", "aot_eager_decomp_partition"}  # as values of parameters
 _COMPILING_MODULES = {"test_triton", "test_compile", "test_planted_bugs"}
