@@ -1,17 +1,26 @@
 """Fixtures: tiny FLUX pipelines in directories, and what loads and trains them in this process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from ngrpo_train.__main__ import main
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.recipe.sections import Model, Parallel, Sampling
 
 from ..tiny import PROMPTS, SCORERS, SIZE, save_pipeline, write_recipe
+
+
+@pytest.fixture(autouse=True)
+def _attention_as_it_was() -> Iterator[None]:
+    """diffusers keeps the last attention backend that a model was given for all models of the process."""
+    backend, _ = _AttentionBackendRegistry.get_active_backend()
+    yield
+    _AttentionBackendRegistry.set_active_backend(backend)
 
 
 @pytest.fixture(scope="session")
