@@ -10,7 +10,15 @@ import torch
 
 from ngrpo_kernels import neighbor_grpo_loss_from_velocity, reference
 
-from .cases import Case, assert_as_accurate_as_reference, assert_as_accurate_as_torch, make_case, run, run_from_anchors, truth
+from .cases import (
+    Case,
+    assert_as_accurate_as_reference,
+    assert_as_accurate_as_torch,
+    make_case,
+    run,
+    run_from_anchors,
+    truth,
+)
 
 OLD = ["tensor", "detach", "literal"]
 
