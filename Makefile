@@ -34,14 +34,15 @@ help:                ## this list
 train: $(INSTALLED)  ## teach a small FLUX to spell, on this machine's CPU, and show before and after
 	@$(INSIDE) $(BIN)/ngrpo train spelling_cpu --log.output-dir "$(RUN)" $(ARGS)
 
-PYTEST   := OMP_NUM_THREADS=1 $(INSIDE) $(PY) -m pytest
+# Python may keep what it compiles: pytest would rewrite every test's assertions anew each time, for six seconds.
+PYTEST   := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(INSIDE) $(PY) -m pytest
 PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 # Of tests that ARGS choose, a lane may hold none, which pytest calls an error, 5.
 OR_NONE   = $(if $(ARGS)$(ONLY),|| [ $$? = 5 ])
 WING      = $(or $(wildcard tests/train/$(ONLY) tests/$(ONLY) tests/test_$(ONLY).py),$(error ONLY=$(ONLY): tests has \
 no folder of that name))
 
-check: lint types    ## lint, types and the light tests, in about 90 s; ONLY=rewards (kernels, ...): one folder's tests
+check: lint types    ## lint, types and the light tests, in two minutes; ONLY=rewards (kernels, ...): one folder's tests
 	@$(PYTEST) $(PARALLEL) -m 'light and not slow' $(if $(ONLY),$(WING)) $(ARGS) $(OR_NONE)
 
 test: $(INSTALLED)   ## run the tests, lane by lane: the light ones first
