@@ -230,8 +230,9 @@ def test_train_step_measures_what_training_does(tmp_path: Path, capsys: pytest.C
     found = {row.metric: row for row in rows}
     assert {row.part for row in rows} == {"step"}
     assert [found[name].samples for name in ("iteration", "rollout", "decode", "reward", "update")] == [4] * 5
-    stages = sum(found[name].value or 0 for name in ("rollout", "decode", "reward", "update"))
-    assert 0 < stages <= (found["iteration"].high or 0)
+    # Of minima this holds under any load; medians may be of different iterations.
+    stages = sum(found[name].low or 0 for name in ("rollout", "decode", "reward", "update"))
+    assert 0 < stages <= (found["iteration"].low or 0)
     assert (found["grad_norm"].value or 0) > 0
     assert found["skipped_steps"].value == found["graphs_later"].value == 0
     assert found["runs_ratio"].samples == 1
