@@ -68,7 +68,7 @@ def _caption(text: str, width: int) -> Image.Image:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
+        if lines[-1] and font.getlength(longer) > width - 2:
             lines.append(word)
         else:
             lines[-1] = longer

@@ -8,14 +8,12 @@ asked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib.resources import as_file, files
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ngrpo_train.shapes.world import COLOURS, SHAPES, SIZES, Caption
+from ngrpo_train.worlds.judging import features, trained
 
 ATTRIBUTES = {"size": tuple(SIZES), "colour": tuple(COLOURS), "shape": SHAPES, "background": tuple(COLOURS)}
 
@@ -25,14 +23,9 @@ class Judge(nn.Module):
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for out in (width, 2 * width, 4 * width):
-            layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.GroupNorm(4, out), nn.SiLU()]
-            channels = out
-        self.features = nn.Sequential(*layers, nn.Conv2d(channels, channels, 3, padding=1), nn.SiLU())
+        self.features = features(width)
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(channels * 4 * 4, len(values)) for name, values in ATTRIBUTES.items()}
+            {name: nn.Linear(4 * width * 4 * 4, len(values)) for name, values in ATTRIBUTES.items()}
         )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -48,19 +41,10 @@ def labels(wanted: Sequence[Caption]) -> dict[str, Tensor]:
     }
 
 
-@cache
-def _trained() -> Judge:
-    with torch.device("meta"):  # no random numbers are drawn: a run's own must not depend on when this is called
-        judge = Judge()
-    with as_file(files("ngrpo_train.shapes") / "weights" / "judge.safetensors") as path:
-        judge.load_state_dict(load_file(path), assign=True)
-    return judge.eval().requires_grad_(False)
-
-
 @torch.no_grad()
 def judge(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Score uint8 `images` [N, 3, 64, 64] against `prompts` [N]: float32 [N] in [0, 1]."""
-    log_probabilities = _trained().to(images.device)(images.float() / 255)
+    log_probabilities = trained("shapes", Judge).to(images.device)(images.float() / 255)
     asked = labels([Caption.parse(prompt) for prompt in prompts])
     chosen = [log_probabilities[name].gather(1, asked[name].to(images.device)[:, None]) for name in ATTRIBUTES]
     return torch.cat(chosen, dim=1).exp().mean(1)

@@ -8,20 +8,20 @@ replaced by a random one with a small probability. So the flow learns to be a li
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import AutoencoderKL
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from ngrpo_train.shapes.judge import ATTRIBUTES, Judge, labels
 from ngrpo_train.shapes.pipeline import MAX_SEQUENCE_LENGTH, untrained_pipeline
 from ngrpo_train.shapes.world import Caption, captions, draw
-from ngrpo_train.worlds.pretraining import Progress, encode, one_cycle, train_flow, train_vae
+from ngrpo_train.worlds.pretraining import encode, train_flow, train_judge, train_vae
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,8 @@ def main(args: Pretrain) -> None:
     train_flow(pipeline, latents, misled, args.flow_steps, generator, text_length=MAX_SEQUENCE_LENGTH)
     pipeline.save_pretrained(args.out / "pipeline")
 
-    judge = train_judge(pipeline.vae, args.judge_steps, generator)
+    judge = Judge()
+    train_judge(judge, pipeline.vae, lambda n: _drawn(n, generator), _judge_loss, args.judge_steps, generator)
     save_file(judge.state_dict(), args.out / "judge.safetensors")
 
 
@@ -72,24 +73,14 @@ def noisy(caption: Caption, probability: float) -> Caption:
     return changed if changed in captions("train") else caption
 
 
-def train_judge(vae: AutoencoderKL, steps: int, generator: torch.Generator, batch: int = 64) -> Judge:
-    """A classifier trained on drawn pictures: half of them passed through the VAE, all of them with a little noise."""
-    judge = Judge()
-    update = one_cycle([judge], 3e-3, steps)
-    progress = Progress("judge", steps)
-    for step in range(steps):
-        wanted = random.choices(captions("train"), k=batch)
-        images = draw(wanted, generator)
-        half = batch // 2
-        with torch.no_grad():
-            latents = vae.encode(2 * images[:half] - 1).latent_dist.sample(generator)
-            images[:half] = ((vae.decode(latents).sample + 1) / 2).clamp(0, 1)
-        images = images + 0.05 * torch.randn(images.shape, generator=generator)
-        log_probabilities = judge(images)
-        loss = torch.stack([F.nll_loss(log_probabilities[name], asked) for name, asked in labels(wanted).items()]).sum()
-        update(loss)
-        progress.report(step, loss)
-    return judge.eval()
+def _drawn(count: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    wanted = random.choices(captions("train"), k=count)
+    return draw(wanted, generator), labels(wanted)
+
+
+def _judge_loss(judge: nn.Module, images: Tensor, asked: Mapping[str, Tensor]) -> Tensor:
+    log_probabilities = judge(images)
+    return torch.stack([F.nll_loss(log_probabilities[name], value) for name, value in asked.items()]).sum()
 
 
 if __name__ == "__main__":

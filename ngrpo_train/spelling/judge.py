@@ -7,14 +7,12 @@ that a sign has four places, and tells the letter in each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib.resources import as_file, files
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ngrpo_train.spelling.world import LETTERS, WORD_LENGTH, Sign
+from ngrpo_train.worlds.judging import features, trained
 
 
 class Judge(nn.Module):
@@ -22,13 +20,8 @@ class Judge(nn.Module):
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for out in (width, 2 * width, 4 * width):
-            layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.GroupNorm(4, out), nn.SiLU()]
-            channels = out
-        self.features = nn.Sequential(*layers, nn.Conv2d(channels, channels, 3, padding=1), nn.SiLU())
-        self.head = nn.Linear(channels * 4 * 2, len(LETTERS))
+        self.features = features(width)
+        self.head = nn.Linear(4 * width * 4 * 2, len(LETTERS))
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.features(2 * images - 1)  # [N, C, 4, 8]: two columns for each letter
@@ -42,19 +35,10 @@ def letters(wanted: Sequence[Sign]) -> Tensor:
     return torch.tensor([[LETTERS.index(letter) for letter in sign.word] for sign in wanted])
 
 
-@cache
-def _trained() -> Judge:
-    with torch.device("meta"):  # no random numbers are drawn: a run's own must not depend on when this is called
-        judge = Judge()
-    with as_file(files("ngrpo_train.spelling") / "weights" / "judge.safetensors") as path:
-        judge.load_state_dict(load_file(path), assign=True)
-    return judge.eval().requires_grad_(False)
-
-
 @torch.no_grad()
 def read(images: Tensor) -> list[str]:
     """The four letters that uint8 `images` [N, 3, 32, 64] are likeliest to show."""
-    rows = _trained().to(images.device)(images.float() / 255).argmax(-1).tolist()
+    rows = trained("spelling", Judge).to(images.device)(images.float() / 255).argmax(-1).tolist()
     return ["".join(LETTERS[letter] for letter in row) for row in rows]
 
 

@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ngrpo_train.spelling.judge import Judge, letters
 from ngrpo_train.spelling.pipeline import CLIP_LENGTH, MAX_SEQUENCE_LENGTH, untrained_pipeline
 from ngrpo_train.spelling.world import COLOURS, LETTERS, WORD_LENGTH, Sign, draw, words
 from ngrpo_train.worlds import pipeline_dir
-from ngrpo_train.worlds.pretraining import Progress, encode, one_cycle, token_ids, train_flow, train_vae
+from ngrpo_train.worlds.pretraining import Progress, encode, one_cycle, token_ids, train_flow, train_judge, train_vae
 
 _LETTERS_OF_T5 = slice(6, 10)  # its tokens: a, colour, sign, that, says, a space, then the letters
 _RANDOM_WORDS = 0.6  # share of signs whose word is random letters, so that no letter and no pair is rare
@@ -72,7 +72,8 @@ def main(args: Pretrain) -> None:
     pipeline.transformer.to(torch.bfloat16)
     pipeline.save_pretrained(args.out / "pipeline")
 
-    judge = train_judge(pipeline.vae, args.judge_steps, generator)
+    judge = Judge()
+    train_judge(judge, pipeline.vae, lambda n: _drawn(n, generator), _judge_loss, args.judge_steps, generator)
     save_file(judge.state_dict(), args.out / "judge.safetensors")
 
 
@@ -123,24 +124,14 @@ def teach_letters(pipeline: FluxPipeline, steps: int, batch: int = 64) -> None:
         progress.report(step, loss)
 
 
-def train_judge(vae: AutoencoderKL, steps: int, generator: torch.Generator, batch: int = 64) -> Judge:
-    """A classifier trained on signs in several fonts: half of them passed through the VAE, all with a little noise."""
-    judge = Judge()
-    update = one_cycle([judge], 3e-3, steps)
-    progress = Progress("judge", steps)
-    for step in range(steps):
-        wanted = some_signs(batch)
-        font = random.choice(list(_FONTS))
-        images = draw(wanted, generator, font, _FONTS[font])
-        half = batch // 2
-        with torch.no_grad():
-            latents = vae.encode(2 * images[:half] - 1).latent_dist.sample(generator)
-            images[:half] = ((vae.decode(latents).sample + 1) / 2).clamp(0, 1)
-        images = images + 0.05 * torch.randn(images.shape, generator=generator)
-        loss = F.cross_entropy(judge(images).flatten(0, 1), letters(wanted).flatten())
-        update(loss)
-        progress.report(step, loss)
-    return judge.eval()
+def _drawn(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Signs in one of several fonts, and their letters."""
+    wanted, font = some_signs(count), random.choice(list(_FONTS))
+    return draw(wanted, generator, font, _FONTS[font]), letters(wanted)
+
+
+def _judge_loss(judge: nn.Module, images: Tensor, asked: Tensor) -> Tensor:
+    return F.cross_entropy(judge(images).flatten(0, 1), asked.flatten())
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def words(split: str) -> tuple[str, ...]:
         raise ValueError(f"no split {split!r} in the spelling world; there are {', '.join(SPLITS)}")
     listed = (files("ngrpo_train.spelling") / "words.txt").read_text("ascii").split()
     listed.sort(key=lambda word: hashlib.sha256(word.encode()).digest())
-    stops = {split: stop for split, stop in zip(_HELD_OUT, itertools.accumulate(_HELD_OUT.values()), strict=True)}
+    stops = dict(zip(_HELD_OUT, itertools.accumulate(_HELD_OUT.values()), strict=True))
     if split == "train":
         return tuple(listed[sum(_HELD_OUT.values()) :])
     return tuple(listed[stops[split] - _HELD_OUT[split] : stops[split]])
@@ -98,12 +98,15 @@ def font_file(name: str) -> Path:
 
 
 @cache
+def _face(font: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(font_file(font)), size)
+
+
 def _mask(word: str, dx: int, dy: int, font: str, size: int) -> Tensor:
     """How much of each pixel the ink of a word covers, float32 [32, 64] in [0, 1]."""
     image = Image.new("L", (WIDTH, HEIGHT))
     middle = (WIDTH / 2 + dx, HEIGHT / 2 + dy)
-    face = ImageFont.truetype(str(font_file(font)), size)
-    ImageDraw.Draw(image).text(middle, word, font=face, fill=255, anchor="mm")
+    ImageDraw.Draw(image).text(middle, word, font=_face(font, size), fill=255, anchor="mm")
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(HEIGHT, WIDTH).float() / 255
 
 

@@ -1,4 +1,4 @@
-"""How a world's VAE and rectified flow are pretrained on drawn pictures."""
+"""How a world's VAE, rectified flow and judge are pretrained on drawn pictures."""
 
 # N pictures of a batch.
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from diffusers import AutoencoderKL, FluxPipeline
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 def one_cycle(modules: Iterable[nn.Module], learning_rate: float, steps: int) -> Callable[[Tensor], None]:
@@ -128,6 +131,35 @@ def train_flow(
         torch._foreach_copy_(parameters, averages)
     for module in modules:
         module.eval()
+
+
+def train_judge(
+    judge: nn.Module,
+    vae: AutoencoderKL,
+    draw: Callable[[int], tuple[Tensor, T]],
+    loss: Callable[[nn.Module, Tensor, T], Tensor],
+    steps: int,
+    generator: torch.Generator,
+    *,
+    batch: int = 64,
+) -> None:
+    """Train a classifier on pictures [N, 3, H, W] in [0, 1] with their labels, which `draw` makes; `loss` takes both.
+
+    Half of the pictures are passed through the VAE, and all get a little noise.
+    """
+    update = one_cycle([judge], 3e-3, steps)
+    progress = Progress("judge", steps)
+    for step in range(steps):
+        images, labels = draw(batch)
+        half = batch // 2
+        with torch.no_grad():
+            latents = vae.encode(2 * images[:half] - 1).latent_dist.sample(generator)
+            images[:half] = ((vae.decode(latents).sample + 1) / 2).clamp(0, 1)
+        images = images + 0.05 * torch.randn(images.shape, generator=generator)
+        value = loss(judge, images, labels)
+        update(value)
+        progress.report(step, value)
+    judge.eval()
 
 
 class Progress:

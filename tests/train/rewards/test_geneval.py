@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from huggingface_hub import constants
 from PIL import Image
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
@@ -44,11 +43,6 @@ ROWS = [
         "prompt": "a photo of a red cup and a blue tv remote",
     },
 ]
-
-
-@pytest.fixture(autouse=True)
-def _empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 @pytest.fixture(scope="module")

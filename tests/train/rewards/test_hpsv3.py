@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
@@ -231,11 +230,6 @@ def pictures(height, width, count=3):
     images = functional.interpolate(soft, (height, width), mode="bicubic").clamp(0, 1)
     images[..., : height // 3, width // 2 :] = soft[..., :1, :1].round()
     return (255 * images).round().to(torch.uint8)
-
-
-@pytest.fixture(autouse=True)
-def _empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-from huggingface_hub import constants
 from torch.nn import functional
 
 from ngrpo_train.recipe.sections import Reward
@@ -150,11 +149,6 @@ def expected_score(state, pixels, ids, heads=HEADS[TEXT]):
 def pictures(count, height=SIZE, width=SIZE):
     generator = torch.Generator().manual_seed(height * width)
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
-
-
-@pytest.fixture(autouse=True)
-def _empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import Mask2FormerImageProcessorPil
@@ -13,11 +12,6 @@ from transformers import Mask2FormerImageProcessorPil
 from ngrpo_train.rewards.mask2former import Detector, objects, read_detector
 
 from .detectors import save_detector
-
-
-@pytest.fixture(autouse=True)
-def _empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 @pytest.fixture(scope="module")

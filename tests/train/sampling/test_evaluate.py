@@ -130,6 +130,21 @@ def test_tiles_stand_row_by_row():
     assert (grid[5:, 7:] == 255).all(), "no fourth picture"
 
 
+def test_captions_stand_below_their_pictures_and_within_their_width():
+    """Signs with many words, of which some line ends within a pixel of the edge."""
+    words = [f"a red sign that says {word}" for word in ("AFAR", "NECK", "EAST", "OVAL", "QUIZ", "ILLUMINATED")]
+    images = torch.full((len(words), 3, 4, 128), 200, dtype=torch.uint8)
+    grid = np.asarray(tile(images, columns=1, gap=2, captions=words)).min(2)
+    down = (len(grid) + 2) // len(words)
+    for i in range(len(words)):
+        assert (grid[i * down : i * down + 4] == 200).all()
+        below = grid[i * down + 4 : (i + 1) * down]
+        assert below.min() < 100
+        assert (below[:, -1] == 255).all(), words[i]
+    long, short = (np.asarray(tile(images[:1], 1, captions=[text])) for text in ("word " * 50, "word"))
+    assert len(long) < 4 * len(short), "at most three lines"
+
+
 def test_a_tile_keeps_height_and_width_apart():
     image = torch.zeros(1, 3, 2, 3, dtype=torch.uint8)
     image[0, :, 1, 2] = 200
