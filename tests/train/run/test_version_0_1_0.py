@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tarfile
 from copy import deepcopy
 from pathlib import Path
 
@@ -33,8 +32,7 @@ def left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     shutil.copy(LEFT / "recipe.toml", tmp_path)
     Path("redness.py").write_text("def redness(images, prompts):\n    return images[:, 0].float().mean((1, 2)) / 255\n")
-    with tarfile.open(LEFT / "run.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(LEFT / "run.tar.xz", tmp_path)
     return tmp_path
 
 
