@@ -10,7 +10,7 @@ the peers encode theirs beforehand. The caller gives the optimizer, or None.
 It is not a trainer: it has one process, one prompt, one optimizer step for each rollout, and the exact old policy.
 """
 
-# G candidates, B anchors, K trained steps, T image tokens, C channels of a packed token.
+# G candidates, B anchors, K trained steps, S the dimensions of a latent of a packed token.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ VAE_SCALE = 8  # pixels per latent of FLUX's VAE, in each direction
 class Draws:
     """The random choices of an iteration, as `ngrpo_train.sampling.perturb` draws them."""
 
-    noise_GTC: Tensor
+    noise_GS: Tensor
     step_K: Tensor  # int64 on the CPU
     anchor_B: Tensor  # int64 on the CPU
 
@@ -68,13 +68,13 @@ class Peer:
 
     def iterate(self, draws: Draws, max_grad_norm: float) -> float:
         """Make one iteration; returns the norm of the gradient, which is kept where there is no optimizer."""
-        states_GSTC, pictures = [], []
-        for candidate, noise_TC in enumerate(draws.noise_GTC):
+        states_GSS, pictures = [], []
+        for candidate, noise_S in enumerate(draws.noise_GS):
             with self.stage("rollout"):
-                states_STC = self.trajectory(noise_TC)
+                states_SS = self.trajectory(noise_S)
             with self.stage("decode"):
-                pictures.append(self.picture(states_STC[-1], self.directory / f"candidate_{candidate}.png"))
-            states_GSTC.append(states_STC)
+                pictures.append(self.picture(states_SS[-1], self.directory / f"candidate_{candidate}.png"))
+            states_GSS.append(states_SS)
         with self.stage("reward"):
             rewards_G = self.scorer(torch.stack(pictures).to(self.device), [self.prompt] * len(pictures))
             advantages_G = quasi_norm_advantages(
@@ -83,32 +83,32 @@ class Peer:
         with self.stage("update"):
             for parameter in self.transformer.parameters():
                 parameter.grad = None
-            self.backward(torch.stack(states_GSTC), advantages_G.to(self.device), draws)
+            self.backward(torch.stack(states_GSS), advantages_G.to(self.device), draws)
             norm = torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), max_grad_norm).item()
             if self.optimizer is not None:
                 self.optimizer.step()
         return norm
 
     @torch.no_grad()
-    def trajectory(self, noise_TC: Tensor) -> Tensor:
+    def trajectory(self, noise_S: Tensor) -> Tensor:
         """All states of one candidate, [steps + 1, T, C] in float32, the noise first."""
         solver = SOLVERS[self.sampling.solver]
         sigmas = self._sigmas()
-        states, previous = [noise_TC[None]], None
+        states, previous = [noise_S[None]], None
         for index in range(self.sampling.num_inference_steps):
             velocity = self.velocity(states[-1], sigmas[index].item())
             after, previous = solver(states[-1], velocity, sigmas, index, previous)
             states.append(after)
         return torch.cat(states)
 
-    def velocity(self, x_1TC: Tensor, sigma: float) -> Tensor:
+    def velocity(self, x_1S: Tensor, sigma: float) -> Tensor:
         config = self.transformer.config
         one = torch.ones(1, device=self.device)
         side = self.sampling.height // (2 * VAE_SCALE), self.sampling.width // (2 * VAE_SCALE)
         weights: torch.dtype = self.transformer.x_embedder.weight.dtype
         with self._arithmetic():
             velocity: Tensor = self.transformer(
-                hidden_states=x_1TC.to(weights),
+                hidden_states=x_1S.to(weights),
                 timestep=sigma * one,
                 guidance=self.sampling.guidance_scale * one if config.guidance_embeds else None,
                 encoder_hidden_states=self.conditioning.prompt_embeds.to(weights),
@@ -120,10 +120,10 @@ class Peer:
         return velocity.float()
 
     @torch.no_grad()
-    def picture(self, latents_TC: Tensor, file: Path) -> Tensor:
+    def picture(self, latents_S: Tensor, file: Path) -> Tensor:
         """The picture of latents [T, C], uint8 [3, H, W] on the CPU, written to `file` as a PNG and read back."""
         sampling, vae = self.sampling, self.vae
-        latents = FluxPipeline._unpack_latents(latents_TC[None], sampling.height, sampling.width, VAE_SCALE)
+        latents = FluxPipeline._unpack_latents(latents_S[None], sampling.height, sampling.width, VAE_SCALE)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0][0].float()
         pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
@@ -131,25 +131,25 @@ class Peer:
         with Image.open(file) as image:
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def backward(self, states_GSTC: Tensor, advantages_G: Tensor, draws: Draws) -> float:
+    def backward(self, states_GSS: Tensor, advantages_G: Tensor, draws: Draws) -> float:
         """Accumulate the gradient of the loss, one anchor at one step after the other; returns the loss."""
         sigmas, count, total = self._sigmas(), len(draws.step_K) * len(draws.anchor_B), 0.0
         for step in draws.step_K.tolist():
             dt = (sigmas[step] - sigmas[step + 1]).item()
             for anchor in draws.anchor_B.tolist():
-                before_1TC = states_GSTC[anchor, step : step + 1]
-                velocity = self.velocity(before_1TC, sigmas[step].item())
-                loss = self.loss(before_1TC - dt * velocity, states_GSTC[:, step + 1], advantages_G) / count
+                before_1S = states_GSS[anchor, step : step + 1]
+                velocity = self.velocity(before_1S, sigmas[step].item())
+                loss = self.loss(before_1S - dt * velocity, states_GSS[:, step + 1], advantages_G) / count
                 loss.backward()
                 total += loss.item()
         return total
 
-    def loss(self, point_1TC: Tensor, candidates_GTC: Tensor, advantages_G: Tensor) -> Tensor:
+    def loss(self, point_1S: Tensor, candidates_GS: Tensor, advantages_G: Tensor) -> Tensor:
         """Eqs. 8 to 10 as printed, at theta_old, so that the point of the old policy is the same one."""
         algorithm = self.algorithm
         assert isinstance(algorithm.temperature, float | int)
         assert isinstance(algorithm.clip_range, float)
-        sqdist_G = (candidates_GTC - point_1TC).square().flatten(1).sum(1)
+        sqdist_G = (candidates_GS - point_1S).square().flatten(1).sum(1)
         log_policy_G = (-sqdist_G / algorithm.temperature).log_softmax(0)
         ratio_G = (log_policy_G - log_policy_G.detach()).exp()
         clipped_G = ratio_G.clamp(1 - algorithm.clip_range, 1 + algorithm.clip_range)

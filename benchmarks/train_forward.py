@@ -62,7 +62,7 @@ def _forward_case(
         model.settings = replace(model.settings, rollout_batch=batch)
         part = inputs.first(batch)
         _speed(case, recipe, batch, lambda: model.sampling_velocity(*part))
-        everything = inputs.first(len(inputs.x_NTC))
+        everything = inputs.first(len(inputs.x_NS))
         seen[name] = model.sampling_velocity(*everything).float().cpu()
 
     settings = replace(recipe.parallel, rollout_batch=batch, attention=backend)

@@ -3,7 +3,7 @@
 Each function measures the cases of one part of `train_parts`. Cases that share a model follow each other on it.
 """
 
-# N pictures, T image tokens, C channels of a packed token.
+# N pictures, S the dimensions of a latent of a packed token.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ NO_COMPILER = "compiling takes minutes on a CPU"
 class Inputs:
     """Inputs of a forward: the states of N pictures, each with its own prompt."""
 
-    x_NTC: Tensor
+    x_NS: Tensor
     sigma_N: Tensor
     conditioning: Conditioning
 
@@ -43,8 +43,8 @@ class Inputs:
         return Inputs(x, torch.full((count,), 0.9, device=model.device), model.encode(prompts))
 
     def first(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
-        rows = torch.arange(count, device=self.x_NTC.device)
-        return self.x_NTC[:count], self.sigma_N[:count], self.conditioning.rows(rows)
+        rows = torch.arange(count, device=self.x_NS.device)
+        return self.x_NS[:count], self.sigma_N[:count], self.conditioning.rows(rows)
 
 
 def build(session: Session, part: str, name: str, recipe: Recipe) -> tuple[FlowModel, Inputs] | None:
@@ -206,7 +206,7 @@ def decode(session: Session, recipe: Recipe) -> None:
     if built is None:
         return
     model, G = built[0], recipe.algorithm.num_generations
-    latents_NTC = torch.randn(G, *model.latent_shape, generator=torch.Generator().manual_seed(0)).to(session.device)
+    latents_NS = torch.randn(G, *model.latent_shape, generator=torch.Generator().manual_seed(0)).to(session.device)
     batches = list(dict.fromkeys(n for n in (4, G, 1) if n <= G))
     choices = [(batch, False, last) for last in (True, False) for batch in batches]
     choices += [(batch, True, True) for batch in batches] + [(batches[0], True, False)]
@@ -221,10 +221,10 @@ def decode(session: Session, recipe: Recipe) -> None:
             _set_decoder(model, compiled, channels_last)
             model.settings = replace(model.settings, decode_batch=batch)
             stop = clock(session.device)
-            model.decode(latents_NTC)
+            model.decode(latents_NS)
             case.add("first_call", "s", stop())
             with peak_memory(case):
-                case.add("decode", "s", *seconds_of(lambda: model.decode(latents_NTC), session.device, 4))
+                case.add("decode", "s", *seconds_of(lambda: model.decode(latents_NS), session.device, 4))
 
         layout = "channels last" if channels_last else "channels first"
         name = f"{batch} at once, {'compiled' if compiled else 'eager'}, {layout}"

@@ -227,7 +227,7 @@ def _draws(recipe: Recipe, architecture: Architecture, device: torch.device) -> 
     for step in count():
         draw = {"seed": recipe.train.seed, "step": step, "slot": 0}
         yield Draws(
-            noise_GTC=neighborhood(shape, algorithm.num_generations, algorithm.sigma, **draw).to(device),
+            noise_GS=neighborhood(shape, algorithm.num_generations, algorithm.sigma, **draw).to(device),
             step_K=draw_train_steps((trainable.start, trainable.stop), algorithm.num_train_steps, **draw),
             anchor_B=draw_anchors(algorithm.num_generations, algorithm.num_anchors, **draw),
         )

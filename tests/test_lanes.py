@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_make_test_runs_everything_but_what_is_slow(request: pytest.FixtureRequest) -> None:
     assert set(request.config.stash[LANE_OF_TEST].values()) <= set(LANES)
-    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")}
+    settings = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "ARGS")  # of the make that runs this test
+    alone = {name: value for name, value in os.environ.items() if name not in settings}
     dry = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, env=alone, capture_output=True, text=True, check=True)
     (command,) = (line for line in dry.stdout.splitlines() if "pytest" in line)
     assert re.fullmatch(r".* -m pytest --numprocesses \d+ --dist loadscope --no-loadscope-reorder *", command)

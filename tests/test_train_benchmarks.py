@@ -352,7 +352,7 @@ def test_the_peer_computes_the_same_gradient(tmp_path: Path) -> None:
     trainer = Trainer.make(recipe, settle_memory(recipe, CPU), cursor, Rewards(recipe.rewards), CPU, Stopwatch(CPU))
     flux, keep = trainer.model, Keep(trainer.model.trainable)
     groups = trainer.algorithm.explore(flux, [Prompt(prompt, 0)], 0)
-    scores = trainer.rewards(flux.decode(groups.final_PGTC.flatten(0, 1)), [Prompt(prompt, 0)])
+    scores = trainer.rewards(flux.decode(groups.final_PGS.flatten(0, 1)), [Prompt(prompt, 0)])
     advantages_PG = trainer.algorithm.advantages(scores, 0)
     policy = LeapingPolicy(recipe.algorithm)
     update(flux, keep, groups, advantages_PG, policy, recipe.algorithm, max_grad_norm=float("inf"))

@@ -30,7 +30,7 @@ class GRPO(Protocol):
     """The methods of an algorithm that the loop calls. Explored groups may be of any type that is a `rows.Explored`."""
 
     def explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Any:
-        """Explore groups of pictures for these prompts of this rank; `final_PGTC` are their float32 latents."""
+        """Explore groups of pictures for these prompts of this rank; `final_PGS` are their float32 latents."""
         ...
 
     def advantages(self, scores: Scores, step: int) -> Tensor:

@@ -45,56 +45,56 @@ class BranchGRPO(StochasticGRPO):
         trained, splits = self.settings.tree_steps(self.N, step), self.settings.splits(self.N)
         last = self.N - 1
         stds = self.stds(self.sigmas, range(last))
-        conditioning = model.encode([prompt.text for prompt in prompts])
+        conditioning = model.encode(prompts)
         of_prompt = torch.arange(len(prompts), device=model.device)
         order_PX = torch.stack(
             [torch.randperm(sum(self._edges(trained)), generator=stream(**draw, purpose="order")) for draw in draws]
         )  # the order in which optimizer steps take the edges, so that each step gets edges of all depths
-        x_PnTC = draw_noise(model, draws, 1, NOISE)
+        x_PnS = draw_noise(model, draws, 1, NOISE)
         kept: dict[str, list[Tensor]] = {"latents": [], "noise": [], "velocity": []}
         for index in range(last + 1):
             sigma, following = float(self.sigmas[index]), float(self.sigmas[index + 1])
-            P, n = x_PnTC.shape[:2]
+            P, n = x_PnS.shape[:2]
             rows = conditioning.rows(of_prompt.repeat_interleave(n))
-            flat = x_PnTC.flatten(0, 1)
+            flat = x_PnS.flatten(0, 1)
             velocity = model.sampling_velocity(
                 flat, torch.full((P * n,), sigma, device=flat.device), rows, explore=True
             )
-            velocity_PnTC = velocity.view_as(x_PnTC)
+            velocity_PnS = velocity.view_as(x_PnS)
             if index == last:
-                x_PnTC, _ = euler_step(x_PnTC, velocity_PnTC, self.sigmas, index)
+                x_PnS, _ = euler_step(x_PnS, velocity_PnS, self.sigmas, index)
                 break
             if index in splits:
-                x_PnTC, velocity_PnTC = (both.repeat_interleave(2, dim=1) for both in (x_PnTC, velocity_PnTC))
+                x_PnS, velocity_PnS = (both.repeat_interleave(2, dim=1) for both in (x_PnS, velocity_PnS))
                 noise = sibling_noise(model, draws, n, self.settings.branch_spread, index)
             else:
                 noise = draw_noise(model, draws, n, f"{NOISE}/{index}")
             if index in trained:
-                for name, value in (("latents", x_PnTC), ("noise", noise), ("velocity", velocity_PnTC)):
+                for name, value in (("latents", x_PnS), ("noise", noise), ("velocity", velocity_PnS)):
                     kept[name].append(value.float())
-            x_PnTC = sde_step(x_PnTC, velocity_PnTC, noise, sigma, following, stds[index])
-        return self._transitions(conditioning, trained, kept, x_PnTC, order_PX)
+            x_PnS = sde_step(x_PnS, velocity_PnS, noise, sigma, following, stds[index])
+        return self._transitions(conditioning, trained, kept, x_PnS, order_PX)
 
     def _transitions(
         self,
         conditioning: Conditioning,
         trained: Sequence[int],
         kept: Mapping[str, Sequence[Tensor]],
-        final_PGTC: Tensor,
+        final_PGS: Tensor,
         order_PX: Tensor,
     ) -> Transitions:
         edges = torch.tensor(self._edges(trained))
-        step_PX = torch.tensor(trained).repeat_interleave(edges).expand(len(final_PGTC), -1)
+        step_PX = torch.tensor(trained).repeat_interleave(edges).expand(len(final_PGS), -1)
         stds = self.stds(self.sigmas, trained)
         return Transitions(
             conditioning=conditioning,
             step_PM=step_PX,
-            advantage_PM=torch.arange(step_PX.shape[1]).expand(len(final_PGTC), -1),
-            **step_constants(self.sigmas, stds, step_PX, final_PGTC.device),
-            latents_PMTC=torch.cat(list(kept["latents"]), dim=1),
-            noise_PMTC=torch.cat(list(kept["noise"]), dim=1),
-            velocity_PMTC=torch.cat(list(kept["velocity"]), dim=1),
-            final_PGTC=final_PGTC,
+            advantage_PM=torch.arange(step_PX.shape[1]).expand(len(final_PGS), -1),
+            **step_constants(self.sigmas, stds, step_PX, final_PGS.device),
+            latents_PMS=torch.cat(list(kept["latents"]), dim=1),
+            noise_PMS=torch.cat(list(kept["noise"]), dim=1),
+            velocity_PMS=torch.cat(list(kept["velocity"]), dim=1),
+            final_PGS=final_PGS,
         ).take(order_PX)
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
@@ -156,7 +156,7 @@ def kept_leaves(advantages_PG: Tensor, pruning: str) -> Tensor:
 def sibling_noise(
     model: FlowModel, draws: Sequence[dict[str, int]], branches: int, spread: float, index: int
 ) -> Tensor:
-    """Noise of both children of each branch, [P, 2 * branches, T, C]: standard normal, siblings correlated.
+    """Noise of both children of each branch, [P, 2 * branches, *S]: standard normal, siblings correlated.
 
     It is `(common + spread * own) / sqrt(1 + spread^2)`.
     """

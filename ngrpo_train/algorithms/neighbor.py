@@ -46,7 +46,7 @@ Where we differ from what is printed, and why:
    printed.
 """
 
-# P prompts, G candidates, B anchors, K trained steps, T image tokens, C channels. A row of an update is a (prompt,
+# P prompts, G candidates, B anchors, K trained steps, S the dimensions of a latent. A row of an update is a (prompt,
 # step) pair with its anchors: r rows of b = B states.
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class AnchorRows(Rows):
 
     anchor_rb: Tensor  # int64, the candidate that each anchor is
     dt_r: Tensor
-    candidates_rGTC: Tensor
+    candidates_rGS: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +93,10 @@ class Neighborhoods:
     anchor_PB: Tensor  # int64 on the device
     sigma_before_PK: Tensor
     sigma_after_PK: Tensor
-    latents_PKBTC: Tensor  # the anchors' states before the trained steps
-    candidates_PKGTC: Tensor  # every candidate's state after them
-    velocity_PKBTC: Tensor  # the rollout's velocity at `latents`
-    final_PGTC: Tensor
+    latents_PKBS: Tensor  # the anchors' states before the trained steps
+    candidates_PKGS: Tensor  # every candidate's state after them
+    velocity_PKBS: Tensor  # the rollout's velocity at `latents`
+    final_PGS: Tensor
 
     @property
     def rows_per_prompt(self) -> int:
@@ -115,14 +115,14 @@ class Neighborhoods:
             replace(
                 self,
                 anchor_PB=self.anchor_PB[:, start : start + b],
-                latents_PKBTC=self.latents_PKBTC[:, :, start : start + b],
-                velocity_PKBTC=self.velocity_PKBTC[:, :, start : start + b],
+                latents_PKBS=self.latents_PKBS[:, :, start : start + b],
+                velocity_PKBS=self.velocity_PKBS[:, :, start : start + b],
             )
             for start in range(0, b * updates, b)
         ]
 
     def rows(self, prompt_r: Tensor, row_r: Tensor, real: int) -> AnchorRows:
-        device = self.candidates_PKGTC.device
+        device = self.candidates_PKGS.device
         step_r = self.step_PK[prompt_r, row_r].to(device)
         p, k = prompt_r.to(device), row_r.to(device)
         sigma_before_r = self.sigma_before_PK[p, k]
@@ -130,13 +130,13 @@ class Neighborhoods:
             real=real,
             prompt_r=p,
             step_r=step_r,
-            latents_rbTC=self.latents_PKBTC[p, k],
+            latents_rbS=self.latents_PKBS[p, k],
             sigma_before_r=sigma_before_r,
-            rollout_velocity_rbTC=self.velocity_PKBTC[p, k],
+            rollout_velocity_rbS=self.velocity_PKBS[p, k],
             conditioning=self.conditioning.rows(p.repeat_interleave(self.states_per_row)),
             anchor_rb=self.anchor_PB[p],
             dt_r=sigma_before_r - self.sigma_after_PK[p, k],
-            candidates_rGTC=self.candidates_PKGTC[p, k],
+            candidates_rGS=self.candidates_PKGS[p, k],
         )
 
 
@@ -168,8 +168,8 @@ class NeighborGRPO:
         noise = [neighborhood(model.latent_shape, settings.num_generations, settings.sigma, **draw) for draw in draws]
         anchors = [draw_anchors(settings.num_generations, settings.num_anchors, **draw) for draw in draws]
         steps = [draw_train_steps((trainable.start, trainable.stop), K, **draw) for draw in draws]
-        noise_PGTC = torch.stack(noise).to(model.device)
-        return explored(model, prompts, noise_PGTC, self.sigmas, torch.stack(steps), torch.stack(anchors))
+        noise_PGS = torch.stack(noise).to(model.device)
+        return explored(model, prompts, noise_PGS, self.sigmas, torch.stack(steps), torch.stack(anchors))
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Advantages for all ranks' prompts, [P, G] on the CPU, from rewards by `quasi_norm` (Eqs. 3, 11)."""
@@ -185,39 +185,39 @@ class NeighborGRPO:
 def explored(
     model: FlowModel,
     prompts: list[Prompt],
-    noise_PGTC: Tensor,
+    noise_PGS: Tensor,
     sigmas: Tensor,
     step_PK: Tensor,
     anchor_PB: Tensor,
 ) -> Neighborhoods:
-    """Explore the neighborhoods of P prompts. `noise_PGTC` is on the device; `sigmas` and `step_PK` are on the CPU."""
-    P, G = noise_PGTC.shape[:2]
+    """Explore the neighborhoods of P prompts. `noise_PGS` is on the device; `sigmas` and `step_PK` are on the CPU."""
+    P, G = noise_PGS.shape[:2]
     K, B = step_PK.shape[1], anchor_PB.shape[1]
-    shape_TC = noise_PGTC.shape[2:]
-    conditioning = model.encode([prompt.text for prompt in prompts])
-    of_picture = torch.arange(P, device=noise_PGTC.device).repeat_interleave(G)
-    anchor_PB = anchor_PB.to(noise_PGTC.device)
+    shape_S = noise_PGS.shape[2:]
+    conditioning = model.encode(prompts)
+    of_picture = torch.arange(P, device=noise_PGS.device).repeat_interleave(G)
+    anchor_PB = anchor_PB.to(noise_PGS.device)
 
-    latents = noise_PGTC.new_empty(P, K, B, *shape_TC)
-    candidates = noise_PGTC.new_empty(P, K, G, *shape_TC)
-    velocity = noise_PGTC.new_empty(P, K, B, *shape_TC)
-    final = noise_PGTC
-    for step in generate(model, noise_PGTC.flatten(0, 1), conditioning.rows(of_picture), sigmas, explore=True):
-        final = step.after_NTC.view_as(noise_PGTC)
+    latents = noise_PGS.new_empty(P, K, B, *shape_S)
+    candidates = noise_PGS.new_empty(P, K, G, *shape_S)
+    velocity = noise_PGS.new_empty(P, K, B, *shape_S)
+    final = noise_PGS
+    for step in generate(model, noise_PGS.flatten(0, 1), conditioning.rows(of_picture), sigmas, explore=True):
+        final = step.after_NS.view_as(noise_PGS)
         for p, k in (step_PK == step.index).nonzero().tolist():  # a CPU tensor: no synchronisation
-            latents[p, k] = step.before_NTC.view_as(noise_PGTC)[p, anchor_PB[p]]
-            velocity[p, k] = step.velocity_NTC.view_as(noise_PGTC)[p, anchor_PB[p]]
+            latents[p, k] = step.before_NS.view_as(noise_PGS)[p, anchor_PB[p]]
+            velocity[p, k] = step.velocity_NS.view_as(noise_PGS)[p, anchor_PB[p]]
             candidates[p, k] = final[p]
     return Neighborhoods(
         conditioning=conditioning,
         step_PK=step_PK,
         anchor_PB=anchor_PB,
-        sigma_before_PK=sigmas[step_PK].to(noise_PGTC.device),
-        sigma_after_PK=sigmas[step_PK + 1].to(noise_PGTC.device),
-        latents_PKBTC=latents,
-        candidates_PKGTC=candidates,
-        velocity_PKBTC=velocity,
-        final_PGTC=final,
+        sigma_before_PK=sigmas[step_PK].to(noise_PGS.device),
+        sigma_after_PK=sigmas[step_PK + 1].to(noise_PGS.device),
+        latents_PKBS=latents,
+        candidates_PKGS=candidates,
+        velocity_PKBS=velocity,
+        final_PGS=final,
     )
 
 
@@ -240,14 +240,14 @@ class LeapingPolicy:
         settings = self.settings
         old: Tensor | Literal["detach", "literal"] = "detach" if old_velocity is None else old_velocity
         if settings.old_policy == "cached":
-            old = rows.rollout_velocity_rbTC
+            old = rows.rollout_velocity_rbS
         elif settings.old_policy == "literal":
             old = "literal"
         out = neighbor_grpo_loss_from_velocity(
             velocity,
-            rows.latents_rbTC,
+            rows.latents_rbS,
             rows.dt_r,
-            rows.candidates_rGTC,
+            rows.candidates_rGS,
             rows.anchor_rb,
             advantages_PG[rows.prompt_r],
             old_velocity=old,
@@ -274,12 +274,12 @@ class LeapingPolicy:
     def _mismatch_spread(self, rows: AnchorRows, velocity: Tensor) -> Tensor:
         """The standard deviation of the log-ratio between the training forward and the rollout's, for each row [r]."""
         log_ratio = leaping_log_ratio(
-            rows.candidates_rGTC,
+            rows.candidates_rGS,
             rows.anchor_rb,
             velocity=velocity,
-            latents=rows.latents_rbTC,
+            latents=rows.latents_rbS,
             dt=rows.dt_r,
-            old_velocity=rows.rollout_velocity_rbTC,
+            old_velocity=rows.rollout_velocity_rbS,
             temperature=self.settings.temperature,
             backend=self.settings.backend,
         )

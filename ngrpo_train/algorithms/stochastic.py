@@ -1,6 +1,6 @@
 """The common parts of algorithms with an SDE: random walks, their transitions, the Gaussian policy (Eqs. 3 to 5)."""
 
-# P prompts, G candidates, K trained steps, M trained transitions of a prompt, T image tokens, C channels. A row of an
+# P prompts, G candidates, K trained steps, M trained transitions of a prompt, S the dimensions of a latent. A row of an
 # update is one transition: r rows of b = 1 state.
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TransitionRows(Rows):
     advantage_r: Tensor  # int64, index of the transition's advantage among the prompt's
     slope_r: Tensor  # d mean / d velocity
     std_r: Tensor
-    noise_r1TC: Tensor  # the transition led to mean + std * noise
+    noise_r1S: Tensor  # the transition led to mean + std * noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,10 @@ class Transitions:
     sigma_before_PM: Tensor
     slope_PM: Tensor
     std_PM: Tensor
-    latents_PMTC: Tensor
-    noise_PMTC: Tensor
-    velocity_PMTC: Tensor  # the rollout's velocity at `latents`
-    final_PGTC: Tensor
+    latents_PMS: Tensor
+    noise_PMS: Tensor
+    velocity_PMS: Tensor  # the rollout's velocity at `latents`
+    final_PGS: Tensor
 
     @property
     def rows_per_prompt(self) -> int:
@@ -82,21 +82,21 @@ class Transitions:
         return [self._with({name: part[i] for name, part in parts.items()}) for i in range(updates)]
 
     def rows(self, prompt_r: Tensor, row_r: Tensor, real: int) -> TransitionRows:
-        device = self.final_PGTC.device
+        device = self.final_PGS.device
         step_r = self.step_PM[prompt_r, row_r].to(device)
         p, m = prompt_r.to(device), row_r.to(device)
         return TransitionRows(
             real=real,
             prompt_r=p,
             step_r=step_r,
-            latents_rbTC=self.latents_PMTC[p, m, None],
+            latents_rbS=self.latents_PMS[p, m, None],
             sigma_before_r=self.sigma_before_PM[p, m],
-            rollout_velocity_rbTC=self.velocity_PMTC[p, m, None],
+            rollout_velocity_rbS=self.velocity_PMS[p, m, None],
             conditioning=self.conditioning.rows(p),
             advantage_r=self.advantage_PM[prompt_r, row_r].to(device),
             slope_r=self.slope_PM[p, m],
             std_r=self.std_PM[p, m],
-            noise_r1TC=self.noise_PMTC[p, m, None],
+            noise_r1S=self.noise_PMS[p, m, None],
         )
 
 
@@ -120,15 +120,15 @@ class GaussianPolicy:
         """The loss -J + kl_coef * KL(pi_old || pi_theta), J = min(A rho, A clip(rho)) (Eq. 4, its KL as a penalty)."""
         old: Tensor | Literal["detach"] = "detach" if old_velocity is None else old_velocity
         if self.settings.old_policy == "cached":
-            old = rows.rollout_velocity_rbTC
+            old = rows.rollout_velocity_rbS
         # The rollout drew around its own mean. Where its forward rounds differently, the old policy's mean is another.
         out = gaussian_log_ratio(
             velocity,
-            rows.noise_r1TC,
+            rows.noise_r1S,
             slope=rows.slope_r,
             std=rows.std_r,
             old_velocity=old,
-            rollout_velocity=rows.rollout_velocity_rbTC,
+            rollout_velocity=rows.rollout_velocity_rbS,
         )
         log_ratio, kl_coef = out.log_ratio[:, None], self.settings.kl_coef
         ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
@@ -151,7 +151,7 @@ class GaussianPolicy:
             "clip_fraction": outside.float().mean(1),
             "clamp_fraction": clamped.float().mean(1),
             "kl": out.kl.detach(),
-            "rollout_mismatch": drift_r / rows.rollout_velocity_rbTC.flatten(1).norm(dim=1),
+            "rollout_mismatch": drift_r / rows.rollout_velocity_rbS.flatten(1).norm(dim=1),
             # The log-ratio of the training forward's policy to the rollout's, at the sample that the rollout drew.
             "mismatch_log_ratio": out.rollout_log_ratio.abs(),
         }
@@ -222,7 +222,7 @@ class StochasticGRPO:
         bounds = walk.trained.start, walk.trained.stop
         step_PK = torch.stack([draw_train_steps(bounds, walk.num_train_steps, **draw) for draw in draws])
         order_PG = torch.stack([torch.randperm(G, generator=stream(**draw, purpose="order")) for draw in draws])
-        start = draw_noise(model, draws, 1 if self.shares_noise else G, NOISE).expand(-1, G, -1, -1)
+        start = draw_noise(model, draws, 1 if self.shares_noise else G, NOISE).expand(-1, G, *model.latent_shape)
         return random_walk(model, prompts, draws, start, walk, step_PK, order_PG)
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
@@ -237,7 +237,7 @@ class StochasticGRPO:
 
 
 def draw_noise(model: FlowModel, draws: Sequence[dict[str, int]], count: int, purpose: str) -> Tensor:
-    """Standard normal noise [P, count, T, C] on the device, with a separate random stream for each of the P `draws`."""
+    """Standard normal noise [P, count, *S] on the device, with a separate random stream for each of the P `draws`."""
     shape = (count, *model.latent_shape)
     drawn = [torch.randn(shape, generator=stream(**draw, purpose=purpose)) for draw in draws]
     return torch.stack(drawn).to(model.device)
@@ -248,7 +248,7 @@ def random_walk(
     model: FlowModel,
     prompts: list[Prompt],
     draws: Sequence[dict[str, int]],
-    start_PGTC: Tensor,
+    start_PGS: Tensor,
     walk: Walk,
     step_PK: Tensor,
     order_PG: Tensor,
@@ -257,8 +257,8 @@ def random_walk(
 
     `order_PG` is the order in which optimizer steps take the candidates. Both are int64 on the CPU.
     """
-    (P, G, *shape_TC), K = start_PGTC.shape, step_PK.shape[1]
-    device = start_PGTC.device
+    (P, G, *shape_S), K = start_PGS.shape, step_PK.shape[1]
+    device = start_PGS.device
     noises: dict[int, Tensor] = {}
 
     def solver(
@@ -272,31 +272,31 @@ def random_walk(
         step: SolverStep = dpmpp_2m_step if second else euler_step
         return step(x, velocity, sigmas, index, previous)  # `previous` is None after a random step
 
-    conditioning = model.encode([prompt.text for prompt in prompts])
+    conditioning = model.encode(prompts)
     of_picture = torch.arange(P, device=device).repeat_interleave(G)
-    kept = {name: start_PGTC.new_empty(P, G, K, *shape_TC) for name in ("latents", "noise", "velocity")}
+    kept = {name: start_PGS.new_empty(P, G, K, *shape_S) for name in ("latents", "noise", "velocity")}
     order = order_PG.to(device)
-    final = start_PGTC
+    final = start_PGS
     for step in generate(
-        model, start_PGTC.flatten(0, 1), conditioning.rows(of_picture), walk.sigmas, explore=True, solver=solver
+        model, start_PGS.flatten(0, 1), conditioning.rows(of_picture), walk.sigmas, explore=True, solver=solver
     ):
         noise = noises.pop(step.index, None)
         for p, k in (step_PK == step.index).nonzero().tolist():  # a CPU tensor: no synchronisation
             assert noise is not None, "only random steps are trained"
-            kept["latents"][p, :, k] = step.before_NTC.view_as(start_PGTC)[p, order[p]]
+            kept["latents"][p, :, k] = step.before_NS.view_as(start_PGS)[p, order[p]]
             kept["noise"][p, :, k] = noise[p, order[p]]
-            kept["velocity"][p, :, k] = step.velocity_NTC.view_as(start_PGTC)[p, order[p]]
-        final = step.after_NTC.view_as(start_PGTC)
+            kept["velocity"][p, :, k] = step.velocity_NS.view_as(start_PGS)[p, order[p]]
+        final = step.after_NS.view_as(start_PGS)
     step_PM = step_PK[:, None].expand(P, G, K).flatten(1)
     return Transitions(
         conditioning=conditioning,
         step_PM=step_PM,
         advantage_PM=order_PG.repeat_interleave(K, dim=1),
         **step_constants(walk.sigmas, walk.std, step_PM, device),
-        latents_PMTC=kept["latents"].flatten(1, 2),
-        noise_PMTC=kept["noise"].flatten(1, 2),
-        velocity_PMTC=kept["velocity"].flatten(1, 2),
-        final_PGTC=final,
+        latents_PMS=kept["latents"].flatten(1, 2),
+        noise_PMS=kept["noise"].flatten(1, 2),
+        velocity_PMS=kept["velocity"].flatten(1, 2),
+        final_PGS=final,
     )
 
 

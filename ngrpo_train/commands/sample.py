@@ -47,12 +47,12 @@ def sample(source: str, recipe: Recipe, command: SampleCommand) -> int:
     import torch
 
     from ngrpo_train.parallel import processes
-    from ngrpo_train.prompts import load_prompts
+    from ngrpo_train.prompts import Prompt, load_prompts
     from ngrpo_train.run.trained import trained_model
     from ngrpo_train.sampling.pictures import pictures, save_picture, tile
 
     out, per_prompt = command.out, command.per_prompt
-    prompts = command.prompt or [prompt.text for prompt in load_prompts(recipe.prompts.source)[:8]]
+    prompts = [Prompt(text) for text in command.prompt] or load_prompts(recipe.prompts.source)[:8]
     each = [prompt for prompt in prompts for _ in range(per_prompt)]
     with trained_model(source, recipe, command.checkpoint) as model:
         batch = recipe.evaluation.batch or 64
@@ -67,6 +67,6 @@ def sample(source: str, recipe: Recipe, command: SampleCommand) -> int:
             for i, image in enumerate(images):
                 save_picture(tile(image[None], 1), out / f"{i // per_prompt:03d}_{i % per_prompt:02d}.png")
             save_picture(tile(images, per_prompt, scale=max(1, 128 // images.shape[-1])), out / "grid.png")
-            (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+            (out / "prompts.txt").write_text("".join(f"{prompt.text}\n" for prompt in prompts))
             print(f"{len(images)} pictures in {out}; all of them in {out / 'grid.png'}, a row for each prompt")
     return 0

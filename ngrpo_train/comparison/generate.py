@@ -32,7 +32,7 @@ def generate_missing(model: FlowModel, recipe: Recipe, gallery: Gallery, what: s
     mine = [batches[place % len(batches)] for place in places]
     with progress(f"{what}: pictures", sum(map(len, mine))) as advance:
         for place, slots in zip(places, mine, strict=True):
-            images = pictures(model, recipe, [gallery.prompt(slot).text for slot in slots], slots, tail).cpu()
+            images = pictures(model, recipe, [gallery.prompt(slot) for slot in slots], slots, tail).cpu()
             if place < len(batches):  # the rest belongs to other processes, and is made only to keep the numbers equal
                 for slot, image in zip(slots, images, strict=True):
                     if slot in missing:
@@ -54,7 +54,7 @@ class _WithoutAdapters:
     model: FlowModel
 
     def sampling_velocity(
-        self, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning, *, explore: bool = False
+        self, x_NS: Tensor, sigma_N: Tensor, conditioning: Conditioning, *, explore: bool = False
     ) -> Any:
         with self.model.base_model():
-            return self.model.sampling_velocity(x_NTC, sigma_N, conditioning, explore=explore)
+            return self.model.sampling_velocity(x_NS, sigma_N, conditioning, explore=explore)

@@ -33,6 +33,7 @@ from ngrpo_train.models.loading import (
 from ngrpo_train.models.sizes import LORA_TARGETS, PARTS, TEXT_PARTS, token_grid
 from ngrpo_train.parallel.blocks import compile_whole
 from ngrpo_train.parallel.layout import compiles
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Model, Parallel, Sampling
 
 logger = logging.getLogger(__name__)
@@ -112,13 +113,13 @@ class Flux:
     def fill(self, transformer: nn.Module) -> None:
         fill(transformer, self.spec, self.transformer_directory)
 
-    def velocity(self, transformer: nn.Module, x_NTC: Tensor, sigma_N: Tensor, conditioning: TextFeatures) -> Tensor:
-        """v_theta [N, T, C] at `x_NTC` and `sigma_N` (both float32), in the compute dtype."""
+    def velocity(self, transformer: nn.Module, x_NS: Tensor, sigma_N: Tensor, conditioning: TextFeatures) -> Tensor:
+        """v_theta [N, T, C] at `x_NS` and `sigma_N` (both float32), in the compute dtype."""
         guidance = None
         if self._config.guidance_embeds:
             guidance = torch.full_like(sigma_N, self.sampling.guidance_scale)
         velocity: Tensor = transformer(
-            hidden_states=x_NTC.to(self._compute_dtype),
+            hidden_states=x_NS.to(self._compute_dtype),
             timestep=sigma_N,
             guidance=guidance,
             encoder_hidden_states=conditioning.prompt_embeds,
@@ -131,15 +132,15 @@ class Flux:
 
     # -- Text and pictures ---------------------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[str]) -> TextFeatures:
-        """Encode P prompts; a collective where text encoders are sharded."""
-        return self.text.encode(prompts)
+    def encode(self, prompts: Sequence[Prompt]) -> TextFeatures:
+        """Encode the texts of P prompts; a collective where text encoders are sharded."""
+        return self.text.encode([prompt.text for prompt in prompts])
 
-    def decode(self, latents_NTC: Tensor) -> Tensor:
+    def decode(self, latents_NS: Tensor) -> Tensor:
         """Pictures uint8 [N, 3, H, W] of packed latents [N, T, C]."""
         vae, sampling = self.pipeline.vae, self.sampling
         latents = FluxPipeline._unpack_latents(
-            latents_NTC, sampling.height, sampling.width, self.pipeline.vae_scale_factor
+            latents_NS, sampling.height, sampling.width, self.pipeline.vae_scale_factor
         )
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()

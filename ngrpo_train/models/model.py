@@ -6,7 +6,7 @@ forwards into chunks, keeps weights gathered or gives them up, explores with a f
 beside this one.
 """
 
-# N pictures, P prompts, T tokens and C channels of a latent.
+# N pictures, P prompts, S the dimensions of a latent.
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from ngrpo_train.models.flux import Flux
 from ngrpo_train.models.loading import quiet_diffusers
 from ngrpo_train.parallel import blocks, sharding
 from ngrpo_train.parallel.layout import compiles
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.named import import_named
 from ngrpo_train.recipe.sections import Model, Parallel, Sampling
 
@@ -53,8 +54,8 @@ class Adapter(Protocol):
     """
 
     @property
-    def latent_shape(self) -> tuple[int, int]:
-        """The latent of one picture, (T, C)."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """S, the shape of the latent of one picture: (T, C) for packed tokens, with more dimensions for others."""
         ...
 
     @property
@@ -77,16 +78,16 @@ class Adapter(Protocol):
         """Give weights their first values: each process its own shards, adapters left as they are. A collective."""
         ...
 
-    def velocity(self, transformer: nn.Module, x_NTC: Tensor, sigma_N: Tensor, conditioning: Any) -> Tensor:
-        """v_theta [N, T, C] by this transformer, at `x_NTC` and `sigma_N` (both float32), in its arithmetic's dtype."""
+    def velocity(self, transformer: nn.Module, x_NS: Tensor, sigma_N: Tensor, conditioning: Any) -> Tensor:
+        """v_theta [N, *S] by this transformer, at `x_NS` and `sigma_N` (both float32), in its arithmetic's dtype."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode P prompts, without gradients."""
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """Encode P prompts, without gradients: texts and, for a model that takes them, the pictures of their rows."""
         ...
 
-    def decode(self, latents_NTC: Tensor) -> Tensor:
-        """Pictures as every scorer sees them: uint8 [N, 3, H, W]."""
+    def decode(self, latents_NS: Tensor) -> Tensor:
+        """Pictures as every scorer sees them: uint8 [N, 3, H, W]; videos are [N, F, 3, H, W]."""
         ...
 
     def beside(self, spec: Model) -> Adapter:
@@ -199,39 +200,39 @@ class FlowModel:
     # -- Asked ---------------------------------------------------------------------------------------------------------
 
     @property
-    def latent_shape(self) -> tuple[int, int]:
-        """The latent of one picture, (T, C)."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """S, the shape of the latent of one picture: (T, C) for packed tokens, with more dimensions for others."""
         return self.adapter.latent_shape
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode P prompts; a collective where text encoders are sharded."""
-        return self.adapter.encode(prompts)
+    def encode(self, prompts: Sequence[Prompt | str]) -> Conditioning:
+        """Encode P prompts, or texts without rows; a collective where text encoders are sharded."""
+        return self.adapter.encode([Prompt(each) if isinstance(each, str) else each for each in prompts])
 
-    def velocity(self, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning) -> Tensor:
-        """v_theta [N, T, C] at `x_NTC` (float32) and `sigma_N`, in the compute dtype. `conditioning` has N rows.
+    def velocity(self, x_NS: Tensor, sigma_N: Tensor, conditioning: Conditioning) -> Tensor:
+        """v_theta [N, *S] at `x_NS` (float32) and `sigma_N`, in the compute dtype. `conditioning` has N rows.
 
         Rollout and update both call this: the model rounds its timestep, and the ratio is only right if both round
         alike.
         """
-        return self.adapter.velocity(self.transformer, x_NTC, sigma_N, conditioning)
+        return self.adapter.velocity(self.transformer, x_NS, sigma_N, conditioning)
 
     @torch.no_grad()
     def sampling_velocity(
-        self, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning, *, explore: bool = False
+        self, x_NS: Tensor, sigma_N: Tensor, conditioning: Conditioning, *, explore: bool = False
     ) -> Tensor:
         """`velocity` without gradients, `rollout_batch` pictures at a time; to `explore`, in the rollout's dtype."""
         transformer = self._float8.model if explore and self._float8 else self.transformer
 
         def run(rows: Tensor) -> Tensor:
-            return self.adapter.velocity(transformer, x_NTC[rows], sigma_N[rows], conditioning.rows(rows))
+            return self.adapter.velocity(transformer, x_NS[rows], sigma_N[rows], conditioning.rows(rows))
 
-        return self._in_chunks(run, x_NTC, self.settings.rollout_batch)
+        return self._in_chunks(run, x_NS, self.settings.rollout_batch)
 
     @torch.no_grad()
-    def decode(self, latents_NTC: Tensor) -> Tensor:
-        """Pictures as every scorer sees them: uint8 [N, 3, H, W]; `decode_batch` at a time."""
+    def decode(self, latents_NS: Tensor) -> Tensor:
+        """Pictures as scorers see them: uint8 [N, 3, H, W], or videos [N, F, 3, H, W]; `decode_batch` at a time."""
         return self._in_chunks(
-            lambda rows: self.adapter.decode(latents_NTC[rows]), latents_NTC, self.settings.decode_batch
+            lambda rows: self.adapter.decode(latents_NS[rows]), latents_NS, self.settings.decode_batch
         )
 
     def _in_chunks(self, run: Callable[[Tensor], Tensor], x: Tensor, batch: int) -> Tensor:

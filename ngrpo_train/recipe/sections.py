@@ -35,6 +35,9 @@ class Model:
     """Rank of the low-rank adapters."""
     lora_alpha: Positive[int] = 128
     """The output of the low-rank adapters is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers that get low-rank adapters, by the ends of their names (to_q, ff.net.2, ...).
+    Empty: every linear layer inside the transformer's repeated blocks."""
     gradient_checkpointing: Literal["full", "selective", "none"] | float = "full"
     """Activations that the backward pass computes again, to save memory.
     "full": whole blocks. "selective": all but matrix products and attention. "none": nothing.
@@ -68,11 +71,16 @@ class Sampling:
     shift: Positive[float] = 3.0
     """Timestep shift s of the schedule s*t / (1 + (s-1)*t)."""
     guidance_scale: NotNegative[float] = 3.5
-    """Guidance scale; models without a guidance embedding (schnell) ignore it."""
+    """Guidance scale. A model with a guidance embedding takes it as an input; FLUX.1-schnell ignores it.
+    Others, where it is above 1, are guided by a second forward, of the negative prompt."""
+    negative_prompt: str = ""
+    """Text that a second forward leads away from, for models that are guided so."""
     height: Positive[int] = 720
     """Height of a picture in pixels, a multiple of what one image token covers (16 for FLUX.1's VAE)."""
     width: Positive[int] = 720
     """Width of a picture in pixels, a multiple of the same number."""
+    num_frames: Positive[int] = 1
+    """Frames of a video, for models that draw videos; 1 is a picture."""
     max_sequence_length: Positive[int] = 512
     """T5 tokens per prompt; a longer prompt is cut."""
 

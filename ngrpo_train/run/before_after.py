@@ -33,12 +33,14 @@ class Evaluations:
     ) -> Evaluations:
         """Score every prompt set, and draw the first pictures of the first set; a collective."""
         evaluations = {name: evaluate(model, recipe, rewards, wanted) for name, wanted in prompts.items()}
-        shown = [prompt.text for prompt in next(iter(prompts.values()))[: recipe.log.num_images]]
+        shown = next(iter(prompts.values()))[: recipe.log.num_images]
         per_prompt = recipe.evaluation.num_images_per_prompt
         images = pictures(model, recipe, shown, [i * per_prompt for i in range(len(shown))])
         if processes.rank() == 0:
             scale = max(1, 128 // images.shape[-1])
-            grid = tile(images.cpu(), columns=min(4, len(shown)), scale=scale, gap=6, captions=shown)
+            grid = tile(
+                images.cpu(), columns=min(4, len(shown)), scale=scale, gap=6, captions=[prompt.text for prompt in shown]
+            )
             save_picture(grid, picture_path)
         return Evaluations(evaluations)
 

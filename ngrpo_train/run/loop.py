@@ -147,7 +147,7 @@ def _validate(recorder: Recorder, trainer: Trainer, watch: Watch) -> bool:
 def _draw(recorder: Recorder, trainer: Trainer, prepared: Prepared, images: Tensor, step: int) -> None:
     """Write a grid at fixed prompts and noise, and the group that this iteration's first prompt explored."""
     recipe, prompts = prepared.recipe, prepared.validation or prepared.prompts
-    shown = [prompts[i % len(prompts)].text for i in range(recipe.log.num_images)]
+    shown = [prompts[i % len(prompts)] for i in range(recipe.log.num_images)]
     with trainer.averaged():
         grid = pictures(trainer.model, recipe, shown, range(len(shown))).cpu()
     recorder.write_pictures(f"samples/step_{step:06d}", grid, columns=min(4, len(shown)))

@@ -166,7 +166,7 @@ def advantage_figures(advantages_PG: Tensor) -> dict[str, float]:
 
 def device_figures(groups: Explored, stats: UpdateStats | None) -> dict[str, tuple[str, Tensor, Tensor | None]]:
     """Figures still on the device: name -> (how ranks combine, value, count for means over unequal shares)."""
-    final_PGD = groups.final_PGTC.flatten(2)
+    final_PGD = groups.final_PGS.flatten(2)
     _, G, D = final_PGD.shape
     diversity = (pairwise_sqdist(final_PGD, final_PGD).sum((1, 2)) / (G * (G - 1) * D)).sqrt().mean()
     figures: dict[str, tuple[str, Tensor, Tensor | None]] = {"group/diversity": ("mean", diversity, None)}

@@ -92,7 +92,7 @@ class Trainer:
             with stage("rollout"), model.exploring():
                 groups = algorithm.explore(model, prompts, self.step)
             with stage("decode"):
-                images = model.decode(groups.final_PGTC.flatten(0, 1))
+                images = model.decode(groups.final_PGS.flatten(0, 1))
             with stage("reward"):
                 scores = self.rewards(images, prompts)
             advantages = algorithm.advantages(scores, self.step)

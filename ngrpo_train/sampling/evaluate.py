@@ -91,7 +91,7 @@ def evaluate(
     for start in range(0, share, batch):
         slots = mine[start : start + batch]
         wanted = [prompts[slot // per_prompt] for slot in slots]
-        images = pictures(model, recipe, [prompt.text for prompt in wanted], slots)
+        images = pictures(model, recipe, wanted, slots)
         scores = rewards.score(images, wanted, names)
         refuse_non_finite(names, scores.cpu(), wanted)
         parts.append(torch.cat([scores, observe(images).T]) if observe else scores)

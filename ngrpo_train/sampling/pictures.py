@@ -1,10 +1,11 @@
 """Pictures of the current model at fixed prompts and noise; pictures laid out on a canvas, and saved."""
 
-# N pictures, T image tokens, C channels.
+# N pictures, S the dimensions of a latent.
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ngrpo_train.draws import stream
 from ngrpo_train.models.model import FlowModel
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.sampling.rollout import Tail, generate
 from ngrpo_train.sampling.solvers import flow_sigmas
@@ -23,18 +25,26 @@ _CAPTION_SIZE = 11  # pixels
 
 @torch.no_grad()
 def pictures(
-    model: FlowModel, recipe: Recipe, prompts: Sequence[str], slots: Sequence[int], tail: Tail | None = None
+    model: FlowModel,
+    recipe: Recipe,
+    prompts: Sequence[Prompt | str],
+    slots: Sequence[int],
+    tail: Tail | None = None,
 ) -> Tensor:
-    """One picture per prompt, uint8 [N, 3, H, W], by `evaluation_sampling`; `slots` [N] choose the noise."""
+    """One picture per prompt, uint8 [N, 3, H, W], or video [N, F, 3, H, W], by `evaluation_sampling`.
+
+    `slots` [N] choose the noise.
+    """
     shape = model.latent_shape
     noise = [torch.randn(shape, generator=stream(_NOISE_SEED, 0, slot, "evaluation")) for slot in slots]
     sampling = recipe.evaluation_sampling()
     sigmas = flow_sigmas(sampling.num_inference_steps, sampling.shift)
-    distinct = list(dict.fromkeys(prompts))
-    rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=model.device)
+    asked = [prompt if isinstance(prompt, str) else replace(prompt, slot=0) for prompt in prompts]
+    distinct = list(dict.fromkeys(asked))
+    rows = torch.tensor([distinct.index(prompt) for prompt in asked], device=model.device)
     latents = torch.stack(noise).to(model.device)
     for step in generate(model, latents, model.encode(distinct).rows(rows), sigmas, tail=tail):
-        latents = step.after_NTC
+        latents = step.after_NS
     return model.decode(latents)
 
 

@@ -1,6 +1,6 @@
 """Rollouts: the pictures of many prompts go through a solver together, step by step."""
 
-# N pictures, T image tokens, C channels.
+# N pictures, S the dimensions of a latent.
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Sampler(Protocol):
     """A source of the velocities for a solver's steps."""
 
     def sampling_velocity(
-        self, x_NTC: Tensor, sigma_N: Tensor, conditioning: Conditioning, *, explore: bool = False
+        self, x_NS: Tensor, sigma_N: Tensor, conditioning: Conditioning, *, explore: bool = False
     ) -> Tensor: ...
 
 
@@ -36,16 +36,16 @@ class Step:
     """One solver step of N pictures: the states before and after it, and the velocity that led there."""
 
     index: int
-    before_NTC: Tensor
-    velocity_NTC: Tensor
-    after_NTC: Tensor
+    before_NS: Tensor
+    velocity_NS: Tensor
+    after_NS: Tensor
     previous: Previous | None
 
 
 @torch.no_grad()
 def generate(
     model: FlowModel,
-    noise_NTC: Tensor,
+    noise_NS: Tensor,
     conditioning: Conditioning,
     sigmas: Tensor,
     *,
@@ -53,17 +53,17 @@ def generate(
     tail: Tail | None = None,
     solver: SolverStep | None = None,
 ) -> Iterator[Step]:
-    """Solve from `noise_NTC` down `sigmas` [steps + 1] (CPU), yielding every step. `conditioning` has N rows.
+    """Solve from `noise_NS` down `sigmas` [steps + 1] (CPU), yielding every step. `conditioning` has N rows.
 
     With `explore`, the model may compute with lower precision, in `parallel.rollout_dtype`. `solver` defaults to the
     recipe's.
     """
     solver = solver or SOLVERS[model.sampling.solver]
-    x_NTC, previous = noise_NTC, None
+    x_NS, previous = noise_NS, None
     for index in range(steps := len(sigmas) - 1):
         sampler: Sampler = tail.sampler if tail and index >= steps - tail.steps else model
-        sigma_N = torch.full((len(x_NTC),), float(sigmas[index]), device=x_NTC.device)
-        velocity_NTC = sampler.sampling_velocity(x_NTC, sigma_N, conditioning, explore=explore)
-        step = Step(index, x_NTC, velocity_NTC, *solver(x_NTC, velocity_NTC, sigmas, index, previous))
-        x_NTC, previous = step.after_NTC, step.previous
+        sigma_N = torch.full((len(x_NS),), float(sigmas[index]), device=x_NS.device)
+        velocity_NS = sampler.sampling_velocity(x_NS, sigma_N, conditioning, explore=explore)
+        step = Step(index, x_NS, velocity_NS, *solver(x_NS, velocity_NS, sigmas, index, previous))
+        x_NS, previous = step.after_NS, step.previous
         yield step

@@ -99,7 +99,7 @@ def update(
     signal = Signal.of(advantages)
     if signal.most_active == 0:
         return None
-    device, P = explored.final_PGTC.device, len(explored.final_PGTC)
+    device, P = explored.final_PGS.device, len(explored.final_PGS)
     blocks = explored.blocks(settings.optimizer_steps(explored.rows_per_prompt * explored.states_per_row))
     most_rows = blocks[0].rows_per_prompt
     if model.settings.update_batch:
@@ -165,17 +165,17 @@ class Signal:
 
 def drift_figure(rows: Rows, velocity: Tensor) -> Tensor:
     """The distance between the training forward's velocity and the rollout's, relative to the rollout's norm: [r]."""
-    drift = (velocity.float() - rows.rollout_velocity_rbTC).flatten(1).norm(dim=1)
-    return drift / rows.rollout_velocity_rbTC.flatten(1).norm(dim=1)
+    drift = (velocity.float() - rows.rollout_velocity_rbS).flatten(1).norm(dim=1)
+    return drift / rows.rollout_velocity_rbS.flatten(1).norm(dim=1)
 
 
 def velocity_of(model: FlowModel, rows: Rows) -> Tensor:
-    """The velocity v_theta of all rows, [r, b, T, C]."""
-    return model.velocity(*rows.inputs).view_as(rows.latents_rbTC)
+    """The velocity v_theta of all rows, [r, b, *S]."""
+    return model.velocity(*rows.inputs).view_as(rows.latents_rbS)
 
 
 @torch.no_grad()
 def base_velocity(model: FlowModel, rows: Rows) -> Tensor:
-    """The untrained model's velocity at all rows, float32 [r, b, T, C]. Every rank must call it, as every forward."""
+    """The untrained model's velocity at all rows, float32 [r, b, *S]. Every rank must call it, as every forward."""
     with model.base_model():
         return velocity_of(model, rows).float()

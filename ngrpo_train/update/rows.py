@@ -23,16 +23,16 @@ class Rows:
     real: int  # rows that count
     prompt_r: Tensor
     step_r: Tensor  # solver step
-    latents_rbTC: Tensor  # states before the step
+    latents_rbS: Tensor  # states before the step
     sigma_before_r: Tensor
-    rollout_velocity_rbTC: Tensor  # the velocity that the rollout's forward gave there
+    rollout_velocity_rbS: Tensor  # the velocity that the rollout's forward gave there
     conditioning: Conditioning  # r * b rows
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Conditioning]:
         """The inputs of the model for all r * b states: the states, their sigmas, their conditioning."""
-        sigma_N = self.sigma_before_r.repeat_interleave(self.latents_rbTC.shape[1])
-        return self.latents_rbTC.flatten(0, 1), sigma_N, self.conditioning
+        sigma_N = self.sigma_before_r.repeat_interleave(self.latents_rbS.shape[1])
+        return self.latents_rbS.flatten(0, 1), sigma_N, self.conditioning
 
     def counted(self) -> Self:
         """The rows that count, for the loss."""
@@ -44,7 +44,7 @@ class Explored(Protocol):
     """P explored groups, as the loop and the update see them, the same for every algorithm."""
 
     @property
-    def final_PGTC(self) -> Tensor: ...
+    def final_PGS(self) -> Tensor: ...
 
     @property
     def rows_per_prompt(self) -> int: ...

@@ -165,8 +165,8 @@ def mismatch_gain(groups: Any, temperature: float) -> float:
     are roundings, whose signs know nothing of y: <e, y> has a standard deviation of |e| |y| / sqrt(D), of which four
     are allowed. The largest over the rows, of B anchors and G candidates each.
     """
-    candidates_PKGD = groups.candidates_PKGTC.flatten(3).double()
-    velocity_PKBD = groups.velocity_PKBTC.flatten(3).double()
+    candidates_PKGD = groups.candidates_PKGS.flatten(3).double()
+    velocity_PKBD = groups.velocity_PKBS.flatten(3).double()
     own_PKBD = candidates_PKGD.take_along_dim(groups.anchor_PB[:, None, :, None], dim=2)
     longest_PK = torch.cdist(own_PKBD, candidates_PKGD).amax((2, 3))
     dt_PK = (groups.sigma_before_PK - groups.sigma_after_PK).abs().double()
@@ -247,7 +247,7 @@ def forked(log: Path, function: Callable[..., Any], *arguments: Any, **variables
 
 def _heard(log: str, variables: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     hear(log)
-    os.environ.update(variables)
+    os.environ.update({"OMP_NUM_THREADS": "1"} | variables)  # which accelerate reads
     torch.set_num_threads(1)
     function(*arguments)
     sys.stdout.flush()

@@ -90,23 +90,23 @@ def test_grows_the_tree_that_is_written_out(flux, per_rank, spread):
     for p, prompt in enumerate(PROMPTS):
         steps, final = grown(flux, prompt, 7, spread)
         assert [len(x) for x, _, _ in steps] == EDGES
-        assert_close(groups.final_PGTC[p], final)
+        assert_close(groups.final_PGS[p], final)
         assert groups.advantage_PM[p].sort().values.tolist() == list(range(sum(EDGES)))
         for m, (step, index) in enumerate(
             zip(groups.step_PM[p].tolist(), groups.advantage_PM[p].tolist(), strict=True)
         ):
             assert place(index)[0] == step
             x, v, noise = (each[place(index)[1]] for each in steps[step])
-            assert_close(groups.latents_PMTC[p, m], x)
-            assert_close(groups.velocity_PMTC[p, m], v)
-            torch.testing.assert_close(groups.noise_PMTC[p, m], noise)
+            assert_close(groups.latents_PMS[p, m], x)
+            assert_close(groups.velocity_PMS[p, m], v)
+            torch.testing.assert_close(groups.noise_PMS[p, m], noise)
 
 
 def test_siblings_share_what_was_before_their_split(flux):
     groups = algorithm_of().explore(flux, PROMPTS[:1], 0)
     by_edge = {place(index): m for m, index in enumerate(groups.advantage_PM[0].tolist())}
     for step, edges in enumerate(EDGES):
-        before = torch.stack([groups.latents_PMTC[0, by_edge[step, e]] for e in range(edges)])
+        before = torch.stack([groups.latents_PMS[0, by_edge[step, e]] for e in range(edges)])
         distances = torch.cdist(before.flatten(1), before.flatten(1))
         alike = (distances < 1e-3).int()
         family = 2 if step in SPLITS else 1
@@ -117,11 +117,11 @@ def test_a_tree_depends_on_iteration_prompt_and_nothing_else(flux):
     both = algorithm_of().explore(flux, PROMPTS, 0)
     alone = algorithm_of().explore(flux, PROMPTS[1:], 0)
     assert torch.equal(alone.advantage_PM[0], both.advantage_PM[1])
-    assert torch.equal(alone.noise_PMTC[0], both.noise_PMTC[1])
+    assert torch.equal(alone.noise_PMS[0], both.noise_PMS[1])
     assert not torch.equal(both.advantage_PM[0], both.advantage_PM[1])
     other = algorithm_of().explore(flux, PROMPTS[1:], 1)
     assert not torch.equal(other.advantage_PM, alone.advantage_PM)
-    assert (other.final_PGTC - alone.final_PGTC).abs().max() > 0.1
+    assert (other.final_PGS - alone.final_PGS).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("spread", [0.5, 1.0, 4.0])
@@ -245,7 +245,7 @@ def test_width_pruning_takes_leaves_out_after_the_last_split(trained, how, depth
         assert kept.advantage_PM[p].tolist() == order, "in the order they have"
         where = {index: m for m, index in enumerate(explored.advantage_PM[p].tolist())}
         for m, index in enumerate(kept.advantage_PM[p].tolist()):
-            assert torch.equal(kept.noise_PMTC[p, m], explored.noise_PMTC[p, where[index]])
+            assert torch.equal(kept.noise_PMS[p, m], explored.noise_PMS[p, where[index]])
 
 
 def test_depth_pruning_moves_with_the_iteration(trained):

@@ -60,14 +60,14 @@ def case(drift=0.0, moved=0.0):
         real=ROWS,
         prompt_r=PROMPT,
         step_r=torch.arange(ROWS),
-        latents_rbTC=before.float(),
+        latents_rbS=before.float(),
         sigma_before_r=sigma.float(),
-        rollout_velocity_rbTC=rollout.float(),
+        rollout_velocity_rbS=rollout.float(),
         conditioning=None,
         advantage_r=ADVANTAGE,
         slope_r=-(dt + std**2 * (1 - sigma) / (2 * sigma)).float(),
         std_r=std.float(),
-        noise_r1TC=noise.float(),
+        noise_r1S=noise.float(),
     )
     return Case(before, after, rollout, old, velocity, rows)
 

@@ -19,7 +19,7 @@ P, G, B, K, STEPS, SHIFT = 2, 3, 2, 2, 6, 3.0
 PROMPTS = [Prompt("a large red circle on a blue background", 0), Prompt("a dog", 1)]
 STEP_PK = torch.tensor([[0, 3], [2, 5]])  # the first step, the last, and both second-order ones
 ANCHOR_PB = torch.tensor([[2, 0], [1, 2]])
-STATES = ("latents_PKBTC", "candidates_PKGTC", "velocity_PKBTC", "final_PGTC")
+STATES = ("latents_PKBS", "candidates_PKGS", "velocity_PKBS", "final_PGS")
 
 
 def noise_of(flux):
@@ -46,13 +46,13 @@ def scheduler_of(solver, sigmas):
 
 
 @torch.no_grad()
-def trajectory(pipeline, solver, noise_TC, prompt):
+def trajectory(pipeline, solver, noise_S, prompt):
     """One picture's states [STEPS + 1, T, C] and velocities [STEPS, T, C]."""
     sigmas = flow_sigmas(STEPS, SHIFT)
     scheduler = scheduler_of(solver, sigmas)
     embeds, pooled, txt_ids = pipeline.encode_prompt(prompt, None, max_sequence_length=16)
     ids = FluxPipeline._prepare_latent_image_ids(1, 2, 2, "cpu", torch.float32)
-    states, velocities = [noise_TC[None]], []
+    states, velocities = [noise_S[None]], []
     for index in range(STEPS):
         velocity = pipeline.transformer(
             hidden_states=states[-1],
@@ -79,16 +79,16 @@ def test_equals_a_loop_with_diffusers(tiny_dev, load_flux, solver):
     sigmas = flow_sigmas(STEPS, SHIFT)
     for p in range(P):
         for g in range(G):
-            assert_close(groups.final_PGTC[p, g], alone[p][g][0][-1])
+            assert_close(groups.final_PGS[p, g], alone[p][g][0][-1])
         for k, step in enumerate(STEP_PK[p].tolist()):
             assert groups.sigma_before_PK[p, k] == sigmas[step]
             assert groups.sigma_after_PK[p, k] == sigmas[step + 1]
             for g in range(G):
-                assert_close(groups.candidates_PKGTC[p, k, g], alone[p][g][0][step + 1])
+                assert_close(groups.candidates_PKGS[p, k, g], alone[p][g][0][step + 1])
             for b, anchor in enumerate(ANCHOR_PB[p].tolist()):
                 states, velocities = alone[p][anchor]
-                assert_close(groups.latents_PKBTC[p, k, b], states[step])
-                assert_close(groups.velocity_PKBTC[p, k, b], velocities[step])
+                assert_close(groups.latents_PKBS[p, k, b], states[step])
+                assert_close(groups.velocity_PKBS[p, k, b], velocities[step])
     assert {getattr(groups, name).dtype for name in STATES} == {torch.float32}
 
 
@@ -140,7 +140,7 @@ def test_explore_draws_by_seed_step_and_slot(tiny_dev, load_flux):
     for name in STATES:
         assert_close(getattr(alone, name)[0], getattr(together, name)[1])
     other = algorithm.explore(flux, PROMPTS[1:], step=8)
-    assert (other.final_PGTC - alone.final_PGTC).abs().max() > 0.1
+    assert (other.final_PGS - alone.final_PGS).abs().max() > 0.1
 
 
 def test_accumulated_batches_are_one_exploration(tiny_dev, load_flux):
@@ -159,5 +159,5 @@ def test_sigma_one_explores_independent_noises(tiny_dev, load_flux):
 
     recipe = recipe_of(per_rank=2)
     recipe = replace(recipe, algorithm=replace(recipe.algorithm, sigma=1.0))
-    final = algorithm_of(recipe).explore(load_flux(tiny_dev), PROMPTS, step=0).final_PGTC
+    final = algorithm_of(recipe).explore(load_flux(tiny_dev), PROMPTS, step=0).final_PGS
     assert torch.pdist(final.flatten(2)[0]).min() > 1

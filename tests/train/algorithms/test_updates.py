@@ -65,7 +65,7 @@ def model_in_float64(flux):
         sigma = groups.sigma_before_PM.flatten().double()
         rows = torch.arange(len(groups.step_PM)).repeat_interleave(groups.rows_per_prompt)
         return transformer(
-            hidden_states=groups.latents_PMTC.flatten(0, 1).double(),
+            hidden_states=groups.latents_PMS.flatten(0, 1).double(),
             timestep=sigma,
             guidance=torch.full_like(sigma, flux.sampling.guidance_scale),
             encoder_hidden_states=groups.conditioning.prompt_embeds[rows].double(),
@@ -83,7 +83,7 @@ def policy_at(groups, velocity, stds, sigmas):
     sigma, following, std = (
         torch.tensor(each, dtype=torch.float64)[step][:, None, None] for each in (sigmas[:-1], sigmas[1:], stds)
     )
-    x = groups.latents_PMTC.flatten(0, 1).double()
+    x = groups.latents_PMS.flatten(0, 1).double()
     mean = x - (sigma - following) * velocity - std**2 / (2 * sigma) * (x + (1 - sigma) * velocity)
     return Normal(mean, std)
 
@@ -97,8 +97,8 @@ def written_out(flux, groups, advantages, algorithm, old_model=None):
     transformer, velocity = model_in_float64(flux)
     new = policy_at(groups, velocity(groups), stds, sigmas)
     with torch.no_grad():
-        explored = policy_at(groups, groups.velocity_PMTC.flatten(0, 1).double(), stds, sigmas)
-        sample = explored.mean + explored.stddev * groups.noise_PMTC.flatten(0, 1).double()
+        explored = policy_at(groups, groups.velocity_PMS.flatten(0, 1).double(), stds, sigmas)
+        sample = explored.mean + explored.stddev * groups.noise_PMS.flatten(0, 1).double()
         old = policy_at(groups, (old_model or velocity)(groups), stds, sigmas)
     log_ratio = (new.log_prob(sample) - old.log_prob(sample)).mean((1, 2))
     ratio, low_high = log_ratio.exp(), algorithm.settings.clip_range
@@ -159,9 +159,9 @@ def test_groups_without_signal_take_no_forward(flux, name, monkeypatch):
     [block] = trained_blocks(algorithm, flux, groups, advantages_of(algorithm, P, G), monkeypatch)
     sizes, velocity = [], FlowModel.velocity
 
-    def counted(self, x_NTC, *rest):
-        sizes.append(len(x_NTC))
-        return velocity(self, x_NTC, *rest)
+    def counted(self, x_NS, *rest):
+        sizes.append(len(x_NS))
+        return velocity(self, x_NS, *rest)
 
     monkeypatch.setattr(FlowModel, "velocity", counted)
     spy = Spy(flux)

@@ -114,13 +114,13 @@ def test_explores_the_walk_that_is_written_out(flux, case):
     assert groups.step_PM.shape == (P, G * K)
     for p, prompt in enumerate(PROMPTS):
         states, velocities, noises = walked(flux, case, prompt)
-        assert_close(groups.final_PGTC[p], states[-1])
+        assert_close(groups.final_PGS[p], states[-1])
         seen = set()
         for m, (step, g) in enumerate(zip(groups.step_PM[p].tolist(), groups.advantage_PM[p].tolist(), strict=True)):
             seen.add((step, g))
-            assert_close(groups.latents_PMTC[p, m], states[step][g])
-            assert_close(groups.velocity_PMTC[p, m], velocities[step][g])
-            assert torch.equal(groups.noise_PMTC[p, m], noises[step][g])
+            assert_close(groups.latents_PMS[p, m], states[step][g])
+            assert_close(groups.velocity_PMS[p, m], velocities[step][g])
+            assert torch.equal(groups.noise_PMS[p, m], noises[step][g])
             s, t = sigmas[step], sigmas[step + 1]
             std = std_of(case, s, t)
             slope = -(s - t) - std**2 * (1 - s) / (2 * s)
@@ -130,7 +130,7 @@ def test_explores_the_walk_that_is_written_out(flux, case):
         assert seen == {(step, g) for step in trained for g in range(G)}, "every candidate at every trained step, once"
         assert len(trained) == K
         assert set(trained) <= set(random)
-    assert not groups.final_PGTC.requires_grad
+    assert not groups.final_PGS.requires_grad
 
 
 def test_flashs_solver_is_of_second_order_where_it_may_be(flux):
@@ -139,7 +139,7 @@ def test_flashs_solver_is_of_second_order_where_it_may_be(flux):
     assert walk.second_order_from == 2
     assert walk.sigmas.tolist() == pytest.approx([shifted(t) for t in (1, 7 / 8, 6 / 8, 4 / 8, 2 / 8, 0)], abs=1e-6)
     assert walk.std[2:] == (0.0, 0.0, 0.0)
-    final = algorithm_of("mix_grpo_flash", window_size=2, compression=0.6).explore(flux, PROMPTS, 0).final_PGTC
+    final = algorithm_of("mix_grpo_flash", window_size=2, compression=0.6).explore(flux, PROMPTS, 0).final_PGS
     states, _, _ = walked(flux, "flash", PROMPTS[0])
     sigmas, _ = schedule("flash")
     conditioning = flux.encode([PROMPTS[0].text]).rows(torch.zeros(G, dtype=torch.int64))
@@ -152,7 +152,7 @@ def test_flashs_solver_is_of_second_order_where_it_may_be(flux):
 
 def test_candidates_differ_from_the_window_on(flux):
     groups = algorithm_of("mix_grpo", window_size=3).explore(flux, PROMPTS[:1], 60)
-    first, second = (groups.latents_PMTC[0, groups.step_PM[0] == step] for step in (2, 3))
+    first, second = (groups.latents_PMS[0, groups.step_PM[0] == step] for step in (2, 3))
     assert_close(first, first[:1].expand_as(first))
     assert torch.pdist(second.flatten(1)).min() > 0.1
 
@@ -164,14 +164,14 @@ def test_any_number_of_processes_draws_the_same(flux, case):
     together = algorithm_of(name, **settings).explore(flux, PROMPTS, iteration)
     in_turn = algorithm_of(name, per_rank=1, **settings).explore(flux, PROMPTS, iteration)
     alone = algorithm_of(name, **settings).explore(flux, PROMPTS[1:], iteration)
-    for name in ("step_PM", "advantage_PM", "noise_PMTC", "std_PM"):
+    for name in ("step_PM", "advantage_PM", "noise_PMS", "std_PM"):
         assert torch.equal(getattr(in_turn, name), getattr(together, name))
         assert torch.equal(getattr(alone, name)[0], getattr(together, name)[1])
-    for name in ("latents_PMTC", "velocity_PMTC", "final_PGTC"):
+    for name in ("latents_PMS", "velocity_PMS", "final_PGS"):
         assert_close(getattr(in_turn, name), getattr(together, name))
         assert_close(getattr(alone, name)[0], getattr(together, name)[1])
     assert_close(in_turn.conditioning.prompt_embeds, together.conditioning.prompt_embeds)
-    assert not torch.equal(together.noise_PMTC[0], together.noise_PMTC[1])
+    assert not torch.equal(together.noise_PMS[0], together.noise_PMS[1])
 
 
 def test_steps_and_order_are_drawn_for_each_prompt(flux):
@@ -202,6 +202,6 @@ def test_an_optimizer_step_trains_whole_candidates(flux):
         assert all(
             part == {(step, g) for step in range(3) for g in own} for part, own in zip(parts, candidates, strict=True)
         )
-    for name in ("latents_PMTC", "noise_PMTC", "velocity_PMTC", "std_PM"):
+    for name in ("latents_PMS", "noise_PMS", "velocity_PMS", "std_PM"):
         assert torch.equal(torch.cat([getattr(block, name) for block in blocks], 1), getattr(groups, name))
-    assert all(block.final_PGTC is groups.final_PGTC for block in blocks)
+    assert all(block.final_PGS is groups.final_PGS for block in blocks)

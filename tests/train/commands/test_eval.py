@@ -238,8 +238,10 @@ def test_pictures_are_the_benchmarks_unless_asked_otherwise(ngrpo, here, tiny_de
         "num_inference_steps": 50,
         "shift": 3.0,
         "guidance_scale": 3.5,
+        "negative_prompt": "",
         "height": SIZE,  # as its VAE's config has it
         "width": SIZE,
+        "num_frames": 1,
         "max_sequence_length": 16,
     }
     assert ngrpo("eval", "runs/full", "--as-trained", "--base=none", "--out", tmp_path / "run")[0] == 0

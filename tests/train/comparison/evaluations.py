@@ -131,4 +131,3 @@ def _run(jobs):
         codes, outputs = [process.exitcode for process in ranks], [log.read_text() for log in logs]
         ends.append(asdict(Ended(codes, outputs, _files(job["out"]))))
     jobs.with_name("ended.json").write_text(json.dumps(ends))
-

@@ -88,7 +88,7 @@ def by_hand(flux, trained, base, tail_steps, solver, slots=(0, 1)):
 
 def solved(flux, tail):
     for step in solve(flux, noise_of(flux), flux.encode(PROMPTS), flow_sigmas(STEPS, SHIFT), tail=tail):
-        last = step.after_NTC
+        last = step.after_NS
     return last
 
 
@@ -165,7 +165,7 @@ def test_batches_are_cut_alike_whatever_is_there(gallery, made):
     for slot in (0, 1, 2, 3, 5, 7):
         gallery.save(slot, torch.full((3, 2, 2), 200, dtype=torch.uint8))
     generate_missing(None, RECIPE, gallery, "x")
-    prompts = [f"prompt {slot // 2}" for slot in range(10)]
+    prompts = [Prompt(f"prompt {slot // 2}") for slot in range(10)]
     assert made == [([4, 5, 6, 7], prompts[4:8]), ([8, 9], prompts[8:])]
     assert gallery.missing() == []
     values = [read_picture(gallery.file(slot)).unique().tolist() for slot in range(10)]

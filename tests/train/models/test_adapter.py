@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ngrpo_train.models.model import Conditioning, FlowModel, load_adapter
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Model, Parallel, Sampling
 
 TOKENS, CHANNELS, SIZE = 4, 3, 8  # a token is a square of 4 by 4 pixels of one colour
@@ -86,15 +87,15 @@ class Squares:
                 drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(stored))) / 4
                 parameter.copy_(weights.get(stored, drawn))
 
-    def velocity(self, transformer: nn.Module, x_NTC: Tensor, sigma_N: Tensor, conditioning: Colours) -> Tensor:
-        return transformer(x_NTC.to(self.dtype), sigma_N.to(self.dtype), conditioning.named.to(self.dtype))
+    def velocity(self, transformer: nn.Module, x_NS: Tensor, sigma_N: Tensor, conditioning: Colours) -> Tensor:
+        return transformer(x_NS.to(self.dtype), sigma_N.to(self.dtype), conditioning.named.to(self.dtype))
 
-    def encode(self, prompts: Sequence[str]) -> Colours:
-        colours = [[float(name in prompt) for name in ("red", "green", "blue")] for prompt in prompts]
+    def encode(self, prompts: Sequence[Prompt]) -> Colours:
+        colours = [[float(name in prompt.text) for name in ("red", "green", "blue")] for prompt in prompts]
         return Colours(torch.tensor(colours, device=self.device))
 
-    def decode(self, latents_NTC: Tensor) -> Tensor:
-        levels = ((latents_NTC.float() / 4 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    def decode(self, latents_NS: Tensor) -> Tensor:
+        levels = ((latents_NS.float() / 4 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         squares = levels.mT.unflatten(2, (2, 2))
         return squares.repeat_interleave(SIZE // 2, 2).repeat_interleave(SIZE // 2, 3)
 

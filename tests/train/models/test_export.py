@@ -41,7 +41,7 @@ def outputs(transformer_or_flux, flux):
 def sampled(flux):
     noise = torch.randn(2, *flux.latent_shape, generator=torch.Generator().manual_seed(0))
     for step in generate(flux, noise, flux.encode(PROMPTS), SIGMAS):
-        latents = step.after_NTC
+        latents = step.after_NS
     return flux.decode(latents)
 
 

@@ -220,7 +220,7 @@ def test_the_ratio_never_sees_it(
 
     alone = trainer_of(recipe_of(tiny_dev, "same", **algorithm))
     prompts = alone.cursor.next()
-    assert error(outcome.groups.final_PGTC, alone.algorithm.explore(alone.model, prompts, 0).final_PGTC) > 0.1
+    assert error(outcome.groups.final_PGS, alone.algorithm.explore(alone.model, prompts, 0).final_PGS) > 0.1
     stats = alone.algorithm.update(alone.model, alone.optimizer, outcome.groups, outcome.advantages)
     moved = zip(explored.model.trainable.values(), alone.model.trainable.values(), before, strict=True)
     for mine, other, first in moved:

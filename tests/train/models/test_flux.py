@@ -36,7 +36,7 @@ def sampled(flux, noise, sigmas):
     """Pictures of PROMPTS from `noise` by our solver and decoder."""
     conditioning = flux.encode(PROMPTS)
     for step in generate(flux, noise, conditioning, sigmas):
-        latents = step.after_NTC
+        latents = step.after_NS
     return flux.decode(latents)
 
 

@@ -567,14 +567,14 @@ def test_the_loss_of_transitions_holds_what_is_counted(monkeypatch: pytest.Monke
             real=4,
             prompt_r=none,
             step_r=none,
-            latents_rbTC=meta(*state),
+            latents_rbS=meta(*state),
             sigma_before_r=meta(4),
-            rollout_velocity_rbTC=meta(*state),
+            rollout_velocity_rbS=meta(*state),
             conditioning=TextFeatures(meta(0), meta(0), meta(0)),
             advantage_r=none,
             slope_r=meta(4),
             std_r=meta(4),
-            noise_r1TC=meta(*state),
+            noise_r1S=meta(*state),
         )
         velocity = meta(*state).requires_grad_()
         terms = GaussianPolicy(Algorithm.of("dance_grpo")).terms(rows, velocity, meta(*state), meta(1, 12))

@@ -82,7 +82,7 @@ def _iterate_twice(recipe: Recipe, device: torch.device) -> None:
         torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:
             groups = algorithm.explore(flux, prompts, step)
-            images = flux.decode(groups.final_PGTC.flatten(0, 1))
+            images = flux.decode(groups.final_PGS.flatten(0, 1))
             torch.cuda.set_sync_debug_mode("default")
             advantages_PG = algorithm.advantages(rewards(images, prompts), step)
             torch.cuda.set_sync_debug_mode("error" if step else "default")

@@ -56,10 +56,10 @@ FIGURES = {  # of an iteration of Neighbor on a CPU, those by solver step left o
 }
 
 
-def groups_of(final_PGTC, step_PK=None):
+def groups_of(final_PGS, step_PK=None):
     empty = torch.empty(0)
     fields = {name: empty for name in Neighborhoods.__dataclass_fields__}
-    known = {"final_PGTC": final_PGTC, "step_PK": torch.zeros(1, 1) if step_PK is None else step_PK}
+    known = {"final_PGS": final_PGS, "step_PK": torch.zeros(1, 1) if step_PK is None else step_PK}
     return Neighborhoods(**fields | known)
 
 

@@ -8,7 +8,7 @@ import torch
 from ngrpo_train.draws import ANCHORS, NOISE, STEPS, draw_anchors, draw_train_steps, stream
 from ngrpo_train.sampling.perturb import neighborhood
 
-SHAPE_TC = (256, 64)
+SHAPE_S = (256, 64)
 KEY = {"seed": 7, "step": 3, "slot": 5}
 OTHER_KEYS = [KEY | {name: 11} for name in KEY]
 
@@ -55,7 +55,7 @@ def test_the_seed_is_a_fixed_hash():
 
 
 def test_neighbouring_streams_are_uncorrelated():
-    noises = [neighborhood(SHAPE_TC, 1, 1.0, **key).flatten() for key in [KEY, *OTHER_KEYS, KEY | {"slot": 6}]]
+    noises = [neighborhood(SHAPE_S, 1, 1.0, **key).flatten() for key in [KEY, *OTHER_KEYS, KEY | {"slot": 6}]]
     correlation = torch.corrcoef(torch.stack(noises)).fill_diagonal_(0)
     assert correlation.abs().max() < 4.5 / math.sqrt(noises[0].numel())  # in standard errors
 
@@ -77,11 +77,11 @@ def test_how_slots_are_split_over_ranks_changes_nothing(world_size):
 
 @pytest.mark.parametrize("sigma", [0.01, 0.3, 0.8, 1.0])
 def test_moments_and_pairwise_correlation(sigma):
-    noise_GTC = neighborhood(SHAPE_TC, 6, sigma, **KEY)
-    assert noise_GTC.shape == (6, *SHAPE_TC)
-    assert noise_GTC.dtype == torch.float32
-    assert noise_GTC.device.type == "cpu"
-    noise = noise_GTC.flatten(1).double()
+    noise_GS = neighborhood(SHAPE_S, 6, sigma, **KEY)
+    assert noise_GS.shape == (6, *SHAPE_S)
+    assert noise_GS.dtype == torch.float32
+    assert noise_GS.device.type == "cpu"
+    noise = noise_GS.flatten(1).double()
     standard_error = 1 / math.sqrt(noise.shape[1])
     assert noise.mean(1).abs().max() < 4.5 * standard_error
     assert (noise.var(1) - 1).abs().max() < 4.5 * math.sqrt(2) * standard_error
@@ -93,17 +93,17 @@ def test_moments_and_pairwise_correlation(sigma):
 
 def test_candidates_share_one_base():
     """What the candidates have in common is `sqrt(1 - sigma^2) * base`, the same for every G and sigma."""
-    near, far = (neighborhood(SHAPE_TC, 3, sigma, **KEY).double() for sigma in (0.3, 0.8))
+    near, far = (neighborhood(SHAPE_S, 3, sigma, **KEY).double() for sigma in (0.3, 0.8))
     # Both are `sqrt(1 - s^2) * base + s * delta_i`: two equations for base and delta_i.
     cosines, sigmas = (math.sqrt(1 - 0.3**2), math.sqrt(1 - 0.8**2)), (0.3, 0.8)
     base = (sigmas[1] * near - sigmas[0] * far) / (sigmas[1] * cosines[0] - sigmas[0] * cosines[1])
     torch.testing.assert_close(base, base[:1].expand_as(base), rtol=0, atol=1e-5)
-    larger = neighborhood(SHAPE_TC, 9, 1e-6, **KEY).double()
+    larger = neighborhood(SHAPE_S, 9, 1e-6, **KEY).double()
     torch.testing.assert_close(larger, base[:1].expand_as(larger), rtol=0, atol=2e-5)
 
 
 def test_sigma_one_gives_independent_noises():
-    noise = neighborhood(SHAPE_TC, 6, 1.0, **KEY).flatten(1)
+    noise = neighborhood(SHAPE_S, 6, 1.0, **KEY).flatten(1)
     correlation = torch.corrcoef(noise).fill_diagonal_(0)
     assert correlation.abs().max() < 4.5 / math.sqrt(noise.shape[1])
 

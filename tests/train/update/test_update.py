@@ -50,8 +50,8 @@ def old_points(groups, old_policy, theta_points):
     if old_policy == "exact":
         return theta_points.detach()
     if old_policy == "cached":
-        return groups.latents_PKBTC.flatten(3).double() - dt * groups.velocity_PKBTC.flatten(3).double()
-    every = groups.candidates_PKGTC.flatten(3).double()
+        return groups.latents_PKBS.flatten(3).double() - dt * groups.velocity_PKBS.flatten(3).double()
+    every = groups.candidates_PKGS.flatten(3).double()
     return torch.stack([every[p][:, groups.anchor_PB[p]] for p in range(P)])
 
 
@@ -63,7 +63,7 @@ def model_in_float64(flux):
         conditioning = groups.conditioning
         rows = torch.full((B,), p)
         return transformer(
-            hidden_states=groups.latents_PKBTC[p, k].double(),
+            hidden_states=groups.latents_PKBS[p, k].double(),
             timestep=groups.sigma_before_PK[p, k].double().expand(B),
             guidance=torch.full((B,), flux.sampling.guidance_scale).double(),
             encoder_hidden_states=conditioning.prompt_embeds[rows].double(),
@@ -82,12 +82,12 @@ def written_out(flux, groups, advantages, settings):
     theta = torch.stack(
         [
             torch.stack(
-                [groups.latents_PKBTC[p, k].flatten(1).double() - dt[p, k] * velocity(groups, p, k) for k in range(K)]
+                [groups.latents_PKBS[p, k].flatten(1).double() - dt[p, k] * velocity(groups, p, k) for k in range(K)]
             )
             for p in range(P)
         ]
     )
-    candidates = groups.candidates_PKGTC.flatten(3).double()
+    candidates = groups.candidates_PKGS.flatten(3).double()
     temperature = candidates.shape[-1] if settings.temperature == "dim" else settings.temperature
 
     def log_policy(points):
@@ -124,7 +124,7 @@ def test_gradient_is_that_of_the_paper(tiny_dev, load_flux, tuning, old_policy, 
     flux = moved(load_flux(tiny_dev, tuning=tuning, solver="dpmpp_2m", num_inference_steps=STEPS))
     groups = algorithm.explore(flux, PROMPTS, step=0)
     if old_policy == "cached":  # a rollout by another model, or the ratio would be 1 here as well
-        groups = replace(groups, velocity_PKBTC=groups.velocity_PKBTC * 1.0002)
+        groups = replace(groups, velocity_PKBS=groups.velocity_PKBS * 1.0002)
     advantages = advantages_of(algorithm, P, G, flat=[1])
     expected, loss, log_ratio = written_out(flux, groups, advantages, algorithm.settings)
     [found], stats = gradients(flux, algorithm, groups, advantages)
@@ -210,8 +210,8 @@ def test_later_updates_use_the_policy_before_the_first(tiny_dev, load_flux):
         return replace(
             groups,
             anchor_PB=groups.anchor_PB[:, block : block + 1],
-            latents_PKBTC=groups.latents_PKBTC[:, :, block : block + 1],
-            velocity_PKBTC=groups.velocity_PKBTC[:, :, block : block + 1],
+            latents_PKBS=groups.latents_PKBS[:, :, block : block + 1],
+            velocity_PKBS=groups.velocity_PKBS[:, :, block : block + 1],
         )
 
     single = {"num_anchors": 1, "updates_per_iteration": 1}
@@ -227,7 +227,7 @@ def test_later_updates_use_the_policy_before_the_first(tiny_dev, load_flux):
                 torch.stack(
                     [
                         flux.velocity(
-                            groups.latents_PKBTC[p, k, 1:],
+                            groups.latents_PKBS[p, k, 1:],
                             groups.sigma_before_PK[p, k][None],
                             groups.conditioning.rows(torch.tensor([p])),
                         )
@@ -238,7 +238,7 @@ def test_later_updates_use_the_policy_before_the_first(tiny_dev, load_flux):
             ]
         )
         restore(flux, moved_weights)
-    later = replace(anchor(1), velocity_PKBTC=velocity)
+    later = replace(anchor(1), velocity_PKBS=velocity)
     [expected], _ = gradients(flux, algorithm, later, advantages, **single, old_policy="cached")
     assert_same_gradient(second, expected, 1e-3)
 
@@ -256,7 +256,7 @@ def test_mismatch_is_between_rollout_and_training_forward(tiny_dev, load_flux):
     _, stats = gradients(flux, algorithm, groups, advantages, lr=1.0)
     assert stats.first.sums["rollout_mismatch"] / stats.first.rows < 1e-5
     assert stats.first.sums["mismatch_log_ratio_std"] / stats.first.rows < 1e-5
-    off = replace(groups, velocity_PKBTC=groups.velocity_PKBTC / 1.01)
+    off = replace(groups, velocity_PKBS=groups.velocity_PKBS / 1.01)
     flux = load_flux(tiny_dev, num_inference_steps=STEPS)
     _, stats = gradients(flux, algorithm, off, advantages)
     assert stats.first.rows == 2 * K
@@ -274,9 +274,9 @@ def test_flat_groups_are_skipped_before_any_forward(tiny_dev, load_flux, monkeyp
     sizes = []
     velocity = FlowModel.velocity
 
-    def counted(self, x_NTC, *rest):
-        sizes.append(len(x_NTC))
-        return velocity(self, x_NTC, *rest)
+    def counted(self, x_NS, *rest):
+        sizes.append(len(x_NS))
+        return velocity(self, x_NS, *rest)
 
     monkeypatch.setattr(FlowModel, "velocity", counted)
     spy = Spy(flux)
@@ -296,9 +296,9 @@ def test_ranks_with_fewer_rows_make_as_many_forwards(tiny_dev, load_flux, monkey
     sizes = {0: [], 1: []}
     velocity = FlowModel.velocity
 
-    def counted(self, x_NTC, *rest):
-        sizes[processes.rank()].append((len(x_NTC), torch.is_grad_enabled()))
-        return velocity(self, x_NTC, *rest)
+    def counted(self, x_NS, *rest):
+        sizes[processes.rank()].append((len(x_NS), torch.is_grad_enabled()))
+        return velocity(self, x_NS, *rest)
 
     monkeypatch.setattr(FlowModel, "velocity", counted)
     monkeypatch.setattr(processes, "world_size", lambda: 2)
@@ -367,9 +367,9 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tiny_dev, load_flux, bad):
 
     assert step(groups).skipped == 0
     before = everything()
-    candidates_PKGTC = groups.candidates_PKGTC.clone()
-    candidates_PKGTC[0, 0, 0, 0, 0] = bad
-    stats = step(replace(groups, candidates_PKGTC=candidates_PKGTC))
+    candidates_PKGS = groups.candidates_PKGS.clone()
+    candidates_PKGS[0, 0, 0, 0, 0] = bad
+    stats = step(replace(groups, candidates_PKGS=candidates_PKGS))
     assert stats.skipped == 1
     assert stats.grad_norm == 0
     for kept, value in zip(before, everything(), strict=True):
@@ -444,7 +444,7 @@ def test_velocity_gradient_norm_of_each_step(tiny_dev, load_flux):
     for p in (0, 2):
         for k, step in enumerate(groups.step_PK[p].tolist()):
             dt = groups.sigma_before_PK[p, k] - groups.sigma_after_PK[p, k]
-            pull = torch.einsum("g,gtc->tc", advantages[p].double(), groups.candidates_PKGTC[p, k].double())
+            pull = torch.einsum("g,gtc->tc", advantages[p].double(), groups.candidates_PKGS[p, k].double())
             expected[step].append(2 * dt / 2.5 * pull.norm())
     assert stats.last.rows_by_step.tolist() == [len(norms) for norms in expected.values()]
     for step, norms in expected.items():
