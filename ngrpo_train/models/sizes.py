@@ -18,6 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from ngrpo_train.models.directory import local_directory, local_vae_config
+from ngrpo_train.models.published import hub_ids, published
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Model, Sampling
 from ngrpo_train.worlds import WORLDS
@@ -86,75 +87,14 @@ def token_grid(vae: Mapping[str, Any], sampling: Sampling) -> tuple[int, int]:
     return sampling.height // pixels, sampling.width // pixels
 
 
-def _flux(*, guidance_embeds: bool) -> Architecture:
-    """The architecture of FLUX.1 as published."""
-    return Architecture(
-        transformer={
-            "patch_size": 1,
-            "in_channels": 64,
-            "num_layers": 19,
-            "num_single_layers": 38,
-            "attention_head_dim": 128,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "pooled_projection_dim": 768,
-            "guidance_embeds": guidance_embeds,
-            "axes_dims_rope": (16, 56, 56),
-        },
-        vae={
-            "in_channels": 3,
-            "out_channels": 3,
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "block_out_channels": (128, 256, 512, 512),
-            "layers_per_block": 2,
-            "act_fn": "silu",
-            "latent_channels": 16,
-            "norm_num_groups": 32,
-            "sample_size": 1024,
-            "scaling_factor": 0.3611,
-            "shift_factor": 0.1159,
-            "force_upcast": True,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-            "mid_block_add_attention": True,
-        },
-        text_encoder={  # CLIP ViT-L/14
-            "vocab_size": 49408,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "projection_dim": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 77,
-            "hidden_act": "quick_gelu",
-            "layer_norm_eps": 1e-5,
-            "bos_token_id": 0,
-            "eos_token_id": 2,
-            "pad_token_id": 1,
-        },
-        text_encoder_2={  # T5 v1.1 XXL
-            "vocab_size": 32128,
-            "d_model": 4096,
-            "d_kv": 64,
-            "d_ff": 10240,
-            "num_layers": 24,
-            "num_heads": 64,
-            "relative_attention_num_buckets": 32,
-            "relative_attention_max_distance": 128,
-            "dropout_rate": 0.1,
-            "layer_norm_epsilon": 1e-6,
-            "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-            "decoder_start_token_id": 0,
-        },
-    )
+def _published(name: str) -> Architecture:
+    configs = published(f"random:{name}")
+    assert configs is not None, f"{name}.json ships with ngrpo"
+    return Architecture(**{part: configs[part] for part in MODULES})
 
 
-KNOWN = {"flux-dev": _flux(guidance_embeds=True), "flux-schnell": _flux(guidance_embeds=False)}
-_HUB_IDS = {"black-forest-labs/FLUX.1-dev": "flux-dev", "black-forest-labs/FLUX.1-schnell": "flux-schnell"}
+KNOWN = {name: _published(name) for name in ("flux-dev", "flux-schnell")}
+_HUB_IDS = {hub_id: name for hub_id, name in hub_ids().items() if name in KNOWN}
 
 
 def find_architecture(name_or_path: str, transformer: Path | None = None) -> Architecture:
