@@ -87,6 +87,18 @@ def _check_parallel(recipe: Recipe, world_size: int) -> None:
         parallel.rollout_dtype,
         'needs another algorithm.old_policy than "cached", which takes the rollout\'s velocity into the ratio',
     )
+    require(
+        recipe.model.base_dtype == "same" or recipe.model.tuning == "lora",
+        "model.base_dtype",
+        recipe.model.base_dtype,
+        'needs model.tuning = "lora": full tuning trains every weight, in parallel.master_dtype',
+    )
+    require(
+        recipe.model.base_dtype == "same" or parallel.rollout_dtype == "same",
+        "model.base_dtype",
+        recipe.model.base_dtype,
+        'needs parallel.rollout_dtype = "same": a float8 copy beside the base would take the memory that this saves',
+    )
     keep = recipe.model.gradient_checkpointing
     require(
         isinstance(keep, str) or (0 < keep < 1 and parallel.compile != "off"),

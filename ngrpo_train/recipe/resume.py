@@ -9,7 +9,7 @@ from typing import Any
 
 from ngrpo_train.recipe.algorithms import Algorithm, field_names
 from ngrpo_train.recipe.rewards import settings_class
-from ngrpo_train.recipe.sections import Model, Recipe
+from ngrpo_train.recipe.sections import Model, Parallel, Recipe, Sampling
 
 # Fields that may differ between a checkpoint and the run that resumes from it: none of them changes the numbers.
 # prompts.per_rank and gradient_accumulation_steps must make up for another number of processes; the prompt cursor
@@ -37,8 +37,8 @@ def refuse_changed(saved: Mapping[str, Any], current: Mapping[str, Any], prefix:
     A field that the checkpoint's version did not have must stand at its default, or as in `AS_IN_0_1_0`, because that
     version behaved so.
     """
-    if prefix == "model.":
-        saved = dataclasses.asdict(Model()) | dict(saved)
+    if added_to := {"model.": Model, "sampling.": Sampling, "parallel.": Parallel}.get(prefix):
+        saved = dataclasses.asdict(added_to()) | dict(saved)
     if prefix == "algorithm.":
         saved = _of_today(saved, current)
     if reward := re.fullmatch(r"rewards\.(.+)\.", prefix):

@@ -38,6 +38,10 @@ class Model:
     lora_targets: tuple[str, ...] = ()
     """Layers that get low-rank adapters, by the ends of their names (to_q, ff.net.2, ...).
     Empty: every linear layer inside the transformer's repeated blocks."""
+    base_dtype: Literal["same", "bfloat16", "float8", "nf4"] = "same"
+    """Storage of the base that low-rank adapters leave frozen: "same" as parallel.compute_dtype, or smaller.
+    Linear layers inside the repeated blocks are then kept in 16, 8 or 4 bits, and computed with as before.
+    They are the same in rollout and update, so the policy ratio stays exact."""
     gradient_checkpointing: Literal["full", "selective", "none"] | float = "full"
     """Activations that the backward pass computes again, to save memory.
     "full": whole blocks. "selective": all but matrix products and attention. "none": nothing.
@@ -203,6 +207,8 @@ class Parallel:
     """States per forward in the update: anchors, or transitions of an SDE; 0 takes all at once."""
     decode_batch: NotNegative[int] = 0
     """Pictures per VAE decode; 0 takes as many as memory allows."""
+    decode_tiles: bool = False
+    """Decode a picture in overlapping tiles, one after the other, where the VAE can and the picture is larger."""
     timeout_minutes: Positive[float] = 30.0
     """The run ends when a collective has waited this long for another process."""
 

@@ -421,6 +421,11 @@ def test_a_reward_weight_must_be_finite(weight):
             {"parallel.rollout_dtype": "float8", "algorithm.old_policy": "cached"},
             r"rollout_dtype = 'float8' needs another algorithm\.old_policy",
         ),
+        ({"model.base_dtype": "nf4"}, r'base_dtype = \'nf4\' needs model\.tuning = "lora"'),
+        (
+            {"model.base_dtype": "float8", "model.tuning": "lora", "parallel.rollout_dtype": "float8"},
+            r'base_dtype = \'float8\' needs parallel\.rollout_dtype = "same"',
+        ),
         ({"parallel.attention": "sage_hub"}, r"attention = 'sage_hub' quantises attention"),
         (
             {"model.gradient_checkpointing": 0.9, "parallel.compile": "off"},
@@ -446,6 +451,7 @@ def test_what_excludes_each_other_is_refused(changes, message):
         {"parallel.master_dtype": "bfloat16", "optimizer.name": "adamw_8bit"},
         {"parallel.offload": True},
         {"parallel.rollout_dtype": "float8"},
+        {"model.tuning": "lora", "model.base_dtype": "nf4"},
         {"model.gradient_checkpointing": 0.9},
     ],
 )
