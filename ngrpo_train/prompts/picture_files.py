@@ -1,4 +1,4 @@
-"""Picture files: those that a prompt's row names, and how any such file is read."""
+"""Picture files: those that a prompt's row names, how they are looked at before any work, and how they are read."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from ngrpo_train.prompts.prompt import Row
 
+IMAGE = "image"
+"""The field of a row that names the picture to edit, to fill or to begin with."""
+MASK = "mask"
+"""The field of a row that names the mask of its picture: white where the picture is to be filled."""
+
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # from PIL, for what is no whole picture
+_TURNED = range(5, 9)  # values of Exif's orientation for a picture that lies on its side
 
 
 def named_picture(row: Mapping[str, Any], field: str) -> Path:
@@ -22,6 +28,42 @@ def named_picture(row: Mapping[str, Any], field: str) -> Path:
     Raises ValueError, "needs ...", where the row names none, or none that begins as a picture does. A file that is cut
     off later is found when it is read.
     """
+    return _looked_at(row, field)[0]
+
+
+def refuse_row(row: Mapping[str, Any], fields: tuple[str, ...]) -> None:
+    """Raise ValueError, "needs ...", where one of these fields names no picture, or a mask that does not fit to it.
+
+    Only the beginning of each file is read.
+    """
+    sizes = {field: _looked_at(row, field)[1] for field in fields}
+    if MASK in sizes:
+        _refuse_unlike(row, sizes[MASK], sizes.get(IMAGE) or _looked_at(row, IMAGE)[1])
+
+
+def prepared_picture(row: Mapping[str, Any], field: str, height: int, width: int) -> Image.Image:
+    """The picture that a row names in `field`, as a model takes it: `width` x `height` pixels of mode RGB.
+
+    It is scaled until it covers that size, and cut to it around its centre. A mask is fitted in the same way, by the
+    nearest pixel, and has mode L. Raises ValueError, "needs ...", as `refuse_row`, and for a file that is cut off.
+    """
+    refuse_row(row, (field,))
+    file = named_picture(row, field)
+    mode, scaling = ("L", Image.Resampling.NEAREST) if field == MASK else ("RGB", Image.Resampling.LANCZOS)
+    try:
+        picture = _read(file, mode)
+    except ValueError as error:
+        raise ValueError(f'needs the picture that the row\'s field "{field}" names: {error}') from error
+    return ImageOps.fit(picture, (width, height), scaling)
+
+
+def read_picture(file: Path) -> Tensor:
+    """The pixels of a picture, uint8 [3, H, W]. Raises ValueError for a file that is not a whole picture."""
+    return torch.from_numpy(np.array(_read(file, "RGB"))).permute(2, 0, 1).contiguous()
+
+
+def _looked_at(row: Mapping[str, Any], field: str) -> tuple[Path, tuple[int, int]]:
+    """The file that a row names in `field`, and its width and height, of which only the beginning is read."""
     name = row.get(field)
     if name is None:
         raise ValueError(f"needs the row's field \"{field}\", a picture's file")
@@ -33,18 +75,38 @@ def named_picture(row: Mapping[str, Any], field: str) -> Path:
             raise ValueError(f'needs an absolute path in the row\'s field "{field}", not {name!r}')
         file = row.folder / file
     try:
-        with Image.open(file):
-            return file
+        with Image.open(file) as image:
+            _refuse_mode(image)
+            if field == MASK and image.has_transparency_data:
+                raise ValueError("a mask is white where the picture is to be filled, and has no transparency")
+            # Without the condition, PIL would read the whole of a PNG file to look for Exif behind its pixels.
+            turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+            return file, image.size[::-1] if turned else image.size
     except _UNREADABLE as error:
-        raise ValueError(f'needs the picture that the row\'s field "{field}" names: {error}') from error
+        told = str(error) if str(file) in str(error) else f"{file}: {error}"
+        raise ValueError(f'needs the picture that the row\'s field "{field}" names: {told}') from error
 
 
-def read_picture(file: Path) -> Tensor:
-    """The pixels of a picture, uint8 [3, H, W]. Raises ValueError for a file that is not a whole picture."""
+def _refuse_unlike(row: Mapping[str, Any], mask: tuple[int, int], image: tuple[int, int]) -> None:
+    if mask != image:
+        (width, height), (wanted, high) = mask, image
+        raise ValueError(
+            f"needs a mask of its picture's size, {wanted}x{high}, in the row's field \"{MASK}\", and "
+            f"{row[MASK]!r} is {width}x{height}"
+        )
+
+
+def _read(file: Path, mode: str) -> Image.Image:
+    """The picture of a file, upright, in PIL's `mode`. Raises ValueError that names the file."""
     try:
         with Image.open(file) as image:
-            if image.mode[0] in "IF":  # PIL would clip these, not scale them
-                raise ValueError(f"pixels of PIL's mode {image.mode}: save it with 8 bits a channel")
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+            _refuse_mode(image)
+            ImageOps.exif_transpose(image, in_place=True)
+            return image.convert(mode)
     except _UNREADABLE as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _refuse_mode(image: Image.Image) -> None:
+    if image.mode[0] in "IF":  # PIL would clip these, not scale them
+        raise ValueError(f"pixels of PIL's mode {image.mode}: save it with 8 bits a channel")
