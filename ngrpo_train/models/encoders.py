@@ -5,17 +5,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from ngrpo_train.parallel import processes, sharding
+from ngrpo_train.models.placement import Placed, Placement
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +56,9 @@ class PromptEncoder(Protocol):
 
 
 class TextEncoders:
-    """T5 and CLIP of a FLUX pipeline, frozen, in `frozen_dtype`. `placement` says where they wait between calls.
+    """T5 and CLIP of a FLUX pipeline, frozen, in `frozen_dtype`; `placement` is as for `Placed`.
 
-    "device": on the device. "offload": in host memory, pinned for a GPU; each call copies them to the device and then
-    drops the copy. "shard": T5's layers lie sharded over all processes and are gathered one after the other. Then
-    `encode` is a collective: every process must call it equally often, with any number of prompts of its own.
+    If it is "shard", `encode` is a collective: every process must call it equally often, with any number of prompts.
     """
 
     def __init__(
@@ -72,33 +68,20 @@ class TextEncoders:
         device: torch.device,
         dtype: torch.dtype,
         max_sequence_length: int,
-        placement: Literal["device", "offload", "shard"] = "device",
+        placement: Placement = "device",
     ) -> None:
         """Take the pipeline's encoders over, in place; `encode` returns tensors of `dtype`."""
         self.device, self.dtype, self.max_sequence_length = device, dtype, max_sequence_length
         self._clip_tokenizer, self._t5_tokenizer = pipeline.tokenizer, pipeline.tokenizer_2
         self._clip, self._t5 = pipeline.text_encoder, pipeline.text_encoder_2
-        self._offloaded: list[tuple[Tensor, Tensor]] = []  # a weight or buffer, and its values in host memory
         self._warned_of_length = False
-        sharded = placement == "shard" and processes.world_size() > 1
-        for encoder in (self._clip, self._t5):
-            # fully_shard takes layer by layer to the device: all of T5 at once may not have room there.
-            waits_on_host = placement == "offload" or (sharded and encoder is self._t5)
-            home = torch.device("cpu") if waits_on_host else device
-            encoder.to(device=home, dtype=frozen_dtype(device)).requires_grad_(False).eval()
-        if sharded:
-            sharding.shard_frozen([*self._t5.encoder.block, self._t5], device)
-        if placement == "offload":
-            for tensor in chain.from_iterable((*each.parameters(), *each.buffers()) for each in (self._clip, self._t5)):
-                if device.type == "cuda":
-                    tensor.data = tensor.data.pin_memory()
-                self._offloaded.append((tensor, tensor.data))
+        self._placed = Placed((self._clip, self._t5), placement, device, frozen_dtype(device))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Encode as `FluxPipeline.encode_prompt`. Warns, once, of a prompt that is cut to `max_sequence_length`."""
         self._warn_of_length(prompts)
-        with self._on_device():
+        with self._placed.on_device():
             clip_tokens = self._tokens(self._clip_tokenizer, prompts, self._clip_tokenizer.model_max_length)
             pooled = self._clip(clip_tokens).pooler_output
             t5_tokens = self._tokens(self._t5_tokenizer, prompts, self.max_sequence_length)
@@ -110,21 +93,6 @@ class TextEncoders:
         tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         ids: Tensor = tokens.input_ids
         return ids.to(self.device)
-
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Hold offloaded weights on the device within the block.
-
-        Copies, forward and the reuse of the copies' memory are all queued on the current stream, in this order, so
-        nothing has to wait for the device. The host's values are only ever read.
-        """
-        for tensor, on_host in self._offloaded:
-            tensor.data = _copied(on_host, self.device)
-        try:
-            yield
-        finally:
-            for tensor, on_host in self._offloaded:
-                tensor.data = on_host
 
     def _warn_of_length(self, prompts: Sequence[str]) -> None:
         if self._warned_of_length:
@@ -140,7 +108,3 @@ class TextEncoders:
                 self.max_sequence_length,
                 longest,
             )
-
-
-def _copied(on_host: Tensor, device: torch.device) -> Tensor:
-    return on_host.to(device, non_blocking=True)
