@@ -22,6 +22,11 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  
 _TURNED = range(5, 9)  # values of Exif's orientation for a picture that lies on its side
 
 
+def is_named(row: Mapping[str, Any], field: str) -> bool:
+    """True where a row has something in this field: a file's name, or what is none and will be refused."""
+    return row.get(field) not in (None, "")
+
+
 def named_picture(row: Mapping[str, Any], field: str) -> Path:
     """The picture file that a row names in `field`: an absolute path, or one that begins beside the prompt file.
 
