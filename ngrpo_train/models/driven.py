@@ -60,6 +60,7 @@ class Driven:
         self._call: Callable[..., Any] = inspect.unwrap(kind.__call__)
         self.pipeline, self.device, self.dtype = pipeline, device, dtype
         self._fixed = dict(fixed)
+        self.parameters = inspect.signature(self._call).parameters
         self._scheduler = _Steps(pipeline.scheduler.config)
         self._seen = {name: _Seen(module, device, dtype) for name, module in transformers.items()}
         pipeline.__class__ = type(kind.__name__, (_Quiet, kind), {"_execution_device": device, "device": device})
@@ -152,6 +153,24 @@ class Driven:
         returned = self._replay({}, x_NS, torch.empty(0), rows, "pt")
         decoded: Tensor = returned[0]
         return decoded
+
+    @torch.no_grad()
+    def before_vae(self, rows: Recorded) -> Tensor | None:
+        """The latents of one picture as the VAE would decode them; None if there is no VAE. Nothing is decoded."""
+        seen: list[Tensor] = []
+
+        def look(latents: Tensor, *_: Any, **__: Any) -> None:
+            seen.append(latents)
+            raise _Ended
+
+        vae = getattr(self.pipeline, "vae", None)
+        if vae is not None:
+            vae.decode = look
+            try:
+                self._replay({}, torch.zeros(1, *self.latent_shape, device=self.device), torch.empty(0), rows, "pt")
+            finally:
+                del vae.decode
+        return seen[0] if seen else None
 
     def _replay(
         self, transformers: Transformers, x_NS: Tensor, sigmas: Tensor, rows: Recorded, output_type: str

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ngrpo_train.models.loading import quiet_diffusers
 from ngrpo_train.parallel import processes
 
 
@@ -38,8 +37,11 @@ class Float8Copy:
         self.dtype, self.device = dtype, device
         self._source: Any = transformer
         self._config = _rowwise(device, dtype) if config is None else config
-        with quiet_diffusers():
-            self.model = empty.to(dtype).requires_grad_(False).eval()
+        self.model = empty.requires_grad_(False).eval()
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        for module in self.model.modules():
+            module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
         self._quantised = {linear for block in blocks for linear in block.modules() if isinstance(linear, nn.Linear)}
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,19 +15,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.distributed.checkpoint as dcp
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from accelerate import init_empty_weights
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ngrpo_train.models.directory import local_directory
 from ngrpo_train.models.sizes import (
-    PARTS,
     TEXT_PARTS,
     Architecture,
     find_architecture,
@@ -44,22 +52,30 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
 def find_directory(name_or_path: str, absent: tuple[str, ...] = ()) -> Path | None:
-    """The directory in FLUX.1's layout that a name means, downloaded if necessary; None for random weights.
+    """The directory in diffusers' layout that a name means, downloaded if necessary; None for random weights.
 
     Parts in `absent` are neither downloaded nor required. Raises ValueError, naming `model.name_or_path`, where there
-    is no such directory.
+    is no such directory, or one that lacks a part of its pipeline.
     """
     if name_or_path.startswith("random:"):
         find_architecture(name_or_path)
         return None
     directory = local_directory(name_or_path) or _downloaded(name_or_path, absent)
-    for part in (part for part in ("model_index.json", *PARTS) if part not in absent):
+    if not (directory / "model_index.json").is_file():
+        raise ValueError(f"model.name_or_path = {name_or_path!r} has no model_index.json, as diffusers' pipelines have")
+    for part in (part for part in pipeline_parts(directory) if part not in absent):
         if not (directory / part).exists():
-            raise ValueError(f"model.name_or_path = {name_or_path!r} has no {part}; it must be in FLUX.1's layout")
+            raise ValueError(f"model.name_or_path = {name_or_path!r} has no {part}, which its model_index.json names")
         # Without its files transformers makes a tokenizer that knows no word, and says nothing.
         if part.startswith("tokenizer") and not any((directory / part / name).is_file() for name in _VOCABULARIES):
             raise ValueError(f"model.name_or_path = {name_or_path!r} has no vocabulary in its {part}")
     return directory
+
+
+def pipeline_parts(directory: Path) -> dict[str, str]:
+    """The folders that hold a pipeline's parts, and their classes, by its model_index.json."""
+    index = json.loads((directory / "model_index.json").read_text("utf-8"))
+    return {name: kind[1] for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None}
 
 
 def find_transformer(model: Model, directory: Path | None) -> Path | None:
@@ -103,14 +119,14 @@ def is_transformer(name: str) -> bool:
 @functools.cache
 def _downloaded_transformer(name: str) -> Path:
     wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-    with _explained(name, "model.transformer"), processes.node_leader_first():
+    with explained(name, "model.transformer"), processes.node_leader_first():
         return Path(snapshot_download(name, allow_patterns=[*wanted, *(f"transformer/{each}" for each in wanted)]))
 
 
 @functools.cache
 def _downloaded(name_or_path: str, absent: tuple[str, ...]) -> Path:
-    with _explained(name_or_path), processes.node_leader_first():
-        return Path(FluxPipeline.download(name_or_path, **dict.fromkeys(absent)))
+    with explained(name_or_path), processes.node_leader_first():
+        return Path(DiffusionPipeline.download(name_or_path, **dict.fromkeys(absent)))
 
 
 def load_architecture(model: Model, absent: tuple[str, ...] = ()) -> Architecture:
@@ -134,7 +150,7 @@ def load_parts(
     """
     if directory is None:
         return _random_parts(find_architecture(name_or_path), device, dtype, text=text)
-    with _explained(name_or_path):
+    with explained(name_or_path):
         absent = dict.fromkeys(() if text else TEXT_PARTS)
         return FluxPipeline.from_pretrained(directory, dtype=dtype, local_files_only=True, transformer=None, **absent)
 
@@ -143,21 +159,29 @@ def load_vae_config(name_or_path: str, directory: Path | None) -> Mapping[str, A
     """The VAE's config in a pipeline's `directory`; if that is None, the one known for the name."""
     if directory is None:
         return find_architecture(name_or_path).vae
-    with _explained(name_or_path):
+    with explained(name_or_path):
         config: dict[str, Any] = AutoencoderKL.load_config(directory / "vae")
     return config
 
 
 def empty_transformer(name_or_path: str, directory: Path | None) -> FluxTransformer2DModel:
-    """A transformer on the meta device, by the config in `directory`, or, if that is None, as known for the name."""
+    """FLUX.1's transformer on the meta device, by the config in `directory`; if that is None, as known for the name."""
     if directory is None:
         return transformer_on(find_architecture(name_or_path))
-    with _explained(name_or_path):
-        config: dict[str, Any] = FluxTransformer2DModel.load_config(directory)
-        if (kind := config.get("_class_name", FluxTransformer2DModel.__name__)) != FluxTransformer2DModel.__name__:
-            raise ValueError(f"has a {kind} where FLUX has its transformer")
-    with torch.device("meta"), quiet_diffusers():
-        return FluxTransformer2DModel.from_config(config)
+    empty: FluxTransformer2DModel = empty_model(FluxTransformer2DModel.__name__, directory, name_or_path)
+    return empty
+
+
+def empty_model(kind: str, directory: Path, name_or_path: str) -> Any:
+    """A model of diffusers' class `kind` by the config in `directory`: weights on the meta device, buffers on the CPU.
+
+    Buffers that are computed and not stored, such as rotary embeddings, would be lost on the meta device.
+    """
+    with explained(name_or_path), quiet_diffusers(), init_empty_weights(include_buffers=False):
+        config: dict[str, Any] = getattr(diffusers, kind).load_config(directory)
+        if (found := config.get("_class_name", kind)) != kind:
+            raise ValueError(f"has a {found} where its pipeline has a {kind}")
+        return getattr(diffusers, kind).from_config(config)
 
 
 def load_text_encoders(name_or_path: str, dtype: torch.dtype) -> tuple[FluxPipeline, Path]:
@@ -169,7 +193,7 @@ def load_text_encoders(name_or_path: str, dtype: torch.dtype) -> tuple[FluxPipel
     directory = find_directory(name_or_path, absent)
     if directory is None:
         raise ValueError(f"model.name_or_path = {name_or_path!r} has random text encoders: name a model with weights")
-    with _explained(name_or_path):
+    with explained(name_or_path):
         pipeline = FluxPipeline.from_pretrained(directory, dtype=dtype, local_files_only=True, **dict.fromkeys(absent))
     return pipeline, directory
 
@@ -179,19 +203,25 @@ def fill(transformer: nn.Module, model: Model, directory: Path | None) -> None:
 
     Adapters keep their values. A collective.
     """
-    state = {name.replace(".base_layer.", "."): p for name, p in transformer.named_parameters() if ".lora_" not in name}
+    stored_names = transformer.state_dict().keys()  # buffers that are computed are not among them
+    tensors = (*transformer.named_parameters(), *transformer.named_buffers())
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in tensors
+        if name in stored_names and ".lora_" not in name
+    }
     if directory is None:
         _randomize(state)
         return
     setting = "transformer" if model.transformer else "name_or_path"
-    with _explained(getattr(model, setting), f"model.{setting}"), warnings.catch_warnings():
+    with explained(getattr(model, setting), f"model.{setting}"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         reader = dcp.HuggingFaceStorageReader(str(directory))
         stored = reader.read_metadata().state_dict_metadata
         if not stored:
             raise ValueError("has no *.safetensors in its transformer directory")
         if odd := stored.keys() ^ state.keys():
-            where = "lacks" if (name := min(odd)) in state else "has, unlike FLUX,"
+            where = "lacks" if (name := min(odd)) in state else "has, unlike its config,"
             raise ValueError(f"{where} the weight {name} in its transformer directory")
         for name, parameter in state.items():
             entry: Any = stored[name]
@@ -203,7 +233,7 @@ def fill(transformer: nn.Module, model: Model, directory: Path | None) -> None:
 
 
 @torch.no_grad()
-def _randomize(state: dict[str, nn.Parameter]) -> None:
+def _randomize(state: dict[str, Tensor]) -> None:
     """Fill with random weights that keep the size of activations, the same in every run with this number of shards."""
     for name, parameter in state.items():
         part = processes.local(parameter)
@@ -231,7 +261,7 @@ def _random_parts(architecture: Architecture, device: torch.device, dtype: torch
 
 
 @contextmanager
-def _explained(name_or_path: str, setting: str = "model.name_or_path") -> Iterator[None]:
+def explained(name_or_path: str, setting: str = "model.name_or_path") -> Iterator[None]:
     """Turn what diffusers, the hub and safetensors raise into a ValueError that names the setting and the remedy."""
     try:
         with quiet_diffusers(), warnings.catch_warnings():

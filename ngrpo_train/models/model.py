@@ -21,11 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from ngrpo_train.draws import stream
+from ngrpo_train.models.directory import pipeline_class_name
 from ngrpo_train.models.float8 import Float8Copy
 from ngrpo_train.models.flux import Flux
 from ngrpo_train.models.loading import quiet_diffusers
+from ngrpo_train.models.pipeline import Pipeline
 from ngrpo_train.parallel import blocks, sharding
 from ngrpo_train.parallel.layout import compiles
+from ngrpo_train.parallel.sharding import trained_parts
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.named import import_named
 from ngrpo_train.recipe.sections import Model, Parallel, Sampling
@@ -99,12 +102,17 @@ class Adapter(Protocol):
         ...
 
 
+def of_diffusers(spec: Model) -> Any:
+    """The adapter of a model in diffusers' layout, by the class of its pipeline: FLUX.1 has its own."""
+    return Flux if pipeline_class_name(spec.name_or_path) in ("FluxPipeline", "") else Pipeline
+
+
 def load_adapter(
     spec: Model, sampling: Sampling, settings: Parallel, device: torch.device, embeddings: str = ""
 ) -> Adapter:
     """The adapter that `model.adapter` names. Raises ValueError if it cannot be imported, or refuses the recipe."""
     if spec.adapter == "auto":
-        return Flux(spec, sampling, settings, device, embeddings=embeddings)
+        return of_diffusers(spec)(spec, sampling, settings, device, embeddings=embeddings)
     make = import_named("model.adapter", spec.adapter, form='"auto" or "package.module:Name"')
     try:
         adapter: Adapter = make(spec, sampling, settings, device, embeddings=embeddings)
@@ -153,15 +161,20 @@ class FlowModel:
         transformer, settings = self.adapter.empty_transformer(), self.settings
         if self.spec.tuning == "lora":
             _store_as(transformer.requires_grad_(False), self.compute_dtype)
-            _add_adapters(transformer, self.spec, self.adapter.lora_targets)
+            targets = list(self.spec.lora_targets) or self.adapter.lora_targets
+            for part in trained_parts(transformer):
+                _add_adapters(part, self.spec, targets)
         else:
             _store_as(transformer.requires_grad_(True), getattr(torch, settings.master_dtype))
         transformer.train()  # diffusers returns models in evaluation mode
         self._set_attention(transformer)
         repeated = list(self.adapter.blocks(transformer).values())
         blocks.prepare(repeated, self.spec, settings, self.device)
-        sharding.shard(transformer, repeated, self.spec, settings, self.device)
-        transformer.to_empty(device="cpu" if settings.offload else self.device)
+        for part in trained_parts(transformer):
+            inside = {id(module) for module in part.modules()}
+            own = [block for block in repeated if id(block) in inside]
+            sharding.shard(part, own, self.spec, settings, self.device)
+        _allocate(transformer, torch.device("cpu") if settings.offload else self.device, self.device)
         self.adapter.fill(transformer)
         for name, parameter in transformer.named_parameters():
             if ".lora_" in name:
@@ -175,17 +188,18 @@ class FlowModel:
         blocks.prepare(repeated, replace(self.spec, gradient_checkpointing="none"), self.settings, self.device)
         return Float8Copy(self.transformer, empty, repeated, self.compute_dtype, self.device)
 
-    def _set_attention(self, transformer: Any) -> None:
-        name = self.settings.attention
-        if hasattr(transformer, "set_attention_backend"):
-            if name != "auto":
-                with quiet_diffusers():
-                    transformer.set_attention_backend(name)
-        elif name not in ("auto", "native"):
-            raise ValueError(
-                f"parallel.attention = {name!r} is for models of diffusers, and model.adapter = {self.spec.adapter!r} "
-                'brings one with its own attention: it must be "auto" or "native"'
-            )
+    def _set_attention(self, transformer: nn.Module) -> None:
+        name, parts = self.settings.attention, list[Any](trained_parts(transformer))
+        for part in parts:
+            if hasattr(part, "set_attention_backend"):
+                if name != "auto":
+                    with quiet_diffusers():
+                        part.set_attention_backend(name)
+            elif name not in ("auto", "native"):
+                raise ValueError(
+                    f"parallel.attention = {name!r} is for models of diffusers, and model.adapter = "
+                    f'{self.spec.adapter!r} brings one with its own attention: it must be "auto" or "native"'
+                )
 
     @property
     def transformers(self) -> list[Any]:
@@ -286,8 +300,19 @@ class FlowModel:
 
 
 def _store_as(module: nn.Module, dtype: torch.dtype) -> None:
-    with quiet_diffusers():  # diffusers warns that some of its models must not be cast
-        module.to(dtype)
+    """Cast the weights. Buffers stay as they are: rotary embeddings would lose too much."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _allocate(module: nn.Module, home: torch.device, device: torch.device) -> None:
+    """Give weights on the meta device memory at `home`, without values; buffers keep theirs and go to `device`."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    module.to_empty(device=home)
+    for name, buffer in buffers.items():
+        place, _, own = name.rpartition(".")
+        if buffer.device.type != "meta":
+            module.get_submodule(place)._buffers[own] = buffer.to(device)
 
 
 # -- Adapted -----------------------------------------------------------------------------------------------------------

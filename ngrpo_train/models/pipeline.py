@@ -9,31 +9,241 @@ pipeline's call, and what is written.
 from __future__ import annotations
 
 import copy
-import inspect
+import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from ngrpo_train.models import saving
-from ngrpo_train.models.blocks_of import repeated_blocks
+from ngrpo_train.models.arguments import fixed_arguments, pipeline_class, refuse_other_scheduler, refuse_other_size
+from ngrpo_train.models.blocks_of import linear_layers, repeated_blocks
 from ngrpo_train.models.driven import Driven
 from ngrpo_train.models.encoders import frozen_dtype
-from ngrpo_train.models.index import Index
-from ngrpo_train.models.loading import absent_of, fill, find_directory, find_transformer, meta_transformer, quiet_diffusers
+from ngrpo_train.models.grouping import grouped
+from ngrpo_train.models.loading import (
+    absent_of,
+    empty_model,
+    explained,
+    fill,
+    find_directory,
+    find_transformer,
+    pipeline_parts,
+)
+from ngrpo_train.models.needs import pictures_of_pipeline
 from ngrpo_train.models.placement import Placed
 from ngrpo_train.models.recorded import Recorded
-from ngrpo_train.parallel import processes
+from ngrpo_train.models.saving import save_adapters, save_whole
 from ngrpo_train.parallel.blocks import compile_whole
 from ngrpo_train.parallel.layout import compiles
+from ngrpo_train.parallel.sharding import trained_parts
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.prompts.picture_files import IMAGE, MASK, prepared_picture
+from ngrpo_train.prompts.picture_files import IMAGE, MASK, is_named, prepared_picture
 from ngrpo_train.recipe.sections import Model, Parallel, Sampling
 
 logger = logging.getLogger(__name__)
 
 _PICTURES = {IMAGE: "image", MASK: "mask_image"}  # fields of a prompt's row, and arguments of a pipeline's call
+
+
+class Pipeline:
+    """The adapter of a flow pipeline of diffusers; see `ngrpo_train.models.model.Adapter`."""
+
+    def __init__(
+        self, spec: Model, sampling: Sampling, settings: Parallel, device: torch.device, *, embeddings: str = ""
+    ) -> None:
+        """Load all parts but the transformers' weights.
+
+        Raises ValueError, naming the field, for a pipeline that is no flow model or cannot be loaded, for `embeddings`
+        that are not its own, and for what it cannot draw: a size, a number of frames, a guidance.
+        """
+        self.spec, self.sampling, self.settings, self.device = spec, sampling, settings, device
+        self._compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
+        self.directory = _whole_directory(spec)
+        self.kind = pipeline_class(self.directory, spec.name_or_path)
+        self.parts = pipeline_parts(self.directory)
+        self.folders = tuple(name for name in self.parts if name.startswith("transformer"))
+        self.places = self._transformer_places()
+        self._pipeline = self._load_frozen()
+        refuse_other_scheduler(self._pipeline.scheduler, spec.name_or_path)
+        self._seen = self._empty_transformers()
+        self._placed = Placed(self._encoders(), settings.text_encoders, device, frozen_dtype(device))
+        self._prepare_vae()
+        fixed = fixed_arguments(self._pipeline, self._seen, sampling)
+        self.driven = Driven(self._pipeline, fixed, self._seen, device, self._compute_dtype)
+        self._fields: tuple[str, ...] = ()  # of prompts' rows, whose pictures the model is given
+        self._blank = self._learn(pictures_of_pipeline(self.kind).needed)
+        refuse_other_size(self.driven, self._blank, sampling)
+
+    # -- Loaded --------------------------------------------------------------------------------------------------------
+
+    def _transformer_places(self) -> dict[str, Path]:
+        """The directories of the transformers, by their folder in the pipeline."""
+        if len(self.folders) == 1:
+            place = find_transformer(self.spec, self.directory)
+            assert place is not None
+            return {self.folders[0]: place}
+        if self.spec.transformer:
+            raise ValueError(
+                f"model.transformer = {self.spec.transformer!r} replaces one transformer, and {self.spec.name_or_path} "
+                f"has {' and '.join(self.folders)}"
+            )
+        return {folder: self.directory / folder for folder in self.folders}
+
+    def _load_frozen(self) -> Any:
+        """The pipeline without its transformers. The VAE computes in the transformers' dtype, as pipelines expect."""
+        dtypes = {"default": frozen_dtype(self.device), "vae": self._compute_dtype}
+        with explained(self.spec.name_or_path):
+            pipeline = self.kind.from_pretrained(
+                self.directory, dtype=dtypes, local_files_only=True, **dict.fromkeys(self.folders)
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _encoders(self) -> list[nn.Module]:
+        skipped = (*self.folders, "vae")
+        modules = self._pipeline.components.items()
+        return [part for name, part in modules if isinstance(part, nn.Module) and name not in skipped]
+
+    def _prepare_vae(self) -> None:
+        vae = self._pipeline.vae.to(self.device).requires_grad_(False).eval()
+        if self.device.type == "cuda" and all(p.ndim != 5 for p in vae.parameters()):
+            vae.to(memory_format=torch.channels_last)  # as cuDNN's convolutions want it
+        # VAEs of videos keep a cache in Python lists from one piece of a video to the next, which does not compile.
+        if compiles(self.settings, self.device.type) and not hasattr(vae, "clear_cache"):
+            compile_whole(vae.decoder)
+
+    def beside(self, spec: Model) -> Pipeline:
+        """An adapter of another model of this family, which shares this one's encoders and decoder."""
+        other = copy.copy(self)
+        other.spec = spec
+        other.directory = _whole_directory(spec)
+        other.places = other._transformer_places()
+        if (theirs := other._configs()) != self._configs():
+            raise ValueError(f"model.name_or_path = {spec.name_or_path!r} has another transformer: {theirs}")
+        return other
+
+    def _configs(self) -> list[Any]:
+        return [json.loads((place / "config.json").read_text("utf-8"))["_class_name"] for place in self.places.values()]
+
+    # -- The transformers ----------------------------------------------------------------------------------------------
+
+    def _empty_transformers(self) -> dict[str, Any]:
+        return {
+            folder: empty_model(self.parts[folder], place, self.spec.name_or_path)
+            for folder, place in self.places.items()
+        }
+
+    def empty_transformer(self) -> nn.Module:
+        """The transformer without weights; a ModuleDict, by folder, of a model that has several."""
+        empty = self._empty_transformers()
+        return nn.ModuleDict(empty) if len(empty) > 1 else empty[self.folders[0]]
+
+    def _by_folder(self, transformer: nn.Module) -> dict[str, Any]:
+        return dict(zip(self.folders, trained_parts(transformer), strict=True))
+
+    @property
+    def lora_targets(self) -> str:
+        """Every linear layer inside the repeated blocks, as a regular expression."""
+        names = {name for each in self._seen.values() for name in linear_layers(each)}
+        # Blocks of a list differ in their number alone: one pattern for all of them.
+        patterns = sorted({re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name), count=1) for name in names})
+        return "|".join(patterns)
+
+    def blocks(self, transformer: nn.Module) -> dict[str, nn.Module]:
+        every = self._by_folder(transformer).items()
+        several = len(self.folders) > 1
+        return {
+            f"{folder} {name}" if several else name: block
+            for folder, part in every
+            for name, block in repeated_blocks(part).items()
+        }
+
+    def fill(self, transformer: nn.Module) -> None:
+        for folder, part in self._by_folder(transformer).items():
+            fill(part, self.spec, self.places[folder])
+
+    def velocity(self, transformer: nn.Module, x_NS: Tensor, sigma_N: Tensor, conditioning: Recorded) -> Tensor:
+        """v_theta [N, *S] at `x_NS` and `sigma_N` (both float32), after guidance, in the pipeline's dtype."""
+        transformers = self._by_folder(transformer)
+        keys = self._keys(sigma_N, conditioning)
+        if not keys:
+            return self.driven.velocity(transformers, x_NS, sigma_N, conditioning)
+        each: dict[int, Tensor] = {}
+        uncounted = torch.zeros((), device=x_NS.device)
+        for group in grouped(keys, self.driven.pipeline.config.get("boundary_ratio"), self.device):
+            rows = torch.tensor(group.numbers, device=x_NS.device)
+            sigma = sigma_N[rows] if self.driven.takes_rows else torch.full((len(rows),), group.sigma)
+            velocity = self.driven.velocity(transformers, x_NS[rows], sigma, conditioning.rows(rows))
+            if group.counts:
+                each |= dict(zip(group.numbers, velocity, strict=True))
+            else:  # other processes wait for this forward, and for its backward
+                uncounted = uncounted + 0 * velocity.sum()
+        return torch.stack([each[number] for number in range(len(x_NS))]) + uncounted
+
+    def _keys(self, sigma_N: Tensor, conditioning: Recorded) -> list[tuple[float, Hashable]]:
+        """For each row, its sigma and what else must be alike in one call of the pipeline; empty if all go together.
+
+        A pipeline with one timestep for its batch waits here for the device, to read the sigmas.
+        """
+        unlike: Sequence[Hashable] = conditioning.unlike()
+        if self.driven.takes_rows:
+            return [(0.0, key) for key in unlike]
+        return list(zip(sigma_N.tolist(), unlike or [()] * len(sigma_N), strict=True))
+
+    # -- Prompts and pictures ------------------------------------------------------------------------------------------
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.driven.latent_shape
+
+    def _learn(self, fields: tuple[str, ...]) -> Recorded:
+        """Learn what the pipeline prepares for prompts with pictures in these fields of their rows."""
+        size = self.sampling.width, self.sampling.height
+        blank = {_PICTURES[field]: Image.new("L" if field == MASK else "RGB", size, "white") for field in fields}
+        self._fields = fields
+        with self._placed.on_device(), explained(self.spec.name_or_path):
+            return self.driven.learn(blank)
+
+    def encode(self, prompts: Sequence[Prompt]) -> Recorded:
+        """Encode P prompts, each by itself, with the pictures of their rows.
+
+        Raises ValueError for a prompt whose picture is missing.
+        """
+        takes = pictures_of_pipeline(self.kind)
+        named = tuple(field for field in takes.fields if field in takes.needed or is_named(prompts[0].row, field))
+        if named != self._fields:
+            self._blank = self._learn(named)  # a model that may be given a picture
+        size = self.sampling.height, self.sampling.width
+        records = []
+        with self._placed.on_device():
+            for prompt in prompts:
+                pictures = {_PICTURES[field]: prepared_picture(prompt.row, field, *size) for field in self._fields}
+                records.append(self.driven.record(prompt.text, pictures))
+        return Recorded.cat(records)
+
+    def decode(self, latents_NS: Tensor) -> Tensor:
+        """uint8 pictures [N, 3, H, W] or videos [N, F, 3, H, W] of latents [N, *S], by the pipeline's own code."""
+        rows = self._blank.rows(torch.zeros(len(latents_NS), dtype=torch.int64, device=self.device))
+        decoded = self.driven.decode(latents_NS, rows)
+        return (decoded.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+    # -- For others ----------------------------------------------------------------------------------------------------
+
+    def save(self, directory: Path, transformer: nn.Module, trained: Mapping[str, Tensor]) -> None:
+        """Write a directory for `from_pretrained` of the pipeline's class, or for its `load_lora_weights`."""
+        if self.spec.tuning == "lora":
+            save_adapters(directory, self.kind, self._by_folder(transformer), trained)
+        else:
+            save_whole(directory, self.directory, list(self.parts), self._empty_transformers(), trained)
+
+
+def _whole_directory(spec: Model) -> Path:
+    directory = find_directory(spec.name_or_path, absent_of(spec))
+    if directory is None:
+        raise ValueError(f"model.name_or_path = {spec.name_or_path!r}: it has no random weights; name a model")
+    return directory

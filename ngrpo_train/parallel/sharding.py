@@ -28,6 +28,16 @@ def node_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size()))
 
 
+def trained_parts(transformer: nn.Module) -> list[nn.Module]:
+    """The transformers that are trained, each a root of its own: one, or those of a ModuleDict."""
+    return list(transformer.values()) if isinstance(transformer, nn.ModuleDict) else [transformer]
+
+
+def _roots(transformer: nn.Module) -> list[FSDPModule]:
+    """The sharded ones of `trained_parts`."""
+    return [part for part in trained_parts(transformer) if isinstance(part, FSDPModule)]
+
+
 def shard(
     module: nn.Module, blocks: Sequence[nn.Module], model: Model, settings: Parallel, device: torch.device
 ) -> None:
@@ -86,11 +96,11 @@ def _mesh(layout: Layout, settings: Parallel, device: torch.device) -> DeviceMes
 
 def keep_gathered(module: nn.Module, kept: bool) -> None:
     """Keep weights gathered from their next use on, or give them up now and after every use."""
-    if isinstance(module, FSDPModule):
-        module.set_reshard_after_forward(not kept)
-        module.set_reshard_after_backward(not kept)
-        if not kept:
-            release(module)
+    for root in _roots(module):
+        root.set_reshard_after_forward(not kept)
+        root.set_reshard_after_backward(not kept)
+    if not kept:
+        release(module)
 
 
 def release(module: nn.Module) -> None:
@@ -117,11 +127,11 @@ def sync_gradients(module: nn.Module, settings: Parallel, *, last: bool) -> None
 
     Otherwise gradients only accumulate: whole, or already reduced if `reduce_gradients` is "batch".
     """
-    if isinstance(module, FSDPModule):
-        by_batch = settings.reduce_gradients == "batch"
-        module.set_requires_gradient_sync(last or by_batch)
-        module.set_requires_all_reduce(last)  # over copies, where there are any
-        module.set_is_last_backward(last)
+    by_batch = settings.reduce_gradients == "batch"
+    for root in _roots(module):
+        root.set_requires_gradient_sync(last or by_batch)
+        root.set_requires_all_reduce(last)  # over copies, where there are any
+        root.set_is_last_backward(last)
 
 
 @torch.no_grad()
