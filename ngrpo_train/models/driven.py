@@ -76,7 +76,7 @@ class Driven:
                     setattr(processor, name, self._remembering(getattr(processor, name)))
         self._pictures: Mapping[str, Any] = {}
         self._recording: list[Call] | None = None
-        self._depth = 0  # of recorded methods that call others
+        self._depth = 0  # of methods that call others
         self._answers: Iterator[Call] = iter(())
         self._state = torch.empty(0)
         self._latent_dtype = dtype
@@ -121,7 +121,8 @@ class Driven:
         rows = record.rows(torch.zeros(2, dtype=torch.int64, device=self.device))
         x_NS, sigma_N = torch.zeros(2, *self.latent_shape), torch.tensor([0.75, 0.25])
         try:
-            self._step(dict.fromkeys(self._seen, look), x_NS.to(self.device), self._rows(sigma_N.to(self.device)), rows)
+            sigmas = self._rows(sigma_N.to(self.device))
+            self._replay(dict.fromkeys(self._seen, look), x_NS.to(self.device), sigmas, rows, "latent")
         except (RuntimeError, TypeError, ValueError):  # each pipeline fails on them in its own way
             return False
         # Guidance may have doubled them.
@@ -242,7 +243,11 @@ class Driven:
         def answer(*arguments: Any, **named: Any) -> Any:
             if self._recording is None:
                 return next(self._remembered)
-            value = method(*arguments, **named)
+            self._depth += 1  # it may call others of its processor
+            try:
+                value = method(*arguments, **named)
+            finally:
+                self._depth -= 1
             if not self._depth:
                 self._processed.append(value.to(self.device) if isinstance(value, Tensor) else value)
             return value
@@ -278,6 +283,10 @@ class _Steps:
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Nothing to do: there is one step."""
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """The noise: nothing is left of a picture where all steps are made."""
+        return noise
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True) -> None:
         self.velocity = model_output

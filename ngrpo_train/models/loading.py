@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ngrpo_train.models.directory import local_directory
+from ngrpo_train.models.directory import local_directory, pipeline_class_name
 from ngrpo_train.models.sizes import (
     TEXT_PARTS,
     Architecture,
@@ -126,7 +126,8 @@ def _downloaded_transformer(name: str) -> Path:
 @functools.cache
 def _downloaded(name_or_path: str, absent: tuple[str, ...]) -> Path:
     with explained(name_or_path), processes.node_leader_first():
-        return Path(DiffusionPipeline.download(name_or_path, **dict.fromkeys(absent)))
+        kind = getattr(diffusers, pipeline_class_name(name_or_path), DiffusionPipeline)  # which knows its parts
+        return Path(kind.download(name_or_path, **dict.fromkeys(absent)))
 
 
 def load_architecture(model: Model, absent: tuple[str, ...] = ()) -> Architecture:

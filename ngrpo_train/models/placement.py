@@ -19,8 +19,8 @@ class Placed:
     """Encoders, frozen, in place. `on_device` is around every use of them.
 
     "device": on the device. "offload": in host memory, pinned for a GPU; each use copies them to the device and then
-    drops the copy. "shard": the layers of the largest lie sharded over all processes and are gathered one after the
-    other. Then a use is a collective: every process must call it equally often, with any inputs of its own.
+    drops the copy. "shard": their layers lie sharded over all processes and are gathered one after the other. Then a
+    use is a collective: every process must call it equally often, with any inputs of its own.
     """
 
     def __init__(
@@ -28,14 +28,13 @@ class Placed:
     ) -> None:
         self._device = device
         self._offloaded: list[tuple[Tensor, Tensor]] = []  # a weight or buffer, and its values in host memory
-        largest = max(encoders, key=_size, default=None)
-        sharded = largest if placement == "shard" and processes.world_size() > 1 else None
+        sharded = placement == "shard" and processes.world_size() > 1
         for encoder in encoders:
             # fully_shard takes layer by layer to the device: all of the encoder at once may not have room there.
-            home = torch.device("cpu") if placement == "offload" or encoder is sharded else device
+            home = torch.device("cpu") if placement == "offload" or sharded else device
             encoder.to(device=home, dtype=dtype).requires_grad_(False).eval()
-        if sharded is not None:
-            sharding.shard_frozen([*_layers(sharded), sharded], device)
+            if sharded:
+                sharding.shard_frozen([*_layers(encoder), encoder], device)
         if placement == "offload":
             for tensor in chain.from_iterable((*each.parameters(), *each.buffers()) for each in encoders):
                 if device.type == "cuda":

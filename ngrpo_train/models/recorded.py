@@ -102,7 +102,7 @@ class Recorded:
 
         def picked(leaf: Leaf, value: Any) -> Any:
             if isinstance(value, list):
-                return [value[number] for number in numbers]
+                return [value[number] for number in numbers] if value else value  # empty without guidance
             if isinstance(value, Own):
                 return Own(tuple(value.entries[number] for number in numbers))
             if isinstance(value, Tensor) and leaf.axis is not None:
@@ -148,7 +148,7 @@ class Recorded:
 
 
 def _flat(calls: Sequence[Call]) -> tuple[list[Any], pytree.TreeSpec]:
-    return pytree.tree_flatten([value for _, value in calls], is_leaf=lambda value: isinstance(value, list))
+    return pytree.tree_flatten(tuple(value for _, value in calls), is_leaf=lambda value: isinstance(value, list))
 
 
 def _doubled(one: Any, two: Any) -> int | None:

@@ -375,7 +375,7 @@ def test_the_command_loads_neither_transformer_nor_vae(recipe, tiny_dev, counted
         ),
         (
             {"model": Model(name_or_path="model")},
-            "model.name_or_path = 'model' has no text_encoder_2; it must be in FL",
+            "model.name_or_path = 'model' has no text_encoder_2, which its model",
         ),
         ({"sampling": Sampling(max_sequence_length=0)}, "sampling.max_sequence_length = 0 must be positive"),
         ({"prompts": Prompts(source="nowhere.txt")}, "prompts.source 'nowhere.txt': [Errno 2] No such file"),

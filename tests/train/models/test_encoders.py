@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from ngrpo_train.models import encoders as encoders_module
-from ngrpo_train.models import encoders as encoders_module
+from ngrpo_train.models import placement as placement_module
 from ngrpo_train.models.embeddings import encoder_hash
 from ngrpo_train.models.encoders import TextEncoders, TextFeatures
 
@@ -96,7 +96,7 @@ def test_offloaded_weights_are_copied_for_a_call_and_come_back(tiny_dev, stock, 
         copies.append(on_host.clone())
         return copies[-1]
 
-    monkeypatch.setattr(placement, "_copied", copied)
+    monkeypatch.setattr(placement_module, "_copied", copied)
     during = []
 
     def look(*_):

@@ -1,0 +1,214 @@
+"""What every family of flow models must do, over tiny random models in the family's own classes and layout.
+
+The letters are those of the table in docs/models.md, which `python -m benchmarks.models_page` writes from these tests.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from ngrpo_train.models.loading import quiet_diffusers
+from ngrpo_train.models.model import FlowModel
+from ngrpo_train.prompts import Prompt
+from ngrpo_train.prompts.picture_files import prepared_picture
+from ngrpo_train.prompts.prompt import Row
+from ngrpo_train.recipe.sections import Model, Parallel, Sampling
+from ngrpo_train.sampling.rollout import generate
+
+from ...families import FAMILIES, Family
+from ...stock import draw
+
+SIGMAS = [1.0, 0.9, 0.75, 0.5, 0.0]
+TEXTS = ("a large red circle on a blue background", "two dogs")
+FILES = {"image": "picture.png", "mask": "mask.png"}
+ARGUMENTS = {"image": "image", "mask": "mask_image"}  # of a stock pipeline's call
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@dataclass
+class Case:
+    """A family's tiny pipeline in a directory, and models loaded from it."""
+
+    family: Family
+    directory: Path
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        return Sampling(num_inference_steps=len(SIGMAS) - 1, **self.family.sampling)
+
+    def load(self, sampling: Sampling | None = None, **model: Any) -> FlowModel:
+        spec = Model(name_or_path=str(self.directory), gradient_checkpointing="none", **model)
+        settings = Parallel(device="cpu", compute_dtype="float32")
+        return FlowModel(spec, sampling or self.sampling, settings, torch.device("cpu"))
+
+    @cached_property
+    def model(self) -> FlowModel:
+        return self.load()
+
+    @cached_property
+    def stock(self) -> Any:
+        with quiet_diffusers():
+            return DiffusionPipeline.from_pretrained(self.directory, local_files_only=True)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        row = Row({field: FILES[field] for field in self.family.pictures}, self.directory.parent)
+        return [Prompt(text, row=row) for text in TEXTS]
+
+    def call(self, prompt: Prompt) -> dict[str, Any]:
+        """Arguments of the stock pipeline's call for a prompt."""
+        size = self.sampling.height, self.sampling.width
+        pictures = {
+            ARGUMENTS[field]: prepared_picture(prompt.row, field, *size) for field in self.family.pictures
+        }
+        return self.family.call | pictures
+
+    def noise(self, count: int, seed: int = 0) -> Tensor:
+        return torch.randn(count, *self.model.latent_shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """Makes each family's pipeline when it is first asked for."""
+    made: dict[str, Case] = {}
+    directory = tmp_path_factory.mktemp("families")
+    draws = np.random.default_rng(0)
+    Image.fromarray(draws.integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(directory / FILES["image"])
+    mask = np.zeros((48, 40), dtype=np.uint8)
+    mask[10:30, 12:28] = 255
+    Image.fromarray(mask).save(directory / FILES["mask"])
+
+    def case(name: str) -> Case:
+        if name not in made:
+            with quiet_diffusers():
+                FAMILIES[name].save(directory / name)
+            made[name] = Case(FAMILIES[name], directory / name)
+        return made[name]
+
+    return case
+
+
+def solve(model: FlowModel, noise: Tensor, prompt: Prompt, solver: str = "euler") -> Tensor:
+    model.sampling = replace(model.sampling, solver=solver)
+    for step in generate(model, noise, model.encode([prompt]), torch.tensor(SIGMAS)):
+        noise = step.after_NS
+    return noise
+
+
+# --- a: pictures are the stock pipeline's
+
+
+@families
+def test_velocities_are_the_pipelines_own_to_the_bit(cases: Callable[[str], Case], family: str) -> None:
+    case = cases(family)
+    for seed, prompt in enumerate(case.prompts):
+        noise, text = case.noise(1, seed), case.model.encode([prompt])
+        theirs = draw(case.stock, prompt.text, noise, SIGMAS, case.call(prompt))
+        for sigma, (state, velocity) in zip(SIGMAS, case.stock.scheduler.seen, strict=False):
+            assert torch.equal(case.model.sampling_velocity(state.float(), torch.tensor([sigma]), text), velocity)
+        ours = case.model.decode(solve(case.model, noise, prompt))[0]
+        assert (ours.int() - theirs.int()).abs().max() <= 1  # our Euler step is rounded once, diffusers' twice
+        assert ours.float().std() > 1, "a picture"
+
+
+@families
+def test_dpm_solver_draws_what_diffusers_draws(cases: Callable[[str], Case], family: str) -> None:
+    case = cases(family)
+    prompt, noise = case.prompts[0], case.noise(1)
+    ours = case.model.decode(solve(case.model, noise, prompt, "dpmpp_2m"))[0]
+    theirs = draw(case.stock, prompt.text, noise, SIGMAS, case.call(prompt), "dpmpp_2m")
+    assert (ours.int() - theirs.int()).abs().max() <= 2  # its coefficients are rounded in another order
+
+
+@families
+def test_without_guidance_too(cases: Callable[[str], Case], family: str) -> None:
+    case = cases(family)
+    prompt, noise = case.prompts[0], case.noise(1)
+    sampling = replace(case.sampling, guidance_scale=0.0, negative_prompt="")
+    unguided = case.load(sampling)
+    call = {name: value for name, value in case.call(prompt).items() if name != "negative_prompt"}
+    theirs = draw(case.stock, prompt.text, noise, SIGMAS, call | {case.family.guidance: 0.0})
+    ours = unguided.decode(solve(unguided, noise, prompt))[0]
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+    if family != "flux2_klein_distilled":  # for which guidance is nothing
+        assert not torch.equal(ours, case.model.decode(solve(case.model, noise, prompt))[0]), "guidance matters"
+
+
+# --- b: the same velocity in any batch, in rollouts and in updates
+
+
+@families
+def test_a_batch_is_its_rows_and_an_update_is_the_rollout(cases: Callable[[str], Case], family: str) -> None:
+    case = cases(family)
+    model, of_row = case.model, [0, 1, 1, 0]
+    x, sigma = case.noise(4), torch.tensor([0.9, 0.9, 0.5, 0.2])
+    text = model.encode(case.prompts)
+    together = model.sampling_velocity(x, sigma, text.rows(torch.tensor(of_row)))
+    assert torch.equal(model.velocity(x, sigma, text.rows(torch.tensor(of_row))), together), "the ratio is 1"
+    for number, row in enumerate(of_row):
+        alone = model.sampling_velocity(x[number, None], sigma[number, None], model.encode([case.prompts[row]]))
+        torch.testing.assert_close(alone[0], together[number], rtol=1e-4, atol=1e-4 * float(together.abs().max()))
+    other = model.sampling_velocity(x, sigma, text.rows(torch.tensor([1, 0, 0, 1])))
+    assert all(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(other, together, strict=True)), "text matters"
+
+
+# --- c: gradients
+
+
+@families
+def test_gradients_are_the_velocitys_derivatives(cases: Callable[[str], Case], family: str) -> None:
+    """Against central differences in float64, along one random direction of all weights, and one of the states."""
+    case = cases(family)
+    model = case.load()
+    in_float64(model)
+    text, x = model.encode(case.prompts), case.noise(2).double()
+    sigma, draws = torch.tensor([0.75, 0.75]), torch.Generator().manual_seed(1)
+    weights = list(model.trainable.values())
+    along = [torch.randn(w.shape, generator=draws, dtype=w.dtype) * w.detach().abs().mean() for w in weights]
+    along_x = torch.randn(x.shape, generator=draws, dtype=x.dtype)
+    probe = torch.randn(x.shape, generator=draws, dtype=x.dtype)
+
+    def value(x: Tensor) -> Tensor:
+        return (model.velocity(x, sigma, text).double() * probe).mean()
+
+    x.requires_grad_()
+    value(x).backward()
+    assert x.grad is not None
+    steps = 1e-3, 1e-2
+    expected = sum(float((w.grad * d).sum()) for w, d in zip(weights, along, strict=True) if w.grad is not None)
+    with torch.no_grad():
+        ends = []
+        for sign in (1, -2, 1):  # forth, back through the middle, and home
+            for w, d in zip(weights, along, strict=True):
+                w.add_(d, alpha=sign * steps[0])
+            ends.append(float(value(x)))
+        assert (ends[0] - ends[1]) / (2 * steps[0]) == pytest.approx(expected, rel=5e-3)
+        moved = (float(value(x + steps[1] * along_x)) - float(value(x - steps[1] * along_x))) / (2 * steps[1])
+        assert moved == pytest.approx(float((x.grad * along_x).sum()), rel=5e-3)
+
+
+def in_float64(model: FlowModel) -> None:
+    """Compute in float64, as far as the family's own code does."""
+    model.transformer.double()
+    adapter: Any = model.adapter
+    adapter._compute_dtype = torch.float64
+    for frozen in (part for part in vars(adapter).values() if isinstance(part, DiffusionPipeline)):
+        for part in frozen.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.double()
+    if hasattr(adapter, "driven"):
+        adapter.driven.dtype = torch.float64
+        for seen in adapter.driven._seen.values():
+            seen.dtype = torch.float64
+    elif hasattr(adapter.text, "dtype"):
+        adapter.text.dtype = torch.float64
