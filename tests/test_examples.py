@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ngrpo_kernels import LossOutput, reference
 
-from .tiny import tiny_transformer
+from .parts.flow_transformers import flux
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 C, L = 64, 3
@@ -545,7 +545,7 @@ def test_adapters_call_the_transformer_of_diffusers_as_it_wants(name: str) -> No
     """Not Flow-Factory's: it calls the model through that trainer's own adapter."""
     case = Rollout(P=1, G=3, N=4, T=16, B=2)
     torch.manual_seed(0)
-    case.moved = tiny_transformer(4, 2)  # type: ignore[assignment]
+    case.moved = flux(4, 2)  # type: ignore[assignment]
     if name == "diffusers_training":
         adapter, scheduler = example("adapters/for_diffusers_training"), FlowMatchEulerDiscreteScheduler(shift=3.0)
         scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
