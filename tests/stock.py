@@ -51,7 +51,9 @@ def stepping(solver: str, sigmas: Sequence[float]) -> Any:
         euler: Any = type("Euler", (_Euler,), {"given": sigmas})
         return euler()
     dpm: Any = type("DPM", (_DPM,), {"given": sigmas})
-    return dpm(prediction_type="flow_prediction", use_flow_sigmas=True, final_sigmas_type="zero", lower_order_final=False)
+    return dpm(
+        prediction_type="flow_prediction", use_flow_sigmas=True, final_sigmas_type="zero", lower_order_final=False
+    )
 
 
 @contextmanager
