@@ -157,7 +157,7 @@ class Driven:
 
     @torch.no_grad()
     def before_vae(self, rows: Recorded) -> Tensor | None:
-        """The latents of one picture as the VAE would decode them; None if there is no VAE. Nothing is decoded."""
+        """The latents of N pictures as the VAE would decode them; None if there is no VAE. Nothing is decoded."""
         seen: list[Tensor] = []
 
         def look(latents: Tensor, *_: Any, **__: Any) -> None:
@@ -168,7 +168,8 @@ class Driven:
         if vae is not None:
             vae.decode = look
             try:
-                self._replay({}, torch.zeros(1, *self.latent_shape, device=self.device), torch.empty(0), rows, "pt")
+                x_NS = torch.zeros(rows.count, *self.latent_shape, device=self.device)
+                self._replay({}, x_NS, torch.empty(0), rows, "pt")
             finally:
                 del vae.decode
         return seen[0] if seen else None
