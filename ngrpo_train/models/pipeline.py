@@ -239,7 +239,9 @@ class Pipeline:
         if self.spec.tuning == "lora":
             save_adapters(directory, self.kind, self._by_folder(transformer), trained)
         else:
-            save_whole(directory, self.directory, list(self.parts), self._empty_transformers(), trained)
+            stored = transformer.state_dict().keys()
+            buffers = {name: buffer.cpu() for name, buffer in transformer.named_buffers() if name in stored}
+            save_whole(directory, self.directory, list(self.parts), self._empty_transformers(), {**trained, **buffers})
 
 
 def _whole_directory(spec: Model) -> Path:

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
-from ngrpo_train.models.directory import local_directory, local_vae_config
+from ngrpo_train.models.directory import local_directory, local_vae_config, pipeline_class_name
 from ngrpo_train.models.published import hub_ids, published
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Model, Sampling
@@ -118,7 +118,8 @@ def refuse_size(model: Model, sampling: Sampling) -> None:
 
     Loading a model refuses such a size too; this is for a command that has work to do before it loads one.
     """
-    if model.adapter == "auto" and (vae := _vae_at_hand(model.name_or_path)):
+    of_flux = pipeline_class_name(model.name_or_path) in ("FluxPipeline", "")
+    if model.adapter == "auto" and of_flux and (vae := _vae_at_hand(model.name_or_path)):
         token_grid(vae, sampling)
 
 

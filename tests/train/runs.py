@@ -14,7 +14,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import forkserver
@@ -89,24 +89,26 @@ def redness_without_dogs(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run to make: flags without their dashes, on top of SMALL."""
+    """A training run to make: flags without their dashes, on top of `defaults`."""
 
     directory: Path
     changes: dict[str, str] = field(default_factory=dict)
     resume: str = ""
     kill_in_save_of_step: int = 0  # the last rank, by SIGKILL
     kill_in_step: int = 0  # the same, after this step's rollout
+    recipe: str = "shapes_cpu"
+    defaults: Mapping[str, str] = field(default_factory=lambda: SMALL)
 
     def arguments(self) -> list[str]:
         """The arguments of the command line, "train" first."""
         algorithm = self.changes.get("algorithm.name", "neighbor")
-        small = {name: value for name, value in SMALL.items() if _is_of(algorithm, name)}
+        small = {name: value for name, value in self.defaults.items() if _is_of(algorithm, name)}
         settings = small | self.changes
         flags = [f"--{name}={value}" for name, value in settings.items() if name not in SEVERAL]
-        for name in SEVERAL:
+        for name in (name for name in SEVERAL if name in settings):
             flags += [f"--{name}", *settings[name].split()]
         resume = [f"--resume={self.resume}"] if self.resume else []
-        return ["train", "shapes_cpu", f"--log.output-dir={self.directory}", *flags, *resume]
+        return ["train", self.recipe, f"--log.output-dir={self.directory}", *flags, *resume]
 
     def make(self) -> int:
         """Train in this process; returns the exit code. What `observed` reads goes beside the run's own files."""

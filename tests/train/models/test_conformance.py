@@ -3,119 +3,30 @@
 The letters are those of the table in docs/models.md, which `python -m benchmarks.models_page` writes from these tests.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
-from ngrpo_train.models.loading import quiet_diffusers
 from ngrpo_train.models.model import FlowModel
-from ngrpo_train.prompts import Prompt
-from ngrpo_train.prompts.picture_files import prepared_picture
-from ngrpo_train.prompts.prompt import Row
-from ngrpo_train.recipe.sections import Model, Parallel, Sampling
-from ngrpo_train.sampling.rollout import generate
 
-from ...families import FAMILIES, Family
 from ...stock import draw
-
-SIGMAS = [1.0, 0.9, 0.75, 0.5, 0.0]
-TEXTS = ("a large red circle on a blue background", "two dogs")
-FILES = {"image": "picture.png", "mask": "mask.png"}
-ARGUMENTS = {"image": "image", "mask": "mask_image"}  # of a stock pipeline's call
-
-families = pytest.mark.parametrize("family", FAMILIES)
-
-
-@dataclass
-class Case:
-    """A family's tiny pipeline in a directory, and models loaded from it."""
-
-    family: Family
-    directory: Path
-
-    @cached_property
-    def sampling(self) -> Sampling:
-        return Sampling(num_inference_steps=len(SIGMAS) - 1, **self.family.sampling)
-
-    def load(self, sampling: Sampling | None = None, **model: Any) -> FlowModel:
-        spec = Model(name_or_path=str(self.directory), gradient_checkpointing="none", **model)
-        settings = Parallel(device="cpu", compute_dtype="float32")
-        return FlowModel(spec, sampling or self.sampling, settings, torch.device("cpu"))
-
-    @cached_property
-    def model(self) -> FlowModel:
-        return self.load()
-
-    @cached_property
-    def stock(self) -> Any:
-        return load_stock(self.directory)
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        row = Row({field: FILES[field] for field in self.family.pictures}, self.directory.parent)
-        return [Prompt(text, row=row) for text in TEXTS]
-
-    def call(self, prompt: Prompt) -> dict[str, Any]:
-        """Arguments of the stock pipeline's call for a prompt."""
-        size = self.sampling.height, self.sampling.width
-        pictures = {ARGUMENTS[field]: prepared_picture(prompt.row, field, *size) for field in self.family.pictures}
-        return self.family.call | pictures
-
-    def noise(self, count: int, seed: int = 0) -> Tensor:
-        return torch.randn(count, *self.model.latent_shape, generator=torch.Generator().manual_seed(seed))
-
-
-def load_stock(directory: Path) -> Any:
-    with quiet_diffusers():
-        pipeline = DiffusionPipeline.from_pretrained(directory, local_files_only=True)
-    for part in pipeline.components.values():
-        for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
-            parameter.data = parameter.data.clone()  # a file's may lie unaligned, where products round otherwise
-    return pipeline
+from .family_case import SIGMAS, Cases, families, make_cases, solve
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    """Makes each family's pipeline when it is first asked for."""
-    made: dict[str, Case] = {}
-    directory = tmp_path_factory.mktemp("families")
-    draws = np.random.default_rng(0)
-    Image.fromarray(draws.integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(directory / FILES["image"])
-    mask = np.zeros((48, 40), dtype=np.uint8)
-    mask[10:30, 12:28] = 255
-    Image.fromarray(mask).save(directory / FILES["mask"])
-
-    def case(name: str) -> Case:
-        if name not in made:
-            with quiet_diffusers():
-                FAMILIES[name].save(directory / name)
-            made[name] = Case(FAMILIES[name], directory / name)
-        return made[name]
-
-    return case
-
-
-def solve(model: FlowModel, noise: Tensor, prompt: Prompt, solver: str = "euler") -> Tensor:
-    model.sampling = replace(model.sampling, solver=solver)
-    for step in generate(model, noise, model.encode([prompt]), torch.tensor(SIGMAS)):
-        noise = step.after_NS
-    return noise
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    return make_cases(tmp_path_factory.mktemp("families"))
 
 
 # --- a: pictures are the stock pipeline's
 
 
 @families
-def test_velocities_are_the_pipelines_own_to_the_bit(cases: Callable[[str], Case], family: str) -> None:
+def test_velocities_are_the_pipelines_own_to_the_bit(cases: Cases, family: str) -> None:
     case = cases(family)
     for seed, prompt in enumerate(case.prompts):
         noise, text = case.noise(1, seed), case.model.encode([prompt])
@@ -128,7 +39,7 @@ def test_velocities_are_the_pipelines_own_to_the_bit(cases: Callable[[str], Case
 
 
 @families
-def test_dpm_solver_draws_what_diffusers_draws(cases: Callable[[str], Case], family: str) -> None:
+def test_dpm_solver_draws_what_diffusers_draws(cases: Cases, family: str) -> None:
     case = cases(family)
     prompt, noise = case.prompts[0], case.noise(1)
     ours = case.model.decode(solve(case.model, noise, prompt, "dpmpp_2m"))[0]
@@ -137,7 +48,7 @@ def test_dpm_solver_draws_what_diffusers_draws(cases: Callable[[str], Case], fam
 
 
 @families
-def test_without_guidance_too(cases: Callable[[str], Case], family: str) -> None:
+def test_without_guidance_too(cases: Cases, family: str) -> None:
     case = cases(family)
     prompt, noise = case.prompts[0], case.noise(1)
     sampling = replace(case.sampling, guidance_scale=0.0, negative_prompt="")
@@ -154,7 +65,7 @@ def test_without_guidance_too(cases: Callable[[str], Case], family: str) -> None
 
 
 @families
-def test_a_batch_is_its_rows_and_an_update_is_the_rollout(cases: Callable[[str], Case], family: str) -> None:
+def test_a_batch_is_its_rows_and_an_update_is_the_rollout(cases: Cases, family: str) -> None:
     case = cases(family)
     model, of_row = case.model, [0, 1, 1, 0]
     x, sigma = case.noise(4), torch.tensor([0.9, 0.9, 0.5, 0.2])
@@ -172,7 +83,7 @@ def test_a_batch_is_its_rows_and_an_update_is_the_rollout(cases: Callable[[str],
 
 
 @families
-def test_gradients_are_the_velocitys_derivatives(cases: Callable[[str], Case], family: str) -> None:
+def test_gradients_are_the_velocitys_derivatives(cases: Cases, family: str) -> None:
     """Against central differences in float64, along one random direction of all weights, and one of the states."""
     case = cases(family)
     model = case.load()
