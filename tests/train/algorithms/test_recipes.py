@@ -204,7 +204,7 @@ TOO_SHORT = {
 def test_a_change_of_algorithm_is_a_change_of_one_line(packaged, tmp_path):
     for name in NAMES:
         path = tmp_path / f"{name}.toml"
-        path.write_text(f'extends = "{packaged}"\n[algorithm]\nname = "{name}"\n')
+        path.write_text(f'extends = "{packaged}"\n[algorithm]\nname = "{name}"\n[prompts]\nsource = "mine.txt"\n')
         recipe = resolve(read_recipe(path), name=path.name)
         assert recipe.algorithm.name == name
         if packaged == "flux_schnell" and name in TOO_SHORT:
@@ -213,7 +213,8 @@ def test_a_change_of_algorithm_is_a_change_of_one_line(packaged, tmp_path):
             assert str(raised.value).startswith(TOO_SHORT[name])
         else:
             check(recipe)
-    assert parsed(read_recipe(find_recipe(packaged)), "--algorithm.name", name) == recipe, "a flag does the same"
+    flags = ("--algorithm.name", name, "--prompts.source", "mine.txt")
+    assert parsed(read_recipe(find_recipe(packaged)), *flags) == recipe, "a flag does the same"
 
 
 def test_what_another_algorithm_brought_is_left_behind():

@@ -23,8 +23,9 @@ from ngrpo_train.rewards.vision_judge import Judge, PairTemplate, Template, answ
 from .servers import completion, judging
 
 CPU = torch.device("cpu")
-UNIFIED, FINAL, RATE, EDIT = (
-    read_template(name, Template) for name in ("unified", "unified_final", "rate_1_to_10", "edit_0_to_10")
+UNIFIED, FINAL, RATE, EDIT, FILL = (
+    read_template(name, Template)
+    for name in ("unified", "unified_final", "rate_1_to_10", "edit_0_to_10", "fill_0_to_10")
 )
 PLAIN = Template(text="Rate: {prompt}", labels=("score:",), minimum=0, maximum=255, attempts=3)
 
@@ -193,6 +194,8 @@ def test_as_many_prompts_as_pictures(ask):
         (EDIT, "The hat is there.\n\nInstruction Score: 8\nPreservation Score: 6.5", 6.5),
         (EDIT, "**Preservation Score (0-10):** 10/10\n**Instruction Score (0-10):** 0", 0),
         (EDIT, "Instruction: done, Preservation: fair.\nInstruction: 7\nPreservation: 9", 7),
+        (FILL, "A cup is there.\n\nRequest Score: 8\nFit Score: 6.5", 6.5),
+        (FILL, "The benefit: 3 of 9 requests are met.\n**Fit Score (0-10):** 9/10\n**Request Score (0-10):** 7", 7),
         (replace(EDIT, combine="mean"), "Instruction Score: 8\nPreservation Score: 6.5", 7.25),
         (replace(EDIT, combine="first"), "Instruction Score: 8\nPreservation Score: 6.5", 8),
     ],
@@ -414,8 +417,8 @@ def unused_url():
         ({"remote": ""}, r"a judge needs a server: `vllm serve CodeGoat24/UnifiedReward-qwen-7b --port 8000`, then "
          r"rewards\.unified\.remote = 'http://localhost:8000'"),
         ({"remote": "localhost:8000"}, r"'localhost:8000' is no address of a server"),
-        ({"template": "unifed"}, r"template 'unifed' is no file and none of better_of_two, edit_0_to_10, rate_1_to_10, "
-         r"unified, unified_final, unified_pair, unified_think; did you mean unified\?"),
+        ({"template": "unifed"}, r"template 'unifed' is no file and none of better_of_two, edit_0_to_10, fill_0_to_10, "
+         r"rate_1_to_10, unified, unified_final, unified_pair, unified_think; did you mean unified\?"),
         ({"template": "rate_1_to_10"}, r"its template names no model: set rewards\.unified\.path"),
         ({"path": "another"}, r"http://127\.0\.0\.1:\d+/v1 has no model 'another': set rewards\.unified\.path to one "
          r"of its own, a-judge, CodeGoat24/UnifiedReward-qwen-7b"),
