@@ -24,7 +24,14 @@ NEIGHBOR = {
     "algorithm.step-range": "0 0.75",
     "model.ema": "0.5",
 }
-WALKS = {"algorithm.name": "flow_grpo", "algorithm.num-generations": "4", "model.tuning": "lora", "model.lora-rank": "4", "model.lora-alpha": "8"}
+WALKS = {
+    "algorithm.name": "flow_grpo",
+    "algorithm.num-generations": "4",
+    "algorithm.updates-per-iteration": "1",
+    "model.tuning": "lora",
+    "model.lora-rank": "4",
+    "model.lora-alpha": "8",
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +55,7 @@ def write_recipe(case: Case, path: Path) -> None:
     path.write_text(f"""
         [model]
         name_or_path = "{case.directory}"
+        adapter = "ngrpo_train.models.pipeline:Pipeline"
         gradient_checkpointing = "none"
         [prompts]
         source = "{prompts}"

@@ -1,0 +1,33 @@
+"""Every family of flow models on two processes, sharded by FSDP2, as one process trains it: f in docs/models.md."""
+
+from pathlib import Path
+
+import pytest
+
+from ..runs import Run, assert_close, assert_close_figures, figures, observed, on_ranks
+from .family_case import FAMILIES, Case, families, make_cases
+from .test_family_runs import NEIGHBOR, run
+
+TWO = {"prompts.per-rank": "1", "parallel.sharding": "full"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """For each family, the directories of a run on one process and of the same on two."""
+    case = make_cases(tmp_path_factory.mktemp("families"))
+    alone = {family: _run(case(family), f"{family}_alone") for family in FAMILIES}
+    together = {family: _run(case(family), f"{family}_together", **TWO) for family in FAMILIES}
+    assert all(each.make() == 0 for each in alone.values())
+    on_ranks(2, list(together.values()))
+    return {family: (alone[family].directory, together[family].directory) for family in FAMILIES}
+
+
+def _run(case: Case, name: str, **changes: str) -> Run:
+    return run(case, name, {**NEIGHBOR, "log.export": "False"}, **changes)
+
+
+@families
+def test_two_processes_train_as_one_does(trained: dict[str, tuple[Path, Path]], family: str) -> None:
+    alone, together = trained[family]
+    assert_close(together, alone)
+    assert_close_figures(figures(together), figures(alone), observed(alone)["gains"])
