@@ -54,7 +54,9 @@ class Outline:
         """`dtype` is that of the transformer's arithmetic. Raises ValueError, naming the field, for what the pipeline
         cannot draw, or if the installed diffusers lacks it."""
         kind = getattr(diffusers, configs["model_index"]["_class_name"])
-        self._modules = {name: _on_meta(configs[name]) for name in configs if name.startswith(("transformer", "vae"))}
+        self._modules = {
+            name: _on_meta(configs[name], dtype) for name in configs if name.startswith(("transformer", "vae"))
+        }
         transformers = {name: each for name, each in self._modules.items() if name.startswith("transformer")}
         pipeline = _assembled(kind, configs, self._modules, sampling)
         fixed = fixed_arguments(pipeline, transformers, sampling)
@@ -106,11 +108,11 @@ class Outline:
         return self._row.rows(torch.zeros(pictures, dtype=torch.int64))
 
 
-def _on_meta(config: Mapping[str, Any]) -> Any:
+def _on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     with quiet_diffusers(), init_empty_weights(include_buffers=False):
         module = getattr(diffusers, config["_class_name"]).from_config(dict(config)).eval()
     # A pipeline computes with the buffers of a VAE; those of a transformer are its own.
-    return module.to("meta") if "Transformer" in config["_class_name"] else module
+    return module.to("meta", dtype) if "Transformer" in config["_class_name"] else module
 
 
 def _assembled(
