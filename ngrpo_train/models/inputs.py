@@ -32,12 +32,16 @@ class Inputs:
     """Calls of the VAE for the pictures of prompts; none for a model that takes texts alone."""
 
 
-@lru_cache
 def inputs_of(architecture: Architecture, sampling: Sampling, dtype: torch.dtype, pictures: int = 1) -> Inputs:
     """The calls for N `pictures`; floats are of `dtype`, that of the transformer's arithmetic.
 
     Raises ValueError, naming the field, for a size that the model cannot draw.
     """
+    return _inputs(architecture, sampling, dtype, pictures)
+
+
+@lru_cache
+def _inputs(architecture: Architecture, sampling: Sampling, dtype: torch.dtype, pictures: int) -> Inputs:
     if architecture.pipeline == FLUX:
         return _packed_inputs(architecture, sampling, dtype, pictures)
     outline = _outline(architecture, sampling, dtype)

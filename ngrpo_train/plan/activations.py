@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 from ngrpo_train.models.inputs import inputs_of, text_calls
 from ngrpo_train.models.outline import PartCall
 from ngrpo_train.models.sizes import Architecture, part_on
 from ngrpo_train.parallel.blocks import recomputing
-from ngrpo_train.plan.instruments import FlashAttention, measuring
+from ngrpo_train.plan.instruments import FlashAttention, Operations, measuring
 from ngrpo_train.plan.trace import Kind
 from ngrpo_train.recipe.sections import Sampling
 
@@ -177,11 +177,11 @@ def _pass(architecture: Architecture, calls: Sequence[PartCall], dtype: torch.dt
     def made(x: Tensor) -> Tensor:
         return torch.empty_like(x, dtype=dtype if x.is_floating_point() else None)
 
-    with FlopCounterMode(display=False) as flops, measuring() as live, torch.no_grad():
+    with Operations() as operations, measuring() as live, torch.no_grad():
         for call in calls:
             arguments, named = tree_map_only(Tensor, made, (call.arguments, dict(call.named)))
             results = tree_leaves(getattr(parts[call.part], call.method)(*arguments, **named))
             if call.method == "decode":
                 results.append(results[0].float())
             del arguments, named, results
-    return Pass(flops.get_total_flops(), live.peak())
+    return Pass(operations.total, live.peak())

@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.plan.activations import block_bytes, decode_pass, encode_pass
-from ngrpo_train.plan.instruments import FlashAttention
+from ngrpo_train.plan.instruments import FlashAttention, Operations
 from ngrpo_train.plan.layout import Batches, filled, shape_of
 from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.plan.trace import Kind, Shape, traced
@@ -87,12 +86,12 @@ def kind_flops(kind: Kind) -> TransformerFlops:
     hooks = [part.register_forward_hook(partial(count, ".lora_" in f".{name}")) for name, part in layers]
     arguments, named = kind.inputs(lambda n, x: x.detach().requires_grad_(n in kind.flow and x.is_floating_point()))
     try:
-        with FlopCounterMode(display=False) as counter, FlashAttention():
+        with Operations() as operations, FlashAttention():
             functional_call(kind.block, frozen, arguments, named)
     finally:
         for hook in hooks:
             hook.remove()
-    return TransformerFlops(attention=counter.get_total_flops() - sum(groups.values()), around=0, **groups)
+    return TransformerFlops(attention=operations.total - sum(groups.values()), around=0, **groups)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
@@ -55,6 +56,24 @@ class LiveBytes(TorchDispatchMode):
                 now += size
                 most = max(most, now)
         return most
+
+
+class Operations(TorchDispatchMode):
+    """A mode that counts floating point operations by torch's formulas; a multiplication with its addition is two.
+
+    Torch's own counter also follows modules, for which it keeps tensors, and needs all of them to have gradients.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 class FlashAttention(TorchFunctionMode):

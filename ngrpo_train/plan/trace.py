@@ -7,23 +7,21 @@ hand on empty results: a model of any depth is traced in about a second.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
-from torch.utils.flop_counter import FlopCounterMode
 
-from ngrpo_train.models.blocks_of import repeated_blocks
 from ngrpo_train.models.inputs import inputs_of
+from ngrpo_train.models.kinds import blocks_replaced, empty_like, kind_of
 from ngrpo_train.models.outline import PartCall
 from ngrpo_train.models.sizes import Architecture, add_adapters, transformer_on
-from ngrpo_train.plan.instruments import FlashAttention, measuring
+from ngrpo_train.plan.instruments import FlashAttention, Operations, measuring
 from ngrpo_train.recipe.sections import Sampling
 
 
@@ -124,7 +122,7 @@ class _Seen:
 
     name: str
     block: nn.Module
-    key: tuple[Any, ...]
+    key: Hashable
     """Equal for blocks of one kind."""
     leaves: list[Any]
     spec: TreeSpec
@@ -137,40 +135,19 @@ class _Seen:
 def _seen(transformer: nn.Module, call: PartCall) -> tuple[list[_Seen], list[tuple[torch.Size, torch.Size]]]:
     """The calls of blocks in a forward with gradients, and the shapes of attentions."""
     seen: list[_Seen] = []
-    results: dict[tuple[Any, ...], Any] = {}
+    results: dict[Hashable, Any] = {}
 
     def instead(name: str, block: nn.Module, forward: PartCallable[..., Any], *arguments: Any, **named: Any) -> Any:
         leaves, spec = tree_flatten((arguments, named))
-        key = (
-            type(block),
-            tuple((of, p.shape) for of, p in block.named_parameters()),
-            tuple((leaf.shape, leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor)),
-        )
+        key = kind_of(block, leaves)
         if key not in results:
             results[key] = forward(*arguments, **named)
         seen.append(_Seen(name.rpartition(" ")[0], block, key, leaves, spec, results[key]))
-        return _empty_like(results[key])
+        return empty_like(results[key])
 
-    with _blocks_replaced(transformer, instead), FlashAttention() as attention, torch.enable_grad():
+    with blocks_replaced(transformer, instead), FlashAttention() as attention, torch.enable_grad():
         transformer(*call.arguments, **call.named)
     return seen, attention.shapes
-
-
-@contextmanager
-def _blocks_replaced(transformer: nn.Module, instead: PartCallable[..., Any]) -> Iterator[None]:
-    """Call `instead(name, block, its forward, *its arguments)` for each block within the `with`."""
-    blocks = repeated_blocks(transformer)
-    for name, block in blocks.items():
-        block.forward = partial(instead, name, block, block.forward)
-    try:
-        yield
-    finally:
-        for block in blocks.values():
-            del block.forward
-
-
-def _empty_like(results: Any) -> Any:
-    return tree_map_only(Tensor, lambda x: torch.empty_like(x, requires_grad=x.requires_grad), results)
 
 
 def _address(x: Tensor) -> int:
@@ -219,28 +196,21 @@ def _around(transformer: nn.Module, call: PartCall, seen: Sequence[_Seen], own: 
     held: dict[int, Tensor] = {}
     edges: list[GradientEdge] = []  # into blocks, and out of the transformer: what they lead to is kept
 
-    def run() -> None:
-        calls = iter(zip(seen, own, strict=True))
+    calls = iter(zip(seen, own, strict=True))
 
-        def instead(_name: str, _block: nn.Module, _forward: PartCallable[..., Any], *arguments: Any, **named: Any) -> Any:
-            one, common = next(calls)
-            leaves = tree_leaves((arguments, named))
-            held.update({_address(leaves[number]): leaves[number] for number in common})
-            edges.extend(_edges(leaves))
-            return _empty_like(one.results)
+    def instead(_name: str, _block: nn.Module, _forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        one, common = next(calls)
+        leaves = tree_leaves((arguments, named))
+        held.update({_address(leaves[number]): leaves[number] for number in common})
+        edges.extend(_edges(leaves))
+        return empty_like(one.results)
 
-        with _blocks_replaced(transformer, instead):
-            copies = tree_map_only(Tensor, torch.empty_like, (call.arguments, dict(call.named)))
-            edges.extend(_edges(tree_leaves(transformer(*copies[0], **copies[1]))))
-
-    # Two runs, because torch's counter would keep what it counts.
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        run()
-    held.clear()
-    with torch.enable_grad(), measuring() as live:
-        run()
+    with blocks_replaced(transformer, instead), torch.enable_grad(), Operations() as operations, measuring() as live:
+        arguments, named = tree_map_only(Tensor, torch.empty_like, (call.arguments, dict(call.named)))
+        edges.extend(_edges(tree_leaves(transformer(*arguments, **named))))
+        del arguments, named
         kept = live.now
-    return _Around(kept, sum(x.untyped_storage().nbytes() for x in held.values()), flops.get_total_flops())
+    return _Around(kept, sum(x.untyped_storage().nbytes() for x in held.values()), operations.total)
 
 
 def _edges(leaves: Sequence[Any]) -> list[GradientEdge]:
