@@ -10,7 +10,7 @@ from accelerate import PartialState
 from ngrpo_train.algorithms import refuse_backend
 from ngrpo_train.models.embeddings import EmbeddingCache
 from ngrpo_train.models.encoders import frozen_dtype
-from ngrpo_train.models.sizes import refuse_size
+from ngrpo_train.models.packing import refuse_size
 from ngrpo_train.plan.settle import settle_attention
 from ngrpo_train.prompts import Prompt, PromptCursor, load_prompts
 from ngrpo_train.recipe.checks import check
