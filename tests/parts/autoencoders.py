@@ -46,9 +46,9 @@ def flux2() -> AutoencoderKLFlux2:
 
 
 def dc() -> AutoencoderDC:
-    """Sana's; 4 x 4 pixels."""
-    blocks = ("ResBlock", "ResBlock", "EfficientViTBlock")
-    widths, scales, layers = (8, 8, 8), ((), (), (5,)), (1, 1, 1)
+    """Sana's; 8 x 8 pixels."""
+    blocks = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
+    widths, scales, layers = (8, 8, 8, CHANNELS), ((), (), (), (5,)), (1,) * 4
     return AutoencoderDC(
         in_channels=3,
         latent_channels=CHANNELS,
@@ -70,6 +70,13 @@ def dc() -> AutoencoderDC:
 def qwen() -> AutoencoderKLQwenImage:
     """Qwen-Image's, a VAE of videos that is given one frame; 8 x 8 pixels."""
     return AutoencoderKLQwenImage(base_dim=4, dim_mult=[1] * 4, num_res_blocks=1).eval()
+
+
+def qwen_of_large_pictures() -> AutoencoderKLQwenImage:
+    """The same with 32 x 32 pixels, and little work where there are many of them: a second for 1024 x 1024."""
+    return AutoencoderKLQwenImage(
+        base_dim=4, dim_mult=[1] * 6, num_res_blocks=0, temperal_downsample=[False] * 5
+    ).eval()
 
 
 def wan() -> AutoencoderKLWan:
