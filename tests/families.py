@@ -84,43 +84,50 @@ def _sd35() -> dict[str, Any]:
     }
 
 
-def _chroma() -> dict[str, Any]:
-    tokenizer, text_encoder = texts.t5(_TEXT)
+def _with_one_encoder(text: tuple[Any, Any], *, scheduler: Any, vae: Any, transformer: Any) -> dict[str, Any]:
+    """The parts of most pipelines; `text` is a tokenizer and its encoder."""
+    tokenizer, text_encoder = text
     return {
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-        "vae": autoencoders.kl(),
+        "scheduler": scheduler,
+        "vae": vae,
         "tokenizer": tokenizer,
         "text_encoder": text_encoder,
-        "transformer": lively(flow_transformers.chroma(_TEXT)),
+        "transformer": lively(transformer),
     }
+
+
+def _chroma() -> dict[str, Any]:
+    return _with_one_encoder(
+        texts.t5(_TEXT),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoders.kl(),
+        transformer=flow_transformers.chroma(_TEXT),
+    )
 
 
 def _z_image() -> dict[str, Any]:
-    tokenizer, text_encoder = language_models.qwen3(_TEXT, layers=2)
-    return {
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
-        "vae": autoencoders.kl(),
-        "tokenizer": tokenizer,
-        "text_encoder": text_encoder,
-        "transformer": lively(flow_transformers.z_image(_TEXT)),
-    }
+    return _with_one_encoder(
+        language_models.qwen3(_TEXT, layers=2),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=autoencoders.kl(),
+        transformer=flow_transformers.z_image(_TEXT),
+    )
 
 
-def _qwen_image() -> dict[str, Any]:
-    tokenizer, text_encoder = language_models.qwen25_vl()
-    return {
-        "scheduler": FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-        ),
-        "vae": autoencoders.qwen(),
-        "tokenizer": tokenizer,
-        "text_encoder": text_encoder,
-        "transformer": lively(flow_transformers.qwen_image(_TEXT)),
-    }
+def _qwen_image(**transformer: Any) -> dict[str, Any]:
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    return _with_one_encoder(
+        language_models.qwen25_vl(),
+        scheduler=scheduler,
+        vae=autoencoders.qwen(),
+        transformer=flow_transformers.qwen_image(_TEXT, **transformer),
+    )
 
 
-def _qwen_image_edit() -> dict[str, Any]:
-    parts = _qwen_image()
+def _qwen_image_edit(**transformer: Any) -> dict[str, Any]:
+    parts = _qwen_image(**transformer)
     # Whatever is drawn, the pipeline fits the picture to 1024 x 1024 pixels first: 256 tokens to this VAE.
     return parts | {
         "vae": autoencoders.qwen_of_large_pictures(),
@@ -129,71 +136,56 @@ def _qwen_image_edit() -> dict[str, Any]:
 
 
 def _lumina2() -> dict[str, Any]:
-    tokenizer, text_encoder = language_models.gemma2(_TEXT)
-    return {
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
-        "vae": autoencoders.kl(),
-        "tokenizer": tokenizer,
-        "text_encoder": text_encoder,
-        "transformer": lively(flow_transformers.lumina2(_TEXT)),
-    }
+    return _with_one_encoder(
+        language_models.gemma2(_TEXT),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=autoencoders.kl(),
+        transformer=flow_transformers.lumina2(_TEXT),
+    )
 
 
 def _sana() -> dict[str, Any]:
-    tokenizer, text_encoder = language_models.gemma2(_TEXT)
-    return {
-        "scheduler": DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-        "vae": autoencoders.dc(),
-        "tokenizer": tokenizer,
-        "text_encoder": text_encoder,
-        "transformer": lively(flow_transformers.sana(_TEXT)),
-    }
+    return _with_one_encoder(
+        language_models.gemma2(_TEXT),
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        vae=autoencoders.dc(),
+        transformer=flow_transformers.sana(_TEXT),
+    )
 
 
 def _flux2() -> dict[str, Any]:
-    # The pipeline takes what comes out of the 10th, the 20th and the 30th layer, side by side.
-    tokenizer, text_encoder = language_models.mistral3(_TEXT, layers=30)
-    return {
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        "vae": autoencoders.flux2(),
-        "tokenizer": tokenizer,
-        "text_encoder": text_encoder,
-        "transformer": lively(flow_transformers.flux2(3 * _TEXT, guidance_embeds=True)),
-    }
+    return _with_one_encoder(
+        language_models.mistral3(_TEXT, layers=30),  # after the 10th, 20th and 30th, what it says is taken side by side
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoders.flux2(),
+        transformer=flow_transformers.flux2(3 * _TEXT, guidance_embeds=True),
+    )
 
 
 def _klein(*, is_distilled: bool) -> dict[str, Any]:
-    # The pipeline takes what comes out of the 9th, the 18th and the 27th layer, side by side.
-    tokenizer, text_encoder = language_models.qwen3(_TEXT, layers=27)
-    return {
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        "vae": autoencoders.flux2(),
-        "tokenizer": tokenizer,
-        "text_encoder": text_encoder,
-        "transformer": lively(flow_transformers.flux2(3 * _TEXT, guidance_embeds=False)),
-        "is_distilled": is_distilled,
-    }
+    parts = _with_one_encoder(
+        language_models.qwen3(_TEXT, layers=27),  # taken after the 9th, 18th and 27th
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoders.flux2(),
+        transformer=flow_transformers.flux2(3 * _TEXT, guidance_embeds=False),
+    )
+    return parts | {"is_distilled": is_distilled}
 
 
 # --- Videos
 
+_FIRST_FRAME = autoencoders.CHANNELS + 4  # channels: the frame's latent, and which of a latent's 4 frames are given
+
 
 def _wan(*, flow_shift: float = 3.0, **transformer: Any) -> dict[str, Any]:
-    tokenizer, text_encoder = texts.umt5(_TEXT)
-    return {
-        "scheduler": UniPCMultistepScheduler(
+    return _with_one_encoder(
+        texts.umt5(_TEXT),
+        scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
         ),
-        "vae": autoencoders.wan(),
-        "tokenizer": tokenizer,
-        "text_encoder": text_encoder,
-        "transformer": lively(flow_transformers.wan(_TEXT, **transformer)),
-    }
-
-
-_FIRST_FRAME = autoencoders.CHANNELS + 4  # the frame's latent, and which 4 frames of a latent are given
+        vae=autoencoders.wan(),
+        transformer=flow_transformers.wan(_TEXT, **transformer),
+    )
 
 
 def _wan21_i2v() -> dict[str, Any]:
@@ -212,20 +204,12 @@ def _wan22_ti2v() -> dict[str, Any]:
 
 
 def _ltx() -> dict[str, Any]:
-    tokenizer, text_encoder = texts.t5(_TEXT)
-    return {
-        "scheduler": FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True,
-            base_shift=0.95,
-            max_shift=2.05,
-            base_image_seq_len=1024,
-            shift_terminal=0.1,
-        ),
-        "vae": autoencoders.ltx(),
-        "tokenizer": tokenizer,
-        "text_encoder": text_encoder,
-        "transformer": lively(flow_transformers.ltx(_TEXT)),
-    }
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
+    )
+    return _with_one_encoder(
+        texts.t5(_TEXT), scheduler=scheduler, vae=autoencoders.ltx(), transformer=flow_transformers.ltx(_TEXT)
+    )
 
 
 _PICTURE = {"height": 32, "width": 48, "max_sequence_length": 32}
@@ -278,7 +262,9 @@ FAMILIES = {
         guidance="true_cfg_scale",
     ),
     "qwen_image_edit": _QWEN_IMAGE_EDIT,
-    "qwen_image_edit_plus": replace(_QWEN_IMAGE_EDIT, kind="QwenImageEditPlusPipeline"),
+    "qwen_image_edit_plus": replace(
+        _QWEN_IMAGE_EDIT, kind="QwenImageEditPlusPipeline", parts=partial(_qwen_image_edit, zero_cond_t=True)
+    ),
     "lumina2": Family(
         kind="Lumina2Pipeline",
         parts=_lumina2,

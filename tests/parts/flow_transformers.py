@@ -80,13 +80,15 @@ def chroma(text: int) -> ChromaTransformer2DModel:
     )
 
 
-def qwen_image(text: int) -> QwenImageTransformer2DModel:
+def qwen_image(text: int, *, zero_cond_t: bool = False) -> QwenImageTransformer2DModel:
+    """Qwen-Image's; Edit's of 2511 takes the picture at time 0, `zero_cond_t`."""
     return QwenImageTransformer2DModel(
         in_channels=_PACKED,
         out_channels=CHANNELS,
         num_layers=2,
         joint_attention_dim=text,
         axes_dims_rope=(4, 6, 6),
+        zero_cond_t=zero_cond_t,
         **_HEADS,
     )
 
