@@ -58,7 +58,7 @@ class Flux:
         self.spec, self.sampling, self.settings, self.device = spec, sampling, settings, device
         self.directory = find_directory(spec.name_or_path, absent_of(spec, TEXT_PARTS if embeddings else ()))
         self.transformer_directory = find_transformer(spec, self.directory)
-        self._config = self.empty_transformer().config
+        self._note_transformer()
         rows, columns = token_grid(load_vae_config(spec.name_or_path, self.directory), sampling)
         self.latent_shape: tuple[int, int] = (rows * columns, self._config.in_channels)
         self._img_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, torch.float32)
@@ -99,7 +99,7 @@ class Flux:
         other.spec = spec
         other.directory = find_directory(spec.name_or_path, absent_of(spec, (*TEXT_PARTS, "vae")))
         other.transformer_directory = find_transformer(spec, other.directory)
-        other._config = other.empty_transformer().config
+        other._note_transformer()
         return other
 
     # -- The transformer -----------------------------------------------------------------------------------------------
@@ -107,12 +107,16 @@ class Flux:
     def empty_transformer(self) -> Any:
         return empty_transformer(self.spec.name_or_path, self.transformer_directory)
 
+    def _note_transformer(self) -> None:
+        empty = self.empty_transformer()
+        self._config, self._names = empty.config, empty.state_dict().keys()
+
     def blocks(self, transformer: nn.Module) -> dict[str, nn.Module]:
         kinds: Any = {"double": transformer.transformer_blocks, "single": transformer.single_transformer_blocks}
         return {f"{kind} {index}": block for kind, blocks in kinds.items() for index, block in enumerate(blocks)}
 
-    def fill(self, transformer: nn.Module) -> None:
-        fill(transformer, self.spec, self.transformer_directory)
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        fill(weights, self._names, self.spec, self.transformer_directory)
 
     def velocity(self, transformer: nn.Module, x_NS: Tensor, sigma_N: Tensor, conditioning: TextFeatures) -> Tensor:
         """v_theta [N, T, C] at `x_NS` and `sigma_N` (both float32), in the compute dtype."""
