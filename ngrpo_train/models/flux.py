@@ -22,6 +22,7 @@ from ngrpo_train.models.embeddings import EmbeddingCache, encoder_hash
 from ngrpo_train.models.encoders import PromptEncoder, TextEncoders, TextFeatures, frozen_dtype
 from ngrpo_train.models.loading import (
     absent_of,
+    decode_in_tiles,
     empty_transformer,
     fill,
     find_directory,
@@ -90,6 +91,8 @@ class Flux:
         vae = self.pipeline.vae.to(self.device).requires_grad_(False).eval()
         if self.device.type == "cuda":
             vae.to(memory_format=torch.channels_last)  # as cuDNN's convolutions want it
+        if self.settings.decode_tiles:
+            decode_in_tiles(vae)
         if compiles(self.settings, self.device.type):
             compile_whole(vae.decoder)
 

@@ -199,6 +199,20 @@ def load_text_encoders(name_or_path: str, dtype: torch.dtype) -> tuple[FluxPipel
     return pipeline, directory
 
 
+def decode_in_tiles(vae: Any) -> None:
+    """Make a VAE of diffusers decode what is larger than one of its tiles in overlapping tiles, one after the other.
+
+    Raises ValueError, naming `parallel.decode_tiles`, for a VAE that cannot.
+    """
+    try:
+        vae.enable_tiling()
+    except (AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"parallel.decode_tiles = True: the model's {type(vae).__name__} cannot decode in tiles; set it to false, "
+            "and parallel.decode_batch to 1"
+        ) from error
+
+
 def fill(weights: Mapping[str, Tensor], names: Set[str], model: Model, directory: Path | None) -> None:
     """Read weights of the transformer from its directory, each process its shards, or draw them if that is None.
 
