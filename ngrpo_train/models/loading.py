@@ -30,7 +30,7 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ngrpo_train.models.directory import local_directory, pipeline_class_name

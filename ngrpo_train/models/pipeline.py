@@ -27,6 +27,7 @@ from ngrpo_train.models.encoders import frozen_dtype
 from ngrpo_train.models.grouping import grouped
 from ngrpo_train.models.loading import (
     absent_of,
+    decode_in_tiles,
     empty_model,
     explained,
     fill,
@@ -114,6 +115,8 @@ class Pipeline:
         vae = self._pipeline.vae.to(self.device).requires_grad_(False).eval()
         if self.device.type == "cuda" and all(p.ndim != 5 for p in vae.parameters()):
             vae.to(memory_format=torch.channels_last)  # as cuDNN's convolutions want it
+        if self.settings.decode_tiles:
+            decode_in_tiles(vae)
         # VAEs of videos keep a cache in Python lists from one piece of a video to the next, which does not compile.
         if compiles(self.settings, self.device.type) and not hasattr(vae, "clear_cache"):
             compile_whole(vae.decoder)
