@@ -46,6 +46,7 @@ _FROZEN_PARTS = ("scheduler", *(part for part in PARTS if part != "transformer")
 class Flux:
     """The adapter of FLUX.1 and of models in its layout; see `ngrpo_train.models.model.Adapter`."""
 
+    kind = FluxPipeline
     lora_targets = LORA_TARGETS
 
     def __init__(

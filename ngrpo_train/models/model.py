@@ -63,6 +63,11 @@ class Adapter(Protocol):
         ...
 
     @property
+    def kind(self) -> Any:
+        """The class of diffusers' pipelines that reads what `save` writes; None where there is none."""
+        ...
+
+    @property
     def lora_targets(self) -> str | list[str]:
         """Linear layers that `tuning = "lora"` adapts: a regular expression for their whole names, or ends of names."""
         ...
