@@ -59,11 +59,7 @@ def model_card(kind: Any, recipe: Recipe, run: Path, step: int, directory: Path,
     if kind is not None:
         prompt = next(iter(scores[1].by_set.values())).prompts[0].text if scores else "..."
         parts += ["## Use", _fenced("python", _usage(kind, recipe, directory, repository, prompt))]
-        sampling = recipe.sampling
-        parts.append(
-            f"It was trained at {sampling.width}x{sampling.height} pixels with guidance {sampling.guidance_scale:g}, "
-            f"on a schedule of {sampling.num_inference_steps} steps shifted by {sampling.shift:g}."
-        )
+        parts.append(_trained_at(recipe))
     parts += ["## Recipe", _fenced("toml", as_toml(_without_places(recipe)))]
     return f"---\n{_header(kind, recipe)}---\n\n" + "\n\n".join(parts) + "\n"
 
@@ -131,6 +127,16 @@ def _usage(kind: Any, recipe: Recipe, directory: Path, repository: str, prompt: 
     imports = ["import torch", f"from diffusers import {kind.__name__}"]
     imports += [f"from diffusers.utils import {', '.join(helpers)}"] if helpers else []
     return "\n".join([*imports, "", *lines])
+
+
+def _trained_at(recipe: Recipe) -> str:
+    sampling, base = recipe.sampling, recipe.model.base_dtype
+    frames = f" and {sampling.num_frames} frames" if sampling.num_frames > 1 else ""
+    rounded = f", over a base kept in {base}" if base != "same" else ""
+    return (
+        f"It was trained at {sampling.width}x{sampling.height} pixels{frames} with guidance {sampling.guidance_scale:g} "
+        f"on a schedule of {sampling.num_inference_steps} steps shifted by {sampling.shift:g}{rounded}."
+    )
 
 
 def _drawn(kind: Any, sampling: Sampling) -> dict[str, int]:

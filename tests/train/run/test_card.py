@@ -139,6 +139,17 @@ def test_the_table_and_the_picture(run: Path, recipe: Recipe) -> None:
     assert (run / "export" / "before_after.png").read_bytes() == (run / "before_after.png").read_bytes()
 
 
+def test_how_it_was_trained(run: Path, recipe: Recipe) -> None:
+    sentence = "It was trained at 32x32 pixels with guidance 3.5 on a schedule of 4 steps shifted by 3."
+    assert sentence in card_of(run, recipe).splitlines()
+    recipe = with_model(recipe, tuning="lora", base_dtype="nf4")
+    recipe = replace(recipe, sampling=replace(recipe.sampling, num_frames=5))
+    sentence = (
+        "It was trained at 32x32 pixels and 5 frames with guidance 3.5 on a schedule of 4 steps shifted by 3, over a "
+    )
+    assert f"{sentence}base kept in nf4." in card_of(run, recipe).splitlines()
+
+
 def test_other_weights_than_those_of_the_end_have_no_table(run: Path, recipe: Recipe) -> None:
     assert "before" not in card_of(run, recipe, step=1)
     (run / "before.json").unlink()

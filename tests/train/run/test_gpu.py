@@ -41,6 +41,8 @@ def test_a_gpu_trains_as_the_cpu_does(tmp_path: Path) -> None:
         {"parallel.compile": "on", "model.gradient-checkpointing": "selective"},
         {"parallel.master-dtype": "bfloat16", "optimizer.name": "adamw_8bit"},
         {"model.tuning": "lora", "model.lora-rank": "4"},
+        {"model.tuning": "lora", "model.lora-rank": "4", "model.base-dtype": "float8", "parallel.compile": "on"},
+        {"model.tuning": "lora", "model.lora-rank": "4", "model.base-dtype": "nf4", "parallel.compile": "on"},
         {"parallel.offload": "True"},
         {"parallel.text-encoders": "offload"},
         {"parallel.rollout-dtype": "float8", "parallel.compile": "on"},
