@@ -134,8 +134,8 @@ def _trained_at(recipe: Recipe) -> str:
     frames = f" and {sampling.num_frames} frames" if sampling.num_frames > 1 else ""
     rounded = f", over a base kept in {base}" if base != "same" else ""
     return (
-        f"It was trained at {sampling.width}x{sampling.height} pixels{frames} with guidance {sampling.guidance_scale:g} "
-        f"on a schedule of {sampling.num_inference_steps} steps shifted by {sampling.shift:g}{rounded}."
+        f"It was trained at {sampling.width}x{sampling.height} pixels{frames} "
+        f"with guidance {sampling.guidance_scale:g} on a schedule of {sampling.num_inference_steps} steps shifted by {sampling.shift:g}{rounded}."
     )
 
 
