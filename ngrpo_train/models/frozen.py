@@ -70,13 +70,19 @@ class _Linear(torch.autograd.Function):
     """x W^T + b; keeps W's codes for the backward pass, not W."""
 
     @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, *kept: Any) -> Tensor:
-        return functional.linear(x, decode(*kept), bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, *tensors, ctx.shape, ctx.dtype = inputs
-        ctx.save_for_backward(*tensors)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        codes: Tensor,
+        scales: Tensor | None,
+        levels: Tensor | None,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scales, levels)
+        ctx.shape, ctx.dtype = shape, dtype
+        return functional.linear(x, decode(codes, scales, levels, shape, dtype), bias)
 
     @staticmethod
     @once_differentiable

@@ -135,7 +135,8 @@ def _trained_at(recipe: Recipe) -> str:
     rounded = f", over a base kept in {base}" if base != "same" else ""
     return (
         f"It was trained at {sampling.width}x{sampling.height} pixels{frames} "
-        f"with guidance {sampling.guidance_scale:g} on a schedule of {sampling.num_inference_steps} steps shifted by {sampling.shift:g}{rounded}."
+        f"with guidance {sampling.guidance_scale:g} on a schedule of {sampling.num_inference_steps} steps "
+        f"shifted by {sampling.shift:g}{rounded}."
     )
 
 
