@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from ngrpo_train.draws import stream
+from ngrpo_train.models import frozen
 from ngrpo_train.models.directory import pipeline_class_name
 from ngrpo_train.models.float8 import Float8Copy
 from ngrpo_train.models.flux import Flux
 from ngrpo_train.models.loading import quiet_diffusers
 from ngrpo_train.models.pipeline import Pipeline
 from ngrpo_train.parallel import blocks, sharding
-from ngrpo_train.parallel.layout import compiles
+from ngrpo_train.parallel.layout import base_storage, compiles
 from ngrpo_train.parallel.sharding import trained_parts
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.named import import_named
@@ -62,6 +63,11 @@ class Adapter(Protocol):
         ...
 
     @property
+    def kind(self) -> Any:
+        """The class of diffusers' pipelines that reads what `save` writes; None where there is none."""
+        ...
+
+    @property
     def lora_targets(self) -> str | list[str]:
         """Linear layers that `tuning = "lora"` adapts: a regular expression for their whole names, or ends of names."""
         ...
@@ -77,8 +83,11 @@ class Adapter(Protocol):
         """
         ...
 
-    def fill(self, transformer: nn.Module) -> None:
-        """Give weights their first values: each process its own shards, adapters left as they are. A collective."""
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Give these weights of the transformer their first values: each process its own shards. A collective.
+
+        They are all that `empty_transformer` has in its state dict, or some, by their names there, on the device.
+        """
         ...
 
     def velocity(self, transformer: nn.Module, x_NS: Tensor, sigma_N: Tensor, conditioning: Any) -> Tensor:
@@ -148,7 +157,7 @@ class FlowModel:
     def beside(self, spec: Model) -> FlowModel:
         """Another model's transformer, whole, with this one's encoders and decoder: two models in one memory."""
         other = copy.copy(self)
-        other.spec = replace(spec, tuning="full")
+        other.spec = replace(spec, tuning="full", base_dtype="same")
         other.adapter = self.adapter.beside(other.spec)
         other.transformer = other._prepared_transformer(seed=0)
         other._float8 = None
@@ -159,27 +168,35 @@ class FlowModel:
     def _prepared_transformer(self, seed: int) -> nn.Module:
         """The transformer, on the meta device up to its sharding, then filled shard by shard."""
         transformer, settings = self.adapter.empty_transformer(), self.settings
+        repeated = list(self.adapter.blocks(transformer).values())
         if self.spec.tuning == "lora":
             _store_as(transformer.requires_grad_(False), self.compute_dtype)
             targets = list(self.spec.lora_targets) or self.adapter.lora_targets
             for part in trained_parts(transformer):
                 _add_adapters(part, self.spec, targets)
+            if storage := base_storage(self.spec, settings):
+                frozen.keep_in(storage, repeated)
         else:
             _store_as(transformer.requires_grad_(True), getattr(torch, settings.master_dtype))
         transformer.train()  # diffusers returns models in evaluation mode
         self._set_attention(transformer)
-        repeated = list(self.adapter.blocks(transformer).values())
         blocks.prepare(repeated, self.spec, settings, self.device)
         for part in trained_parts(transformer):
             inside = {id(module) for module in part.modules()}
             own = [block for block in repeated if id(block) in inside]
             sharding.shard(part, own, self.spec, settings, self.device)
         _allocate(transformer, torch.device("cpu") if settings.offload else self.device, self.device)
-        self.adapter.fill(transformer)
-        for name, parameter in transformer.named_parameters():
-            if ".lora_" in name:
-                _draw_adapter(name, parameter, seed)
+        weights = transformer.state_dict(keep_vars=True)  # without buffers that are computed
+        adapters = {name: weights.pop(name) for name in list(weights) if ".lora_" in name}
+        self._fill(weights)
+        frozen.fill(transformer, repeated, self.device, self._fill)
+        for name, parameter in adapters.items():
+            _draw_adapter(name, parameter, seed)
         return transformer
+
+    def _fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Give weights of the base their values, whether or not peft has put them below its adapters."""
+        self.adapter.fill({name.replace(".base_layer.", "."): weight for name, weight in weights.items()})
 
     def _float8_copy(self) -> Float8Copy:
         empty = self.adapter.empty_transformer()

@@ -208,7 +208,8 @@ class Parallel:
     decode_batch: NotNegative[int] = 0
     """Pictures per VAE decode; 0 takes as many as memory allows."""
     decode_tiles: bool = False
-    """Decode a picture in overlapping tiles, one after the other, where the VAE can and the picture is larger."""
+    """Decode what is larger than one of the VAE's own tiles in overlapping tiles, one after the other.
+    A tile is as large as the pictures that the VAE was made for: 1024 pixels a side for FLUX.1's."""
     timeout_minutes: Positive[float] = 30.0
     """The run ends when a collective has waited this long for another process."""
 

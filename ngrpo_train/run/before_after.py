@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,25 +63,32 @@ class Evaluations:
         return Evaluations({name: Evaluation.of_record(each) for name, each in record.items()})
 
 
+COLUMNS = ("prompts", "score", "before", "after", "difference")
+
+
 def before_after(before: Evaluations, after: Evaluations, trained: Collection[str]) -> Table:
-    """A table with a row for each prompt set and reward, +- standard errors; differences are paired by prompt."""
+    """The table of `compared`, for a terminal."""
     title = "Before and after: means ± standard errors over prompts; * is trained on"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("prompts", "score"):
-        table.add_column(column)
-    for column in ("before", "after", "difference"):
-        table.add_column(column, justify="right")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("prompts", "score") else "right")
+    for row in compared(before, after, trained):
+        table.add_row(*row)
+    return table
+
+
+def compared(before: Evaluations, after: Evaluations, trained: Collection[str]) -> Iterator[tuple[str, ...]]:
+    """A row of COLUMNS for each prompt set and reward, ± standard errors; differences are paired by prompt."""
     for name, late in after.by_set.items():
         early = before.by_set[name]
         paired = Evaluation(late.names, late.prompts, late.scores_RN - early.scores_RN)
         for score in late.names:
-            table.add_row(
+            yield (
                 f"{name} ({len(late.prompts)})",
                 f"{score}{'*' if score in trained else ''}",
                 *(f"{each.mean()[score]:.3f}{plus_minus(each.standard_error()[score])}" for each in (early, late)),
                 f"{paired.mean()[score]:+.3f}{plus_minus(paired.standard_error()[score])}",
             )
-    return table
 
 
 def side_by_side(before: Path, after: Path, out: Path) -> None:

@@ -13,13 +13,13 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from ngrpo_train.models.export import export
 from ngrpo_train.parallel import processes
 from ngrpo_train.plan.settle import cost_of, explained_out_of_memory, settle_memory
 from ngrpo_train.prompts import Prompt, prompts_per_iteration
 from ngrpo_train.recipe.parsing import as_toml
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.run.before_after import look_after, look_before
+from ngrpo_train.run.card import export_run
 from ngrpo_train.run.checkpoint import Checkpointer
 from ngrpo_train.run.directory import claim, clear, find_resume
 from ngrpo_train.run.hacking import Watch
@@ -114,7 +114,8 @@ def _end(run: Path, trainer: Trainer, prepared: Prepared, launch: PartialState) 
         if prepared.test:
             look_after(run, trainer.model, prepared.recipe, prepared.rewards, _prompts_of_the_table(prepared))
         if prepared.recipe.log.export:
-            launch.print(f"exported to {export(trainer.model, run / 'export')}")
+            directory = export_run(trainer.model, prepared.recipe, run, trainer.step, run / "export")
+            launch.print(f"exported to {directory}")
 
 
 def _prompts_of_the_table(prepared: Prepared) -> dict[str, list[Prompt]]:
