@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.prompts.picture_files import is_named
 
 _RECORD = "gallery.json"
 
@@ -37,16 +38,31 @@ class Picture:
 class Gallery:
     """A directory with `per_prompt` pictures in a row for each prompt; a picture's place among all seeds its noise."""
 
-    def __init__(self, directory: Path, made: Mapping[str, Any], prompts: Sequence[Prompt], per_prompt: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        made: Mapping[str, Any],
+        prompts: Sequence[Prompt],
+        per_prompt: int,
+        fields: Sequence[str] = (),
+    ) -> None:
+        """`fields` of the prompts' rows name the pictures that the model takes."""
         self.directory, self.made, self.prompts, self.per_prompt = directory, dict(made), list(prompts), per_prompt
+        self.fields = tuple(fields)
 
     @staticmethod
-    def claim(directory: Path, made: Mapping[str, Any], prompts: Sequence[Prompt], per_prompt: int) -> Gallery:
+    def claim(
+        directory: Path,
+        made: Mapping[str, Any],
+        prompts: Sequence[Prompt],
+        per_prompt: int,
+        fields: Sequence[str] = (),
+    ) -> Gallery:
         """Make the directory, or go on in it where it holds pictures with an equal `made`; a collective.
 
         Raises ValueError, naming the difference, where they were made otherwise or the directory is something else.
         """
-        gallery = Gallery(directory, made, prompts, per_prompt)
+        gallery = Gallery(directory, made, prompts, per_prompt, fields)
         record = gallery.record()
         found = _read(directory)
         if found is None and directory.exists() and not (directory.is_dir() and _is_empty(directory)):
@@ -68,16 +84,26 @@ class Gallery:
         found = _read(directory)
         if found is None:
             return None
-        prompts = [Prompt(text, row={"style": style} if style else {}) for text, style in found.pop("prompts")]
-        return Gallery(directory, found, prompts, found.pop("per_prompt"))
+        prompts: list[Prompt] = []
+        fields: dict[str, Any] = {}
+        for text, style, *named in found.pop("prompts"):
+            pictures = named[0] if named else {}
+            fields |= pictures
+            prompts.append(Prompt(text, row={"style": style, **pictures} if style else pictures))
+        return Gallery(directory, found, prompts, found.pop("per_prompt"), tuple(fields))
 
     def record(self) -> dict[str, Any]:
         """The description of the directory's pictures, as it is written and read back."""
-        prompts = [[prompt.text, prompt.style] for prompt in self.prompts]
+        prompts = [[prompt.text, prompt.style, *self._named(prompt)] for prompt in self.prompts]
         record: dict[str, Any] = json.loads(
             json.dumps({**self.made, "per_prompt": self.per_prompt, "prompts": prompts})
         )
         return record
+
+    def _named(self, prompt: Prompt) -> list[dict[str, Any]]:
+        """The names of the pictures that the prompt's pictures are made from, in a list that is empty without any."""
+        named = {field: prompt.row[field] for field in self.fields if is_named(prompt.row, field)}
+        return [named] if named else []
 
     def __len__(self) -> int:
         return len(self.prompts) * self.per_prompt

@@ -45,6 +45,7 @@ class Flux:
     """The adapter of FLUX.1 and of models in its layout; see `ngrpo_train.models.model.Adapter`."""
 
     lora_targets = LORA_TARGETS
+    pictures: tuple[str, ...] = ()
 
     def __init__(
         self, spec: Model, sampling: Sampling, settings: Parallel, device: torch.device, *, embeddings: str = ""

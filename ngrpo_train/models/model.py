@@ -66,6 +66,14 @@ class Adapter(Protocol):
         """Linear layers that `tuning = "lora"` adapts: a regular expression for their whole names, or ends of names."""
         ...
 
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Fields of a prompt's row that name the pictures that a model takes: () for a text alone, ("image",) to edit.
+
+        The class itself has it, for prompts are looked at before anything is loaded: each row must name them all.
+        """
+        ...
+
     def empty_transformer(self) -> nn.Module:
         """The module that is trained, on the "meta" device; a new one at each call."""
         ...
@@ -217,6 +225,11 @@ class FlowModel:
     def latent_shape(self) -> tuple[int, ...]:
         """S, the shape of the latent of one picture: (T, C) for packed tokens, with more dimensions for others."""
         return self.adapter.latent_shape
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Fields of a prompt's row that name the pictures that the model takes; () for a text alone."""
+        return self.adapter.pictures
 
     def encode(self, prompts: Sequence[Prompt | str]) -> Conditioning:
         """Encode P prompts, or texts without rows; a collective where text encoders are sharded."""

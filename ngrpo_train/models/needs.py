@@ -84,6 +84,15 @@ def pictures_of(model: Model) -> Pictures:
     return pictures_of_pipeline(getattr(diffusers, pipeline_class_name(model.name_or_path), None))
 
 
+def refuse_without_pictures(model: Model, prompts: Mapping[str, Sequence[Prompt]]) -> None:
+    """Look at the pictures that a model takes with these prompts, given by the setting that they come from.
+
+    Raises ValueError as `Pictures.refuse` does, naming the model.
+    """
+    field = "name_or_path" if model.adapter == "auto" else "adapter"
+    pictures_of(model).refuse(f"model.{field} = {getattr(model, field)!r}", prompts)
+
+
 def pictures_of_pipeline(kind: Any) -> Pictures:
     """The pictures that a class of diffusers' pipelines takes, by the arguments of its call; None takes none.
 

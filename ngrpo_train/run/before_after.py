@@ -18,7 +18,7 @@ from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.sampling.evaluate import Evaluation, evaluate, plus_minus
-from ngrpo_train.sampling.pictures import pictures, save_picture, tile
+from ngrpo_train.sampling.pictures import pictures, save_picture, source_pictures, tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,12 @@ class Evaluations:
         if processes.rank() == 0:
             scale = max(1, 128 // images.shape[-1])
             grid = tile(
-                images.cpu(), columns=min(4, len(shown)), scale=scale, gap=6, captions=[prompt.text for prompt in shown]
+                images.cpu(),
+                columns=min(4, len(shown)),
+                scale=scale,
+                gap=6,
+                captions=[prompt.text for prompt in shown],
+                sources=source_pictures(model, shown),
             )
             save_picture(grid, picture_path)
         return Evaluations(evaluations)

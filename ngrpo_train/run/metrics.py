@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
@@ -101,11 +102,15 @@ class Recorder:
         history = evaluations(self.run / "metrics.jsonl")
         self._off_the_path(lambda: draw(history, self.recipe.trained_rewards(), self.run / "watch.png"))
 
-    def write_pictures(self, name: str, images: Tensor, columns: int) -> None:
-        """Save a grid below the run directory, without delaying training. `images` is uint8 [N, 3, H, W] on the CPU."""
+    def write_pictures(self, name: str, images: Tensor, columns: int, sources: Sequence[Image.Image] = ()) -> None:
+        """Save a grid below the run directory, without delaying training. `images` is uint8 [N, 3, H, W] on the CPU.
+
+        `sources` are what the N pictures were made from, if they were made from pictures.
+        """
         if self.main:
             scale = max(1, 128 // images.shape[-1])
-            self._off_the_path(lambda: save_picture(tile(images, columns, scale=scale), self.run / f"{name}.png"))
+            path = self.run / f"{name}.png"
+            self._off_the_path(lambda: save_picture(tile(images, columns, scale=scale, sources=sources), path))
 
     def _off_the_path(self, work: Callable[[], None]) -> None:
         self._pictures.submit(work).add_done_callback(_report_failure)

@@ -267,7 +267,7 @@ def test_the_directory_is_named_after_the_model(ngrpo, here, tmp_path, monkeypat
     code, out, err = ngrpo("eval", str(here / "runs" / "full") + "/", *FEW, "--base=none")
     assert code == 0, err
     assert Path("evaluations/full/table.txt").exists()
-    assert "4 pictures; table.txt, scores.csv and summary.json are in evaluations/full" in out
+    assert "4 pictures; table.txt, scores.csv, summary.json and pictures.html are in evaluations/full" in out
 
 
 # --- going on
