@@ -13,6 +13,7 @@ import binascii
 import io
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.prompts.prompt import Row
 
 SAFETENSORS = "application/x-safetensors"
 JSON = "application/json"
@@ -37,12 +39,21 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # others, such as 16-bit gr
 def encode_pictures(images: Tensor, prompts: Sequence[Prompt]) -> bytes:
     """A safetensors file: uint8 `images` [N, 3, H, W], and in its metadata `prompts`, a JSON list of N strings.
 
-    If a prompt has a row, the metadata has `rows` too, a JSON list of N objects.
+    If a prompt has a row, the metadata has `rows` too, a JSON list of N objects, and if rows are those of a file,
+    `folders`: a JSON list of the N directories where paths in the rows begin. A server that sees the same disk finds
+    the pictures that rows name.
     """
     metadata = {"prompts": json.dumps([prompt.text for prompt in prompts])}
     if any(prompt.row for prompt in prompts):
         metadata["rows"] = json.dumps([dict(prompt.row) for prompt in prompts])
+        if any(folders := [_folder(prompt) for prompt in prompts]):
+            metadata["folders"] = json.dumps(folders)
     return save({"images": images.cpu().contiguous()}, metadata=metadata)
+
+
+def _folder(prompt: Prompt) -> str:
+    """The directory where paths in the prompt's row begin; "" where it came from no file."""
+    return str(prompt.row.folder) if isinstance(prompt.row, Row) else ""
 
 
 def decode_pictures(content_type: str, body: bytes) -> tuple[Tensor, list[Prompt]]:
@@ -61,7 +72,9 @@ def most_pictures(images: Tensor, prompts: Sequence[Prompt], body_limit: int) ->
     header, escaped = 1024, 14  # bytes: the rest of the header, and the most that a character takes in JSON within JSON
     longest = max((len(prompt.text) for prompt in prompts), default=0) + 8
     # A row is JSON already. Within JSON, its quotes and backslashes take two characters each.
-    row = max((2 * len(json.dumps(dict(prompt.row))) + 8 for prompt in prompts if prompt.row), default=0)
+    row = max(
+        (2 * len(json.dumps([dict(prompt.row), _folder(prompt)])) + 8 for prompt in prompts if prompt.row), default=0
+    )
     each = 3 * pixels + escaped * longest + row
     return min(MAX_PICTURES, MAX_PIXELS // pixels, max(0, body_limit - header) // each)
 
@@ -100,13 +113,14 @@ def _from_safetensors(body: bytes) -> tuple[Tensor, list[Prompt]]:
     metadata = header.get("__metadata__")
     metadata = metadata if isinstance(metadata, dict) else {}
     prompts, rows = metadata.get("prompts"), metadata.get("rows", "null")
-    if not isinstance(prompts, str) or not isinstance(rows, str):
+    folders = metadata.get("folders", "null")
+    if not (isinstance(prompts, str) and isinstance(rows, str) and isinstance(folders, str)):
         raise ValueError(
             'the metadata of a safetensors body must hold "prompts", a JSON list of strings, and may hold "rows", a '
-            "JSON list of objects"
+            'JSON list of objects, and "folders", a JSON list of strings'
         )
     texts, fields = _parsed(prompts, "prompts in the metadata"), _parsed(rows, "rows in the metadata", constants=True)
-    checked = _checked_prompts(texts, fields, shape[0])
+    checked = _checked_prompts(texts, fields, shape[0], _parsed(folders, "folders in the metadata"))
     _check_size("images", shape[3], shape[2])
     _check_total(shape[0], shape[3], shape[2])
     try:
@@ -158,8 +172,11 @@ def _picture(name: str, file: str) -> np.ndarray:
         raise ValueError(f"{name} is not a complete PNG file: {error}") from error
 
 
-def _checked_prompts(prompts: object, rows: object, count: int) -> list[Prompt]:
-    """N prompts made from N texts and, unless `rows` is None, N rows. Raises ValueError for anything else."""
+def _checked_prompts(prompts: object, rows: object, count: int, folders: object = None) -> list[Prompt]:
+    """N prompts made from N texts and, unless these are None, N rows and the N folders of their files ("" for none).
+
+    Raises ValueError for anything else.
+    """
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("prompts must be a list of strings")
     if len(prompts) != count:
@@ -177,7 +194,13 @@ def _checked_prompts(prompts: object, rows: object, count: int) -> list[Prompt]:
         raise ValueError("rows must be a list of objects")
     if len(rows) != count:
         raise ValueError(f"there are {count} pictures and {len(rows)} rows")
-    return [Prompt(text, row=row) for text, row in zip(prompts, rows, strict=True)]
+    folders = [""] * count if folders is None else folders
+    if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders) or len(folders) != count:
+        raise ValueError(f"folders must be a list of {count} strings, one for each row")
+    return [
+        Prompt(text, row=Row(row, Path(folder)) if folder else row)
+        for text, row, folder in zip(prompts, rows, folders, strict=True)
+    ]
 
 
 def _check_size(name: str, width: int, height: int) -> None:
