@@ -16,7 +16,8 @@ from ngrpo_train.prompts.prompt import Row
 from ngrpo_train.recipe.named import import_named
 from ngrpo_train.recipe.sections import Model
 
-_ARGUMENTS = {"image": IMAGE, "mask_image": MASK}  # of a pipeline's call: the row's field that it is filled from
+ARGUMENTS = {IMAGE: "image", MASK: "mask_image"}
+"""Fields of a prompt's row, and the arguments of a pipeline's call that take what they name."""
 
 # diffusers lists these among the pipelines that draw from a text alone, which they can do. They were trained to edit.
 _EDITORS = ("FluxKontextPipeline",)
@@ -103,7 +104,7 @@ def pictures_of_pipeline(kind: Any) -> Pictures:
     from diffusers.pipelines import auto_pipeline
 
     arguments = inspect.signature(kind.__call__).parameters
-    fields = tuple(field for argument, field in _ARGUMENTS.items() if argument in arguments)
+    fields = tuple(field for field, argument in ARGUMENTS.items() if argument in arguments)
     from_text = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
     if kind in from_text and kind.__name__ not in _EDITORS:
         return Pictures(optional=fields)
