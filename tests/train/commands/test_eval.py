@@ -379,6 +379,7 @@ def test_pictures_of_any_kind_are_scored(ngrpo, here, tmp_path):
     assert "theirs: brightness 1/1" in out, "only what was missing"
     assert summary(tmp_path / "out")["unreadable"] == {}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "pictures.html",
         "scores.csv",
         "scores_0.jsonl",
         "summary.json",

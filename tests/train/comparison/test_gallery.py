@@ -66,6 +66,29 @@ def test_a_gallery_is_gone_on_with_and_read_back(tmp_path):
     assert Gallery.read(tmp_path / "nothing") is None
 
 
+def test_a_gallery_says_which_pictures_its_own_were_made_from(tmp_path):
+    """Those alone, of all that a row has. A model that takes none leaves a record as it always was."""
+    rows = [{"image": "a.png", "mask": "m.png", "count": 3, "style": "photo"}, {"image": "b.png"}, {"mask": ""}]
+    prompts = [Prompt("fill it", row=row) for row in rows]
+    made = Gallery.claim(tmp_path / "one", MADE, prompts, 1, ["image", "mask"])
+    assert made.record()["prompts"] == [
+        ["fill it", "photo", {"image": "a.png", "mask": "m.png"}],
+        ["fill it", "", {"image": "b.png"}],
+        ["fill it", ""],
+    ]
+    read = Gallery.read(tmp_path / "one")
+    assert read.record() == made.record()
+    assert [prompt.row for prompt in read.prompts] == [
+        {"style": "photo", "image": "a.png", "mask": "m.png"},
+        {"image": "b.png"},
+        {},
+    ]
+    prompts[1] = Prompt("fill it", row={"image": "c.png"})
+    with pytest.raises(ValueError, match=r'made with prompts\[1\]\[2\]\.image = "b\.png", not "c\.png": give another'):
+        Gallery.claim(tmp_path / "one", MADE, prompts, 1, ["image", "mask"])
+    assert Gallery.claim(tmp_path / "two", MADE, prompts, 1).record()["prompts"][1] == ["fill it", ""]
+
+
 @pytest.mark.parametrize(
     "made, prompts, per_prompt, named",
     [
