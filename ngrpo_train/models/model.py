@@ -70,7 +70,8 @@ class Adapter(Protocol):
     def pictures(self) -> tuple[str, ...]:
         """Fields of a prompt's row that name the pictures that a model takes: () for a text alone, ("image",) to edit.
 
-        The class itself has it, for prompts are looked at before anything is loaded: each row must name them all.
+        The class of an adapter of the user's own has it, as prompts are looked at before anything is loaded: each row
+        must name them all.
         """
         ...
 

@@ -73,13 +73,14 @@ class Pictures:
 def pictures_of(model: Model) -> Pictures:
     """The pictures that the model of a recipe takes. Nothing of it is loaded, and its weights are not looked for.
 
-    An adapter of the user's own says so by its class's `pictures`. For other models, it follows from the class of the
+    The class of an adapter of the user's own may say so by its `pictures`. Otherwise it follows from the class of the
     pipeline; if that is not known, no pictures are asked for, and loading will explain. Raises ValueError if an adapter
     cannot be imported.
     """
     if model.adapter != "auto":
         make = import_named("model.adapter", model.adapter, form='"auto" or "package.module:Name"')
-        return Pictures(needed=tuple(getattr(make, "pictures", ())))
+        if isinstance(own := getattr(make, "pictures", None), tuple):
+            return Pictures(needed=own)
     import diffusers
 
     return pictures_of_pipeline(getattr(diffusers, pipeline_class_name(model.name_or_path), None))
