@@ -22,7 +22,7 @@ STEPS, SHIFT = 4, 2.0
 
 @pytest.fixture(params=["kontext", "fill"])
 def family(request: pytest.FixtureRequest, tiny_recipe: Path) -> Family:
-    """A family with its pipeline in model/. Beside it are a dark and a bright picture, and a mask of their left half."""
+    """A family with its pipeline in model/; beside it a dark and a bright picture, and a mask of their left half."""
     family = FAMILIES[request.param]
     family.save(Path("model"))
     size = family.sampling["height"], family.sampling["width"]
