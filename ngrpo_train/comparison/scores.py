@@ -24,6 +24,7 @@ from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, refuse_non_finite
 
 _IDENTITY = ("path", "backend", "dtype", "processor", "template")  # those of all rewards that scores depend on
+_LATER = ("kind", "frames")  # so are these, which 0.1.0 did not have; at their defaults, scores are as they were
 _DECODERS = 8
 
 
@@ -62,7 +63,8 @@ class ScoreFiles:
 
 def _identity(reward: Reward) -> dict[str, Any]:
     """The settings that a reward's scores depend on, as JSON gives them back."""
-    deciding = {*_IDENTITY, *own_fields(type(reward)), *(["kind"] if reward.kind else [])}  # 0.1.0 had no kinds
+    later = {name for name in _LATER if getattr(reward, name) != getattr(Reward(), name)}
+    deciding = {*_IDENTITY, *own_fields(type(reward)), *later}
     settings = {name: value for name, value in asdict(reward).items() if name in deciding}
     read_back: dict[str, Any] = json.loads(json.dumps(settings))
     return read_back

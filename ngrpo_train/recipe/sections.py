@@ -13,6 +13,12 @@ from ngrpo_train.recipe.ranges import Finite, NotNegative, Positive, Range
 _BELOW_ONE = Range("must be in [0, 1)", lambda value: 0 <= value < 1)
 _EACH_BELOW_ONE = Range("must be in [0, 1)", lambda values: all(0 <= value < 1 for value in values))
 _SEED = Range("must be less than 2**63", lambda value: value < 2**63)
+_NAMED_OR_POSITIVE = Range(
+    'must be "first", "middle", "last", "all" or a positive number', lambda value: isinstance(value, str) or value > 0
+)
+
+Frames = Literal["first", "middle", "last", "all"] | int
+"""Frames of a video, by name or by their number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +127,9 @@ class Reward:
     """Hub id or directory of the scorer's tokenizer; empty for the one it was trained with."""
     template: str = ""
     """Question that a judge is asked: a packaged template's name or a TOML file; empty for the judge's own."""
+    frames: Annotated[Frames, _NAMED_OR_POSITIVE] = 4
+    """Frames of a video that a scorer of pictures sees: "first", "middle", "last", "all", or how many.
+    A number is spread evenly over the video. The video's score is the mean of its frames' scores."""
 
     @property
     def is_callable(self) -> bool:

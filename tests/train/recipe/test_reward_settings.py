@@ -189,6 +189,7 @@ def test_saved_scores_are_those_of_the_same_settings(tmp_path):
     settings = {"path": "", "backend": "native", "dtype": "float32", "processor": "", "template": ""}
     (tmp_path / "scores_0.jsonl").write_text(json.dumps({"reward": "b", "settings": settings, "scores": {"1_0": 3.0}}))
     assert files.read("b", Reward()) == {"1_0": 3.0}
+    assert files.read("b", Reward(frames="last")) == {}
 
 
 def test_an_experiments_identity_has_a_kind_only_where_there_is_one():
