@@ -18,10 +18,10 @@ from torch import Tensor
 from ngrpo_train.comparison.gallery import Picture
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.progress import progress
-from ngrpo_train.prompts.picture_files import read_picture
 from ngrpo_train.recipe.rewards import own_fields
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, refuse_non_finite
+from ngrpo_train.sampling.videos import read_sample
 
 _IDENTITY = ("path", "backend", "dtype", "processor", "template")  # those of all rewards that scores depend on
 _LATER = ("kind", "frames")  # so are these, which 0.1.0 did not have; at their defaults, scores are as they were
@@ -145,7 +145,7 @@ def _decoded(batches: Sequence[Sequence[Picture]]) -> Iterator[tuple[Sequence[Pi
 
 def _read_or_none(file: Path) -> Tensor | None:
     try:
-        return read_picture(file)
+        return read_sample(file)
     except ValueError:
         return None
 
@@ -158,7 +158,7 @@ def unreadable(pictures: Sequence[Picture], rewards: Mapping[str, Reward], files
     reasons = {}
     for file in sorted(lacking):
         try:
-            read_picture(file)
+            read_sample(file)
             reasons[str(file)] = f"{file}: was still being written when it was to be scored: run the command again"
         except ValueError as error:
             reasons[str(file)] = str(error)

@@ -54,6 +54,8 @@ class Adapter(Protocol):
     the recipe's [model], [sampling] and [parallel] and `prompts.embeddings` ("" for none). It then loads everything but
     the weights of the transformer. It raises ValueError, naming the field, its value and the remedy, for what it cannot
     load. It decides about modules that are not trained; `settings` says how it should place them.
+
+    An adapter of videos may have an attribute `frame_rate`, in frames per second: a number for files, 16 without it.
     """
 
     @property
@@ -231,6 +233,11 @@ class FlowModel:
     def pictures(self) -> tuple[str, ...]:
         """Fields of a prompt's row that name the pictures that the model takes; () for a text alone."""
         return self.adapter.pictures
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second of the model's videos."""
+        return float(getattr(self.adapter, "frame_rate", 16))
 
     def encode(self, prompts: Sequence[Prompt | str]) -> Conditioning:
         """Encode P prompts, or texts without rows; a collective where text encoders are sharded."""

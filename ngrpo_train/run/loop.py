@@ -149,11 +149,11 @@ def _draw(recorder: Recorder, trainer: Trainer, prepared: Prepared, outcome: Out
     shown = [prompts[i % len(prompts)] for i in range(recipe.log.num_images)]
     with trainer.averaged():
         grid = pictures(model, recipe, shown, range(len(shown))).cpu()
-    sources = source_pictures(model, shown)
-    recorder.write_pictures(f"samples/step_{step:06d}", grid, columns=min(4, len(shown)), sources=sources)
+    sources, rate = source_pictures(model, shown), model.frame_rate
+    recorder.write_pictures("samples", step, grid, columns=min(4, len(shown)), frame_rate=rate, sources=sources)
     group = outcome.images[: recipe.algorithm.num_generations].cpu()
     sources = source_pictures(model, outcome.prompts[:1]) * len(group)
-    recorder.write_pictures(f"groups/step_{step:06d}", group, columns=min(6, len(group)), sources=sources)
+    recorder.write_pictures("groups", step, group, columns=min(6, len(group)), frame_rate=rate, sources=sources)
 
 
 @contextmanager
