@@ -72,7 +72,7 @@ def sample(source: str, recipe: Recipe, command: SampleCommand) -> int:
     refuse_without_pictures(found.model, {"--prompt" if asked else "--prompts.source": prompts})
     each = [prompt for prompt in prompts for _ in range(per_prompt)]
     with processes.joined(recipe.parallel) as launch, found.loaded(recipe, launch.device) as model:
-        batch = recipe.evaluation.batch or 64
+        batch = recipe.evaluation_batch()
         slots, in_grid = range(len(each)), []
         for start in range(0, len(each), batch):
             chosen = slots[start : start + batch]

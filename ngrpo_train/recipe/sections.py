@@ -243,10 +243,10 @@ class Evaluation:
     test: str = ""
     """Source of the prompts for the before/after table; empty leaves the table out."""
     num_images_per_prompt: Positive[int] = 1
-    """Pictures of each prompt.
+    """Pictures, or videos, of each prompt.
     With two or more, the watch also measures diversity and the share of flat groups."""
     batch: NotNegative[int] = 0
-    """Pictures generated at once; 0 takes 64."""
+    """Pictures, or videos, generated at once; 0 takes 64 pictures, or videos of 64 frames together."""
     num_inference_steps: NotNegative[int] = 0
     """Solver steps per picture, here and in sample pictures; 0 takes those of sampling.
     An SDE can be trained with fewer steps than a picture is made with: Flow-GRPO has 6 and 28 for FLUX.1-dev."""
@@ -261,7 +261,7 @@ class Log:
     images_every: Positive[int] = 50
     """Iterations between grids of sample pictures."""
     num_images: Positive[int] = 8
-    """Pictures in a grid; their prompts and noise are the same every time."""
+    """Pictures, or videos, in a grid; their prompts and noise are the same every time."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Programs that get the metrics, besides the files of the run."""
     project: str = "ngrpo"
@@ -294,6 +294,10 @@ class Recipe:
         """The sampling of pictures that are not explored: with the evaluation's own number of steps if it has one."""
         steps = self.evaluation.num_inference_steps or self.sampling.num_inference_steps
         return dataclasses.replace(self.sampling, num_inference_steps=steps)
+
+    def evaluation_batch(self) -> int:
+        """The number of pictures or videos that are generated at once where nothing is explored."""
+        return self.evaluation.batch or max(1, 64 // self.sampling.num_frames)
 
     def trained_rewards(self) -> tuple[str, ...]:
         """Names of the rewards that the policy is trained on."""

@@ -82,7 +82,7 @@ def evaluate(
     """
     names = rewards.evaluated
     per_prompt = recipe.evaluation.num_images_per_prompt
-    batch = recipe.evaluation.batch or 64
+    batch = recipe.evaluation_batch()
     total = len(prompts) * per_prompt
     ranks, rank = processes.world_size(), processes.rank()
     share = -(-total // ranks)  # pictures per rank; the last rank's surplus repeats and is cut off again
