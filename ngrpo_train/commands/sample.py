@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleCommand:
-    """Generate pictures, or videos, with a run, a directory in FLUX.1's layout or a hub id.
+    """Generate pictures or videos with a run, a model's directory or a hub id.
 
     The settings of a run are those of its recipe.
     """
