@@ -148,3 +148,15 @@ def test_a_grid_of_videos_has_a_row_for_each():
     for place in range(5):
         left = 2 * 7 * place
         assert torch.equal(second[:, ::2, left : left + 12 : 2], videos[1, place])
+
+
+def test_a_source_stands_before_its_videos_frames_at_their_size():
+    """Frames of 520 x 260 pixels are halved, and so is the picture that both videos begin with."""
+    source = Image.new("RGB", (520, 260), (200, 0, 0))
+    videos = torch.full((2, 3, 3, 260, 520), 90, dtype=torch.uint8)
+    grid = np.asarray(tile(videos, columns=4, sources=[source, source], gap=2))
+    assert grid.shape == (2 * 130 + 2, 260 + 2 + 3 * 261 - 1, 3)
+    for top in (0, 132):
+        row = grid[top : top + 130]
+        assert (row[:, :260] == (200, 0, 0)).all()
+        assert (row[:, 262 : 262 + 260] == 90).all()
