@@ -55,7 +55,8 @@ class Adapter(Protocol):
     the weights of the transformer. It raises ValueError, naming the field, its value and the remedy, for what it cannot
     load. It decides about modules that are not trained; `settings` says how it should place them.
 
-    An adapter of videos may have an attribute `frame_rate`, in frames per second: a number for files, 16 without it.
+    An adapter of videos may have an attribute `frame_rate`, the frames per second in files; None, like no such
+    attribute, stands for 16.
     """
 
     @property
@@ -237,7 +238,7 @@ class FlowModel:
     @property
     def frame_rate(self) -> float:
         """Frames per second of the model's videos."""
-        return float(getattr(self.adapter, "frame_rate", 16))
+        return float(getattr(self.adapter, "frame_rate", None) or 16)
 
     def encode(self, prompts: Sequence[Prompt | str]) -> Conditioning:
         """Encode P prompts, or texts without rows; a collective where text encoders are sharded."""

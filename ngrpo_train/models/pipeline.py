@@ -203,6 +203,12 @@ class Pipeline:
     def latent_shape(self) -> tuple[int, ...]:
         return self.driven.latent_shape
 
+    @property
+    def frame_rate(self) -> float | None:
+        """Frames per second of the pipeline's videos, where its call tells them to the model."""
+        told = (self.driven.parameters.get(name) for name in ("frame_rate", "fps"))
+        return next((float(parameter.default) for parameter in told if parameter), None)
+
     def _learn(self, fields: tuple[str, ...]) -> Recorded:
         """Learn what the pipeline prepares for prompts with pictures in these fields of their rows."""
         size = self.sampling.width, self.sampling.height
