@@ -21,11 +21,12 @@ from ngrpo_train.parallel.progress import progress
 from ngrpo_train.recipe.rewards import own_fields
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, refuse_non_finite
-from ngrpo_train.sampling.videos import read_sample
+from ngrpo_train.sampling.videos import bytes_of_sample, read_sample
 
 _IDENTITY = ("path", "backend", "dtype", "processor", "template")  # those of all rewards that scores depend on
 _LATER = ("kind", "frames")  # so are these, which 0.1.0 did not have; at their defaults, scores are as they were
 _DECODERS = 8
+_AT_ONCE = 2**30  # bytes of pixels in a batch; the next one is decoded meanwhile
 
 
 class ScoreFiles:
@@ -100,6 +101,8 @@ def _without(pictures: Sequence[Picture], scores: Mapping[str, float]) -> list[P
 def _batches_without(pictures: Sequence[Picture], scores: Mapping[str, float], reward: Reward) -> list[list[Picture]]:
     """The pictures without a score, in batches that existing scores and the number of processes do not change."""
     size = 4 * reward.batch  # several times a batch, for scorers elsewhere that take several requests at once
+    if pictures and (each := bytes_of_sample(pictures[0].file)):
+        size = max(1, min(size, _AT_ONCE // each))
     batches = [_without(pictures[start : start + size], scores) for start in range(0, len(pictures), size)]
     return [batch for batch in batches if batch]
 

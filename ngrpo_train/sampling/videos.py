@@ -19,6 +19,7 @@ from ngrpo_train.rewards.frames import are_pictures, chosen_frames
 
 _IN_A_STRIP = 8
 _SIDE_IN_A_STRIP = 256  # pixels: larger frames are reduced to this or a little more
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # from PIL
 
 # WebP keeps equal frames in a row as one. So each stands in a file once, and its description says for how many.
 _COUNTS = re.compile(r"ngrpo: frames stand for (\d+(?: \d+)*)")
@@ -58,14 +59,28 @@ def read_sample(file: Path) -> Tensor:
     """
     try:
         with Image.open(file) as image:
-            described = _COUNTS.fullmatch(str(image.getexif().get(ExifTags.Base.ImageDescription)))
-            frames = getattr(image, "n_frames", 1)
-            if described or frames > 1:
-                counts = [int(count) for count in described[1].split()] if described else [1] * frames
+            if counts := _counts(image):
                 return torch.cat([_pixels(image, i).expand(n, -1, -1, -1) for i, n in enumerate(counts)])
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{file}: {error}") from error
     return read_picture(file)
+
+
+def bytes_of_sample(file: Path) -> int:
+    """The size of what `read_sample` gives, from the beginning of the file; 0 for a file that cannot be read."""
+    try:
+        with Image.open(file) as image:
+            return 3 * image.width * image.height * (sum(_counts(image)) or 1)
+    except _UNREADABLE:
+        return 0
+
+
+def _counts(image: Image.Image) -> list[int]:
+    """For each frame in a video's file, the number of frames that it stands for; [] for a picture's."""
+    if described := _COUNTS.fullmatch(str(image.getexif().get(ExifTags.Base.ImageDescription))):
+        return [int(count) for count in described[1].split()]
+    frames = getattr(image, "n_frames", 1)
+    return [1] * frames if frames > 1 else []
 
 
 def _save_video(video: Tensor, file: Path, frame_rate: float, lossless: bool) -> None:

@@ -7,7 +7,7 @@ from PIL import Image, ImageSequence
 
 from ngrpo_train.prompts.picture_files import read_picture
 from ngrpo_train.sampling.pictures import tile
-from ngrpo_train.sampling.videos import read_sample, refuse_other_samples, save_sample, strips, suffix
+from ngrpo_train.sampling.videos import bytes_of_sample, read_sample, refuse_other_samples, save_sample, strips, suffix
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -41,6 +41,7 @@ def test_a_video_is_read_back_to_the_pixel(tmp_path, name):
     save_sample(video, file, 16)
     assert file.suffix == ".webp"
     assert torch.equal(read_sample(file), video)
+    assert bytes_of_sample(file) == video.numel()
 
 
 def test_a_picture_is_a_png(tmp_path):
@@ -50,6 +51,9 @@ def test_a_picture_is_a_png(tmp_path):
     assert Image.open(file).format == "PNG"
     assert (np.asarray(Image.open(file)) == picture.permute(1, 2, 0).numpy()).all()
     assert torch.equal(read_sample(file), picture)
+    assert bytes_of_sample(file) == 3 * 5 * 4
+    file.write_bytes(b"")
+    assert bytes_of_sample(file) == bytes_of_sample(tmp_path / "nothing") == 0
 
 
 @pytest.mark.parametrize("rate, milliseconds", [(16, 1000), (24, 667), (30, 533), (1.5, 10667)])
