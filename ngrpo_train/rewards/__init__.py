@@ -23,7 +23,7 @@ from ngrpo_train.recipe.named import import_named
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Frames, Reward
 from ngrpo_train.rewards import shipped, threads
-from ngrpo_train.rewards.frames import are_pictures, chosen_frames
+from ngrpo_train.rewards.frames import are_pictures, chosen_frames, dtype_and_shape
 from ngrpo_train.rewards.scorer import RewardError, Scorer, takes_rows, takes_videos
 
 __all__ = [
@@ -136,8 +136,7 @@ class Rewards:
         if not are_pictures(images):
             raise RewardError(
                 f"rewards.{name} scores pictures and frames of videos, uint8 [..., 3, H, W], and the model decodes to "
-                f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}: name a scorer of your own that has "
-                "takes_videos = True"
+                f"{dtype_and_shape(images)}: name a scorer of your own that has takes_videos = True"
             )
         return chosen_frames(images, self._frames[name])
 

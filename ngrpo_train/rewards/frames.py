@@ -15,6 +15,11 @@ def are_pictures(images: Tensor) -> bool:
     return images.dtype == torch.uint8 and images.dim() in (4, 5) and images.shape[-3] == 3
 
 
+def dtype_and_shape(samples: Tensor) -> str:
+    """What a model decoded to, in messages: "float32 [2, 3, 100]"."""
+    return f"{str(samples.dtype).removeprefix('torch.')} {list(samples.shape)}"
+
+
 def places(frames: Frames, count: int) -> list[int]:
     """The places of the chosen frames in a video of `count` frames, from 0.
 

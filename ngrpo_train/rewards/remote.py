@@ -19,7 +19,7 @@ from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import threads, wire
-from ngrpo_train.rewards.frames import are_pictures
+from ngrpo_train.rewards.frames import are_pictures, dtype_and_shape
 from ngrpo_train.rewards.http import Endpoint, HttpError, check_url, token_from
 from ngrpo_train.rewards.scorer import Scorer
 
@@ -85,8 +85,8 @@ class _Remote:
         """
         if not are_pictures(images):
             raise ValueError(
-                f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)} is no batch of pictures or videos, "
-                "and only these travel to a server: leave rewards.NAME.remote out"
+                f"{dtype_and_shape(images)} is no batch of pictures or videos, and only these travel to a server: "
+                "score it here, without remote"
             )
         images, prompts = images.cpu(), [Prompt(text) for text in texts]
         if rows and self._with_rows:

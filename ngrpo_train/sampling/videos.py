@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ngrpo_train.prompts.picture_files import read_picture
-from ngrpo_train.rewards.frames import are_pictures, chosen_frames
+from ngrpo_train.rewards.frames import are_pictures, chosen_frames, dtype_and_shape
 
 _IN_A_STRIP = 8
 _SIDE_IN_A_STRIP = 256  # pixels: larger frames are reduced to this or a little more
@@ -33,10 +33,9 @@ def suffix(sample: Tensor) -> str:
 def refuse_other_samples(samples: Tensor) -> None:
     """Raise ValueError where a model decodes to neither pictures nor videos: nothing else can be written to files."""
     if not are_pictures(samples):
-        decoded = f"{str(samples.dtype).removeprefix('torch.')} {list(samples.shape)}"
         raise ValueError(
-            f"the model decodes to {decoded}: only pictures and videos, uint8 [N, 3, H, W] and [N, F, 3, H, W], can be "
-            "written to files"
+            f"the model decodes to {dtype_and_shape(samples)}: only pictures and videos, uint8 [N, 3, H, W] and "
+            "[N, F, 3, H, W], can be written to files"
         )
 
 
