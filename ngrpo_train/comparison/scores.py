@@ -18,13 +18,12 @@ from torch import Tensor
 from ngrpo_train.comparison.gallery import Picture
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.progress import progress
-from ngrpo_train.recipe.rewards import own_fields
+from ngrpo_train.recipe.rewards import SINCE_0_1_0, own_fields
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, refuse_non_finite
 from ngrpo_train.sampling.videos import bytes_of_sample, read_sample
 
 _IDENTITY = ("path", "backend", "dtype", "processor", "template")  # those of all rewards that scores depend on
-_LATER = ("kind", "frames")  # so are these, which 0.1.0 did not have; at their defaults, scores are as they were
 _DECODERS = 8
 _AT_ONCE = 2**30  # bytes of pixels in a batch; the next one is decoded meanwhile
 
@@ -64,7 +63,7 @@ class ScoreFiles:
 
 def _identity(reward: Reward) -> dict[str, Any]:
     """The settings that a reward's scores depend on, as JSON gives them back."""
-    later = {name for name in _LATER if getattr(reward, name) != getattr(Reward(), name)}
+    later = {name for name, default in SINCE_0_1_0.items() if getattr(reward, name) != default}
     deciding = {*_IDENTITY, *own_fields(type(reward)), *later}
     settings = {name: value for name, value in asdict(reward).items() if name in deciding}
     read_back: dict[str, Any] = json.loads(json.dumps(settings))

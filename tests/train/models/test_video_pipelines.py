@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ngrpo_train.models.loading import quiet_diffusers
 from ngrpo_train.models.model import FlowModel
-from ngrpo_train.models.pipeline import Pipeline
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.parsing import read_recipe, resolve
 from ngrpo_train.sampling.pictures import pictures
@@ -24,12 +23,6 @@ from ...families import FAMILIES
 Command = Callable[..., tuple[int, str, str]]
 RATES = {"wan21_t2v": 16, "ltx": 25}
 HERE = "tests.train.models.test_video_pipelines"
-
-
-class OfText(Pipeline):
-    """Named as an adapter of the user's own is, which nobody asks for a size that is known beforehand."""
-
-    pictures = ()
 
 
 def change(videos: Tensor, prompts: list[str]) -> Tensor:
@@ -51,7 +44,7 @@ def test_a_video_pipeline_is_trained_drawn_and_evaluated(name: str, tiny_recipe:
         family.save(Path("pipeline"))
     flags = {
         "model.name_or_path": "pipeline",
-        "model.adapter": f"{HERE}:OfText",
+        "model.adapter": "ngrpo_train.models.pipeline:Pipeline",
         "model.tuning": "lora",
         "train.steps": 3,
         "optimizer.learning_rate": 0.01,
