@@ -15,8 +15,10 @@ from rich.console import Console
 
 from ngrpo_train.comparison.gallery import Gallery, Picture, differing, existing_pictures
 from ngrpo_train.comparison.generate import base_tail, generate_missing
+from ngrpo_train.comparison.page import write_page
 from ngrpo_train.comparison.scores import ScoreFiles, gather, score_missing, unreadable
 from ngrpo_train.comparison.table import PAPER, Scored, legend, render, sections, summary, write_csv, write_json
+from ngrpo_train.models.needs import pictures_of, refuse_without_pictures
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt, load_prompts
 from ngrpo_train.recipe.sections import Recipe, Reward
@@ -57,6 +59,9 @@ def evaluate_model(
         around = earlier.made["model"] if earlier else base if base not in ("", "none") else FLUX_DEV
         source = Source.find(name, recipe, checkpoint, around)
         original = None if earlier or base == "none" else _base_of(source, recipe, base)
+        for each in (source, original):
+            if each:
+                refuse_without_pictures(each.model, {"prompts.source": prompts})
         if tail_steps and original is None:
             raise ValueError(f"--base-tail = {tail_steps} needs a base model: name it with --base")
         gallery = _claim(out / "model", source, recipe, prompts, original if tail_steps else None, tail_steps)
@@ -124,8 +129,10 @@ def _score_and_report(
             out / "summary.json",
             {"prompts": recipe.prompts.source, "unreadable": broken, **summary(found, rewards)},
         )
+        shown = {step.label: step.pictures for step in reversed(steps)}  # the base first
+        write_page(out / "pictures.html", prompts, shown, rewards, raw)
         pictures = sum(len(step.pictures) for step in steps)
-        print(f"{pictures:,} pictures; table.txt, scores.csv and summary.json are in {out}")
+        print(f"{pictures:,} pictures; table.txt, scores.csv, summary.json and pictures.html are in {out}")
         for why in broken.values():
             print(f"not scored: {why}")
     return 1 if broken else 0
@@ -182,7 +189,8 @@ def _claim(
         "sampling": asdict(recipe.sampling),
         "base_tail": [tail.name, tail_steps] if tail else [],
     }
-    return Gallery.claim(directory, made, prompts, recipe.evaluation.num_images_per_prompt)
+    fields = pictures_of(source.model).fields
+    return Gallery.claim(directory, made, prompts, recipe.evaluation.num_images_per_prompt, fields)
 
 
 def _written(source: Source) -> str:

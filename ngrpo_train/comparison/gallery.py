@@ -7,15 +7,17 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.prompts.picture_files import is_named
+from ngrpo_train.recipe.sections import Sampling
+from ngrpo_train.sampling.videos import save_sample, suffix
 
 _RECORD = "gallery.json"
 
@@ -37,16 +39,31 @@ class Picture:
 class Gallery:
     """A directory with `per_prompt` pictures in a row for each prompt; a picture's place among all seeds its noise."""
 
-    def __init__(self, directory: Path, made: Mapping[str, Any], prompts: Sequence[Prompt], per_prompt: int) -> None:
-        self.directory, self.made, self.prompts, self.per_prompt = directory, dict(made), list(prompts), per_prompt
+    def __init__(
+        self,
+        directory: Path,
+        made: Mapping[str, Any],
+        prompts: Sequence[Prompt],
+        per_prompt: int,
+        fields: Sequence[str] = (),
+    ) -> None:
+        """`fields` of the prompts' rows name the pictures that the model takes."""
+        self.directory, self.made, self.prompts, self.per_prompt = directory, _complete(made), list(prompts), per_prompt
+        self.fields = tuple(fields)
 
     @staticmethod
-    def claim(directory: Path, made: Mapping[str, Any], prompts: Sequence[Prompt], per_prompt: int) -> Gallery:
+    def claim(
+        directory: Path,
+        made: Mapping[str, Any],
+        prompts: Sequence[Prompt],
+        per_prompt: int,
+        fields: Sequence[str] = (),
+    ) -> Gallery:
         """Make the directory, or go on in it where it holds pictures with an equal `made`; a collective.
 
         Raises ValueError, naming the difference, where they were made otherwise or the directory is something else.
         """
-        gallery = Gallery(directory, made, prompts, per_prompt)
+        gallery = Gallery(directory, made, prompts, per_prompt, fields)
         record = gallery.record()
         found = _read(directory)
         if found is None and directory.exists() and not (directory.is_dir() and _is_empty(directory)):
@@ -68,40 +85,63 @@ class Gallery:
         found = _read(directory)
         if found is None:
             return None
-        prompts = [Prompt(text, row={"style": style} if style else {}) for text, style in found.pop("prompts")]
-        return Gallery(directory, found, prompts, found.pop("per_prompt"))
+        prompts: list[Prompt] = []
+        fields: dict[str, Any] = {}
+        for text, style, *named in found.pop("prompts"):
+            pictures = named[0] if named else {}
+            fields |= pictures
+            prompts.append(Prompt(text, row={"style": style, **pictures} if style else pictures))
+        return Gallery(directory, found, prompts, found.pop("per_prompt"), tuple(fields))
 
     def record(self) -> dict[str, Any]:
         """The description of the directory's pictures, as it is written and read back."""
-        prompts = [[prompt.text, prompt.style] for prompt in self.prompts]
+        prompts = [[prompt.text, prompt.style, *self._named(prompt)] for prompt in self.prompts]
         record: dict[str, Any] = json.loads(
             json.dumps({**self.made, "per_prompt": self.per_prompt, "prompts": prompts})
         )
         return record
 
+    def _named(self, prompt: Prompt) -> list[dict[str, Any]]:
+        """The names of the pictures that the prompt's pictures are made from, in a list that is empty without any."""
+        named = {field: prompt.row[field] for field in self.fields if is_named(prompt.row, field)}
+        return [named] if named else []
+
     def __len__(self) -> int:
         return len(self.prompts) * self.per_prompt
 
-    def file(self, slot: int) -> Path:
+    def stem(self, slot: int) -> str:
+        """The name of the picture's or video's file, without its ending."""
         prompt, copy = divmod(slot, self.per_prompt)
-        return self.directory / f"{prompt:05d}_{copy:02d}.png"
+        return f"{prompt:05d}_{copy:02d}"
 
     def prompt(self, slot: int) -> Prompt:
         return self.prompts[slot // self.per_prompt]
 
     def missing(self) -> list[int]:
         """The places of pictures that are not yet made."""
-        there = set(os.listdir(self.directory))
-        return [slot for slot in range(len(self)) if self.file(slot).name not in there]
+        there = self._files()
+        return [slot for slot in range(len(self)) if self.stem(slot) not in there]
 
     def pictures(self) -> list[Picture]:
-        return [Picture(self.file(slot), self.prompt(slot)) for slot in range(len(self))]
+        """All pictures, or videos; one that is missing by now has a picture's name."""
+        there, stems = self._files(), map(self.stem, range(len(self)))
+        files = (there.get(stem, self.directory / f"{stem}.png") for stem in stems)
+        return [Picture(file, self.prompt(slot)) for slot, file in enumerate(files)]
 
-    def save(self, slot: int, image: Tensor) -> None:
-        """Save uint8 [3, H, W] on the CPU. Whenever the process is killed, a file is whole or not there."""
-        aside = self.directory / f".{self.file(slot).name}.{os.getpid()}"
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(aside, format="PNG")
-        aside.replace(self.file(slot))
+    def _files(self) -> dict[str, Path]:
+        """The finished files, by their names without endings."""
+        files = (path for path in self.directory.iterdir() if not path.name.startswith("."))
+        return {path.stem: path for path in files if path.suffix in (".png", ".webp")}
+
+    def save(self, slot: int, sample: Tensor, frame_rate: float) -> None:
+        """Save a picture or a video on the CPU, without loss.
+
+        Whenever the process is killed, a file is whole or not there.
+        """
+        name = f"{self.stem(slot)}{suffix(sample)}"
+        aside = self.directory / f".{name}.{os.getpid()}"
+        save_sample(sample, aside, frame_rate)
+        aside.replace(self.directory / name)
 
 
 def _read(directory: Path) -> dict[str, Any] | None:
@@ -111,7 +151,12 @@ def _read(directory: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory / _RECORD} cannot be read: {error}") from error
-    return record
+    return _complete(record)
+
+
+def _complete(made: Mapping[str, Any]) -> dict[str, Any]:
+    """With the fields of [sampling] that an earlier version did not have: it drew as their defaults say."""
+    return {**made, "sampling": asdict(Sampling()) | dict(made.get("sampling", {}))}
 
 
 def _is_empty(directory: Path) -> bool:

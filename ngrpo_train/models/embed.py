@@ -26,9 +26,10 @@ from torch import Tensor
 from ngrpo_train.models.embeddings import Manifest, encoder_hash, hashes_in, prompt_hash
 from ngrpo_train.models.encoders import PromptEncoder, TextEncoders, frozen_dtype
 from ngrpo_train.models.loading import load_text_encoders
+from ngrpo_train.models.needs import refuse_without_pictures
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.progress import progress
-from ngrpo_train.prompts import load_prompts
+from ngrpo_train.prompts import Prompt, load_prompts
 from ngrpo_train.recipe.checks import check_sections
 from ngrpo_train.recipe.sections import Recipe
 
@@ -47,7 +48,9 @@ def embed_command(recipe: Recipe, out: Path, batch: int = 16) -> int:
     if batch < 1:
         raise ValueError(f"--batch = {batch} must be positive")
     with processes.joined(recipe.parallel) as launch:
-        prompts = training_prompts(recipe)
+        by_setting = training_prompts(recipe)
+        refuse_without_pictures(recipe.model, by_setting)
+        prompts = list(dict.fromkeys(prompt.text for some in by_setting.values() for prompt in some))
         length = recipe.sampling.max_sequence_length
         if recipe.model.adapter != "auto":
             raise ValueError(f"model.adapter = {recipe.model.adapter!r} brings text encoders that are not FLUX.1's")
@@ -67,8 +70,8 @@ def embed_command(recipe: Recipe, out: Path, batch: int = 16) -> int:
     return 0
 
 
-def training_prompts(recipe: Recipe) -> list[str]:
-    """The distinct prompts of a recipe that training encodes: to train on, to validate, for the before/after table.
+def training_prompts(recipe: Recipe) -> dict[str, list[Prompt]]:
+    """The prompts of a recipe that training encodes, by setting: to train on, to validate, for the before/after table.
 
     Raises ValueError, naming the field, for a source that cannot be read.
     """
@@ -76,7 +79,7 @@ def training_prompts(recipe: Recipe) -> list[str]:
     for name in ("validation", "test"):
         if source := getattr(recipe.evaluation, name):
             sources[f"evaluation.{name}"] = source
-    return list(dict.fromkeys(each.text for name, source in sources.items() for each in load_prompts(source, name)))
+    return {name: load_prompts(source, name) for name, source in sources.items()}
 
 
 @dataclass(frozen=True, slots=True)

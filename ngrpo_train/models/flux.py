@@ -48,6 +48,7 @@ class Flux:
 
     kind = FluxPipeline
     lora_targets = LORA_TARGETS
+    pictures: tuple[str, ...] = ()
 
     def __init__(
         self, spec: Model, sampling: Sampling, settings: Parallel, device: torch.device, *, embeddings: str = ""

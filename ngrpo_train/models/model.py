@@ -55,6 +55,9 @@ class Adapter(Protocol):
     the recipe's [model], [sampling] and [parallel] and `prompts.embeddings` ("" for none). It then loads everything but
     the weights of the transformer. It raises ValueError, naming the field, its value and the remedy, for what it cannot
     load. It decides about modules that are not trained; `settings` says how it should place them.
+
+    An adapter of videos may have an attribute `frame_rate`, the frames per second in files; None, like no such
+    attribute, stands for 16.
     """
 
     @property
@@ -70,6 +73,15 @@ class Adapter(Protocol):
     @property
     def lora_targets(self) -> str | list[str]:
         """Linear layers that `tuning = "lora"` adapts: a regular expression for their whole names, or ends of names."""
+        ...
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Fields of a prompt's row that name the pictures that a model takes: () for a text alone, ("image",) to edit.
+
+        The class of an adapter of the user's own has it, as prompts are looked at before anything is loaded: each row
+        must name them all.
+        """
         ...
 
     def empty_transformer(self) -> nn.Module:
@@ -234,6 +246,16 @@ class FlowModel:
     def latent_shape(self) -> tuple[int, ...]:
         """S, the shape of the latent of one picture: (T, C) for packed tokens, with more dimensions for others."""
         return self.adapter.latent_shape
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Fields of a prompt's row that name the pictures that the model takes; () for a text alone."""
+        return self.adapter.pictures
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second of the model's videos."""
+        return float(getattr(self.adapter, "frame_rate", None) or 16)
 
     def encode(self, prompts: Sequence[Prompt | str]) -> Conditioning:
         """Encode P prompts, or texts without rows; a collective where text encoders are sharded."""

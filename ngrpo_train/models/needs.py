@@ -16,7 +16,8 @@ from ngrpo_train.prompts.prompt import Row
 from ngrpo_train.recipe.named import import_named
 from ngrpo_train.recipe.sections import Model
 
-_ARGUMENTS = {"image": IMAGE, "mask_image": MASK}  # of a pipeline's call: the row's field that it is filled from
+ARGUMENTS = {IMAGE: "image", MASK: "mask_image"}
+"""Fields of a prompt's row, and the arguments of a pipeline's call that take what they name."""
 
 # diffusers lists these among the pipelines that draw from a text alone, which they can do. They were trained to edit.
 _EDITORS = ("FluxKontextPipeline",)
@@ -72,16 +73,26 @@ class Pictures:
 def pictures_of(model: Model) -> Pictures:
     """The pictures that the model of a recipe takes. Nothing of it is loaded, and its weights are not looked for.
 
-    An adapter of the user's own says so by its class's `pictures`. For other models, it follows from the class of the
+    The class of an adapter of the user's own may say so by its `pictures`. Otherwise it follows from the class of the
     pipeline; if that is not known, no pictures are asked for, and loading will explain. Raises ValueError if an adapter
     cannot be imported.
     """
     if model.adapter != "auto":
         make = import_named("model.adapter", model.adapter, form='"auto" or "package.module:Name"')
-        return Pictures(needed=tuple(getattr(make, "pictures", ())))
+        if isinstance(own := getattr(make, "pictures", None), tuple):
+            return Pictures(needed=own)
     import diffusers
 
     return pictures_of_pipeline(getattr(diffusers, pipeline_class_name(model.name_or_path), None))
+
+
+def refuse_without_pictures(model: Model, prompts: Mapping[str, Sequence[Prompt]]) -> None:
+    """Look at the pictures that a model takes with these prompts, given by the setting that they come from.
+
+    Raises ValueError as `Pictures.refuse` does, naming the model.
+    """
+    field = "name_or_path" if model.adapter == "auto" else "adapter"
+    pictures_of(model).refuse(f"model.{field} = {getattr(model, field)!r}", prompts)
 
 
 def pictures_of_pipeline(kind: Any) -> Pictures:
@@ -94,7 +105,7 @@ def pictures_of_pipeline(kind: Any) -> Pictures:
     from diffusers.pipelines import auto_pipeline
 
     arguments = inspect.signature(kind.__call__).parameters
-    fields = tuple(field for argument, field in _ARGUMENTS.items() if argument in arguments)
+    fields = tuple(field for field, argument in ARGUMENTS.items() if argument in arguments)
     from_text = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
     if kind in from_text and kind.__name__ not in _EDITORS:
         return Pictures(optional=fields)

@@ -35,7 +35,7 @@ from ngrpo_train.models.loading import (
     find_transformer,
     pipeline_parts,
 )
-from ngrpo_train.models.needs import pictures_of_pipeline
+from ngrpo_train.models.needs import ARGUMENTS, pictures_of_pipeline
 from ngrpo_train.models.placement import Placed
 from ngrpo_train.models.recorded import Recorded
 from ngrpo_train.models.saving import below, save_adapters, save_whole
@@ -43,12 +43,10 @@ from ngrpo_train.parallel.blocks import compile_whole
 from ngrpo_train.parallel.layout import compiles
 from ngrpo_train.parallel.sharding import trained_parts
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.prompts.picture_files import IMAGE, MASK, is_named, prepared_picture
+from ngrpo_train.prompts.picture_files import MASK, is_named, prepared_picture
 from ngrpo_train.recipe.sections import Model, Parallel, Sampling
 
 logger = logging.getLogger(__name__)
-
-_PICTURES = {IMAGE: "image", MASK: "mask_image"}  # fields of a prompt's row, and arguments of a pipeline's call
 
 
 class Pipeline:
@@ -204,13 +202,23 @@ class Pipeline:
     # -- Prompts and pictures ------------------------------------------------------------------------------------------
 
     @property
+    def pictures(self) -> tuple[str, ...]:
+        return pictures_of_pipeline(self.kind).fields
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         return self.driven.latent_shape
+
+    @property
+    def frame_rate(self) -> float | None:
+        """Frames per second of the pipeline's videos, where its call tells them to the model."""
+        told = (self.driven.parameters.get(name) for name in ("frame_rate", "fps"))
+        return next((float(parameter.default) for parameter in told if parameter), None)
 
     def _learn(self, fields: tuple[str, ...]) -> Recorded:
         """Learn what the pipeline prepares for prompts with pictures in these fields of their rows."""
         size = self.sampling.width, self.sampling.height
-        blank = {_PICTURES[field]: Image.new("L" if field == MASK else "RGB", size, "white") for field in fields}
+        blank = {ARGUMENTS[field]: Image.new("L" if field == MASK else "RGB", size, "white") for field in fields}
         self._fields = fields
         with self._placed.on_device(), explained(self.spec.name_or_path):
             return self.driven.learn(blank)
@@ -228,7 +236,7 @@ class Pipeline:
         records = []
         with self._placed.on_device():
             for prompt in prompts:
-                pictures = {_PICTURES[field]: prepared_picture(prompt.row, field, *size) for field in self._fields}
+                pictures = {ARGUMENTS[field]: prepared_picture(prompt.row, field, *size) for field in self._fields}
                 records.append(self.driven.record(prompt.text, pictures))
         return Recorded.cat(records)
 

@@ -23,11 +23,16 @@ class Prompt:
     text: str
     slot: int = 0
     """Index in an iteration's global batch, set by the cursor; it seeds the prompt's noise."""
-    row: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    row: Mapping[str, Any] = field(default_factory=dict)
     """The other fields of its row in the prompt file, by name: plain values, as JSON has them. Empty for a text alone.
     Scorers may read them; an evaluation reports its results by `style`. Rows that are read from a file are `Row`s."""
     number: int = field(default=0, compare=False)
     """Number of its row in the file, from 1, for messages; 0 where it comes from no file."""
+
+    def __hash__(self) -> int:
+        """A hash of the text, the slot and the row's strings: one text may edit each of many thousand pictures."""
+        strings = frozenset((name, value) for name, value in self.row.items() if isinstance(value, str))
+        return hash((self.text, self.slot, strings))
 
     @property
     def style(self) -> str:

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ngrpo_train.prompts.picture_files import named_picture, read_picture
+from ngrpo_train.prompts.picture_files import named_picture, prepared_picture
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import threads
@@ -125,10 +125,12 @@ class Respondent(Generic[Q]):
         if self.template.source:
             named_picture(row, self.template.source)
 
-    def sources(self, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    def sources(self, images: Tensor, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         """What is shown before the results of N prompts: for each a data URL of its row's picture, or nothing.
 
-        Each file is read once. Raises RewardError, naming prompt and file, for one that cannot be read.
+        It is scaled and cut to the size of the results, `images` [N, 3, H, W], as it was for the model that made them:
+        else a judge would miss in a result what the model never saw. Each file is read once. Raises RewardError, naming
+        prompt and file, for one that cannot be read.
         """
         urls: dict[Path, str] = {}
         shown: list[list[str]] = []
@@ -139,7 +141,7 @@ class Respondent(Generic[Q]):
             try:
                 file = named_picture(row, self.template.source)
                 if file not in urls:
-                    urls[file] = data_url(read_picture(file))
+                    urls[file] = _data_url(prepared_picture(row, self.template.source, *images.shape[-2:]))
             except ValueError as error:
                 raise RewardError(f"rewards.{self.name}, for the prompt {prompt!r}: {error}") from error
             shown.append([urls[file]])
@@ -214,7 +216,7 @@ class Judge(Respondent[Template]):
     """
 
     def __call__(self, images: Tensor, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()) -> Tensor:
-        each = zip(images.cpu(), prompts, self.sources(prompts, rows), strict=True)
+        each = zip(images.cpu(), prompts, self.sources(images, prompts, rows), strict=True)
         scores = threads.start([partial(self._score, *one) for one in each], at_once=self.in_flight)
         return torch.tensor(threads.results(scores), dtype=torch.float32)
 
@@ -224,9 +226,12 @@ class Judge(Respondent[Template]):
 
 def data_url(picture: Tensor) -> str:
     """The picture, uint8 [3, H, W], as a lossless data URL."""
+    return _data_url(Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()))
+
+
+def _data_url(picture: Image.Image) -> str:
     file = io.BytesIO()
-    # Light compression: time counts here, and the server is near.
-    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG", compress_level=1)
+    picture.save(file, "PNG", compress_level=1)  # light compression: time counts here, and the server is near
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

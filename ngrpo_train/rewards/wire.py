@@ -2,9 +2,10 @@
 
 Pictures are sent as a safetensors file, which is exact and cheap, or as JSON with PNG files, which any program can
 write. Rows were added in version 0.2: they are sent only to a server that says at /health that a reward reads them.
+So were whole videos, as safetensors only, for a reward that takes videos; others get frames, which are pictures.
 """
 
-# N pictures.
+# N pictures or videos, F frames of a video.
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import binascii
 import io
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.prompts.prompt import Row
 
 SAFETENSORS = "application/x-safetensors"
 JSON = "application/json"
@@ -35,18 +38,32 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # others, such as 16-bit gr
 
 
 def encode_pictures(images: Tensor, prompts: Sequence[Prompt]) -> bytes:
-    """A safetensors file: uint8 `images` [N, 3, H, W], and in its metadata `prompts`, a JSON list of N strings.
+    """A safetensors file: uint8 `images`, and in its metadata `prompts`, a JSON list of N strings.
 
-    If a prompt has a row, the metadata has `rows` too, a JSON list of N objects.
+    Images are pictures [N, 3, H, W] or videos [N, F, 3, H, W].
+
+    If a prompt has a row, the metadata has `rows` too, a JSON list of N objects, and if rows are those of a file,
+    `folders`: a JSON list of the N directories where paths in the rows begin. A server that sees the same disk finds
+    the pictures that rows name.
     """
     metadata = {"prompts": json.dumps([prompt.text for prompt in prompts])}
     if any(prompt.row for prompt in prompts):
         metadata["rows"] = json.dumps([dict(prompt.row) for prompt in prompts])
+        if any(folders := [_folder(prompt) for prompt in prompts]):
+            metadata["folders"] = json.dumps(folders)
     return save({"images": images.cpu().contiguous()}, metadata=metadata)
 
 
+def _folder(prompt: Prompt) -> str:
+    """The directory where paths in the prompt's row begin; "" where it came from no file."""
+    return str(prompt.row.folder) if isinstance(prompt.row, Row) else ""
+
+
 def decode_pictures(content_type: str, body: bytes) -> tuple[Tensor, list[Prompt]]:
-    """Uint8 [N, 3, H, W] on the CPU and N prompts. Raises ValueError, naming the picture if only one is at fault."""
+    """Uint8 pictures [N, 3, H, W] or videos [N, F, 3, H, W], on the CPU, and N prompts.
+
+    Raises ValueError, naming the picture if only one is at fault.
+    """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == SAFETENSORS:
         return _from_safetensors(body)
@@ -56,12 +73,14 @@ def decode_pictures(content_type: str, body: bytes) -> tuple[Tensor, list[Prompt
 
 
 def most_pictures(images: Tensor, prompts: Sequence[Prompt], body_limit: int) -> int:
-    """The most such pictures that one request of at most `body_limit` bytes may have; 0 if even one is too large."""
-    pixels = images.shape[-2] * images.shape[-1]
+    """The most such images that one request of at most `body_limit` bytes may have; 0 if even one is too large."""
+    pixels = images[0].numel() // 3  # of all frames of a video
     header, escaped = 1024, 14  # bytes: the rest of the header, and the most that a character takes in JSON within JSON
     longest = max((len(prompt.text) for prompt in prompts), default=0) + 8
     # A row is JSON already. Within JSON, its quotes and backslashes take two characters each.
-    row = max((2 * len(json.dumps(dict(prompt.row))) + 8 for prompt in prompts if prompt.row), default=0)
+    row = max(
+        (2 * len(json.dumps([dict(prompt.row), _folder(prompt)])) + 8 for prompt in prompts if prompt.row), default=0
+    )
     each = 3 * pixels + escaped * longest + row
     return min(MAX_PICTURES, MAX_PIXELS // pixels, max(0, body_limit - header) // each)
 
@@ -95,20 +114,32 @@ def _from_safetensors(body: bytes) -> tuple[Tensor, list[Prompt]]:
     if len(tensors) != 1 or not isinstance(entry, dict) or entry.get("dtype") != "U8":
         raise ValueError('a safetensors body must hold one tensor, "images", of type uint8')
     shape = entry.get("shape")
-    if not isinstance(shape, list) or len(shape) != 4 or shape[1] != 3 or not all(type(n) is int for n in shape):
-        raise ValueError(f"images must have the shape [N, 3, height, width], not {shape}")
+    if (
+        not isinstance(shape, list)
+        or len(shape) not in (4, 5)
+        or not all(type(n) is int for n in shape)
+        or shape[-3] != 3
+        or shape[1] < 1
+    ):
+        raise ValueError(
+            "images must have the shape [N, 3, height, width], or [N, frames, 3, height, width] for videos, "
+            f"not {shape}"
+        )
     metadata = header.get("__metadata__")
     metadata = metadata if isinstance(metadata, dict) else {}
     prompts, rows = metadata.get("prompts"), metadata.get("rows", "null")
-    if not isinstance(prompts, str) or not isinstance(rows, str):
+    folders = metadata.get("folders", "null")
+    if not (isinstance(prompts, str) and isinstance(rows, str) and isinstance(folders, str)):
         raise ValueError(
             'the metadata of a safetensors body must hold "prompts", a JSON list of strings, and may hold "rows", a '
-            "JSON list of objects"
+            'JSON list of objects, and "folders", a JSON list of strings'
         )
     texts, fields = _parsed(prompts, "prompts in the metadata"), _parsed(rows, "rows in the metadata", constants=True)
-    checked = _checked_prompts(texts, fields, shape[0])
-    _check_size("images", shape[3], shape[2])
-    _check_total(shape[0], shape[3], shape[2])
+    checked = _checked_prompts(texts, fields, shape[0], _parsed(folders, "folders in the metadata"))
+    height, width = shape[-2:]
+    frames = shape[1] if len(shape) == 5 else 1
+    _check_size("images", width, height)
+    _check_total(shape[0] * frames, width, height)
     try:
         return load(body)["images"], checked
     except SafetensorError as error:
@@ -158,8 +189,11 @@ def _picture(name: str, file: str) -> np.ndarray:
         raise ValueError(f"{name} is not a complete PNG file: {error}") from error
 
 
-def _checked_prompts(prompts: object, rows: object, count: int) -> list[Prompt]:
-    """N prompts made from N texts and, unless `rows` is None, N rows. Raises ValueError for anything else."""
+def _checked_prompts(prompts: object, rows: object, count: int, folders: object = None) -> list[Prompt]:
+    """N prompts made from N texts and, unless these are None, N rows and the N folders of their files ("" for none).
+
+    Raises ValueError for anything else.
+    """
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("prompts must be a list of strings")
     if len(prompts) != count:
@@ -177,7 +211,13 @@ def _checked_prompts(prompts: object, rows: object, count: int) -> list[Prompt]:
         raise ValueError("rows must be a list of objects")
     if len(rows) != count:
         raise ValueError(f"there are {count} pictures and {len(rows)} rows")
-    return [Prompt(text, row=row) for text, row in zip(prompts, rows, strict=True)]
+    folders = [""] * count if folders is None else folders
+    if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders) or len(folders) != count:
+        raise ValueError(f"folders must be a list of {count} strings, one for each row")
+    return [
+        Prompt(text, row=Row(row, Path(folder)) if folder else row)
+        for text, row, folder in zip(prompts, rows, folders, strict=True)
+    ]
 
 
 def _check_size(name: str, width: int, height: int) -> None:

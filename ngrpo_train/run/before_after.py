@@ -17,8 +17,9 @@ from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards
+from ngrpo_train.rewards.frames import are_pictures
 from ngrpo_train.sampling.evaluate import Evaluation, evaluate, plus_minus
-from ngrpo_train.sampling.pictures import pictures, save_picture, tile
+from ngrpo_train.sampling.pictures import pictures, save_picture, source_pictures, tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,15 @@ class Evaluations:
         shown = next(iter(prompts.values()))[: recipe.log.num_images]
         per_prompt = recipe.evaluation.num_images_per_prompt
         images = pictures(model, recipe, shown, [i * per_prompt for i in range(len(shown))])
-        if processes.rank() == 0:
+        if processes.rank() == 0 and are_pictures(images):
             scale = max(1, 128 // images.shape[-1])
             grid = tile(
-                images.cpu(), columns=min(4, len(shown)), scale=scale, gap=6, captions=[prompt.text for prompt in shown]
+                images.cpu(),
+                columns=min(4, len(shown)),
+                scale=scale,
+                gap=6,
+                captions=[prompt.text for prompt in shown],
+                sources=source_pictures(model, shown),
             )
             save_picture(grid, picture_path)
         return Evaluations(evaluations)
@@ -124,9 +130,10 @@ def look_after(
     if processes.rank() != 0:
         return
     after.save(run / "after.json")
-    side_by_side(run / "before.png", run / "after.png", run / "before_after.png")
     table = before_after(Evaluations.load(run / "before.json"), after, recipe.trained_rewards())
     Console().print(table)
     with (run / "before_after.txt").open("w") as file:
         Console(file=file, width=100).print(table)
-    print(f"pictures: {run / 'before_after.png'}")
+    if (run / "after.png").exists():  # not for samples that are no pictures
+        side_by_side(run / "before.png", run / "after.png", run / "before_after.png")
+        print(f"pictures: {run / 'before_after.png'}")

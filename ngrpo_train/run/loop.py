@@ -11,7 +11,6 @@ from types import FrameType
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
 
 from ngrpo_train.parallel import processes
 from ngrpo_train.plan.settle import cost_of, explained_out_of_memory, settle_memory
@@ -26,8 +25,8 @@ from ngrpo_train.run.hacking import Watch
 from ngrpo_train.run.metrics import Recorder, make_trackers
 from ngrpo_train.run.prepare import Prepared, prepare
 from ngrpo_train.run.stopwatch import Stopwatch
-from ngrpo_train.run.trainer import Trainer
-from ngrpo_train.sampling.pictures import pictures
+from ngrpo_train.run.trainer import Outcome, Trainer
+from ngrpo_train.sampling.pictures import pictures, source_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
                     recorder.write(step, outcome, stopwatch)
 
                     if step % recipe.log.images_every == 0:
-                        _draw(recorder, trainer, prepared, outcome.images, step)
+                        _draw(recorder, trainer, prepared, outcome, step)
                     due = trainer.step % recipe.evaluation.every == 0
                     best = watch is not None and due and _validate(recorder, trainer, watch)
                     checkpointer.save_if_due(trainer, best=best)
@@ -145,15 +144,17 @@ def _validate(recorder: Recorder, trainer: Trainer, watch: Watch) -> bool:
     return best
 
 
-def _draw(recorder: Recorder, trainer: Trainer, prepared: Prepared, images: Tensor, step: int) -> None:
+def _draw(recorder: Recorder, trainer: Trainer, prepared: Prepared, outcome: Outcome, step: int) -> None:
     """Write a grid at fixed prompts and noise, and the group that this iteration's first prompt explored."""
-    recipe, prompts = prepared.recipe, prepared.validation or prepared.prompts
+    recipe, model, prompts = prepared.recipe, trainer.model, prepared.validation or prepared.prompts
     shown = [prompts[i % len(prompts)] for i in range(recipe.log.num_images)]
     with trainer.averaged():
-        grid = pictures(trainer.model, recipe, shown, range(len(shown))).cpu()
-    recorder.write_pictures(f"samples/step_{step:06d}", grid, columns=min(4, len(shown)))
-    group = images[: recipe.algorithm.num_generations].cpu()
-    recorder.write_pictures(f"groups/step_{step:06d}", group, columns=min(6, len(group)))
+        grid = pictures(model, recipe, shown, range(len(shown))).cpu()
+    sources, rate = source_pictures(model, shown), model.frame_rate
+    recorder.write_pictures("samples", step, grid, columns=min(4, len(shown)), frame_rate=rate, sources=sources)
+    group = outcome.images[: recipe.algorithm.num_generations].cpu()
+    sources = source_pictures(model, outcome.prompts[:1]) * len(group)
+    recorder.write_pictures("groups", step, group, columns=min(6, len(group)), frame_rate=rate, sources=sources)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from ngrpo_train.algorithms import refuse_backend
 from ngrpo_train.models.embeddings import EmbeddingCache
 from ngrpo_train.models.encoders import frozen_dtype
+from ngrpo_train.models.needs import refuse_without_pictures
 from ngrpo_train.models.packing import refuse_size
 from ngrpo_train.parallel import blocks
 from ngrpo_train.plan.settle import settle_attention
@@ -39,8 +40,8 @@ def prepare(
     """Read, load and check everything that training by a recipe needs, except for the model.
 
     With `evaluates`, also the prompts for validation and test; with `resume_from`, also a checkpoint's record. Raises
-    ValueError, naming the field, for settings, prompts, embeddings, rewards, a backend or a checkpoint that cannot be
-    used.
+    ValueError, naming the field, for settings, prompts, their pictures, embeddings, rewards, a backend or a checkpoint
+    that cannot be used.
     """
     check(recipe, launch.num_processes)
     refuse_size(recipe.model, recipe.sampling)
@@ -52,6 +53,9 @@ def prepare(
         validation = load_prompts(evaluation.validation, "evaluation.validation")
     if evaluates and evaluation.test:
         test = load_prompts(evaluation.test, "evaluation.test")
+    refuse_without_pictures(
+        recipe.model, {"prompts.source": prompts, "evaluation.validation": validation, "evaluation.test": test}
+    )
     if recipe.prompts.embeddings:
         _embeddings(recipe, launch).refuse_missing([prompt.text for prompt in (*prompts, *validation, *test)])
     rewards = Rewards(recipe.rewards, launch.device)

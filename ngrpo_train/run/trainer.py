@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from ngrpo_train.algorithms import GRPO, make_algorithm
 from ngrpo_train.models.model import FlowModel
-from ngrpo_train.prompts import PromptCursor
+from ngrpo_train.prompts import Prompt, PromptCursor
 from ngrpo_train.recipe.sections import Parallel, Recipe
 from ngrpo_train.rewards import Rewards, Scores
 from ngrpo_train.update.ema import EMA
@@ -30,10 +30,11 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The results of an iteration for its prompts."""
+    """The results of an iteration for this rank's P prompts."""
 
+    prompts: list[Prompt]
     groups: Explored
-    images: Tensor  # uint8 [P * G, 3, H, W], on the device
+    images: Tensor  # uint8 [P * G, 3, H, W], or whatever else the model decodes to, on the device
     scores: Scores
     advantages: Tensor  # [P, X] of all ranks, on the CPU; X = G except for a tree
     stats: UpdateStats | None
@@ -101,7 +102,7 @@ class Trainer:
         if self.average:
             self.average.update()
         self.step += 1
-        return Outcome(groups, images, scores, advantages, stats)
+        return Outcome(prompts, groups, images, scores, advantages, stats)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Use the averaged weights, if an average is kept, within the block."""

@@ -60,7 +60,7 @@ class WinRates(Respondent[PairTemplate]):
                 raise RewardError(
                     f"rewards.{self.name} compares a prompt's pictures, and there is one of {prompts[group.start]!r}"
                 )
-        shown = self.sources(prompts, rows)
+        shown = self.sources(images, prompts, rows)
         # A picture is in many questions. Those of a group, and of the questions that are asked now, are encoded once.
         kept = max(map(len, found)) + 2 * self.in_flight
         encoded = lru_cache(kept)(lambda place: data_url(images[place]))

@@ -267,7 +267,7 @@ def test_the_directory_is_named_after_the_model(ngrpo, here, tmp_path, monkeypat
     code, out, err = ngrpo("eval", str(here / "runs" / "full") + "/", *FEW, "--base=none")
     assert code == 0, err
     assert Path("evaluations/full/table.txt").exists()
-    assert "4 pictures; table.txt, scores.csv and summary.json are in evaluations/full" in out
+    assert "4 pictures; table.txt, scores.csv, summary.json and pictures.html are in evaluations/full" in out
 
 
 # --- going on
@@ -379,6 +379,7 @@ def test_pictures_of_any_kind_are_scored(ngrpo, here, tmp_path):
     assert "theirs: brightness 1/1" in out, "only what was missing"
     assert summary(tmp_path / "out")["unreadable"] == {}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "pictures.html",
         "scores.csv",
         "scores_0.jsonl",
         "summary.json",

@@ -62,6 +62,7 @@ class Squares:
     latent_shape = (TOKENS, CHANNELS)
     lora_targets = ("mix", "out")
     kind = None
+    pictures = ()
 
     def __init__(
         self, spec: Model, sampling: Sampling, settings: Parallel, device: torch.device, *, embeddings: str = ""

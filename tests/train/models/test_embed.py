@@ -345,7 +345,12 @@ def recipe(tiny_dev, tmp_path, monkeypatch):
 
 
 def test_the_command_encodes_all_that_training_asks_for(recipe, counted, manifest, out, capsys):
-    assert training_prompts(recipe) == PROMPTS[:5]
+    asked = {setting: [prompt.text for prompt in prompts] for setting, prompts in training_prompts(recipe).items()}
+    assert asked == {
+        "prompts.source": PROMPTS[:3],
+        "evaluation.validation": PROMPTS[2:4],
+        "evaluation.test": PROMPTS[3:5],
+    }
     assert embed_command(recipe, out) == 0
     assert re.search(
         rf"^5 prompts encoded; {out} has 5 prompts in 1 shard, 0\.00 GiB\n.*--prompts\.embeddings '{out}'$",

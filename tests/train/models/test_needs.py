@@ -72,10 +72,13 @@ def test_a_model_that_is_nowhere_is_left_to_its_loading(tmp_path):
         assert pictures_of(Model(name_or_path=name)) == Pictures()
 
 
-def test_an_adapter_of_ones_own_says_it_by_its_class():
+def test_an_adapter_of_ones_own_says_it_by_its_class(tmp_path):
     adapter = f"{__name__}:Restorer"
     assert pictures_of(Model(adapter=adapter)) == Pictures(needed=("image", "depth"))
-    assert pictures_of(Model(adapter="json:loads")) == Pictures()  # says nothing, and takes none
+    for silent in ("json:loads", "ngrpo_train.models.pipeline:Pipeline"):  # then the pipeline's class says it
+        for kind, pictures in (("FluxPipeline", Pictures()), ("FluxFillPipeline", FILLING)):
+            (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+            assert pictures_of(Model(adapter=silent, name_or_path=str(tmp_path))) == pictures
     with pytest.raises(ValueError, match=r"^model\.adapter = 'nowhere:Model': No module named 'nowhere'"):
         pictures_of(Model(adapter="nowhere:Model"))
 

@@ -83,6 +83,13 @@ def test_numbers_and_truths_are_different_fields(tmp_path):
     ]
 
 
+def test_one_text_about_many_pictures_hashes_apart():
+    """Else a table of them would be searched from end to end for each. Equal prompts hash alike."""
+    prompts = [Prompt("make it blue", row={"image": f"{i}.png", "n": 1}) for i in range(1000)]
+    assert len({hash(prompt) for prompt in prompts}) > 990
+    assert {Prompt("make it blue", row={"n": True, "image": "7.png"}): 7}[prompts[7]] == 7
+
+
 # --- dealt out and resumed
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import requests
 import torch
+from PIL import Image
 from torch import nn
 
 from ngrpo_train.__main__ import main
 from ngrpo_train.prompts import Prompt, PromptCursor, load_prompts
+from ngrpo_train.prompts.picture_files import named_picture
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, remote, wire
 from ngrpo_train.rewards.scorer import takes_rows
@@ -146,7 +148,7 @@ def test_rows_reach_a_scorer_behind_a_server(monkeypatch):
     settings |= {"plain": Reward(path="math:sqrt")}
     with serving(settings) as url:
         offered = requests.get(f"{url}/health", timeout=5).json()["rewards"]
-        assert offered == [{"name": "mine", "rows": True}, {"name": "plain", "rows": False}]
+        assert [(each["name"], each["rows"]) for each in offered] == [("mine", True), ("plain", False)]
         served = {"mine": Reward(remote=url, batch=3)}
         scores = Rewards(served)(IMAGES, PROMPTS)
         torch.testing.assert_close(scores.all_RPG, torch.tensor([[[4.0, 4.1], [5.2, 5.3]]]))
@@ -160,6 +162,20 @@ def test_rows_reach_a_scorer_behind_a_server(monkeypatch):
         )
         assert answered.status_code == 422
         assert "failed on 'a', with no fields: KeyError: 'aim'" in answered.json()["error"]
+
+
+def test_a_scorer_behind_a_server_finds_the_pictures_that_rows_name(monkeypatch, tmp_path):
+    """A path in a row begins in the directory of the prompt file, for a server on the same disk too."""
+
+    def size_of_source(images, prompts, rows):
+        return [Image.open(named_picture(row, "photo")).width for row in rows]
+
+    for width in (3, 5):
+        Image.new("RGB", (width, 1)).save(tmp_path / f"{width}.png")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "photo": "3.png"}\n{"prompt": "a", "photo": "5.png"}')
+    prompts = load_prompts(str(tmp_path / "p.jsonl"))
+    with serving(rewards_of(monkeypatch, size_of_source)) as url:
+        assert Rewards({"mine": Reward(remote=url)}).score(IMAGES[:2], prompts).tolist() == [[3, 5]]
 
 
 @pytest.mark.parametrize("offered", [{"name": "mine"}, {"name": "mine", "rows": False}])

@@ -8,13 +8,14 @@ import threading
 import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from ngrpo_train.prompts import Prompt, load_prompts
-from ngrpo_train.prompts.picture_files import read_picture
+from ngrpo_train.prompts.picture_files import prepared_picture
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, find_scorer, vision_judge
 from ngrpo_train.rewards.http import Endpoint, HttpError
@@ -478,7 +479,12 @@ def test_a_rows_picture_is_shown_before_the_result(server, edits, monkeypatch, t
     """It is read once for all results of a prompt."""
     monkeypatch.chdir(tmp_path / "far")  # paths do not begin where the run was started
     read = []
-    monkeypatch.setattr(vision_judge, "read_picture", lambda file: (read.append(file.name), read_picture(file))[1])
+
+    def noted(row, *arguments):
+        read.append(Path(row["image"]).name)
+        return prepared_picture(row, *arguments)
+
+    monkeypatch.setattr(vision_judge, "prepared_picture", noted)
     server.respond = lambda question, before: completion(
         f"Instruction Score: 9\nPreservation Score: {question.values[1] / 10}"
     )
@@ -493,6 +499,19 @@ def test_a_rows_picture_is_shown_before_the_result(server, edits, monkeypatch, t
     assert [asked[i].values[0] for i in (1, 2, 3, 4)] == [100, 100, 200, 200]
     assert [part["type"] for part in asked[1].parts] == ["image_url", "image_url", "text"]
     assert "<instruction>\nedit 1\n</instruction>" in asked[1].text
+
+
+def test_a_judge_sees_of_a_source_what_the_model_saw(server, tmp_path):
+    """The model draws squares, from the middle of a picture that is three times as wide as high."""
+    wide = Image.new("RGB", (24, 8))
+    wide.paste((100, 150, 200), (8, 0, 16, 8))
+    wide.save(tmp_path / "wide.png")
+    server.respond = lambda question, before: completion("Instruction Score: 9\nPreservation Score: 9")
+    rewards = Rewards({"edit": Reward(remote=server.url, path="a-judge", template="edit_0_to_10")})
+    rewards.score(pictures(7, size=(8, 8)), [Prompt("edit", row={"image": str(tmp_path / "wide.png")})])
+    source, result = server.questions[0].pictures
+    assert torch.equal(source, torch.tensor([100, 150, 200], dtype=torch.uint8)[:, None, None].expand(3, 8, 8))
+    assert torch.equal(result, torch.full((3, 8, 8), 7, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
@@ -515,7 +534,7 @@ def test_a_row_without_its_picture_is_refused_before_any_work(server, edits, num
 
 def test_a_picture_that_is_cut_off_is_named_when_it_is_read(server, edits):
     rewards = Rewards({"edit": Reward(remote=server.url, path="a-judge", template="edit_0_to_10")})
-    with pytest.raises(RewardError, match=r"^rewards\.edit, for the prompt 'edit 7': /\S+/half\.png: "):
+    with pytest.raises(RewardError, match=r"^rewards\.edit, for the prompt 'edit 7': needs .* /\S+/half\.png: "):
         rewards.score(ONE, [edits[6]])
     assert not server.questions
 

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.prompts.prompt import Row
 from ngrpo_train.rewards import wire
 from ngrpo_train.rewards.wire import JSON, SAFETENSORS, decode_pictures, decode_scores, encode_scores
 
@@ -186,7 +188,11 @@ def test_counts_that_differ(prompts):
         (SAFETENSORS, tensors_body({"images": IMAGES.float()}, PROMPTS), '"images", of type uint8'),
         (SAFETENSORS, tensors_body({"pictures": IMAGES}, PROMPTS), '"images", of type uint8'),
         (SAFETENSORS, tensors_body({"images": IMAGES, "more": IMAGES + 1}, PROMPTS), '"images", of type uint8'),
-        (SAFETENSORS, tensors_body({"images": IMAGES[0]}, PROMPTS), r"shape \[N, 3, height, width\], not \[3, 5, 7\]"),
+        (
+            SAFETENSORS,
+            tensors_body({"images": IMAGES[0]}, PROMPTS),
+            r"shape \[N, 3, height, width\], .* not \[3, 5, 7\]",
+        ),
         (SAFETENSORS, tensors_body({"images": IMAGES.mT[:, :1].contiguous()}, PROMPTS), r"not \[3, 1, 7, 5\]"),
         (SAFETENSORS, tensors_body({"images": IMAGES[..., :0].contiguous()}, PROMPTS), "images: 0x5 is not between"),
         (SAFETENSORS, save({"images": IMAGES}), 'must hold "prompts", a JSON list'),
@@ -259,6 +265,20 @@ def test_rows_there_and_back():
     assert got == sent
 
 
+def test_rows_know_the_folder_of_their_file():
+    """Rows of texts alone come from no file, and are sent as they were."""
+    folders = [Path("/prompts"), None, Path("/other 星")]
+    rows = [Row(row, folder) if folder else row for row, folder in zip(ROWS, folders, strict=True)]
+    sent = [Prompt(text, row=row) for text, row in zip(PROMPTS, rows, strict=True)]
+    _, got = decode_pictures(SAFETENSORS, wire.encode_pictures(IMAGES, sent))
+    assert got == sent
+    assert [getattr(prompt.row, "folder", None) for prompt in got] == folders
+    metadata = {"prompts": json.dumps(PROMPTS), "rows": json.dumps(ROWS)}
+    for odd in (["/a", "/b"], ["/a", "/b", 3], "/a"):
+        with pytest.raises(ValueError, match=r"^folders must be a list of 3 strings, one for each row$"):
+            decode_pictures(SAFETENSORS, save({"images": IMAGES}, metadata | {"folders": json.dumps(odd)}))
+
+
 def test_a_row_may_have_a_number_that_is_none():
     _, [got] = decode_pictures(SAFETENSORS, wire.encode_pictures(IMAGES[:1], [Prompt("a", row={"x": math.nan})]))
     assert math.isnan(got.row["x"])
@@ -288,7 +308,14 @@ def test_rows_that_are_none_are_refused(rows, reason):
 
 
 @pytest.mark.parametrize(
-    "row", [{"a": '"\\' * 500}, {"a": ["é"] * 400}, {"🐈" * 99: 1}, {str(i): i for i in range(99)}]
+    "row",
+    [
+        Row({"a": 1}, Path("/folder" * 99)),
+        {"a": '"\\' * 500},
+        {"a": ["é"] * 400},
+        {"🐈" * 99: 1},
+        {str(i): i for i in range(99)},
+    ],
 )
 def test_as_many_rows_as_announced_fit(row):
     images, limit = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 2**18

@@ -114,6 +114,12 @@ def test_what_compares_a_prompts_pictures_is_left_out(tiny_dev, load_flux, rewar
     assert torch.equal(part.scores_RN, whole.scores_RN[1:])
 
 
+@pytest.mark.parametrize("batch, frames, at_once", [(0, 1, 64), (3, 1, 3), (0, 9, 7), (0, 81, 1), (3, 81, 3)])
+def test_as_many_are_generated_at_once_as_have_64_frames(batch, frames, at_once):
+    recipe = Recipe(evaluation=EvaluationSettings(batch=batch), sampling=Sampling(num_frames=frames))
+    assert recipe.evaluation_batch() == at_once
+
+
 # --- pictures
 
 
@@ -128,6 +134,21 @@ def test_tiles_stand_row_by_row():
     assert (grid[4] == 255).all()
     assert (grid[:, 6] == 255).all()
     assert (grid[5:, 7:] == 255).all(), "no fourth picture"
+
+
+def test_a_row_of_tiles_begins_with_what_it_was_made_from():
+    """And where the next source begins within the row, it stands before its own results."""
+    red, blue = (Image.new("RGB", (3, 2), colour) for colour in ("red", "blue"))
+    images = torch.arange(10, 15, dtype=torch.uint8)[:, None, None, None].expand(5, 3, 2, 3)
+    grid = np.asarray(tile(images, columns=2, scale=2, gap=1, sources=[red, red, red, blue, blue]))
+    white, red, blue = (255, 255, 255), (255, 0, 0), (0, 0, 255)
+    expected = [[red, 10, 11, white], [red, 12, blue, 13], [blue, 14, white, white]]
+    assert grid.shape == (3 * (4 + 1) - 1, 4 * (6 + 1) - 1, 3)
+    for row, across in enumerate(expected):
+        for column, colour in enumerate(across):
+            assert (grid[5 * row : 5 * row + 4, 7 * column : 7 * column + 6] == colour).all()
+    assert (grid[4::5] == 255).all()
+    assert (grid[:, 6::7] == 255).all()
 
 
 def test_captions_stand_below_their_pictures_and_within_their_width():
