@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.train_recipes import settings_of, with_depth
+from benchmarks.train_recipes import depth_of, settings_of, with_depth
 from benchmarks.train_rows import Case, Session, Skip, clock, peak_memory, seconds_of
 from ngrpo_train.models.flux import Flux
 from ngrpo_train.models.model import Conditioning, FlowModel
@@ -152,7 +152,7 @@ def _forward_backward(case: Case, model: FlowModel, part: tuple[Tensor, Tensor, 
 
 def optimizer(session: Session, recipe: Recipe) -> None:
     """Measure clipping and one step: 8-bit states with bfloat16 weights; float32 in as much of the model as fits."""
-    name, (doubles, singles) = recipe.model.name_or_path, find_architecture(recipe.model.name_or_path).layers
+    name, (doubles, singles) = recipe.model.name_or_path, depth_of(recipe.model.name_or_path)
     third = with_depth(name, max(1, doubles // 3), max(1, singles // 3))
     cases: tuple[tuple[str, str, Any, torch.dtype], ...] = (
         ("adamw_8bit, bfloat16 weights", name, "adamw_8bit", torch.bfloat16),

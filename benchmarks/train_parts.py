@@ -23,10 +23,11 @@ from torch import Tensor
 
 from benchmarks import train_forward, train_model, train_scorers, train_step
 from benchmarks.peer_style import Draws, Peer
-from benchmarks.train_recipes import full_size, score, settings_of, table_3, tiny, with_depth
+from benchmarks.train_recipes import depth_of, full_size, score, settings_of, table_3, tiny, with_depth
 from benchmarks.train_rows import Case, Session, clock
 from ngrpo_train.draws import draw_anchors, draw_train_steps
 from ngrpo_train.models.encoders import TextFeatures
+from ngrpo_train.models.inputs import inputs_of
 from ngrpo_train.models.loading import fill
 from ngrpo_train.models.sizes import Architecture, find_architecture, transformer_on, vae_on
 from ngrpo_train.plan import iteration_flops
@@ -98,7 +99,7 @@ def variants(session: Session, recipe: Recipe) -> None:
 def sharded(session: Session, recipe: Recipe) -> None:
     """Measure the cost of FSDP2 on a single process, in a few blocks."""
     whole = recipe.model.name_or_path
-    depth = map(min, SHALLOW, find_architecture(whole).layers)
+    depth = map(min, SHALLOW, depth_of(whole))
     recipe = replace(recipe, model=replace(recipe.model, name_or_path=with_depth(whole, *depth)))
     parallel = recipe.parallel
     _iterations(session, "sharded", "plain", recipe)
@@ -223,7 +224,7 @@ def make_peer(
 def _draws(recipe: Recipe, architecture: Architecture, device: torch.device) -> Iterator[Draws]:
     algorithm = recipe.algorithm
     trainable = algorithm.trainable_steps(recipe.sampling.num_inference_steps)
-    shape = architecture.image_tokens(recipe.sampling), architecture.channels
+    shape = inputs_of(architecture, recipe.sampling, torch.float32).latent_shape
     for step in count():
         draw = {"seed": recipe.train.seed, "step": step, "slot": 0}
         yield Draws(

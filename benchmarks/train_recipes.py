@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_train.experiments.grid import Variant, find_grid
-from ngrpo_train.models.sizes import KNOWN, Architecture, find_architecture
+from ngrpo_train.models.sizes import KNOWN, find_architecture
 from ngrpo_train.plan.scorers import scorer_sizes
 from ngrpo_train.recipe.algorithms import Algorithm, field_names
 from ngrpo_train.recipe.parsing import as_flags, as_toml, overlay, resolve
@@ -202,45 +202,39 @@ def with_depth(name_or_path: str, doubles: int, singles: int) -> str:
     return name
 
 
+def depth_of(name_or_path: str) -> tuple[int, int]:
+    """Numbers of double and of single blocks."""
+    config = find_architecture(name_or_path).transformer
+    return config["num_layers"], config["num_single_layers"]
+
+
 def register_tiny() -> None:
     """Register "random:flux-tiny": FLUX.1-dev's parts with 1 block each and the smallest width."""
     dev, dim = KNOWN["flux-dev"], 16
     clip, t5 = clip_tokenizer(), t5_tokenizer()
-    KNOWN.setdefault(  # only once: results computed from an architecture are cached by its identity
-        "flux-tiny",
-        Architecture(
-            transformer={
-                **dev.transformer,
-                "num_layers": 1,
-                "num_single_layers": 1,
-                "attention_head_dim": 16,
-                "num_attention_heads": 2,
-                "joint_attention_dim": dim,
-                "pooled_projection_dim": dim,
-                "axes_dims_rope": (4, 6, 6),
-            },
-            vae={**dev.vae, "block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 4},
-            text_encoder={
-                **dev.text_encoder,
-                "vocab_size": len(clip),
-                "hidden_size": dim,
-                "intermediate_size": dim,
-                "projection_dim": dim,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "max_position_embeddings": CLIP_LENGTH,
-                "bos_token_id": clip.bos_token_id,
-                "eos_token_id": clip.eos_token_id,
-                "pad_token_id": clip.pad_token_id,
-            },
-            text_encoder_2={
-                **dev.text_encoder_2,
-                "vocab_size": len(t5),
-                "d_model": dim,
-                "d_kv": 8,
-                "d_ff": dim,
-                "num_layers": 1,
-                "num_heads": 2,
-            },
-        ),
+    tiny = dev.changed(
+        "transformer",
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=dim,
+        pooled_projection_dim=dim,
+        axes_dims_rope=(4, 6, 6),
     )
+    tiny = tiny.changed("vae", block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4)
+    tiny = tiny.changed(
+        "text_encoder",
+        vocab_size=len(clip),
+        hidden_size=dim,
+        intermediate_size=dim,
+        projection_dim=dim,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=CLIP_LENGTH,
+        bos_token_id=clip.bos_token_id,
+        eos_token_id=clip.eos_token_id,
+        pad_token_id=clip.pad_token_id,
+    )
+    tiny = tiny.changed("text_encoder_2", vocab_size=len(t5), d_model=dim, d_kv=8, d_ff=dim, num_layers=1, num_heads=2)
+    KNOWN.setdefault("flux-tiny", tiny)  # only once: results computed from an architecture are cached by its identity

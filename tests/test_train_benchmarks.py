@@ -18,7 +18,7 @@ from benchmarks import train_parts, train_recipes, train_rows, train_scorers, tr
 from benchmarks.train_recipes import as_measured, full_size, score, settings_of, table_3, tiny, with_depth
 from benchmarks.train_rows import Case, Row, Session, Skip
 from ngrpo_train.algorithms.neighbor import LeapingPolicy
-from ngrpo_train.models.sizes import find_architecture
+from ngrpo_train.models.sizes import KNOWN, find_architecture
 from ngrpo_train.plan.settle import settle_memory
 from ngrpo_train.prompts import Prompt, PromptCursor
 from ngrpo_train.recipe.checks import check
@@ -112,8 +112,7 @@ def test_one_by_one_is_the_same_score() -> None:
 def test_depth_is_of_random_weights_only() -> None:
     recipe, _ = as_measured(full_size(), "2,3")
     architecture = find_architecture(recipe.model.name_or_path)
-    assert architecture.layers == (2, 3)
-    assert architecture.width == find_architecture("random:flux-dev").width
+    assert architecture.transformer == {**KNOWN["flux-dev"].transformer, "num_layers": 2, "num_single_layers": 3}
     assert find_architecture(with_depth("random:flux-dev", 2, 3)) is architecture
     with pytest.raises(ValueError, match="has its own number of blocks"):
         as_measured(replace(recipe, model=Model(name_or_path="shapes")), "2,3")

@@ -30,7 +30,8 @@ from ngrpo_train.models.loading import (
     load_vae_config,
     quiet_diffusers,
 )
-from ngrpo_train.models.sizes import LORA_TARGETS, PARTS, TEXT_PARTS, token_grid
+from ngrpo_train.models.packing import token_grid
+from ngrpo_train.models.sizes import LORA_TARGETS, PARTS, TEXT_PARTS
 from ngrpo_train.parallel.blocks import compile_whole
 from ngrpo_train.parallel.layout import compiles
 from ngrpo_train.prompts import Prompt

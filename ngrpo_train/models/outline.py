@@ -26,6 +26,7 @@ from transformers import BatchEncoding
 
 from ngrpo_train.models.arguments import fixed_arguments, refuse_other_size
 from ngrpo_train.models.driven import Driven
+from ngrpo_train.models.kinds import each_kind_once
 from ngrpo_train.models.loading import quiet_diffusers
 from ngrpo_train.models.needs import pictures_of_pipeline
 from ngrpo_train.models.recorded import Recorded
@@ -54,7 +55,9 @@ class Outline:
         """`dtype` is that of the transformer's arithmetic. Raises ValueError, naming the field, for what the pipeline
         cannot draw, or if the installed diffusers lacks it."""
         kind = getattr(diffusers, configs["model_index"]["_class_name"])
-        self._modules = {name: _on_meta(configs[name]) for name in configs if name.startswith(("transformer", "vae"))}
+        self._modules = {
+            name: _on_meta(configs[name], dtype) for name in configs if name.startswith(("transformer", "vae"))
+        }
         transformers = {name: each for name, each in self._modules.items() if name.startswith("transformer")}
         pipeline = _assembled(kind, configs, self._modules, sampling)
         fixed = fixed_arguments(pipeline, transformers, sampling)
@@ -88,7 +91,8 @@ class Outline:
             def compute(*arguments: Any, **named: Any) -> Any:
                 arguments, named = _to_meta((arguments, named))
                 calls.append(PartCall(name, "forward", arguments, named))
-                return pytree.tree_map(_zeros, self._modules[name](*arguments, **named))
+                with each_kind_once(self._modules[name]):
+                    return pytree.tree_map(_zeros, self._modules[name](*arguments, **named))
 
             return compute
 
@@ -106,9 +110,9 @@ class Outline:
         return self._row.rows(torch.zeros(pictures, dtype=torch.int64))
 
 
-def _on_meta(config: Mapping[str, Any]) -> Any:
+def _on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     with quiet_diffusers(), init_empty_weights(include_buffers=False):
-        module = getattr(diffusers, config["_class_name"]).from_config(dict(config)).eval()
+        module = getattr(diffusers, config["_class_name"]).from_config(dict(config)).eval().to(dtype)
     # A pipeline computes with the buffers of a VAE; those of a transformer are its own.
     return module.to("meta") if "Transformer" in config["_class_name"] else module
 
@@ -162,6 +166,9 @@ class _Reader:
         return self([""] * (len(messages) if several else 1), **named)
 
     def tokenize(self, _: str) -> list[str]:
+        return []
+
+    def encode(self, _: str) -> list[int]:
         return []
 
     def batch_decode(self, *_: Any, **__: Any) -> list[str]:

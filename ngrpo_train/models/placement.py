@@ -34,7 +34,7 @@ class Placed:
             home = torch.device("cpu") if placement == "offload" or sharded else device
             encoder.to(device=home, dtype=dtype).requires_grad_(False).eval()
             if sharded:
-                sharding.shard_frozen([*_layers(encoder), encoder], device)
+                sharding.shard_frozen([*layers_of(encoder), encoder], device)
         if placement == "offload":
             for tensor in chain.from_iterable((*each.parameters(), *each.buffers()) for each in encoders):
                 if device.type == "cuda":
@@ -61,7 +61,7 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _layers(encoder: nn.Module) -> list[nn.Module]:
+def layers_of(encoder: nn.Module) -> list[nn.Module]:
     """The layers of an encoder: the list of modules that holds the most weights."""
     lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=_size, default=()))

@@ -1,139 +1,116 @@
-"""Sizes of a FLUX pipeline, from its configs alone: modules without weights, and their numbers of parameters."""
-
-# h width of the transformer, T image tokens, r LoRA's rank.
+"""Architectures: the configs of a pipeline's parts, and the parts that they describe, as modules without weights."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+import transformers
 from huggingface_hub import try_to_load_from_cache
-from torch import Tensor, nn
 
-from ngrpo_train.models.directory import local_directory, local_vae_config, pipeline_class_name
-from ngrpo_train.models.published import hub_ids, published
+from ngrpo_train.models.blocks_of import linear_layers
+from ngrpo_train.models.directory import local_directory
+from ngrpo_train.models.published import NAMES, hub_ids, published
 from ngrpo_train.recipe.parsing import suggestion
-from ngrpo_train.recipe.sections import Model, Sampling
 from ngrpo_train.worlds import WORLDS
 
 # Folders of a model's directory in FLUX.1's layout; it also has a scheduler's, which is not read here.
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 PARTS = ("transformer", "vae", *TEXT_PARTS)
-MODULES = tuple(part for part in PARTS if not part.startswith("tokenizer"))
-"""The parts with weights, and with a config that says their size."""
 
 LORA_TARGETS = (  # every linear layer inside the blocks' attention and feed-forward
     r"(transformer_blocks|single_transformer_blocks)\.\d+\."
     r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
 )
 
+FLUX = "FluxPipeline"
+"""The pipeline class that has an adapter of its own; its models differ in sizes only."""
+
+_INDEX, _SCHEDULER = "model_index", "scheduler"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Architecture:
     """The configs of a pipeline's parts. It equals only itself, so that results computed from it can be cached."""
 
-    transformer: Mapping[str, Any]
-    """Config for diffusers' FluxTransformer2DModel."""
-    vae: Mapping[str, Any]
-    """Config for diffusers' AutoencoderKL."""
-    text_encoder: Mapping[str, Any]
-    """Config for transformers' CLIPTextConfig. Empty if the model came without text encoders."""
-    text_encoder_2: Mapping[str, Any]
-    """Config for transformers' T5Config. Empty if the model came without text encoders."""
+    configs: Mapping[str, Mapping[str, Any]]
+    """By part, as its config.json says it. "model_index" is the pipeline's own, "scheduler" has no weights."""
 
     @property
-    def width(self) -> int:
-        """h: width of the transformer."""
-        heads, channels = self.transformer["num_attention_heads"], self.transformer["attention_head_dim"]
-        return int(heads * channels)
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that have weights."""
+        return tuple(part for part in self.configs if part not in (_INDEX, _SCHEDULER))
 
     @property
-    def layers(self) -> tuple[int, int]:
-        """Numbers of double and of single blocks."""
-        return self.transformer["num_layers"], self.transformer["num_single_layers"]
+    def transformers(self) -> tuple[str, ...]:
+        """Names of the parts that are trained: one, or two experts, each for its own range of times."""
+        return tuple(part for part in self.parts if part.startswith("transformer"))
 
     @property
-    def channels(self) -> int:
-        """C: channels of a packed token."""
-        return int(self.transformer["in_channels"])
+    def encoders(self) -> tuple[str, ...]:
+        """Names of the parts that encode prompts, their pictures aside. Empty for a model that came without them."""
+        return tuple(part for part in self.parts if part not in self.transformers and part != "vae")
 
-    def image_tokens(self, sampling: Sampling) -> int:
-        """T: image tokens of a picture. Raises ValueError as `token_grid` does."""
-        rows, columns = token_grid(self.vae, sampling)
-        return rows * columns
+    @property
+    def transformer(self) -> Mapping[str, Any]:
+        return self.configs["transformer"]
 
+    @property
+    def vae(self) -> Mapping[str, Any]:
+        return self.configs["vae"]
 
-def vae_factor(vae: Mapping[str, Any]) -> int:
-    """Pixels per latent, along height and along width, by the VAE's config: it halves in every stage but the last."""
-    return int(2 ** (len(vae["block_out_channels"]) - 1))
+    @property
+    def pipeline(self) -> str:
+        """Name of the pipeline's class; FLUX.1's own where only the parts' configs are there."""
+        return str(self.configs.get(_INDEX, {}).get("_class_name", FLUX))
 
+    def class_name(self, part: str) -> str:
+        """Name of a part's class, in diffusers or transformers."""
+        _, name = self.configs.get(_INDEX, {}).get(part) or (None, None)
+        config = self.configs[part]
+        name = name or config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+        if not name:
+            raise ValueError(f"model.name_or_path: the config of its {part} does not name the class that it is for")
+        return str(name)
 
-def token_grid(vae: Mapping[str, Any], sampling: Sampling) -> tuple[int, int]:
-    """Rows and columns of image tokens, each of two by two latents.
-
-    Raises ValueError, naming `sampling.height` or `sampling.width`, for a picture that is not a whole number of tokens.
-    """
-    pixels = 2 * vae_factor(vae)
-    for name in ("height", "width"):
-        if (size := getattr(sampling, name)) % pixels:
-            raise ValueError(f"sampling.{name} = {size} must be a positive multiple of {pixels}, for the model's VAE")
-    return sampling.height // pixels, sampling.width // pixels
-
-
-def _published(name: str) -> Architecture:
-    configs = published(f"random:{name}")
-    assert configs is not None, f"{name}.json ships with ngrpo"
-    return Architecture(**{part: configs[part] for part in MODULES})
+    def changed(self, part: str, **values: Any) -> Architecture:
+        """Another architecture, with these values in a part's config."""
+        return Architecture({**self.configs, part: {**self.configs[part], **values}})
 
 
-KNOWN = {name: _published(name) for name in ("flux-dev", "flux-schnell")}
-_HUB_IDS = {hub_id: name for hub_id, name in hub_ids().items() if name in KNOWN}
+KNOWN = {name: Architecture(published(f"random:{name}") or {}) for name in NAMES}
+"""Architectures with published configs, by the names that "random:NAME" takes."""
 
 
 def find_architecture(name_or_path: str, transformer: Path | None = None) -> Architecture:
-    """The sizes of the model that `model.name_or_path` names, without its weights and without a network.
+    """The configs of the model that `model.name_or_path` names, without its weights and without a network.
 
     `transformer` is the directory of another transformer's config, in place of its own. Raises ValueError, naming
     `model.name_or_path`, if its configs are not on this machine.
     """
     elsewhere = {"transformer": transformer / "config.json"} if transformer else {}
-    known = _HUB_IDS.get(name_or_path)
-    if name_or_path.startswith("random:") or known:
-        architecture = KNOWN[known] if known else _random(name_or_path)
+    name = hub_ids().get(name_or_path)
+    if name or name_or_path.startswith("random:"):
+        architecture = KNOWN[name] if name else _random(name_or_path)
         return _with_transformer(architecture, elsewhere["transformer"]) if elsewhere else architecture
     directory = local_directory(name_or_path)
-    own = {part: _config_file(name_or_path, directory, part) for part in MODULES if part not in elsewhere}
-    return _read(tuple((own | elsewhere).items()))
-
-
-def refuse_size(model: Model, sampling: Sampling) -> None:
-    """Raise ValueError as `token_grid` does, if the config of the model's VAE is on this machine. Downloads nothing.
-
-    Loading a model refuses such a size too; this is for a command that has work to do before it loads one.
-    """
-    of_flux = pipeline_class_name(model.name_or_path) in ("FluxPipeline", "")
-    if model.adapter == "auto" and of_flux and (vae := _vae_at_hand(model.name_or_path)):
-        token_grid(vae, sampling)
-
-
-def _vae_at_hand(name_or_path: str) -> Mapping[str, Any] | None:
-    """The VAE's config of a known model or of a directory; None where it would have to be downloaded."""
-    if name_or_path.startswith("random:"):
-        return _random(name_or_path).vae
-    known = _HUB_IDS.get(name_or_path)
-    return KNOWN[known].vae if known else local_vae_config(name_or_path)
+    files = (_files_in(directory) if directory else _cached_files(name_or_path)) | elsewhere
+    for part in ("transformer", "vae"):  # encoded prompts need no text encoders
+        if part not in files:
+            raise ValueError(f"model.name_or_path = {name_or_path!r} {_lacks(part, name_or_path, directory)}")
+    return _read(tuple(files.items()))
 
 
 @lru_cache
 def _with_transformer(architecture: Architecture, config: Path) -> Architecture:
-    return replace(architecture, transformer=json.loads(config.read_text("utf-8")))
+    return Architecture({**architecture.configs, "transformer": json.loads(config.read_text("utf-8"))})
 
 
 @lru_cache
@@ -141,7 +118,7 @@ def _random(name_or_path: str) -> Architecture:
     """The architecture of "random:NAME", or of "random:NAME:D+S": D double and S single blocks of such a size."""
     name, _, depth = name_or_path.removeprefix("random:").partition(":")
     blocks = re.fullmatch(r"(\d+)\+(\d+)", depth)
-    if name not in KNOWN or (depth and not blocks):
+    if name not in KNOWN or (depth and not (blocks and "num_single_layers" in KNOWN[name].transformer)):
         known = [f"random:{each}" for each in KNOWN]
         raise ValueError(
             f"model.name_or_path = {name_or_path!r}: there are {', '.join(known)}{suggestion(name_or_path, known)}; "
@@ -149,83 +126,117 @@ def _random(name_or_path: str) -> Architecture:
         )
     if not blocks:
         return KNOWN[name]
-    layers = {"num_layers": int(blocks[1]), "num_single_layers": int(blocks[2])}
-    return replace(KNOWN[name], transformer={**KNOWN[name].transformer, **layers})
+    return KNOWN[name].changed("transformer", num_layers=int(blocks[1]), num_single_layers=int(blocks[2]))
 
 
-def _config_file(name_or_path: str, directory: Path | None, part: str) -> Path | None:
-    """Path of a part's config; None for a missing text encoder, because encoded prompts need none."""
-    if directory is not None:
-        path = directory / part / "config.json"
-        if path.is_file():
-            return path
-        if part.startswith("text_encoder"):
-            return None
-        raise ValueError(f"model.name_or_path = {name_or_path!r} has no {part}/config.json, as FLUX.1's layout has")
-    cached = None
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path):  # a hub id
-        cached = try_to_load_from_cache(name_or_path, f"{part}/config.json")
-    if isinstance(cached, str):
-        return Path(cached)
-    if part.startswith("text_encoder"):
-        return None
-    raise ValueError(
-        f"model.name_or_path = {name_or_path!r} is no directory, and its configs are not in the hub's cache here"
-        f"{suggestion(name_or_path, [*_HUB_IDS, *WORLDS])}. "
-        f"`hf download {name_or_path} --include '*/config.json'` brings them; random:flux-dev has FLUX.1-dev's size"
+def _files_in(directory: Path) -> dict[str, Path]:
+    """The configs of a pipeline's directory, by part; all of them where no model_index.json says which belong to it."""
+    index = directory / "model_index.json"
+    listed = _listed(index) if index.is_file() else None
+    found = {path.parent.name: path for path in sorted(directory.glob("*/config.json"))}
+    files = {part: path for part, path in found.items() if listed is None or part in listed}
+    return files | _extras(lambda file: directory / file)
+
+
+def _cached_files(name_or_path: str) -> dict[str, Path]:
+    """The configs of a hub id, by part, from the hub's cache. There are none where the name is no hub id."""
+
+    def cached(file: str) -> Path | None:
+        path = try_to_load_from_cache(name_or_path, file)
+        return Path(path) if isinstance(path, str) else None
+
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path):
+        return {}
+    index = cached("model_index.json")
+    parts = _listed(index) if index else PARTS
+    return {part: path for part in parts if (path := cached(f"{part}/config.json"))} | _extras(cached)
+
+
+def _listed(index: Path) -> list[str]:
+    """Names of a pipeline's parts, by its model_index.json."""
+    entries = json.loads(index.read_text("utf-8"))
+    return [name for name, entry in entries.items() if isinstance(entry, list) and entry[0] is not None]
+
+
+def _extras(file: Callable[[str], Path | None]) -> dict[str, Path]:
+    """The configs beside those of the parts with weights, where they are there."""
+    places = {_INDEX: file("model_index.json"), _SCHEDULER: file(f"{_SCHEDULER}/scheduler_config.json")}
+    return {name: path for name, path in places.items() if path and path.is_file()}
+
+
+def _lacks(part: str, name_or_path: str, directory: Path | None) -> str:
+    """What a name without the config of a part is, and what to do."""
+    if directory:
+        return f"has no {part}/config.json, as a pipeline's directory has"
+    return (
+        f"is no directory, and its configs are not in the hub's cache here"
+        f"{suggestion(name_or_path, [*hub_ids(), *WORLDS])}. "
+        f"`hf download {name_or_path} --include '*.json'` brings them; random:flux-dev has FLUX.1-dev's size"
     )
 
 
 @lru_cache
-def _read(files: tuple[tuple[str, Path | None], ...]) -> Architecture:
-    configs = {part: json.loads(path.read_text("utf-8")) if path else {} for part, path in files}
-    kind = configs["transformer"].get("_class_name", FluxTransformer2DModel.__name__)
-    if kind != FluxTransformer2DModel.__name__:
-        raise ValueError(f"model.name_or_path: {dict(files)['transformer']} is the config of a {kind}, not of FLUX's")
-    return Architecture(**configs)
+def _read(files: tuple[tuple[str, Path], ...]) -> Architecture:
+    return Architecture({part: json.loads(path.read_text("utf-8")) for part, path in files})
 
 
 # -- Modules without memory --------------------------------------------------------------------------------------------
 
 
-def transformer_on(
-    architecture: Architecture,
-    device: str = "meta",
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    layers: tuple[int, int] | None = None,
-    lora_rank: int = 0,
-) -> Any:
-    """A FluxTransformer2DModel, with other `layers` (double, single) if given; with adapters the base is frozen."""
-    config = dict(architecture.transformer)
-    if layers is not None:
-        config["num_layers"], config["num_single_layers"] = layers
-    transformer: Any = _build(lambda: FluxTransformer2DModel.from_config(config), device, dtype)
-    if lora_rank:
-        from peft import LoraConfig
+def part_on(
+    architecture: Architecture, part: str, device: str = "meta", dtype: torch.dtype = torch.bfloat16
+) -> torch.nn.Module:
+    """A part with weights, empty on "meta", and with those of its class's own start on another device.
 
-        transformer.requires_grad_(False)
-        adapters = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA_TARGETS)
-        _build(lambda: transformer.add_adapter(adapters), device, dtype)
-    return transformer
+    Raises ValueError where the installed diffusers or transformers does not have its class.
+    """
+    name, config = architecture.class_name(part), dict(architecture.configs[part])
+    if hasattr(diffusers, name):
+        return _build(lambda: getattr(diffusers, name).from_config(config), device, dtype)
+    if not hasattr(transformers, name):
+        raise ValueError(
+            f"model.name_or_path: its {part} is a {name}, which diffusers {diffusers.__version__} and transformers "
+            f"{transformers.__version__} do not have; config says version {config.get('_diffusers_version', 'unknown')}"
+        )
+    kind = getattr(transformers, name)
+    return _build(lambda: kind(kind.config_class.from_dict(config)), device, dtype).eval()
+
+
+def transformer_on(
+    architecture: Architecture, device: str = "meta", dtype: torch.dtype = torch.bfloat16, part: str = "transformer"
+) -> Any:
+    """One of the transformers that are trained."""
+    return part_on(architecture, part, device, dtype)
 
 
 def vae_on(architecture: Architecture, device: str = "meta", dtype: torch.dtype = torch.bfloat16) -> Any:
-    """An AutoencoderKL on `device`, for evaluation."""
-    return _build(lambda: AutoencoderKL.from_config(dict(architecture.vae)), device, dtype).eval()
+    """The VAE, for evaluation."""
+    return part_on(architecture, "vae", device, dtype).eval()
 
 
 def text_encoders_on(
     architecture: Architecture, device: str = "meta", dtype: torch.dtype = torch.bfloat16
-) -> tuple[Any, Any]:
-    """CLIP and T5 on `device`, for evaluation. Raises ValueError for a model that came without them."""
-    if not (architecture.text_encoder and architecture.text_encoder_2):
+) -> tuple[Any, ...]:
+    """The text encoders in the order of the pipeline. Raises ValueError for a model that came without them."""
+    if not architecture.encoders:
         raise ValueError("model.name_or_path has no text encoders: prompts.embeddings must name encoded prompts")
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    return tuple(part_on(architecture, part, device, dtype).eval() for part in architecture.encoders)
 
-    clip = _build(lambda: CLIPTextModel(CLIPTextConfig(**architecture.text_encoder)), device, dtype)
-    t5 = _build(lambda: T5EncoderModel(T5Config(**architecture.text_encoder_2)), device, dtype)
-    return clip.eval(), t5.eval()
+
+def add_adapters(
+    architecture: Architecture, transformer: torch.nn.Module, rank: int, targets: tuple[str, ...] = ()
+) -> None:
+    """Freeze a transformer and put LoRA's adapters of this rank into it, on its device and in its dtype.
+
+    `targets` are `model.lora_targets`.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    first = next(transformer.parameters())
+    layers = list(targets) or (LORA_TARGETS if architecture.pipeline == FLUX else linear_layers(transformer))
+    adapters = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
+    transformer.requires_grad_(False)
+    _build(lambda: inject_adapter_in_model(adapters, transformer), str(first.device), first.dtype)
 
 
 def _build(make: Callable[[], Any], device: str, dtype: torch.dtype) -> Any:
@@ -237,91 +248,3 @@ def _build(make: Callable[[], Any], device: str, dtype: torch.dtype) -> Any:
             return make()
     finally:
         torch.set_default_dtype(before)
-
-
-def transformer_inputs(
-    architecture: Architecture, pictures: int, image_tokens: int, text_tokens: int, dtype: torch.dtype = torch.bfloat16
-) -> dict[str, Any]:
-    """Arguments of the transformer's forward, as tensors on "meta"."""
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    config = architecture.transformer
-    return {
-        "hidden_states": empty(pictures, image_tokens, architecture.channels),
-        "timestep": empty(pictures, dtype=torch.float32),
-        "guidance": empty(pictures, dtype=torch.float32) if config["guidance_embeds"] else None,
-        "encoder_hidden_states": empty(pictures, text_tokens, config["joint_attention_dim"]),
-        "pooled_projections": empty(pictures, config["pooled_projection_dim"]),
-        "txt_ids": empty(text_tokens, 3, dtype=torch.float32),
-        "img_ids": empty(image_tokens, 3, dtype=torch.float32),
-        "return_dict": False,
-    }
-
-
-# -- Parameters --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """Numbers of parameters, by part. The transformer consists of its blocks and what lies around them."""
-
-    transformer: int
-    double_block: int
-    single_block: int
-    around_blocks: int
-    block_matrices: int
-    """Parameters of the linear layers in all blocks, without biases."""
-    vae: int
-    clip: int
-    t5: int
-    t5_block: int
-
-    @property
-    def largest_block(self) -> int:
-        return max(self.double_block, self.single_block)
-
-    @property
-    def last_block(self) -> int:
-        return self.single_block or self.double_block
-
-
-@lru_cache
-def parameters(architecture: Architecture) -> Parameters:
-    """The numbers of parameters of a pipeline, counted on modules without memory."""
-    transformer = transformer_on(architecture)
-    doubles, singles = transformer.transformer_blocks, transformer.single_transformer_blocks
-    total, blocks = _count(transformer), _count(doubles) + _count(singles)
-    clip = t5 = t5_block = 0
-    if architecture.text_encoder:
-        encoders = text_encoders_on(architecture)
-        (clip, t5), t5_block = map(_count, encoders), _count(encoders[1].encoder.block[0])
-    return Parameters(
-        transformer=total,
-        double_block=_count(doubles[0]) if len(doubles) else 0,
-        single_block=_count(singles[0]) if len(singles) else 0,
-        around_blocks=total - blocks,
-        block_matrices=sum(p.numel() for part in (doubles, singles) for p in part.parameters() if p.ndim == 2),
-        vae=_count(vae_on(architecture)),
-        clip=clip,
-        t5=t5,
-        t5_block=t5_block,
-    )
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def lora_parameters(architecture: Architecture, rank: int) -> tuple[int, int]:
-    """Parameters of the adapters of one double and of one single block: r * (inputs + outputs) of every target."""
-    h = architecture.width
-    double = 8 * (h + h) + 4 * (h + 4 * h)  # q, k, v, out and the two layers of a feed-forward, for picture and text
-    single = 3 * (h + h) + (h + 4 * h) + (5 * h + h)  # q, k, v; the feed-forward's first; its second with attention's
-    return rank * double, rank * single
-
-
-def lora_total(architecture: Architecture, rank: int) -> int:
-    """Parameters of LoRA's adapters in all blocks."""
-    return sum(n * layers for n, layers in zip(lora_parameters(architecture, rank), architecture.layers, strict=True))

@@ -1,28 +1,34 @@
 """Floating point operations of an iteration. A multiplication with its addition counts as two."""
 
-# h width of the transformer, T image tokens, L text tokens, S = T + L tokens of a picture.
-
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
 
-from ngrpo_train.models.sizes import Architecture, lora_parameters
-from ngrpo_train.plan.activations import Shape, block_bytes, decode_pass, encode_pass
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ngrpo_train.models.sizes import Architecture
+from ngrpo_train.plan.activations import block_bytes, decode_pass, encode_pass
+from ngrpo_train.plan.instruments import FlashAttention, Operations
 from ngrpo_train.plan.layout import Batches, filled, shape_of
 from ngrpo_train.plan.scorers import Scoring
+from ngrpo_train.plan.trace import Kind, Shape, traced
 from ngrpo_train.recipe.sections import Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class TransformerFlops:
-    """Operations of one picture's forward, in groups that a backward treats differently."""
+    """Operations of one picture's velocity, in groups that a backward treats differently."""
 
     products: int
-    """Linear layers inside the blocks that work on tokens: what LoRA adapts and float8 speeds up."""
+    """Linear layers inside the blocks that work on what other blocks made: what float8 speeds up."""
     attention: int
+    """Attention, and all else inside the blocks that is no linear layer."""
     conditioning: int
-    """Linear layers inside the blocks that see only time, guidance and pooled text."""
+    """Linear layers inside the blocks that see only what all blocks share, such as time, guidance and pooled text."""
     around: int
     """Linear layers before and after the blocks."""
     adapters: int
@@ -46,35 +52,46 @@ class TransformerFlops:
         return 2 * self.forward
 
 
-def transformer_flops(
-    architecture: Architecture, image_tokens: int, text_tokens: int, lora_rank: int = 0
-) -> TransformerFlops:
-    config, h = architecture.transformer, architecture.width
-    doubles, singles = architecture.layers
-    T, L, S = image_tokens, text_tokens, image_tokens + text_tokens
-    time_width = 256  # sinusoidal features of a time, fixed in diffusers
-    times = 2 if config["guidance_embeds"] else 1  # timestep, and guidance
-    embedders = times * (time_width * h + h * h) + (config["pooled_projection_dim"] * h + h * h)
-    ends = T * config["in_channels"] * h + L * config["joint_attention_dim"] * h + 2 * h * h
-    output = T * h * (config.get("out_channels") or config["in_channels"]) * config["patch_size"] ** 2
-    # Weights that multiply a token. In a double block, those of its stream: four of h x h for attention, two of h x 4h
-    # for the feed-forward. In a single block: three of h x h, one of h x 4h, one of 5h x h. Both come to 12 h^2.
+@lru_cache
+def transformer_flops(architecture: Architecture, shape: Shape) -> TransformerFlops:
+    """Operations of a velocity of one picture: of all calls that it takes."""
+    trace = traced(architecture, shape)
+    counts = [(kind.layers, kind_flops(kind)) for kind in trace.kinds]
+
+    def total(group: str) -> int:
+        return sum(layers * getattr(flops, group) for layers, flops in counts)
+
     return TransformerFlops(
-        products=2 * 12 * (doubles + singles) * S * h * h,
-        attention=2 * 2 * (doubles + singles) * S * S * h,
-        conditioning=2 * (12 * doubles + 3 * singles) * h * h,
-        around=2 * (embedders + ends + output),
-        adapters=2 * _adapter_products(architecture, T, L, lora_rank),
+        products=total("products"),
+        attention=total("attention"),
+        conditioning=total("conditioning"),
+        around=trace.around_flops,
+        adapters=total("adapters"),
     )
 
 
-def _adapter_products(architecture: Architecture, image_tokens: int, text_tokens: int, rank: int) -> int:
-    """Multiplications by adapters. Of a double block's, half see the picture's tokens and half the text's; of a
-    single block's, all see both.
-    """
-    (double, single), (doubles, singles) = lora_parameters(architecture, rank), architecture.layers
-    tokens = image_tokens + text_tokens
-    return doubles * double // 2 * tokens + singles * single * tokens
+@lru_cache
+def kind_flops(kind: Kind) -> TransformerFlops:
+    """Operations of one block, by torch's counter. What is no linear layer counts as attention."""
+    groups = {"products": 0, "conditioning": 0, "adapters": 0}
+    frozen = {name: p.detach() for name, p in kind.block.named_parameters()}
+
+    def count(adapter: bool, layer: nn.Linear, inputs: tuple[Tensor, ...], _: Any) -> None:
+        (x,) = inputs
+        # Weights and shared inputs need no gradients here, so what needs some comes from other blocks.
+        group = "adapters" if adapter else "products" if x.requires_grad else "conditioning"
+        groups[group] += 2 * x.numel() * layer.out_features
+
+    layers = [(name, part) for name, part in kind.block.named_modules() if isinstance(part, nn.Linear)]
+    hooks = [part.register_forward_hook(partial(count, ".lora_" in f".{name}")) for name, part in layers]
+    arguments, named = kind.inputs(lambda n, x: x.detach().requires_grad_(n in kind.flow and x.is_floating_point()))
+    try:
+        with Operations() as operations, FlashAttention():
+            functional_call(kind.block, frozen, arguments, named)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return TransformerFlops(attention=operations.total - sum(groups.values()), around=0, **groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +121,13 @@ class Flops:
 def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
     """Operations of the first iteration. All groups are taken to have signal; scorers of unknown cost count as 0."""
     algorithm, sampling, batches = recipe.algorithm, recipe.sampling, Batches.of(recipe)
-    shape = shape_of(recipe, architecture)
-    trained = transformer_flops(architecture, shape.image_tokens, shape.text_tokens, shape.lora_rank)
-    base = transformer_flops(architecture, shape.image_tokens, shape.text_tokens)
+    shape = shape_of(recipe)
+    trained = transformer_flops(architecture, shape)
+    base = replace(trained, adapters=0)
     float8 = recipe.parallel.rollout_dtype == "float8"
     exploring = base if float8 else trained  # the float8 copy has adapters merged in
-    text = 0 if recipe.prompts.embeddings else batches.prompts * encode_pass(architecture, shape.text_tokens).flops
-    decode, scoring = decode_pass(architecture, sampling.height, sampling.width).flops, Scoring.of(recipe)
+    text = 0 if recipe.prompts.embeddings else batches.prompts * encode_pass(architecture, sampling).flops
+    decode, scoring = decode_pass(architecture, sampling, tiles=recipe.parallel.decode_tiles).flops, Scoring.of(recipe)
 
     def stages(explored: int, decoded: int, states: int, later: int) -> dict[str, int]:
         """Operations by stage: `explored` pictures in forwards of the rollout, `decoded` ones, and `states` trained,
@@ -153,9 +170,6 @@ def _recomputed(recipe: Recipe, architecture: Architecture, shape: Shape, pictur
         return picture.blocks
     if isinstance(keep, str):  # "none" recomputes nothing, "selective" only what is cheap: no products
         return 0
-    doubles, singles = architecture.layers
-    share = sum(
-        layers * block_bytes(architecture, kind, shape, keep, compiled=True).recomputed
-        for kind, layers in (("double", doubles), ("single", singles))
-    )
-    return round(picture.blocks * share / (doubles + singles))
+    kinds = traced(architecture, shape).kinds
+    shares = ((kind.layers, block_bytes(kind, keep, compiled=True).recomputed) for kind in kinds)
+    return round(picture.blocks * sum(layers * share for layers, share in shares) / sum(kind.layers for kind in kinds))

@@ -7,12 +7,14 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ngrpo_train.models.sizes import Architecture, Parameters, find_architecture, parameters
+from ngrpo_train.models.counts import Parameters, parameters
+from ngrpo_train.models.sizes import Architecture, find_architecture
 from ngrpo_train.parallel.layout import Layout
 from ngrpo_train.plan.flops import Flops, iteration_flops
 from ngrpo_train.plan.layout import Batches, Weights, filled, shape_of
 from ngrpo_train.plan.machines import Machine
 from ngrpo_train.plan.memory import Memory, iteration_memory
+from ngrpo_train.plan.trace import traced
 from ngrpo_train.plan.traffic import Traffic, iteration_traffic
 from ngrpo_train.recipe.algorithms import Workload
 from ngrpo_train.recipe.sections import Recipe
@@ -62,9 +64,9 @@ def fastest_that_fits(
     layout, asked = Layout.of(recipe.model, recipe.parallel, world_size, gpus_per_node), recipe.parallel
     keeps = ("never", "rollout", "iteration") if asked.keep_gathered == "auto" else (asked.keep_gathered,)
     reduces = ("batch", "step") if asked.reduce_gradients == "auto" else (asked.reduce_gradients,)
-    shape, batches = shape_of(recipe, architecture), Batches.of(recipe)
+    batches, tokens = Batches.of(recipe), traced(architecture, shape_of(recipe)).tokens
     rollouts = [asked.rollout_batch] if asked.rollout_batch else _divisors(batches.explored)
-    pixels = recipe.sampling.height * recipe.sampling.width
+    pixels = recipe.sampling.num_frames * recipe.sampling.height * recipe.sampling.width
     most = max(1, FULL_DECODE_PIXELS // pixels)
     decodes = [asked.decode_batch] if asked.decode_batch else [n for n in _divisors(batches.decode) if n <= most]
 
@@ -79,7 +81,6 @@ def fastest_that_fits(
         return iteration_memory(settled.within(recipe), architecture, layout).peak
 
     # Few pictures at once slow every product down: gathering less often is not worth that.
-    tokens = shape.image_tokens + shape.text_tokens
     fast = [n for n in rollouts if n * tokens >= FULL_FORWARD_TOKENS] or rollouts[:1]
     # A tree's first steps have few pictures, and large batches of them would be mostly filling.
     fast.sort(key=lambda n: sum(filled(pictures, n, recipe) for pictures in batches.calls))
@@ -171,7 +172,7 @@ def make_plan(
 ) -> Plan:
     """Plan a recipe. `machine` may be a GPU's bytes alone. Raises ValueError where the model's sizes are not known."""
     if recipe.model.adapter != "auto":
-        raise ValueError(f"model.adapter = {recipe.model.adapter!r}: plans know only FLUX.1's layout ('auto')")
+        raise ValueError(f"model.adapter = {recipe.model.adapter!r}: plans know only models of diffusers ('auto')")
     architecture = architecture or find_architecture(recipe.model.name_or_path)
     known = machine if isinstance(machine, Machine) else None
     gpu_bytes = machine.memory_bytes if isinstance(machine, Machine) else machine

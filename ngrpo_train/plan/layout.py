@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ngrpo_train.models.sizes import Architecture, lora_parameters, lora_total, parameters
+from ngrpo_train.models.counts import Parameters, adapters, parameters
+from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel.layout import Layout, compiles
-from ngrpo_train.plan.activations import Shape
+from ngrpo_train.plan.trace import Shape
 from ngrpo_train.recipe.sections import Recipe
 
 TEXT_BYTES = 2
@@ -25,6 +26,8 @@ class Weights:
     base: int
     trained: int
     frozen: int
+    codes: int
+    """Frozen ones that `model.base_dtype` keeps in a storage of its own, on each process whole."""
     managed: int
     """Parameters that FSDP shards and gathers."""
     managed_block: int
@@ -35,23 +38,28 @@ class Weights:
     """Managed ones outside of blocks."""
     trained_block: int
     """Trained ones in the largest block."""
+    experts: int
+    """Transformers, of which each forward takes one."""
 
     @staticmethod
     def of(recipe: Recipe, architecture: Architecture, layout: Layout) -> Weights:
-        counts, rank = parameters(architecture), recipe.model.lora_rank
+        counts, model, experts = parameters(architecture), recipe.model, len(architecture.transformers)
         base, block, last = counts.transformer, counts.largest_block, counts.last_block
-        if recipe.model.tuning == "full":
+        if model.tuning == "full":
             managed = (0, 0, 0, 0) if layout.plain else (base, block, last, counts.around_blocks)
-            return Weights(base, base, 0, *managed, block)
-        double, single = lora_parameters(architecture, rank)
-        adapters, adapter_block = lora_total(architecture, rank), max(double, single)
+            return Weights(base, base, 0, 0, *managed, block, experts)
+        added = adapters(architecture, model.lora_rank, model.lora_targets)
+        codes = 0 if model.base_dtype == "same" else counts.block_matrices
         if layout.plain:
             managed = (0, 0, 0, 0)
         elif layout.shares == 1:  # the base is left alone: gathering it would only copy it
-            managed = (adapters, adapter_block, single, 0)
+            managed = (added.total, added.largest_block, added.last_block, 0)
+        elif codes:  # biases and norms in blocks are too few to count
+            managed = (base - codes + added.total, added.largest_block, added.last_block, counts.around_blocks)
         else:
-            managed = (base + adapters, block + adapter_block, last + single, counts.around_blocks)
-        return Weights(base, adapters, base, *managed, adapter_block)
+            largest, final = block + added.largest_block, last + added.last_block
+            managed = (base + added.total, largest, final, counts.around_blocks)
+        return Weights(base, added.total, base, codes, *managed, added.largest_block, experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +131,29 @@ def _batch(asked: int, count: int, recipe: Recipe) -> int:
     return asked or count if compiled(recipe) else min(asked or count, count)
 
 
-def shape_of(recipe: Recipe, architecture: Architecture) -> Shape:
+def shape_of(recipe: Recipe) -> Shape:
+    lora = recipe.model.tuning == "lora"
     return Shape(
-        image_tokens=architecture.image_tokens(recipe.sampling),
-        text_tokens=recipe.sampling.max_sequence_length,
+        sampling=recipe.sampling,
         dtype=getattr(torch, recipe.parallel.compute_dtype),
-        lora_rank=recipe.model.lora_rank if recipe.model.tuning == "lora" else 0,
+        lora_rank=recipe.model.lora_rank if lora else 0,
+        lora_targets=recipe.model.lora_targets if lora else (),
     )
 
 
 def compiled(recipe: Recipe) -> bool:
     """True where blocks are compiled. The plan is for a GPU, unless the recipe is for a CPU."""
     return compiles(recipe.parallel, "cpu" if recipe.parallel.device == "cpu" else "cuda")
+
+
+def code_bytes(recipe: Recipe, counts: Parameters) -> float:
+    """Bytes of the frozen linear layers that `model.base_dtype` keeps in a storage of its own, with their scales."""
+    matrices = counts.block_matrices
+    if recipe.model.base_dtype == "nf4":  # a scale for 64 weights
+        return (1 / 2 + bytes_of(recipe.parallel.compute_dtype) / 64) * matrices
+    if recipe.model.base_dtype == "float8":  # a float32 scale for each output
+        return matrices + 4 * counts.matrix_rows
+    return bytes_of(recipe.model.base_dtype) * matrices
 
 
 def bytes_of(dtype: str) -> int:

@@ -1,21 +1,23 @@
 """Memory of each GPU and of its host, by part and by phase of an iteration, in bytes."""
 
-# P prompts together, G candidates, B anchors, K trained steps, M trained transitions of a prompt, T image tokens, C
-# channels, L text tokens, S processes that share one copy of the weights.
+# P prompts together, G candidates, B anchors, K trained steps, M trained transitions of a prompt, S processes that
+# share one copy of the weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
-from ngrpo_train.models.sizes import Architecture, Parameters, parameters
+from ngrpo_train.models.counts import Parameters, parameters
+from ngrpo_train.models.inputs import inputs_of
+from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel.layout import Layout
-from ngrpo_train.plan.activations import BlockBytes, Shape, block_bytes, decode_pass, encode_pass, ends_bytes
-from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, compiled, shape_of
+from ngrpo_train.plan.activations import BlockBytes, block_bytes, decode_pass, encode_pass
+from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, code_bytes, compiled, shape_of
 from ngrpo_train.plan.machines import GIB
 from ngrpo_train.plan.scorers import Scoring
+from ngrpo_train.plan.trace import Shape, traced
 from ngrpo_train.recipe.sections import Recipe
 
 # Assumptions: nothing here has been compared with a GPU yet.
@@ -50,16 +52,14 @@ class Memory:
 def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout) -> Memory:
     """Memory in the first iteration. `keep_gathered` and `reduce_gradients` must be settled."""
     settings, batches, counts = recipe.parallel, Batches.of(recipe), parameters(architecture)
-    weights, shape = Weights.of(recipe, architecture, layout), shape_of(recipe, architecture)
+    weights, shape = Weights.of(recipe, architecture, layout), shape_of(recipe)
     everywhere, host = _states(recipe, counts, weights, layout)
-    encoders, encoders_gathered = 0.0, 0.0
-    if not recipe.prompts.embeddings:
-        encoders = float(TEXT_BYTES * (counts.clip + counts.t5))
+    encoders = 0.0 if recipe.prompts.embeddings else float(TEXT_BYTES * counts.encoders)
+    encoders_gathered = 0.0
     if settings.text_encoders == "shard" and encoders and layout.world_size > 1:
-        encoders = TEXT_BYTES * (counts.clip + counts.t5 / layout.world_size)
-        # Three blocks, as in a forward in `_gathered`, and the layers around the blocks.
-        around = counts.t5 - architecture.text_encoder_2["num_layers"] * counts.t5_block
-        encoders_gathered = TEXT_BYTES * (3 * counts.t5_block + around)
+        encoders /= layout.world_size
+        # Of the largest: three layers, as in a forward in `_gathered`, and what lies around the layers.
+        encoders_gathered = TEXT_BYTES * (3 * counts.encoder_layer + counts.around_layers)
     if settings.text_encoders == "offload":
         host += encoders
         encoders_gathered = encoders
@@ -80,7 +80,7 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
         "encode": {
             **everywhere,
             "gathered weights": rollout_gathered if settings.keep_gathered != "never" else 0,
-            "activations": recipe.prompts.per_rank * _encode_bytes(recipe, architecture, shape),
+            "activations": recipe.prompts.per_rank * _encode_bytes(recipe, architecture),
         },
         "rollout": {
             **everywhere,
@@ -116,7 +116,9 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
 def _states(recipe: Recipe, counts: Parameters, weights: Weights, layout: Layout) -> tuple[dict[str, float], float]:
     """Bytes that last from iteration to iteration: those on the GPU, by part, and the total in host memory."""
     shard, settings = 1 / layout.shares, recipe.parallel
-    frozen = bytes_of(settings.compute_dtype) * weights.frozen * shard
+    frozen = bytes_of(settings.compute_dtype) * (weights.frozen - weights.codes) * shard
+    if weights.codes:
+        frozen += code_bytes(recipe, counts)
     trained = _master_bytes(recipe) * weights.trained * shard
     parts = {
         "frozen weights": frozen,
@@ -182,30 +184,25 @@ def _gradients_in_update(recipe: Recipe, weights: Weights, layout: Layout, batch
 
 
 def _blocks(recipe: Recipe, architecture: Architecture, shape: Shape) -> list[tuple[int, BlockBytes]]:
-    """Pairs (number of layers, bytes of one): double blocks, then single ones."""
-    keep, doubles, singles = recipe.model.gradient_checkpointing, *architecture.layers
-    return [
-        (layers, block_bytes(architecture, kind, shape, keep, compiled=compiled(recipe)))
-        for layers, kind in ((doubles, "double"), (singles, "single"))
-        if layers
-    ]
+    """Pairs (number of layers, bytes of one), kind by kind."""
+    keep, is_compiled = recipe.model.gradient_checkpointing, compiled(recipe)
+    kinds = traced(architecture, shape).kinds
+    return [(kind.layers, block_bytes(kind, keep, compiled=is_compiled)) for kind in kinds]
 
 
 def update_picture_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> tuple[float, float]:
     """Bytes of one picture's forward and backward: (kept after the forward, peak)."""
-    kept = float(ends_bytes(architecture, shape))
-    most = 0.0
-    for layers, block in _blocks(recipe, architecture, shape):
-        kept += layers * block.kept
-        most = max(most, kept - block.kept + block.backward)  # in the backward of the last block of this kind
-    return kept, most
+    blocks = _blocks(recipe, architecture, shape)
+    kept = traced(architecture, shape).around_kept + sum(layers * block.kept for layers, block in blocks)
+    # In the backward of the last block of a kind.
+    return float(kept), float(max(kept - block.kept + block.backward for _, block in blocks))
 
 
 def _update_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, batches: Batches) -> float:
     kept, most = update_picture_bytes(recipe, architecture, shape)
     if recipe.algorithm.reference_coef:  # the base model's forward comes between forward and backward
         most = max(most, kept + _forward_bytes(recipe, architecture, shape))
-    latent = shape.image_tokens * architecture.channels
+    latent = _latent_values(architecture, shape)
     rows = batches.rows * recipe.workload().row_latents * 4 * latent
     conditioning = batches.update * _conditioning_bytes(architecture, shape)
     old = 0
@@ -215,30 +212,35 @@ def _update_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, batc
 
 
 def _forward_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> int:
-    return max(block.forward for _, block in _blocks(recipe, architecture, shape))
+    most = max(block.forward for _, block in _blocks(recipe, architecture, shape))
+    return most + traced(architecture, shape).shared
 
 
 def _rollout_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, batches: Batches) -> float:
-    latent = 4 * shape.image_tokens * architecture.channels
-    solver = batches.explored * (recipe.workload().rollout_latents * latent + _conditioning_bytes(architecture, shape))
+    latents = recipe.workload().rollout_latents * 4 * _latent_values(architecture, shape)
+    solver = batches.explored * (latents + _conditioning_bytes(architecture, shape))
     return batches.rollout * _forward_bytes(recipe, architecture, shape) + solver
 
 
+def _latent_values(architecture: Architecture, shape: Shape) -> int:
+    """Numbers of one picture's latent."""
+    return math.prod(inputs_of(architecture, shape.sampling, shape.dtype).latent_shape)
+
+
 def _conditioning_bytes(architecture: Architecture, shape: Shape) -> int:
-    """Bytes of one prompt's T5 features."""
-    features: int = architecture.transformer["joint_attention_dim"]
-    return shape.text_tokens * features * torch.empty((), dtype=shape.dtype).element_size()
+    """Bytes of one encoded prompt."""
+    return inputs_of(architecture, shape.sampling, shape.dtype).conditioning_bytes
 
 
 def _group_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> float:
     """Bytes of one explored prompt until its update: float32 states and velocities, and the conditioning."""
-    latent = 4 * shape.image_tokens * architecture.channels
-    return recipe.workload().explored_latents * latent + _conditioning_bytes(architecture, shape)
+    latents = recipe.workload().explored_latents * 4 * _latent_values(architecture, shape)
+    return latents + _conditioning_bytes(architecture, shape)
 
 
 def _copied_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> int:
     """Bytes of one explored prompt that the update copies. Width pruning copies the transitions that it keeps."""
-    return recipe.workload().copied_latents * 4 * shape.image_tokens * architecture.channels
+    return recipe.workload().copied_latents * 4 * _latent_values(architecture, shape)
 
 
 def _joining_bytes(recipe: Recipe, groups: float) -> float:
@@ -246,14 +248,16 @@ def _joining_bytes(recipe: Recipe, groups: float) -> float:
     return 0 if recipe.train.gradient_accumulation_steps == 1 else groups
 
 
-def _encode_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> int:
+def _encode_bytes(recipe: Recipe, architecture: Architecture) -> int:
     """Peak bytes in encoding one prompt; 0 where prompts are encoded beforehand."""
-    return 0 if recipe.prompts.embeddings else encode_pass(architecture, shape.text_tokens).peak
+    return 0 if recipe.prompts.embeddings else encode_pass(architecture, recipe.sampling).peak
 
 
 def _decode_bytes(recipe: Recipe, architecture: Architecture, batches: Batches, scoring: Scoring) -> float:
     """Peak bytes while pictures are decoded, and then scored."""
-    height, width = recipe.sampling.height, recipe.sampling.width
-    pictures = batches.prompts * recipe.algorithm.num_generations * 3 * height * width  # bytes of colour
-    decoding = batches.decode * decode_pass(architecture, height, width).peak + 2 * pictures  # parts, then all in one
+    sampling = recipe.sampling
+    colours = 3 * sampling.num_frames * sampling.height * sampling.width  # bytes of one picture or video
+    pictures = batches.prompts * recipe.algorithm.num_generations * colours
+    decode = decode_pass(architecture, sampling, tiles=recipe.parallel.decode_tiles)
+    decoding = batches.decode * decode.peak + 2 * pictures  # parts, then all in one
     return max(decoding, pictures + scoring.activations)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ngrpo_train.models.sizes import Architecture, lora_total
+from ngrpo_train.models.counts import adapters
+from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.plan.forecast import Plan, make_plan
 from ngrpo_train.plan.machines import GIB, Machine
 from ngrpo_train.plan.scorers import of_unknown_cost, scorer_sizes
@@ -133,9 +134,9 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
     if not recipe.prompts.embeddings:
         yield {"prompts.embeddings": "DIRECTORY"}, "prompts encoded beforehand by `ngrpo embed`: no text encoders"
         if several and settings.text_encoders != "shard":
-            yield {"parallel.text_encoders": "shard"}, "T5 sharded over GPUs"
+            yield {"parallel.text_encoders": "shard"}, "text encoders sharded over GPUs"
         if settings.text_encoders != "offload":
-            yield {"parallel.text_encoders": "offload"}, "T5 and CLIP in host memory between uses"
+            yield {"parallel.text_encoders": "offload"}, "text encoders in host memory between uses"
     if offloaded := {f"rewards.{name}.offload": True for name in _scorers(recipe) if not recipe.rewards[name].offload}:
         yield offloaded, "scorers in host memory between uses"
     yield from _shorter_scorers(recipe)
@@ -166,7 +167,7 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
         lora: dict[str, Any] = {"model.tuning": "lora", "optimizer.learning_rate": 3e-4}
         if settings.master_dtype != "float32":
             lora |= {"parallel.master_dtype": "float32"}
-        size = lora_total(plan.architecture, model.lora_rank) / 1e6
+        size = adapters(plan.architecture, model.lora_rank, model.lora_targets).total / 1e6
         yield lora, f"trains {size:,.0f} M adapter weights instead of all"
     if model.ema:
         yield {"model.ema": 0.0}, "no moving average of the weights"

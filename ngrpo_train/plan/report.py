@@ -97,9 +97,12 @@ def _title(plan: Plan) -> str:
 
 def _facts(plan: Plan) -> Iterator[str]:
     counts, settled, layout, batches = plan.parameters, plan.settled, plan.layout, plan.batches
+    architecture = plan.architecture
     yield (
-        f"parameters: transformer {_scaled(counts.transformer)}, trained {_scaled(plan.trained)}; "
-        f"T5 {_scaled(counts.t5)}, CLIP {_scaled(counts.clip)}, VAE {_scaled(counts.vae)}"
+        f"parameters: trained {_scaled(plan.trained)}; "
+        + ", ".join(
+            f"{part} ({architecture.class_name(part)}) {_scaled(count)}" for part, count in counts.parts.items()
+        )
     )
     rewards = plan.recipe.rewards
     if sizes := scorer_sizes(rewards):

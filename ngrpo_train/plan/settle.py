@@ -14,8 +14,9 @@ from ngrpo_train.models.loading import load_architecture
 from ngrpo_train.models.sizes import TEXT_PARTS, Architecture
 from ngrpo_train.parallel import attention, processes, sharding
 from ngrpo_train.plan.cost import Cost
-from ngrpo_train.plan.layout import Batches
+from ngrpo_train.plan.layout import Batches, shape_of
 from ngrpo_train.plan.machines import Machine, machine_of
+from ngrpo_train.plan.trace import traced
 from ngrpo_train.recipe.sections import Parallel, Recipe
 
 logger = logging.getLogger(__name__)
@@ -109,13 +110,14 @@ def _fastest_attention(recipe: Recipe, device: torch.device) -> str:
 
 def _attention_shapes(recipe: Recipe) -> attention.Shapes | None:
     architecture, batches = _architecture(recipe), Batches.of(recipe)
-    if not architecture:
+    largest = traced(architecture, shape_of(recipe)).attention if architecture else None
+    if not largest:
         return None
-    config = architecture.transformer
+    (_, heads, tokens, head_dim), _ = largest
     return attention.Shapes(
-        tokens=architecture.image_tokens(recipe.sampling) + recipe.sampling.max_sequence_length,
-        heads=config["num_attention_heads"],
-        head_dim=config["attention_head_dim"],
+        tokens=tokens,
+        heads=heads,
+        head_dim=head_dim,
         dtype=getattr(torch, recipe.parallel.compute_dtype),
         rollout_batch=batches.rollout,
         update_batch=batches.update,

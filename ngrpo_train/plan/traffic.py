@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ngrpo_train.models.sizes import Architecture, parameters
+from ngrpo_train.models.counts import parameters
+from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel.layout import Layout
 from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, stored_bytes
 from ngrpo_train.plan.scorers import Scoring
@@ -44,8 +45,9 @@ def iteration_traffic(recipe: Recipe, architecture: Architecture, layout: Layout
     given = batches.updates * reduced * weights.trained * shard
     counts, placement = parameters(architecture), settings.text_encoders
     encodes = 0 if recipe.prompts.embeddings else recipe.train.gradient_accumulation_steps
-    from_host = encodes * TEXT_BYTES * (counts.clip + counts.t5) if placement == "offload" else 0
-    from_others = encodes * TEXT_BYTES * counts.t5 * (1 - 1 / layout.world_size) if placement == "shard" else 0
+    from_host = encodes * TEXT_BYTES * counts.encoders if placement == "offload" else 0
+    elsewhere = counts.encoders * (1 - 1 / layout.world_size)
+    from_others = encodes * TEXT_BYTES * elsewhere if placement == "shard" else 0
     return Traffic(
         gathers=gathers + refreshes,
         gathered_bytes=whole * others + from_others,

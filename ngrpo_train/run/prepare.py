@@ -11,7 +11,7 @@ from ngrpo_train.algorithms import refuse_backend
 from ngrpo_train.models.embeddings import EmbeddingCache
 from ngrpo_train.models.encoders import frozen_dtype
 from ngrpo_train.models.needs import refuse_without_pictures
-from ngrpo_train.models.sizes import refuse_size
+from ngrpo_train.models.packing import refuse_size
 from ngrpo_train.plan.settle import settle_attention
 from ngrpo_train.prompts import Prompt, PromptCursor, load_prompts
 from ngrpo_train.recipe.checks import check

@@ -12,7 +12,7 @@ import torch
 
 from ngrpo_train.models.loading import is_transformer
 from ngrpo_train.models.model import FlowModel
-from ngrpo_train.models.sizes import refuse_size
+from ngrpo_train.models.packing import refuse_size
 from ngrpo_train.parallel import processes
 from ngrpo_train.plan.settle import settle_attention, settle_memory
 from ngrpo_train.recipe.parsing import is_run

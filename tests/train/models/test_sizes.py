@@ -1,8 +1,7 @@
-"""Sizes and operations from configs alone, against the modules themselves and torch's own counter."""
+"""Architectures by name and from files, and their sizes, against what is published and the weights themselves."""
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
-from torch.utils.flop_counter import FlopCounterMode
 
-from ngrpo_train.models import sizes
-from ngrpo_train.models.sizes import KNOWN, Architecture, find_architecture, lora_total, parameters
+from ngrpo_train.models import packing, sizes
+from ngrpo_train.models.counts import adapters, parameters
+from ngrpo_train.models.inputs import inputs_of
+from ngrpo_train.models.sizes import KNOWN, Architecture, find_architecture
 from ngrpo_train.plan import settle
-from ngrpo_train.plan.flops import transformer_flops
 from ngrpo_train.recipe.sections import Model, Recipe, Sampling
 from ngrpo_train.worlds import pipeline_dir
 
@@ -32,10 +31,17 @@ def count(module: torch.nn.Module) -> int:
 def test_known_models_have_their_published_sizes() -> None:
     dev, schnell = parameters(DEV), parameters(SCHNELL)
     assert (dev.transformer, schnell.transformer) == (11_901_408_320, 11_891_178_560)
-    assert (dev.vae, dev.clip, dev.t5) == (83_819_683, 123_060_480, 4_762_310_656)
+    others = {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}
+    assert dev.parts == {"transformer": dev.transformer, **others}
+    assert (dev.vae, dev.encoders, dev.largest_encoder) == (83_819_683, 4_885_371_136, 4_762_310_656)
+    assert 24 * dev.encoder_layer + dev.around_layers == pytest.approx(dev.largest_encoder, rel=1e-3)
     assert count(sizes.vae_on(DEV).decoder) == 49_545_475
-    assert dev.transformer == 19 * dev.double_block + 38 * dev.single_block + dev.around_blocks
-    assert (dev.largest_block, dev.last_block) == (dev.double_block, dev.single_block)
+    double, single = dev.largest_block, dev.last_block
+    assert dev.transformer == 19 * double + 38 * single + dev.around_blocks
+    layers = (double - single) // 3072**2
+    assert layers == 21  # 36 matrices of the width in a double block, 15 in a single one
+    assert dev.block_matrices == 3072**2 * (19 * 36 + 38 * 15)
+    assert dev.matrix_rows == 3072 * (19 * 30 + 38 * 11)
     assert {p.device.type for part in sizes.text_encoders_on(DEV) for p in part.parameters()} == {"meta"}
 
 
@@ -55,31 +61,33 @@ def test_a_known_model_needs_no_files(name: str, known: Architecture) -> None:
 def test_the_shapes_pipeline_is_read_from_its_files() -> None:
     found = find_architecture("shapes")
     assert found is find_architecture("shapes")
-    assert (found.width, found.layers, found.channels) == (128, (2, 3), 64)
+    assert found.parts == ("text_encoder", "text_encoder_2", "transformer", "vae")
+    assert found.class_name("text_encoder_2") == "T5EncoderModel"
     weights = pipeline_dir("shapes") / "transformer" / "diffusion_pytorch_model.safetensors"
     assert parameters(found).transformer == sum(tensor.numel() for tensor in load_file(weights).values())
-    assert found.image_tokens(Sampling(height=64, width=64)) == 16
-    assert DEV.image_tokens(Sampling(height=720, width=720)) == 2025
+    assert inputs_of(found, Sampling(height=64, width=64), torch.float32).latent_shape == (16, 64)
+    assert inputs_of(DEV, Sampling(height=720, width=720), torch.float32).latent_shape == (2025, 64)
 
 
 def test_a_directory_is_read(tiny_schnell: str, tmp_path: Path) -> None:
     found = find_architecture(tiny_schnell)
     assert not found.transformer["guidance_embeds"]
-    assert parameters(found).t5 > 0
+    assert parameters(found).encoders > 0
     without_text = tmp_path / "model"
     for part in ("transformer", "vae"):
         (without_text / part).mkdir(parents=True)
         (without_text / part / "config.json").write_bytes((Path(tiny_schnell) / part / "config.json").read_bytes())
     alone = find_architecture(str(without_text))
     assert parameters(alone).transformer == parameters(found).transformer
-    assert parameters(alone).t5 == 0
+    assert parameters(alone).encoders == 0
     with pytest.raises(ValueError, match=r"prompts\.embeddings"):
         sizes.text_encoders_on(alone)
 
 
 def test_a_hub_id_is_looked_up_in_the_cache(tiny_dev: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def cached(repository: str, file: str) -> Any:
-        return str(Path(tiny_dev) / file) if repository == "somebody/else" else None
+        path = Path(tiny_dev) / file
+        return str(path) if repository == "somebody/else" and path.is_file() else None
 
     monkeypatch.setattr(sizes, "try_to_load_from_cache", cached)
     assert parameters(find_architecture("somebody/else")) == parameters(find_architecture(tiny_dev))
@@ -101,14 +109,30 @@ def test_an_unknown_name_says_what_to_do(name: str, message: str) -> None:
         find_architecture(name)
 
 
-def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_directory_without_a_pipeline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no transformer/config\.json"):
         find_architecture(str(tmp_path))
-    for part in sizes.MODULES:
+    for part in ("transformer", "vae"):
         (tmp_path / part).mkdir()
-        (tmp_path / part / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
-    with pytest.raises(ValueError, match="is the config of a SD3Transformer2DModel, not of FLUX's"):
-        find_architecture(str(tmp_path))
+        (tmp_path / part / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="the config of its vae does not name the class"):
+        sizes.vae_on(find_architecture(str(tmp_path)))
+
+
+def test_parts_are_those_of_the_index_and_of_its_classes(tmp_path: Path) -> None:
+    """Not what else lies in the directory; the index, where it names a class, has the last word."""
+    index = {"_class_name": "SomePipeline", "transformer": ["diffusers", "New2DModel"], "vae": ["diffusers", "NewVAE"]}
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({**index, "image_encoder": [None, None], "is_distilled": True})
+    )
+    for part in ("transformer", "vae", "image_encoder", "old"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps({"_class_name": "Old", "_diffusers_version": "0.99.0"}))
+    found = find_architecture(str(tmp_path))
+    assert (found.pipeline, found.parts, found.encoders) == ("SomePipeline", ("transformer", "vae"), ())
+    assert found.class_name("transformer") == "New2DModel"
+    with pytest.raises(ValueError, match=r"its transformer is a New2DModel, which diffusers .* version 0\.99\.0"):
+        sizes.transformer_on(found)
 
 
 # -- Another VAE -------------------------------------------------------------------------------------------------------
@@ -130,7 +154,7 @@ def halves_twice(tiny_dev: str, tmp_path_factory: pytest.TempPathFactory) -> str
 def test_tokens_are_of_the_models_own_vae(halves_twice: str, load_flux: Any) -> None:
     """40 by 24 pixels are 5 by 3 tokens; with FLUX.1's VAE they would be none in whole."""
     sampling = Sampling(height=40, width=24, max_sequence_length=16)
-    assert find_architecture(halves_twice).image_tokens(sampling) == 15
+    assert inputs_of(find_architecture(halves_twice), sampling, torch.float32).latent_shape == (15, 64)
     flux = load_flux(halves_twice, height=40, width=24)
     assert flux.latent_shape == (15, 64)
     assert flux.decode(torch.randn(2, 15, 64)).shape == (2, 3, 40, 24)
@@ -165,75 +189,24 @@ def test_a_model_refuses_such_a_size_by_itself(halves_twice: str, load_flux: Any
 
 @pytest.mark.parametrize("name", ["black-forest-labs/FLUX.1-dev", "random:flux-schnell", "shapes"])
 def test_a_known_models_size_is_checked_without_its_files(name: str) -> None:
-    sizes.refuse_size(Model(name_or_path=name), Sampling(height=720, width=1024))
+    packing.refuse_size(Model(name_or_path=name), Sampling(height=720, width=1024))
     with pytest.raises(ValueError, match=r"^sampling\.height = 40 must be a positive multiple of 16"):
-        sizes.refuse_size(Model(name_or_path=name), Sampling(height=40))
+        packing.refuse_size(Model(name_or_path=name), Sampling(height=40))
 
 
 def test_what_is_not_at_hand_is_left_to_loading() -> None:
-    sizes.refuse_size(Model(name_or_path="some/model"), Sampling(height=41))
+    packing.refuse_size(Model(name_or_path="some/model"), Sampling(height=41))
 
 
 # -- LoRA --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["random:flux-dev", "shapes"])
-def test_adapters_are_counted_as_peft_makes_them(name: str) -> None:
-    found = find_architecture(name)
-    adapted = sizes.transformer_on(found, lora_rank=16)
-    assert {p.dtype for p in adapted.parameters()} == {torch.bfloat16}
-    assert count(adapted) == lora_total(found, 16)
-
-
 def test_adapters_are_counted_as_the_trainer_makes_them(tiny_dev: str, load_flux: Any) -> None:
     flux = load_flux(tiny_dev, tuning="lora")
-    assert sum(p.numel() for p in flux.trainable.values()) == lora_total(find_architecture(tiny_dev), 4)
+    assert sum(p.numel() for p in flux.trainable.values()) == adapters(find_architecture(tiny_dev), 4).total
 
 
-# -- Operations --------------------------------------------------------------------------------------------------------
-
-
-def counted(
-    found: Architecture, pictures: int, tokens: tuple[int, int], rank: int = 0, *, backward: bool = True
-) -> tuple[int, int]:
-    """Operations of a forward and of its backward, by torch's counter."""
-    model = sizes.transformer_on(found, lora_rank=rank)
-    inputs = sizes.transformer_inputs(found, pictures, *tokens)
-    with FlopCounterMode(display=False) as forth, torch.set_grad_enabled(backward):
-        out = model(**inputs)[0]
-    with FlopCounterMode(display=False) as back:
-        if backward:
-            out.backward(torch.empty_like(out))
-    return forth.get_total_flops(), back.get_total_flops()
-
-
-def test_the_formula_is_torchs_count_at_full_size() -> None:
-    assert transformer_flops(DEV, 2025, 512).forward == counted(DEV, 1, (2025, 512), backward=False)[0]
-
-
-@pytest.mark.parametrize(
-    "name, pictures, tokens, rank",
-    [("shapes", 5, (16, 16), 0), ("shapes", 1, (1024, 16), 8), ("tiny_schnell", 3, (64, 33), 0)],
-)
-def test_the_formula_is_torchs_count(
-    name: str, pictures: int, tokens: tuple[int, int], rank: int, request: pytest.FixtureRequest
-) -> None:
-    found = find_architecture(request.getfixturevalue(name) if name.startswith("tiny") else name)
-    formula = transformer_flops(found, *tokens, rank)
-    forward, backward = counted(found, pictures, tokens, rank)
-    assert pictures * formula.forward == forward
-    # The first layers' inputs need no gradients, which the rule for backwards does not know of.
-    assert pictures * formula.backward == pytest.approx(backward, rel=0.05)
-
-
-@pytest.mark.parametrize("rank", [0, 128])
-def test_the_rule_for_backwards_is_close_at_full_width(rank: int) -> None:
-    found = replace(DEV, transformer={**DEV.transformer, "num_layers": 2, "num_single_layers": 4})
-    backward = counted(found, 1, (2025, 512), rank)[1]
-    assert transformer_flops(found, 2025, 512, rank).backward == pytest.approx(backward, rel=0.04)
-
-
-@pytest.mark.parametrize("pixels, tflops", [(512, 21.50), (720, 37.28), (1024, 74.38)])
-def test_operations_of_a_picture(pixels: int, tflops: float) -> None:
-    tokens = DEV.image_tokens(Sampling(height=pixels, width=pixels))
-    assert transformer_flops(DEV, tokens, 512).forward / 1e12 == pytest.approx(tflops, abs=0.005)
+def test_adapters_of_layers_by_the_ends_of_their_names() -> None:
+    """Of a pipeline with a T5-wide transformer: two layers in each of 60 blocks of the width 3072."""
+    asked = adapters(KNOWN["flux-dev"], 16, ("to_q",))
+    assert asked.total == 16 * 2 * 3072 * (19 + 38)

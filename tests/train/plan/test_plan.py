@@ -24,32 +24,29 @@ from benchmarks import train_recipes
 from ngrpo_train.algorithms import make_algorithm
 from ngrpo_train.algorithms.stochastic import GaussianPolicy, TransitionRows
 from ngrpo_train.commands.train import TrainCommand
+from ngrpo_train.models.counts import parameters
 from ngrpo_train.models.encoders import TextFeatures
+from ngrpo_train.models.inputs import inputs_of
 from ngrpo_train.models.model import FlowModel
-from ngrpo_train.models.sizes import (
-    KNOWN,
-    Architecture,
-    find_architecture,
-    parameters,
-    transformer_inputs,
-    transformer_on,
-)
+from ngrpo_train.models.sizes import KNOWN, Architecture, find_architecture, transformer_on
 from ngrpo_train.parallel import processes, sharding
 from ngrpo_train.parallel.layout import Layout
 from ngrpo_train.plan import explain_out_of_memory, fastest_that_fits, make_plan, plan_command, remedies, speedups
-from ngrpo_train.plan.activations import FlashAttention, FusedNorm, Shape, block_bytes, decode_pass, measuring
+from ngrpo_train.plan.activations import block_bytes, decode_pass
 from ngrpo_train.plan.flops import iteration_flops
 from ngrpo_train.plan.forecast import SAFE_SHARE, Settled
+from ngrpo_train.plan.instruments import FlashAttention, FusedNorm, measuring
 from ngrpo_train.plan.layout import Batches
 from ngrpo_train.plan.machines import GIB, MACHINES, Machine, find_machine, machine_of
 from ngrpo_train.plan.memory import Memory, iteration_memory, update_picture_bytes
 from ngrpo_train.plan.remedies import with_settings
+from ngrpo_train.plan.trace import Kind, Shape, traced
 from ngrpo_train.plan.traffic import Traffic, iteration_traffic
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.algorithms import TRANSITION_STATES, Algorithm
 from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.parsing import as_toml, find_recipe, parse, read_recipe, resolve
-from ngrpo_train.recipe.sections import Model, Parallel, Recipe, Reward
+from ngrpo_train.recipe.sections import Model, Parallel, Recipe, Reward, Sampling
 from ngrpo_train.rewards import Scores
 
 DEV = KNOWN["flux-dev"]
@@ -88,7 +85,21 @@ def traffic(asked: Recipe, world_size: int = 8) -> Traffic:
 
 
 def of_layers(double: int, single: int) -> Architecture:
-    return replace(DEV, transformer={**DEV.transformer, "num_layers": double, "num_single_layers": single})
+    return DEV.changed("transformer", num_layers=double, num_single_layers=single)
+
+
+def inputs(architecture: Architecture, pictures: int, height: int, width: int, text_tokens: int) -> dict[str, Any]:
+    """The arguments of a velocity."""
+    sampling = Sampling(height=height, width=width, max_sequence_length=text_tokens)
+    (call,) = inputs_of(architecture, sampling, torch.bfloat16, pictures).velocity
+    return dict(call.named)
+
+
+def kind(name: str, architecture: Architecture = DEV, **shape: Any) -> Kind:
+    """The blocks of a list."""
+    sampling = Sampling(**{"height": 720, "width": 720, **shape})
+    (found,) = (each for each in traced(architecture, Shape(sampling)).kinds if each.name == name)
+    return found
 
 
 # -- Machines ----------------------------------------------------------------------------------------------------------
@@ -139,25 +150,26 @@ def test_activations_are_those_of_a_real_forward_and_backward(keep: str) -> None
     tracker = MemTracker()
     tracker.track_external(model)
     with FlashAttention(), FusedNorm(), tracker:
-        out = model(**transformer_inputs(architecture, pictures, 2025, 512))[0]
+        out = model(**inputs(architecture, pictures, 720, 720, 512))[0]
         edge, gradient = get_gradient_edge(out), torch.empty_like(out)
         torch.autograd.backward([edge], [gradient])
     tracked = tracker.get_tracker_snapshot("peak")[torch.device("meta")]["Total"]
     eager = recipe(model__gradient_checkpointing=keep, parallel__compile="off")
-    _, most = update_picture_bytes(eager, architecture, Shape(2025, 512))
+    _, most = update_picture_bytes(eager, architecture, Shape(eager.sampling))
     assert weights + pictures * most == pytest.approx(tracked, rel=0.1)
     assert pictures * most == pytest.approx(tracked - weights, rel=0.1)
 
 
-@pytest.mark.parametrize("kind, keep", [("single", "none"), ("single", 0.2)])
-def test_compiled_blocks_keep_what_the_compiler_makes_them_keep(kind: Any, keep: Any) -> None:
+@pytest.mark.parametrize("keep", ["none", 0.2])
+def test_compiled_blocks_keep_what_the_compiler_makes_them_keep(keep: Any) -> None:
     shapes = find_architecture("shapes")
-    expected = block_bytes(shapes, kind, Shape(64, 16, torch.float32), keep, compiled=True)
-    layers = (1, 0) if kind == "double" else (0, 1)
-    model = transformer_on(shapes, "cpu", torch.float32, layers=layers)
-    (block,) = [*model.transformer_blocks, *model.single_transformer_blocks]
+    shape = Shape(Sampling(height=128, width=128, max_sequence_length=16), torch.float32)
+    _, single = traced(shapes, shape).kinds
+    expected = block_bytes(single, keep, compiled=True)
+    block = transformer_on(shapes, "cpu", torch.float32).single_transformer_blocks[0]
     rope = torch.ones(80, 32)
-    not_activations = {x.untyped_storage()._cdata for x in (*block.parameters(), rope)}
+    time = torch.ones(1, 128, requires_grad=True)
+    not_activations = {x.untyped_storage()._cdata for x in (*block.parameters(), rope, time)}  # blocks share time
     kept: dict[int, torch.UntypedStorage] = {}
 
     def note(x: torch.Tensor) -> torch.Tensor:
@@ -166,31 +178,33 @@ def test_compiled_blocks_keep_what_the_compiler_makes_them_keep(kind: Any, keep:
 
     torch._dynamo.reset()
     compiled = torch.compile(block, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
-    inputs = [torch.ones(1, *size, requires_grad=True) for size in ((64, 128), (16, 128), (128,))]
+    streams = [torch.ones(1, tokens, 128, requires_grad=True) for tokens in (64, 16)]
     budget = 1.0 if keep == "none" else keep
     with functorch.patch(activation_memory_budget=budget), saved_tensors_hooks(note, lambda x: x):
-        compiled(*inputs, image_rotary_emb=(rope, rope))
+        compiled(*streams, time, image_rotary_emb=(rope, rope))
     saved = sum(storage.nbytes() for address, storage in kept.items() if address not in not_activations)
     assert expected.kept == pytest.approx(saved, rel=0.05)
     assert (expected.recomputed > 0.1) == (keep == 0.2)
 
 
 def test_what_is_kept_grows_with_the_wish_to_keep() -> None:
-    shape = Shape(2025, 512)
-    for kind in ("double", "single"):
-        full, selective, none = (block_bytes(DEV, kind, shape, keep) for keep in ("full", "selective", "none"))
+    for blocks in (kind("transformer_blocks"), kind("single_transformer_blocks")):
+        full, selective, none = (block_bytes(blocks, keep) for keep in ("full", "selective", "none"))
         assert full.kept == pytest.approx(2 * 2537 * 3072, rel=0.01)  # the block's input in bfloat16
         assert full.kept < selective.kept < none.kept < none.backward
         assert (full.recomputed, selective.recomputed, none.recomputed) == (1, 0, 0)
 
 
 def test_no_matrix_of_scores_is_kept() -> None:
-    few, many = (block_bytes(DEV, "single", Shape(tokens - 512, 512)).kept for tokens in (2048, 8192))
+    few, many = (  # of 1,536 and 7,680 image tokens, and 512 of text
+        block_bytes(kind("single_transformer_blocks", height=height, width=width)).kept
+        for height, width in ((512, 768), (1024, 1920))
+    )
     assert many == pytest.approx(4 * few, rel=0.01)
 
 
 def test_a_decode_is_counted() -> None:
-    decode = decode_pass(DEV, 720, 720)
+    decode = decode_pass(DEV, Sampling(height=720, width=720))
     assert decode.flops / 1e12 == pytest.approx(5.04, abs=0.005)
     full_size_features = 2 * 256 * 720 * 720  # bfloat16, before the last stage halves them
     assert 2 * full_size_features < decode.peak < 5 * full_size_features
@@ -275,21 +289,21 @@ def _peaks(architecture: Architecture, settings: Parallel, monkeypatch: pytest.M
     monkeypatch.setattr(torch.UntypedStorage, "resize_", tracker.resizing(torch.UntypedStorage.resize_))
     model = transformer_on(architecture, "cpu", torch.float32)
     sharding.shard(model, [*model.single_transformer_blocks], Model(), settings, torch.device("cpu"))
-    inputs = {
+    given = {
         name: torch.empty_like(x, device="cpu") if isinstance(x, torch.Tensor) else x
-        for name, x in transformer_inputs(architecture, 1, 16, 16).items()
+        for name, x in inputs(architecture, 1, 64, 64, 16).items()
     }
     for parameter in model.parameters():
         tracker.follow(processes.local(parameter))
     with tracker:
         sharding.keep_gathered(model, settings.keep_gathered != "never")
         with torch.no_grad():
-            model(**inputs)
+            model(**given)
         rollout, tracker.peak = tracker.peak, tracker.now
         sharding.keep_gathered(model, settings.keep_gathered == "iteration")
         for last in (False, True):
             sharding.sync_gradients(model, settings, last=last)
-            model(**inputs)[0].sum().backward()
+            model(**given)[0].sum().backward()
     return rollout, tracker.peak
 
 
@@ -350,7 +364,7 @@ def test_host_memory_takes_what_is_offloaded() -> None:
 
 
 def test_text_encoders_where_the_recipe_puts_them() -> None:
-    encoders = 2 * (parameters(DEV).clip + parameters(DEV).t5)
+    encoders = 2 * (123_060_480 + 4_762_310_656)
     at = {place: memory(settled(parallel__text_encoders=place), 8) for place in ("device", "offload", "shard")}
     assert at["device"].phases["update"]["text encoders"] == encoders
     assert at["offload"].phases["encode"]["text encoders"] == encoders
@@ -658,7 +672,7 @@ def test_an_iteration_does_what_is_counted(
     calls.clear()
     running.explore(flux, prompts, 60)
     assert sum(pictures for _, pictures in calls) == 2 * recipe.workload(60).rollout
-    kept = [getattr(groups, entry.name) for entry in fields(groups) if entry.name.endswith("TC")]
+    kept = [getattr(groups, entry.name) for entry in fields(groups) if entry.name.endswith("S")]
     kept.append(groups.conditioning.prompt_embeds)
     planned = memory(recipe, architecture=find_architecture(recipe.model.name_or_path)).phases["decode"]
     assert planned["explored groups"] == sum(tensor.nbytes for tensor in kept)
