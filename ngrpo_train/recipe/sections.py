@@ -33,7 +33,7 @@ class Model:
     """Directory or hub id of another transformer in diffusers' layout, in place of the model's own.
     It may be one that others trained, to evaluate it or to train on."""
     adapter: str = "auto"
-    """Class that loads the model, encodes, computes and decodes: "auto" for pipelines of diffusers, or "package.module:Name".
+    """Class that loads the model, encodes, computes and decodes: "auto" for diffusers', or "package.module:Name".
     A class of your own is an `Adapter` (ngrpo_train/models/model.py), and decides what name_or_path means."""
     tuning: Literal["full", "lora"] = "full"
     """Train every weight of the transformer, or low-rank adapters (peft) on its attention and feed-forward layers."""

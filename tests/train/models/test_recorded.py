@@ -10,7 +10,7 @@ LENGTHS = {"": 2, "ab": 3, "abcd": 5}
 
 
 def calls(texts: list[str], picture: float = 0.0) -> list[tuple[str, object]]:
-    """What a pipeline might prepare: padded features with a mask unless all are of a length, positions, ragged lists."""
+    """What a pipeline might prepare: padded features, a mask unless all are of a length, positions, ragged lists."""
     lengths = [LENGTHS[text] for text in texts]
     longest = max(lengths)
     features = torch.zeros(len(texts), longest, 4)
@@ -44,7 +44,8 @@ def test_joined_records_are_what_one_call_gives(form: Form, form_again: bool) ->
     features, mask, _, positions, ragged = values_of(joined)
     expected = values_of(form.record(calls(["ab", "abcd", ""])))
     assert torch.equal(features, expected[0])
-    assert mask is not None and expected[1] is not None
+    assert mask is not None
+    assert expected[1] is not None
     assert torch.equal(mask, expected[1])
     assert mask.dtype == torch.int64
     assert torch.equal(positions, expected[3])
