@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,8 @@ class Parameters:
     """Weights of the linear layers in all blocks, without biases."""
     matrix_rows: int
     """Outputs of these layers."""
+    largest_matrix: tuple[int, int]
+    """Outputs and inputs of the largest of these layers."""
     encoders: int
     """Of all parts that encode prompts."""
     largest_encoder: int
@@ -62,6 +65,7 @@ def parameters(architecture: Architecture) -> Parameters:
         last_block=of_blocks[-1],
         block_matrices=sum(weight.numel() for weight in matrices),
         matrix_rows=sum(len(weight) for weight in matrices),
+        largest_matrix=max(((rows, columns) for rows, columns in (w.shape for w in matrices)), key=math.prod),
         encoders=sum(counts[part] for part in architecture.encoders),
         largest_encoder=counts.get(largest, 0),
         encoder_layer=max(layers, default=0),

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import diffusers
 import torch
 from torch import Tensor
 
@@ -56,6 +57,13 @@ def _inputs(architecture: Architecture, sampling: Sampling, dtype: torch.dtype, 
 
 @lru_cache
 def _outline(architecture: Architecture, sampling: Sampling, dtype: torch.dtype) -> Outline:
+    if "scheduler" not in architecture.configs or not architecture.pipeline:
+        raise ValueError("model.name_or_path has no model_index.json or no scheduler/scheduler_config.json: add them")
+    if not hasattr(diffusers, architecture.pipeline):
+        version = diffusers.__version__
+        raise ValueError(
+            f"model.name_or_path is a {architecture.pipeline}, which diffusers {version} here does not have"
+        )
     return Outline(architecture.configs, sampling, dtype)
 
 

@@ -68,8 +68,9 @@ class Architecture:
 
     @property
     def pipeline(self) -> str:
-        """Name of the pipeline's class; FLUX.1's own where only the parts' configs are there."""
-        return str(self.configs.get(_INDEX, {}).get("_class_name", FLUX))
+        """Name of the pipeline's class. Where only the parts' configs are there, it is FLUX.1's for its transformer."""
+        packs = self.class_name("transformer") == "FluxTransformer2DModel"
+        return str(self.configs.get(_INDEX, {}).get("_class_name", FLUX if packs else ""))
 
     def class_name(self, part: str) -> str:
         """Name of a part's class, in diffusers or transformers."""

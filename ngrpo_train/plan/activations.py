@@ -16,10 +16,12 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from ngrpo_train.models.frozen import decode, encode
 from ngrpo_train.models.inputs import inputs_of, text_calls
 from ngrpo_train.models.outline import PartCall
 from ngrpo_train.models.sizes import Architecture, part_on
 from ngrpo_train.parallel.blocks import recomputing
+from ngrpo_train.parallel.layout import BaseStorage
 from ngrpo_train.plan.instruments import FlashAttention, Operations, measuring
 from ngrpo_train.plan.trace import Kind
 from ngrpo_train.recipe.sections import Sampling
@@ -144,6 +146,17 @@ def _graph_flops(graph: torch.fx.GraphModule) -> int:
 
 
 # -- The model's other parts -------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def decoded_bytes(storage: BaseStorage, rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Peak bytes while a product of a frozen layer makes its weight from what `model.base_dtype` keeps of it."""
+    size = rows, columns
+    codes, scales = encode(torch.empty(size, dtype=dtype, device="meta"), storage)
+    levels = torch.empty(256, 2, device="meta") if storage == "nf4" else None
+    with measuring() as live:
+        decode(codes, scales, levels, size, dtype)
+    return live.peak()
 
 
 @dataclass(frozen=True, slots=True)

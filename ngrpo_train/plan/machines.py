@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ngrpo_train.recipe.parsing import suggestion
 
@@ -61,9 +62,24 @@ def _gpu(
     )
 
 
+def _card(
+    name: str,
+    memory_gib: float,
+    tflops: float,
+    memory_gbps: float,
+    *,
+    pcie_gbps: float = 25.0,
+    float8_speedup: float = 2.0,
+) -> Machine:
+    """A card whose links all go over PCIe: 4 x16, which carries 31 GB/s at most, or 5."""
+    links = {"network_gbps": min(12.5, pcie_gbps), "host_gbps": pcie_gbps}  # 100 Gbit/s of a node's adapter
+    return _gpu(name, memory_gib, tflops, memory_gbps, pcie_gbps, float8_speedup=float8_speedup, **links)
+
+
 # Compute, memory speed and NVLink (there in both directions, here in one): NVIDIA's datasheets of the SXM modules; the
 # H800 is an H100 with NVLink cut to 400 GB/s. Memory: the capacity that torch names in its messages on such a GPU,
-# rounded down. Nodes of A100s: PCIe 4 x16 carries 31 GB/s at most, and DGX A100 has adapters of 200 Gbit/s.
+# rounded down. Nodes of A100s: PCIe 4 x16 carries 31 GB/s at most, and DGX A100 has adapters of 200 Gbit/s. Cards: the
+# whitepapers of GA102, Ada and Blackwell, bfloat16 with sums in float32, and the datasheets of RTX A6000 and L40S.
 MACHINES = {
     machine.name: machine
     for machine in (
@@ -73,6 +89,11 @@ MACHINES = {
         _gpu("h800-80", 79.1, 989, 3350, 200),
         _gpu("h200-141", 139.7, 989, 4800, 450, matmul_tflops=MEASURED_H200_TFLOPS),
         _gpu("b200-192", 178.3, 2250, 8000, 900),
+        _card("rtx3090-24", 23.6, 71, 936, float8_speedup=1),
+        _card("rtx4090-24", 23.6, 165.2, 1008),
+        _card("rtx5090-32", 31.3, 209.5, 1792, pcie_gbps=50),
+        _card("a6000-48", 47.4, 154.8, 768, float8_speedup=1),
+        _card("l40s-48", 44.4, 362, 864),
     )
 }
 
@@ -89,7 +110,8 @@ def machine_of(device_name: str, total_bytes: int) -> Machine | None:
 
     It is also None for PCIe and NVL cards and slices of a GPU (MIG), which differ from the SXM module of their name.
     """
-    words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
+    parts = re.split(r"[^A-Z0-9]+", device_name.upper())
+    words = {*parts, *(first + second for first, second in pairwise(parts))}  # "RTX 4090" is our rtx4090
     if words & {"PCIE", "NVL", "MIG"}:
         return None
     for machine in MACHINES.values():

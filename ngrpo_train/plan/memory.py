@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from ngrpo_train.models.counts import Parameters, parameters
 from ngrpo_train.models.inputs import inputs_of
 from ngrpo_train.models.sizes import Architecture
-from ngrpo_train.parallel.layout import Layout
-from ngrpo_train.plan.activations import BlockBytes, block_bytes, decode_pass, encode_pass
+from ngrpo_train.parallel.layout import Layout, base_storage
+from ngrpo_train.plan.activations import BlockBytes, block_bytes, decode_pass, decoded_bytes, encode_pass
 from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, code_bytes, compiled, shape_of
 from ngrpo_train.plan.machines import GIB
 from ngrpo_train.plan.scorers import Scoring
@@ -101,6 +101,9 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
         },
         "step": {**everywhere, "gathered weights": kept, "gradients": _gradients(recipe, weights, layout)},
     }
+    if (storage := base_storage(recipe.model, settings)) and weights.codes:
+        for phase in ("rollout", "update"):
+            phases[phase]["decoded layer"] = decoded_bytes(storage, *counts.largest_matrix, shape.dtype)
     for phase in ("update", "step"):
         phases[phase]["explored groups"] = groups + batches.prompts * _copied_bytes(recipe, architecture, shape)
     phases["encode"]["text encoders"] = everywhere.get("text encoders", 0.0) + encoders_gathered

@@ -12,7 +12,7 @@ from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.plan.forecast import Plan, make_plan
 from ngrpo_train.plan.machines import GIB, Machine
 from ngrpo_train.plan.scorers import of_unknown_cost, scorer_sizes
-from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.recipe.sections import Model, Parallel, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +169,20 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
             lora |= {"parallel.master_dtype": "float32"}
         size = adapters(plan.architecture, model.lora_rank, model.lora_targets).total / 1e6
         yield lora, f"trains {size:,.0f} M adapter weights instead of all"
+    if model.tuning == "lora" and settings.rollout_dtype == "same":
+        yield from _smaller_bases(model, settings)
     if model.ema:
         yield {"model.ema": 0.0}, "no moving average of the weights"
+
+
+def _smaller_bases(model: Model, settings: Parallel) -> Iterator[tuple[dict[str, Any], str]]:
+    smaller = {"same": ("float8", "nf4"), "bfloat16": ("float8", "nf4"), "float8": ("nf4",), "nf4": ()}
+    # Where blocks compile, they must be computed again: else each weight is kept whole for the backward pass.
+    again = model.gradient_checkpointing in ("full", "selective") or settings.compile == "off"
+    keep = {} if again else {"model.gradient_checkpointing": "full"}
+    for dtype in smaller[model.base_dtype]:
+        bits = {"float8": 8, "nf4": 4}[dtype]
+        yield {"model.base_dtype": dtype, **keep}, f"the frozen base in {bits} bits a weight, made whole for a product"
 
 
 def _scorers(recipe: Recipe) -> list[str]:

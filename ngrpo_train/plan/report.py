@@ -185,7 +185,7 @@ def _times(plan: Plan) -> Iterator[str]:
         reduced = traffic.reduced_bytes + traffic.all_reduced_bytes
         yield (
             f"links of each GPU: {traffic.gathered_bytes / 1e9:,.0f} GB to gather weights "
-            f"(gathers: {traffic.gathers}), {reduced / 1e9:,.0f} GB to sum gradients"
+            f"(gathers: {traffic.gathers:g}), {reduced / 1e9:,.0f} GB to sum gradients"
         )
     if plan.memory.host:
         yield (

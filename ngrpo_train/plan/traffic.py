@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ngrpo_train.models.counts import parameters
+from ngrpo_train.models.counts import Parameters, parameters
 from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel.layout import Layout
-from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, stored_bytes
+from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, code_bytes, stored_bytes
 from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.recipe.sections import Recipe
 
@@ -16,8 +16,8 @@ from ngrpo_train.recipe.sections import Recipe
 class Traffic:
     """The traffic of one GPU in one iteration."""
 
-    gathers: int
-    """Times that the sharded weights are made whole."""
+    gathers: float
+    """Times that the sharded weights are made whole. Where there are two experts, a forward needs half of them."""
     gathered_bytes: float
     """Received for that from the processes that share a copy; also for sharded text encoders."""
     reduced_bytes: float
@@ -27,7 +27,7 @@ class Traffic:
     host_bytes: float
     """Moved to and from host memory, where weights, text encoders or scorers are kept there."""
     copied_bytes: float
-    """Read and written in the GPU's own memory to make weights whole."""
+    """Read and written in the GPU's own memory to make weights whole, or to make them from fewer bits."""
 
 
 def iteration_traffic(recipe: Recipe, architecture: Architecture, layout: Layout) -> Traffic:
@@ -36,7 +36,7 @@ def iteration_traffic(recipe: Recipe, architecture: Architecture, layout: Layout
     weights = Weights.of(recipe, architecture, layout)
     compute, stored, reduced = bytes_of(settings.compute_dtype), stored_bytes(recipe), 4
     refreshes = int(settings.rollout_dtype == "float8")
-    gathers = _gathers(recipe, batches) if weights.managed else 0
+    gathers = _gathers(recipe, batches, weights.experts) if weights.managed else 0
     reduces = batches.updates * (1 if settings.reduce_gradients == "step" else batches.count)
     others, copies, shard = (layout.shares - 1) / layout.shares, layout.copies, 1 / layout.shares
     # A float8 copy is made from the weights as they are stored.
@@ -54,17 +54,31 @@ def iteration_traffic(recipe: Recipe, architecture: Architecture, layout: Layout
         reduced_bytes=reduces * reduced * weights.trained * others,
         all_reduced_bytes=given * 2 * (copies - 1) / copies,
         host_bytes=from_host + Scoring.of(recipe).moved + (taken + given if settings.offload else 0),
-        copied_bytes=whole + taken,
+        copied_bytes=whole + taken + _decoded(recipe, counts, weights, batches),
     )
 
 
-def _gathers(recipe: Recipe, batches: Batches) -> int:
-    """Times that the trained transformer is gathered. In the rollout a float8 copy, if any, takes its place."""
-    settings, algorithm, updates = recipe.parallel, recipe.algorithm, batches.updates
+def _gathers(recipe: Recipe, batches: Batches, experts: int) -> float:
+    """Times that the trained weights are gathered. In the rollout a float8 copy, if any, takes their place."""
+    settings, updates = recipe.parallel, batches.updates
     float8 = settings.rollout_dtype == "float8"
     if settings.keep_gathered == "iteration":
         return updates  # an optimizer step makes gathered weights stale
-    rollout = 1 if settings.keep_gathered == "rollout" else batches.forwards
-    before = updates - 1 if algorithm.old_policy == "exact" else 0
-    tethers = updates if algorithm.reference_coef else 0
-    return (0 if float8 else rollout) + (2 * updates + before + tethers) * batches.count  # forward and backward
+    rollout = 1 if settings.keep_gathered == "rollout" else batches.forwards / experts
+    return (0 if float8 else rollout) + _update_passes(recipe, batches) / experts
+
+
+def _update_passes(recipe: Recipe, batches: Batches) -> int:
+    """Forwards and backwards of all updates; a backward counts once, even if it computes blocks again."""
+    before = batches.updates - 1 if recipe.algorithm.old_policy == "exact" else 0
+    tethers = batches.updates if recipe.algorithm.reference_coef else 0
+    return (2 * batches.updates + before + tethers) * batches.count
+
+
+def _decoded(recipe: Recipe, counts: Parameters, weights: Weights, batches: Batches) -> float:
+    """Bytes read and written to make weights from what `model.base_dtype` keeps of them, in every pass anew."""
+    if not weights.codes:
+        return 0
+    again = batches.updates * batches.count if recipe.model.gradient_checkpointing != "none" else 0
+    passes = (batches.forwards + _update_passes(recipe, batches) + again) / weights.experts
+    return passes * (code_bytes(recipe, counts) + bytes_of(recipe.parallel.compute_dtype) * weights.codes)

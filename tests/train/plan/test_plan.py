@@ -118,7 +118,12 @@ def kind(name: str, architecture: Architecture = DEV, **shape: Any) -> Kind:
         ("NVIDIA H100 NVL", 93.1, None),
         ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 39.25, None),
         ("NVIDIA GH200 480GB", 94.5, None),
-        ("NVIDIA GeForce RTX 4090", 23.6, None),
+        ("NVIDIA GeForce RTX 4090", 23.64, "rtx4090-24"),
+        ("NVIDIA GeForce RTX 3090", 23.69, "rtx3090-24"),
+        ("NVIDIA GeForce RTX 5090", 31.36, "rtx5090-32"),
+        ("NVIDIA RTX A6000", 47.54, "a6000-48"),
+        ("NVIDIA L40S", 44.53, "l40s-48"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.99, None),
     ],
 )
 def test_a_gpu_is_known_by_what_torch_calls_it(device: str, gib: float, name: str | None) -> None:
