@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -133,6 +135,46 @@ def test_a_negative_prompt_is_stored_once(cases: Cases, tmp_path: Path) -> None:
     assert examples.keys() == {"0.0", "0.1", "1.0", "1.1"}
     assert torch.equal(examples["0.0"], each[2][0])
     assert torch.equal(examples["0.1"], each[2][1])
+
+
+@pytest.mark.parametrize("family, seen", [("kontext", []), ("wan21_i2v", ["image"])])
+def test_a_row_is_of_the_picture_too_where_encoders_see_it(
+    cases: Cases, family: str, seen: list[str], tmp_path: Path
+) -> None:
+    """Whatever its file is called: the same text with another picture is another prompt."""
+    case = cases(family)
+    draws = np.random.default_rng(7)
+    for name in ("one.png", "other.png", "new.png"):
+        Image.fromarray(draws.integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(tmp_path / name)
+
+    def prompt(name: str) -> Prompt:
+        return Prompt(TEXTS[0], row=Row({"image": name}, tmp_path))
+
+    prompts = [prompt("one.png"), prompt("other.png")]
+    embedder = load_embedder(recipe_of(case), prompts, CPU)
+    summary = embed(embedder, prompts, tmp_path / "embedded", batch=2)
+    assert summary.total == 1 + len(seen)
+    manifest = json.loads((tmp_path / "embedded" / "manifest.json").read_text())
+    assert manifest["pictures"] == seen
+
+    model = from_embeddings(case, tmp_path / "model", tmp_path / "embedded")
+    shutil.move(tmp_path / "one.png", tmp_path / "moved.png")
+    x, sigma = case.noise(1), torch.tensor([0.5])
+    drawn = []
+    for name in ("moved.png", "other.png"):
+        drawn.append(model.sampling_velocity(x, sigma, model.encode([prompt(name)])))
+        assert torch.equal(drawn[-1], case.model.sampling_velocity(x, sigma, case.model.encode([prompt(name)])))
+    assert not torch.equal(*drawn), "the picture matters"
+
+    larger = replace(case.sampling, height=64)
+    if not seen:
+        model.encode([prompt("new.png")])
+        EmbeddingCache(tmp_path / "embedded", larger, CPU)
+        return
+    with pytest.raises(ValueError, match=re.escape(f"lacks the prompt {TEXTS[0]!r} with 'new.png': `ngrpo embed REC")):
+        model.encode([prompt("new.png")])
+    with pytest.raises(ValueError, match=r"was made for sampling\.height = 32, and the recipe's is 64: write another"):
+        EmbeddingCache(tmp_path / "embedded", larger, CPU)
 
 
 @pytest.mark.parametrize("family", ["z_image", "sd35"])
