@@ -33,9 +33,6 @@ _NOT_RECORDED = {"prepare_extra_step_kwargs", "prepare_ip_adapter_image_embeds"}
 _PROCESSORS = ("image_processor", "mask_processor", "video_processor")
 _LONGER = "a text of more words than the empty one, so that it has another length"
 
-Examples = tuple[Recorded, Recorded]
-"""What `encode_...` give for the empty text, and for a longer one."""
-
 Transformers = Mapping[str, Callable[..., Any]]
 """What computes, by the name of its place in the pipeline: "transformer", "transformer_2"."""
 
@@ -97,11 +94,12 @@ class Driven:
     # -- Prompts -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def learn(self, pictures: Mapping[str, Any], stored: Examples | None = None) -> Recorded:
+    def learn(self, pictures: Mapping[str, Any], stored: Sequence[Recorded] | None = None) -> Recorded:
         """Learn the form of what the pipeline prepares for prompts with such pictures; the record of the empty text.
 
         `pictures` are arguments of the pipeline's call by name, for one prompt; later ones may differ in their pixels.
-        With `stored`, from `examples` of an earlier call, nothing is encoded.
+        With `stored`, which `examples` gave, nothing is encoded. Raises ValueError where it has other calls than the
+        pipeline makes.
         """
         self.encodes_pictures = False
         rows: Sequence[Recorded | None] = [None] * 3
@@ -125,9 +123,9 @@ class Driven:
         """What the pipeline's `encode_...` give for a prompt: one row."""
         return self.encoded_form.record(_encoded(self._recorded([text], pictures)))
 
-    def examples(self, pictures: Mapping[str, Any]) -> Examples:
-        """What `learn` needs to learn from stored rows."""
-        return self.encode("", pictures), self.encode(_LONGER, pictures)
+    def examples(self, pictures: Mapping[str, Any]) -> list[Recorded]:
+        """What `encode` gives for the empty text and for a longer one: from these, `learn` can learn."""
+        return [self.encode("", pictures), self.encode(_LONGER, pictures)]
 
     def _recorded(
         self, texts: Sequence[str], pictures: Mapping[str, Any], stored: Recorded | None = None
@@ -249,8 +247,9 @@ class Driven:
                 return value
             encodes = name.startswith(_ENCODING) and not self._depth
             if encodes and self._stored:
-                stored, value = next(self._stored)
-                assert stored == name, f"{name} is called where {stored} was"
+                stored, value = next(self._stored, ("", None))
+                if stored != name:  # another version of diffusers stored it
+                    raise ValueError(f"the pipeline calls {name} where {stored or 'nothing'} is stored of a prompt")
             else:
                 self._depth += 1
                 try:

@@ -29,8 +29,8 @@ from ngrpo_train.models.arguments import (
 )
 from ngrpo_train.models.blocks_of import linear_layers, repeated_blocks
 from ngrpo_train.models.directory import encoder_parts
-from ngrpo_train.models.driven import Driven, Examples
-from ngrpo_train.models.embeddings import EmbeddingCache, Encoders
+from ngrpo_train.models.driven import Driven
+from ngrpo_train.models.embeddings import EmbeddingCache, Encoders, Row
 from ngrpo_train.models.encoder_hash import encoder_hash
 from ngrpo_train.models.encoders import frozen_dtype
 from ngrpo_train.models.grouping import grouped
@@ -106,7 +106,7 @@ class Pipeline:
         refuse_other_scheduler(self._pipeline.scheduler, spec.name_or_path)
         self._seen = self._empty_transformers()
         self._names = {folder: empty.state_dict().keys() for folder, empty in self._seen.items()}
-        self._placed = Placed(self._encoders(), settings.text_encoders, device, frozen_dtype(device))
+        self._placed = Placed(self._encoder_modules(), settings.text_encoders, device, frozen_dtype(device))
         self._prepare_vae()
         fixed = fixed_arguments(self._pipeline, self._seen, sampling)
         self._cache = self._opened(Path(embeddings).expanduser()) if embeddings else None
@@ -156,7 +156,7 @@ class Pipeline:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _encoders(self) -> list[nn.Module]:
+    def _encoder_modules(self) -> list[nn.Module]:
         skipped = (*self.folders, "vae")
         modules = self._pipeline.components.items()
         return [part for name, part in modules if isinstance(part, nn.Module) and name not in skipped]
@@ -271,21 +271,18 @@ class Pipeline:
         """Learn what the pipeline prepares for prompts with pictures in these fields of their rows."""
         self.fields = fields
         with self._placed.on_device(), explained(self.spec.name_or_path):
-            return self.driven.learn(self._blank_pictures(), self._stored_examples())
+            stored = self._recorded(self._cache.examples) if self._cache else None
+            return self.driven.learn(self._blank_pictures(), stored)
 
     def _blank_pictures(self) -> dict[str, Image.Image]:
         size = self.sampling.width, self.sampling.height
         return {ARGUMENTS[field]: Image.new("L" if field == MASK else "RGB", size, "white") for field in self.fields}
 
-    def _stored_examples(self) -> Examples | None:
-        if not self._cache:
-            return None
-        one, longer = map(self._stored_form().of_tensors, self._cache.examples)
-        return one, longer
-
-    def _stored_form(self) -> Form:
+    def _recorded(self, rows: Sequence[Row]) -> list[Recorded]:
+        """Rows of the cache, as the pipeline's encoders gave them."""
         assert self._cache
-        return Form.loads(self._cache.manifest.form)
+        form = Form.loads(self._cache.manifest.form)
+        return [form.of_tensors(row) for row in rows]
 
     def encode(self, prompts: Sequence[Prompt]) -> Recorded:
         """Encode P prompts, each by itself, with the pictures of their rows, or take what is stored of them.
@@ -293,11 +290,9 @@ class Pipeline:
         Raises ValueError for a prompt whose picture is missing, or which is not among those that are stored.
         """
         self._take_pictures_as(prompts[0])
-        stored: Sequence[Recorded | None] = [None] * len(prompts)
-        if self._cache:
-            stored = list(map(self._stored_form().of_tensors, self._cache.rows(prompts)))
+        rows = self._recorded(self._cache.rows(prompts)) if self._cache else [None] * len(prompts)
         with self._placed.on_device():
-            each = zip(prompts, stored, strict=True)
+            each = zip(prompts, rows, strict=True)
             return Recorded.cat([self.driven.record(prompt.text, self._pictures(prompt), row) for prompt, row in each])
 
     def encode_alone(self, prompts: Sequence[Prompt]) -> list[Recorded]:
@@ -306,7 +301,7 @@ class Pipeline:
         with self._placed.on_device():
             return [self.driven.encode(prompt.text, self._pictures(prompt)) for prompt in prompts]
 
-    def examples(self, prompt: Prompt) -> Examples:
+    def examples(self, prompt: Prompt) -> list[Recorded]:
         """The records, to be stored, from which the form of such prompts is learned."""
         self._take_pictures_as(prompt)
         with self._placed.on_device():

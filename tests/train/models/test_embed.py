@@ -70,8 +70,8 @@ class Counted:
         return [prompt for batch in self.batches for prompt in batch]
 
 
-def embed(encoder, texts, out, manifest, *, batch, sampling=SAMPLING):
-    embedder = Embedder(manifest=manifest, sampling=sampling, encode=encoder.encode)
+def embed(encoder, texts, out, manifest, *, batch, sampling=SAMPLING, examples=()):
+    embedder = Embedder(manifest=manifest, sampling=sampling, encode=encoder.encode, examples=examples)
     return embed_module.embed(embedder, [Prompt(text) for text in texts], out, batch=batch)
 
 
@@ -417,7 +417,7 @@ def test_what_the_command_cannot_use(recipe, tiny_dev, out, change, complaint):
 
 # --- two ranks
 
-OF_RANKS = Manifest(encoders=Encoders(pipeline="FluxPipeline", hash="an encoder"), sampling={})
+OF_RANKS = Manifest(encoders=Encoders(pipeline="FluxPipeline", hash="an encoder"), sampling={}, form="a form")
 
 
 def on_a_rank(model: str, out: Path, prompts: list[str]) -> None:
@@ -437,8 +437,9 @@ def on_a_rank(model: str, out: Path, prompts: list[str]) -> None:
         torch.save([encoded.prompt_embeds, encoded.pooled, encoded.txt_ids], out / f"sharded_{processes.rank()}.pt")
         whole = encoders("device")
         encoder = SimpleNamespace(encode=lambda some: whole.encode([prompt.text for prompt in some]).by_prompt())
+        examples = encoder.encode([Prompt(prompts[0]), Prompt(prompts[1])])
         for known in (prompts[:1], prompts):
-            summary = embed(encoder, known, out / "embeddings", OF_RANKS, batch=1)
+            summary = embed(encoder, known, out / "embeddings", OF_RANKS, batch=1, examples=examples)
         launch.print(summary)
 
 
@@ -469,6 +470,7 @@ def test_two_ranks_write_one_cache(on_two_ranks, counted):
     directory, outputs = on_two_ranks
     out = directory / "embeddings"
     assert_holds(out, OF_RANKS, PROMPTS, counted)
+    assert not load_file(out / "embeddings_00000.safetensors"), "the first prompt is the first example"
     index = json.loads((out / "index.json").read_text())
     assert [len(entry["prompts"]) for entry in index.values()] == [1, 2, 2, 2]  # 3 for one rank, 2 + 1 for the other
     assert f"6 prompts encoded, 1 were there; {out} has 7 prompts in 4 shards" in outputs[0]
