@@ -27,7 +27,7 @@ class EmbedCommand:
     out: Annotated[str, tyro.conf.arg(metavar="DIRECTORY", help_behavior_hint="")] = ""
     """Directory of embeddings; empty takes the recipe's prompts.embeddings."""
     batch: int = 16
-    """Prompts encoded at once."""
+    """Prompts that FLUX.1's encoders take at once. Other pipelines encode one after the other."""
 
 
 def main(arguments: Sequence[str]) -> int:

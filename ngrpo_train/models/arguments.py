@@ -79,12 +79,11 @@ def _guidance(
 ) -> dict[str, Any]:
     scale, negative = sampling.guidance_scale, sampling.negative_prompt
     kind = type(pipeline).__name__
-    if "guidance_scale" in taken and any(each.config.get("guidance_embeds") for each in described.values()):
+    if _is_input(taken, described):
         _refuse_negative(negative, f"a {kind} takes its guidance as an input, and draws by one forward")
         return {"guidance_scale": scale}
-    name = next((name for name in ("true_cfg_scale", "guidance_scale") if name in taken), None)
-    pipeline._guidance_scale = scale  # a property of most pipelines says by it whether there is a second forward
-    if name is None or getattr(pipeline, "do_classifier_free_guidance", scale > 1) is False:
+    name = _argument(taken)
+    if name is None or not is_guided(pipeline, described, sampling):
         if scale > 1:
             raise ValueError(f"sampling.guidance_scale = {scale:g}: this {kind} takes no guidance; set it to 1")
         _refuse_negative(negative, f"a {kind} draws by one forward at guidance_scale = {scale:g}")
@@ -93,6 +92,25 @@ def _guidance(
         return {name: scale, "negative_prompt": negative}
     _refuse_negative(negative, f"a {kind} guides away from the empty text alone")
     return {name: scale}
+
+
+def is_guided(pipeline: Any, described: Mapping[str, Any], sampling: Sampling) -> bool:
+    """True where a second forward leads away from a negative prompt, which is then encoded too."""
+    taken = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    if _is_input(taken, described) or not _argument(taken):
+        return False
+    scale = sampling.guidance_scale
+    pipeline._guidance_scale = scale  # a property of most pipelines says by it whether there is a second forward
+    return bool(getattr(pipeline, "do_classifier_free_guidance", scale > 1))
+
+
+def _is_input(taken: Mapping[str, Any], described: Mapping[str, Any]) -> bool:
+    return "guidance_scale" in taken and any(each.config.get("guidance_embeds") for each in described.values())
+
+
+def _argument(taken: Mapping[str, Any]) -> str | None:
+    """The argument that is the scale of a second forward."""
+    return next((name for name in ("true_cfg_scale", "guidance_scale") if name in taken), None)
 
 
 def _refuse_negative(negative: str, why: str) -> None:

@@ -12,6 +12,7 @@ from ngrpo_train.models.published import published
 from ngrpo_train.worlds import WORLDS, pipeline_dir
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_ENCODERS = ("text_encoder", "image_encoder", "tokenizer", "processor", "image_processor", "feature_extractor")
 
 
 def local_directory(name_or_path: str) -> Path | None:
@@ -21,19 +22,30 @@ def local_directory(name_or_path: str) -> Path | None:
 
 
 def pipeline_class_name(name_or_path: str) -> str:
-    """The class of a model's pipeline, by its model_index.json; "" where that file cannot be found.
+    """The class of a model's pipeline, by its model_index.json; "" where that file cannot be found."""
+    return str(_index(name_or_path).get("_class_name", ""))
+
+
+def encoder_parts(name_or_path: str) -> tuple[str, ...]:
+    """The folders of a model's pipeline that nothing but the encoding of prompts needs, by its model_index.json.
+
+    None where that file cannot be found.
+    """
+    index = _index(name_or_path).items()
+    return tuple(part for part, kind in index if part.startswith(_ENCODERS) and isinstance(kind, list) and kind[0])
+
+
+def _index(name_or_path: str) -> Mapping[str, Any]:
+    """A model's model_index.json; {} where it cannot be found.
 
     It is looked for in the model's directory, among published configs, and on the hub, which also means its cache.
     """
-    index: Mapping[str, Any] = {}
     if directory := local_directory(name_or_path):
-        if (file := directory / "model_index.json").is_file():
-            index = json.loads(file.read_text("utf-8"))
-    elif configs := published(":".join(name_or_path.split(":")[:2])):  # without the layers of "random:NAME:LAYERS"
-        index = configs["model_index"]
-    elif _HUB_ID.fullmatch(name_or_path):
-        index = _index_on_the_hub(name_or_path)
-    return str(index.get("_class_name", ""))
+        file = directory / "model_index.json"
+        return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+    if configs := published(":".join(name_or_path.split(":")[:2])):  # without the layers of "random:NAME:LAYERS"
+        return configs["model_index"]
+    return _index_on_the_hub(name_or_path) if _HUB_ID.fullmatch(name_or_path) else {}
 
 
 def _index_on_the_hub(repository: str) -> Mapping[str, Any]:

@@ -6,6 +6,8 @@ single step, without its `no_grad`:
   the velocity after guidance, sign and rescaling, with its graph.
 - What its methods `encode_...` and `prepare_...` return is recorded once for each prompt, and is their answer from then
   on, so that no step encodes a text or a picture again. The first result of `prepare_latents` is our state.
+- What `encode_...` return may also be stored, and be their answer while a prompt is recorded. Then there need be no
+  encoder.
 - Called for no steps at all, it decodes.
 So nothing here depends on how a family packs its latents, guides or decodes.
 """
@@ -20,12 +22,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ngrpo_train.models.recorded import Call, Form, Recorded
 
-_LATENTS = "prepare_latents"
+_ENCODING, _LATENTS = "encode_", "prepare_latents"
 _NOT_RECORDED = {"prepare_extra_step_kwargs", "prepare_ip_adapter_image_embeds"}
 _PROCESSORS = ("image_processor", "mask_processor", "video_processor")
 _LONGER = "a text of more words than the empty one, so that it has another length"
@@ -40,6 +43,10 @@ class Driven:
     latent_shape: tuple[int, ...]
     """S, known once a prompt is recorded."""
     form: Form
+    encoded_form: Form
+    """Of the methods `encode_...` alone."""
+    encodes_pictures: bool
+    """True where one of these methods is given a picture."""
     takes_rows: bool
     """True where the pipeline bears a timestep for each picture, and gives each picture its own."""
 
@@ -68,7 +75,7 @@ class Driven:
         for name, part in {"scheduler": self._scheduler, **self._seen}.items():
             object.__setattr__(pipeline, name, part)
         for name in dir(kind):
-            if name.startswith(("encode_", "prepare_")) and name not in _NOT_RECORDED:
+            if name.startswith((_ENCODING, "prepare_")) and name not in _NOT_RECORDED:
                 object.__setattr__(pipeline, name, self._answering(name, getattr(pipeline, name)))
         for processor in filter(None, (getattr(pipeline, name, None) for name in _PROCESSORS)):
             for name in ("preprocess", "preprocess_video", "resize"):
@@ -76,6 +83,7 @@ class Driven:
                     setattr(processor, name, self._remembering(getattr(processor, name)))
         self._pictures: Mapping[str, Any] = {}
         self._recording: list[Call] | None = None
+        self._stored: Iterator[Call] | None = None  # answers of `encode_...` while a prompt is recorded
         self._depth = 0  # of methods that call others
         self._answers: Iterator[Call] = iter(())
         self._state = torch.empty(0)
@@ -86,30 +94,50 @@ class Driven:
     # -- Prompts -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def learn(self, pictures: Mapping[str, Any]) -> Recorded:
+    def learn(self, pictures: Mapping[str, Any], stored: Sequence[Recorded] | None = None) -> Recorded:
         """Learn the form of what the pipeline prepares for prompts with such pictures; the record of the empty text.
 
         `pictures` are arguments of the pipeline's call by name, for one prompt; later ones may differ in their pixels.
+        With `stored`, which `examples` gave, nothing is encoded. Raises ValueError where it has other calls than the
+        pipeline makes.
         """
-        one = self._recorded([""], pictures)
-        self.form = Form.of(one, self._recorded(["", ""], pictures), self._recorded(["", _LONGER], pictures))
-        record = self.form.record(self._recorded([""], pictures))
+        self.encodes_pictures = False
+        rows: Sequence[Recorded | None] = [None] * 3
+        if stored:
+            rows = stored[0], Recorded.cat([stored[0], stored[0]]), Recorded.cat(stored)
+        texts = [""], ["", ""], ["", _LONGER]
+        one, twice, mixed = (self._recorded(some, pictures, row) for some, row in zip(texts, rows, strict=True))
+        self.form = Form.of(one, twice, mixed)
+        self.encoded_form = Form.of(_encoded(one), _encoded(twice), _encoded(mixed))
+        record = self.form.record(self._recorded([""], pictures, rows[0]))
         self.takes_rows = self._takes_rows(record)
         return record
 
     @torch.no_grad()
-    def record(self, text: str, pictures: Mapping[str, Any]) -> Recorded:
-        """What the pipeline prepares for a prompt: one row."""
-        return self.form.record(self._recorded([text], pictures))
+    def record(self, text: str, pictures: Mapping[str, Any], stored: Recorded | None = None) -> Recorded:
+        """What the pipeline prepares for a prompt: one row. With `stored`, from `encode`, nothing is encoded."""
+        return self.form.record(self._recorded([text], pictures, stored))
 
-    def _recorded(self, texts: Sequence[str], pictures: Mapping[str, Any]) -> list[Call]:
+    @torch.no_grad()
+    def encode(self, text: str, pictures: Mapping[str, Any]) -> Recorded:
+        """What the pipeline's `encode_...` give for a prompt: one row."""
+        return self.encoded_form.record(_encoded(self._recorded([text], pictures)))
+
+    def examples(self, pictures: Mapping[str, Any]) -> list[Recorded]:
+        """What `encode` gives for the empty text and for a longer one: from these, `learn` can learn."""
+        return [self.encode("", pictures), self.encode(_LONGER, pictures)]
+
+    def _recorded(
+        self, texts: Sequence[str], pictures: Mapping[str, Any], stored: Recorded | None = None
+    ) -> list[Call]:
         self._recording, self._processed, self._pictures = [], [], pictures
+        self._stored = stored.calls() if stored else None
         try:
             # Drawing the latents of a video model at full size would take a moment and is no use: they are replaced.
             self._run(texts, torch.ones(1), torch.ones(1), {}, generator=torch.Generator().manual_seed(0))
             return self._recording
         finally:
-            self._recording = None
+            self._recording = self._stored = None
 
     def _takes_rows(self, record: Recorded) -> bool:
         seen: list[Tensor] = []
@@ -217,15 +245,22 @@ class Driven:
                 if name == _LATENTS:
                     return self._state if value is None else (self._state, *value)
                 return value
-            self._depth += 1
-            try:
-                value = method(*arguments, **named)
-            finally:
-                self._depth -= 1
+            encodes = name.startswith(_ENCODING) and not self._depth
+            if encodes and self._stored:
+                stored, value = next(self._stored, ("", None))
+                if stored != name:  # another version of diffusers stored it
+                    raise ValueError(f"the pipeline calls {name} where {stored or 'nothing'} is stored of a prompt")
+            else:
+                self._depth += 1
+                try:
+                    value = method(*arguments, **named)
+                finally:
+                    self._depth -= 1
             if self._depth:
                 return value
-            if name.startswith("encode_"):  # text encoders may have another dtype than the transformer
+            if encodes:  # text encoders may have another dtype than the transformer
                 value = pytree.tree_map(self._cast, value)
+                self.encodes_pictures |= any(map(_is_picture, pytree.tree_leaves((arguments, named))))
             kept = value
             if name == _LATENTS:
                 first, kept = (value[0], value[1:]) if isinstance(value, tuple) else (value, None)
@@ -254,6 +289,14 @@ class Driven:
             return value
 
         return answer
+
+
+def _encoded(calls: Sequence[Call]) -> list[Call]:
+    return [call for call in calls if call[0].startswith(_ENCODING)]
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, (Image.Image, Tensor))
 
 
 class _Ended(Exception):

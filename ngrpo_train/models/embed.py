@@ -1,10 +1,8 @@
-"""Encoding of prompts for `ngrpo embed`: once, into a directory that training reads instead of loading text encoders.
+"""Encoding of prompts for `ngrpo embed`: once, into a directory that training reads instead of loading encoders.
 
 `embeddings` describes the directory. A shard is written aside, renamed when it is complete, and knows its own prompts.
 So a command that was killed goes on where it stopped, and one whose prompt list has grown encodes only the new prompts.
 """
-
-# P prompts, L text tokens, E features of T5, F features of CLIP.
 
 from __future__ import annotations
 
@@ -13,19 +11,26 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from ngrpo_train.models.embeddings import Manifest, encoder_hash, hashes_in, prompt_hash
-from ngrpo_train.models.encoders import PromptEncoder, TextEncoders, frozen_dtype
-from ngrpo_train.models.loading import load_text_encoders
+from ngrpo_train.models.embedders import Embedder, load_embedder
+from ngrpo_train.models.embeddings import (
+    EXAMPLES,
+    Manifest,
+    Row,
+    hashes_in,
+    named_by_row,
+    prompt_hash,
+    read_examples,
+)
 from ngrpo_train.models.needs import refuse_without_pictures
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.progress import progress
@@ -50,22 +55,9 @@ def embed_command(recipe: Recipe, out: Path, batch: int = 16) -> int:
     with processes.joined(recipe.parallel) as launch:
         by_setting = training_prompts(recipe)
         refuse_without_pictures(recipe.model, by_setting)
-        prompts = list(dict.fromkeys(prompt.text for some in by_setting.values() for prompt in some))
-        length = recipe.sampling.max_sequence_length
-        if recipe.model.adapter != "auto":
-            raise ValueError(f"model.adapter = {recipe.model.adapter!r} brings text encoders that are not FLUX.1's")
-        pipeline, directory = load_text_encoders(recipe.model.name_or_path, frozen_dtype(launch.device))
-        encoder = encoder_hash(directory)
-        if encoder is None:
-            raise ValueError(f"model.name_or_path = {recipe.model.name_or_path!r} has no text encoders in safetensors")
-        manifest = Manifest(
-            encoder=encoder,
-            max_sequence_length=length,
-            features=pipeline.text_encoder_2.config.d_model,
-            pooled_features=pipeline.text_encoder.config.hidden_size,
-        )
-        encoders = TextEncoders(pipeline, device=launch.device, dtype=torch.bfloat16, max_sequence_length=length)
-        launch.print(embed(encoders, prompts, out, manifest, batch=batch))
+        prompts = [prompt for some in by_setting.values() for prompt in some]
+        embedder = load_embedder(recipe, prompts, launch.device)
+        launch.print(embed(embedder, prompts, out, batch=batch))
         launch.print(f"train on them with --prompts.embeddings {shlex.quote(str(out))}")
     return 0
 
@@ -102,17 +94,17 @@ class Summary:
 
 
 @torch.no_grad()
-def embed(encoder: PromptEncoder, prompts: Sequence[str], out: Path, manifest: Manifest, *, batch: int) -> Summary:
+def embed(embedder: Embedder, prompts: Sequence[Prompt], out: Path, *, batch: int) -> Summary:
     """Add to `out` those of these prompts that it lacks, shared out over the processes; a collective.
 
-    `manifest` describes the rows that `encoder` makes. The processes call `encode` on their own, not equally often.
-    Raises ValueError, naming `--out`, for a directory that holds anything else, cannot be written to, or has no room.
+    The processes encode on their own, not equally often. Raises ValueError, naming `--out`, for a directory that holds
+    anything else, cannot be written to, or has no room.
     """
-    _claim(out, manifest)
-    index, wanted = _index(out), {prompt_hash(prompt): prompt for prompt in prompts}
+    _claim(out, embedder)
+    pictures = embedder.manifest.pictures
+    index, wanted = _index(out), {prompt_hash(prompt, pictures): prompt for prompt in prompts}
     present = {key for entry in index.values() for key in entry["prompts"]}
     missing = [key for key in wanted if key not in present]
-    _refuse_full_disk(out, manifest, len(missing))
     processes.barrier()  # all have looked before one of them writes
 
     ranks, rank = processes.world_size(), processes.rank()
@@ -120,10 +112,15 @@ def embed(encoder: PromptEncoder, prompts: Sequence[str], out: Path, manifest: M
     first = 1 + max((int(Path(name).stem.removeprefix("embeddings_")) for name in index), default=-1)
     shards = [(first + i, missing[start : start + size]) for i, start in enumerate(range(0, len(missing), size))]
     mine = shards[rank::ranks]
-    with progress("prompts", sum(len(keys) for _, keys in mine)) as advance:
+    own = [wanted[key] for _, keys in mine for key in keys]
+    with progress("prompts", len(own)) as advance:
+        rows = _encoded(embedder, own, read_examples(out)[0] if embedder.examples else {}, batch, advance)
+        beginning = list(islice(rows, batch))
+        _refuse_full_disk(out, beginning, len(missing))
+        rows = chain(beginning, rows)
         for number, keys in mine:
-            rows = _encode(encoder, [wanted[key] for key in keys], manifest, batch, advance)
-            _write_shard(out / f"embeddings_{number:05d}.safetensors", rows, keys)
+            metadata = {"prompts": " ".join(keys)}
+            _write_rows(out / f"embeddings_{number:05d}.safetensors", list(islice(rows, len(keys))), metadata)
     processes.barrier()
 
     index = _index(out)
@@ -145,36 +142,34 @@ def embed(encoder: PromptEncoder, prompts: Sequence[str], out: Path, manifest: M
     )
 
 
-def _encode(
-    encoder: PromptEncoder, prompts: Sequence[str], manifest: Manifest, batch: int, advance: Callable[[int], None]
-) -> dict[str, Tensor]:
-    """The rows of a shard, on the CPU; `advance` gets the size of every batch."""
-    rows = {
-        "prompt_embeds": torch.empty(
-            len(prompts), manifest.max_sequence_length, manifest.features, dtype=torch.bfloat16
-        ),
-        "pooled": torch.empty(len(prompts), manifest.pooled_features, dtype=torch.bfloat16),
-    }
+def _encoded(
+    embedder: Embedder, prompts: Sequence[Prompt], example: Row, batch: int, advance: Callable[[int], None]
+) -> Iterator[Row]:
+    """The rows of prompts, on the CPU, without what equals the example's; `advance` gets the size of every batch."""
     for start in range(0, len(prompts), batch):
-        part = slice(start, start + batch)
-        encoded = encoder.encode(prompts[part])
-        rows["prompt_embeds"][part], rows["pooled"][part] = encoded.prompt_embeds, encoded.pooled
-        advance(len(prompts[part]))
-    return rows
+        part = prompts[start : start + batch]
+        for row in embedder.encode(part):
+            kept = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in row.items()}
+            alike = [name for name in kept.keys() & example.keys() if torch.equal(kept[name], example[name])]
+            yield {name: tensor for name, tensor in kept.items() if name not in alike}
+        advance(len(part))
 
 
-def _write_shard(path: Path, rows: dict[str, Tensor], keys: Sequence[str]) -> None:
-    save_file(rows, _aside(path), metadata={"prompts": " ".join(keys)})
+def _write_rows(path: Path, rows: Sequence[Row], metadata: dict[str, str]) -> None:
+    save_file(named_by_row(rows), _aside(path), metadata=metadata)
     shutil.copymode(path.with_name("manifest.json"), _aside(path))  # safetensors lets nobody else read its files
     os.replace(_aside(path), path)
 
 
-def _claim(out: Path, manifest: Manifest) -> None:
+def _claim(out: Path, embedder: Embedder) -> None:
     """Make the directory, or check that it holds such rows and remove remains of a killed command; a collective."""
+    manifest = embedder.manifest
     try:
         found = Manifest.read(out)
         if found:
-            found.refuse_other(manifest.encoder, manifest.max_sequence_length)
+            found.refuse_other(embedder.sampling, manifest.encoders)
+            if (list(found.pictures), found.form) != (list(manifest.pictures), manifest.form):
+                raise ValueError("has rows of another form than this version of diffusers gives these prompts")
         elif out.exists() and (not out.is_dir() or any(path.suffix != _PARTIAL for path in out.iterdir())):
             raise ValueError("exists and is not a directory of embeddings")
     except ValueError as error:
@@ -194,18 +189,30 @@ def _claim(out: Path, manifest: Manifest) -> None:
                     logger.warning("%s is damaged (%s): its prompts are encoded again", path, error)
                     path.unlink()
             _write(out / "manifest.json", manifest.text())
+            _keep_examples(out, embedder.examples)
         except OSError as error:
             refused = f": {error.strerror}"
     if processes.any_rank(bool(refused)):
         raise ValueError(f"--out = {str(out)!r} cannot be written to{refused}")
 
 
-def _refuse_full_disk(out: Path, manifest: Manifest, prompts: int) -> None:
-    values = manifest.max_sequence_length * manifest.features + manifest.pooled_features
-    size = prompts * values * torch.bfloat16.itemsize / 2**30
-    free = shutil.disk_usage(out).free / 2**30
+def _keep_examples(out: Path, examples: Sequence[Row]) -> None:
+    """Write the examples unless they are there: rows lack what equals them, to the bit."""
+    if examples:
+        try:
+            read_examples(out)
+        except (FileNotFoundError, SafetensorError):
+            _write_rows(out / EXAMPLES, examples, {})
+
+
+def _refuse_full_disk(out: Path, rows: Sequence[Row], prompts: int) -> None:
+    """Raise ValueError where so many prompts have no room, if they are as large as these on average; a collective."""
+    mean = sum(tensor.nbytes for row in rows for tensor in row.values()) / max(1, len(rows))
+    size, free = prompts * mean / 2**30, shutil.disk_usage(out).free / 2**30
     if processes.any_rank(free < size):
-        raise ValueError(f"--out = {str(out)!r} has {free:.2f} GiB free, and {prompts:,} prompts take {size:.2f} GiB")
+        raise ValueError(
+            f"--out = {str(out)!r} has {free:.2f} GiB free, and {prompts:,} prompts take about {size:.2f} GiB"
+        )
 
 
 def _shards(directory: Path) -> list[Path]:

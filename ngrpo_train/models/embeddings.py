@@ -1,24 +1,27 @@
-"""A directory of encoded prompts, which `ngrpo embed` writes and training reads in place of text encoders.
+"""A directory of encoded prompts, which `ngrpo embed` writes and training reads in place of encoders.
 
-It holds
-- `embeddings_00000.safetensors`, ...: shards with a row per prompt, bfloat16: `prompt_embeds` [rows, L, E], `pooled`
-  [rows, F]; their metadata has the hashes of their prompts, in order.
+A prompt's row is a set of tensors of any shapes, by name: what a model's encoders give training for this prompt, in
+`parallel.compute_dtype`. So training draws the same as with encoders, to the bit, if both ran on the same machine. (For
+encoders that take several prompts at once, also in batches of one size: FLUX.1's.) The directory holds
+- `embeddings_00000.safetensors`, ...: shards. The tensor "3.NAME" is of the row with number 3; metadata has the hashes
+  of the shard's prompts, in order.
+- `examples.safetensors`, for models whose pipeline is driven: the rows of the texts that training learns their form
+  from. A tensor that equals that of the first example is left out of a prompt's row: that of the negative prompt is.
 - `index.json`: every shard's size and prompts. It is replaced whole when all shards are there, so it always describes
   what can be read, also while `ngrpo embed` adds more.
-- `manifest.json`: the format, which text encoders made the rows, and their shapes.
+- `manifest.json`: the format, and what made the rows.
 
-All L rows of a prompt are kept: FLUX attends to T5's padding, whose features depend on the prompt. That is 4 MiB for
-each prompt of FLUX.1 at 512 tokens.
+All rows of FLUX.1's T5 features are kept: FLUX attends to their padding, whose features depend on the prompt. That is
+4 MiB for each prompt at 512 tokens in bfloat16.
 """
-
-# P prompts, L text tokens, E features of T5, F features of CLIP.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,21 +30,41 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ngrpo_train.models.encoders import TextFeatures
-from ngrpo_train.models.sizes import TEXT_PARTS
+from ngrpo_train.prompts import Prompt
+from ngrpo_train.prompts.picture_files import is_named, named_picture
+from ngrpo_train.recipe.sections import Sampling
 
-FORMAT = 1  # of a directory of embeddings
+FORMAT = 2  # of a directory of embeddings
+EXAMPLES = "examples.safetensors"
+
+Row = Mapping[str, Tensor]
+"""What encoders give for a prompt, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoders:
+    """What a model encodes with, as far as only its files tell."""
+
+    pipeline: str
+    """Its class in diffusers."""
+    hash: str | None
+    """As from `encoder_hash`; None where the files are not at hand."""
+    guided: bool = False
+    """True where the negative prompt is encoded too, because `sampling.guidance_scale` asks for a second forward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Description of the rows of a directory of embeddings."""
+    """What made the rows of a directory of embeddings."""
 
     format: int = FORMAT
-    encoder: str  # as from `encoder_hash`
-    max_sequence_length: int  # L
-    features: int  # E
-    pooled_features: int  # F
+    encoders: Encoders
+    sampling: Mapping[str, Any]
+    """The fields of [sampling] that decide what is encoded, and their values."""
+    pictures: Sequence[str] = ()
+    """Fields of a prompt's row whose pictures are encoded with its text."""
+    form: str = ""
+    """Of the rows of a pipeline that is driven, as from `Form.dumps`."""
 
     @staticmethod
     def read(directory: Path) -> Manifest | None:
@@ -55,54 +78,55 @@ class Manifest:
         version = entries.get("format") if isinstance(entries, dict) else None
         if version != FORMAT or entries.keys() != {field.name for field in fields(Manifest)}:
             raise ValueError(f"is of format {version}, and this version of ngrpo knows {FORMAT}")
-        return Manifest(**entries)
+        return Manifest(**entries | {"encoders": Encoders(**entries["encoders"])})
 
     def text(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 
-    def refuse_other(self, encoder: str | None, max_sequence_length: int) -> None:
-        """Raise ValueError, which says the difference, unless the rows are of this length and encoder (None: any)."""
-        if self.max_sequence_length != max_sequence_length:
+    def refuse_other(self, sampling: Sampling, encoders: Encoders | None) -> None:
+        """Raise ValueError, which says the difference, for rows of other settings or encoders (None: any)."""
+        for name, value in self.sampling.items():
+            if (asked := getattr(sampling, name)) != value:
+                raise ValueError(f"was made for sampling.{name} = {value!r}, and the recipe's is {asked!r}")
+        if encoders is None:
+            return
+        if self.encoders.pipeline != encoders.pipeline:
             raise ValueError(
-                f"has prompts of {self.max_sequence_length} tokens, and sampling.max_sequence_length is "
-                f"{max_sequence_length}"
+                f"was made for a {self.encoders.pipeline}, and model.name_or_path is a {encoders.pipeline}"
             )
-        if encoder is not None and self.encoder != encoder:
+        if self.encoders.guided is not encoders.guided:
+            made, draws = ("with", "without") if self.encoders.guided else ("without", "with")
+            raise ValueError(
+                f"was made {made} a negative prompt for each, and sampling.guidance_scale = "
+                f"{sampling.guidance_scale:g} draws {draws} one"
+            )
+        if encoders.hash is not None and self.encoders.hash != encoders.hash:
             raise ValueError("was made by other text encoders or tokenizers than those of model.name_or_path")
 
 
 class EmbeddingCache:
-    """The prompts that `ngrpo embed` encoded into a directory; no text encoder is loaded.
-
-    Only the rows asked for are read. They are bfloat16: what the encoders give on a GPU, as it is (in batches of
-    another size, which may move a last bit), or what they give on a CPU in float32, rounded.
-    """
+    """The prompts that `ngrpo embed` encoded into a directory; only the rows asked for are read."""
 
     def __init__(
-        self,
-        directory: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        max_sequence_length: int,
-        encoder: str | None,
+        self, directory: Path, sampling: Sampling, device: torch.device, encoders: Encoders | None = None
     ) -> None:
-        """`encoder` is the `encoder_hash` of the model in use, None where its files are not at hand to compare with.
+        """`encoders` are those of the model in use, None before it is loaded.
 
         Raises ValueError, naming `prompts.embeddings` and what to do, for a directory that is missing, unfinished,
-        damaged, or of other encoders or another length.
+        damaged, or made otherwise.
         """
-        self.directory, self.device, self.dtype = directory, device, dtype
+        self.directory, self.device = directory, device
         try:
             manifest = Manifest.read(directory)
             if manifest:
-                manifest.refuse_other(encoder, max_sequence_length)
+                manifest.refuse_other(sampling, encoders)
         except ValueError as error:
             raise self._refusal(
                 str(error), "write another directory with `ngrpo embed RECIPE --out DIRECTORY`"
             ) from error
         if not manifest:
             raise self._refusal("is no directory of embeddings", f"{self._command()} writes one")
+        self.manifest = manifest
         self._places: dict[str, tuple[str, int]] = {}  # hash of a prompt -> shard, row
         try:
             index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
@@ -110,39 +134,46 @@ class EmbeddingCache:
                 if (directory / shard).stat().st_size != entry["bytes"]:
                     raise ValueError(f"{shard} has another size than when it was written")
                 self._places |= {key: (shard, row) for row, key in enumerate(entry["prompts"])}
-        except (OSError, ValueError) as error:
+            self.examples = [self._moved(row) for row in read_examples(directory)] if manifest.form else []
+        except (OSError, ValueError, SafetensorError) as error:
             what = "is damaged" if (directory / "index.json").exists() else "is unfinished"
             raise self._refusal(f"{what} ({error})", f"{self._command()} completes it") from error
 
-    def refuse_missing(self, prompts: Sequence[str]) -> None:
+    def refuse_missing(self, prompts: Sequence[Prompt]) -> None:
         """Raise ValueError, naming one of them and what to do, where any of these prompts are not there."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt_hash(prompt) not in self._places]
+        missing = list(dict.fromkeys(self._named(each) for each in prompts if self._hash(each) not in self._places))
         if missing:
             others = f" and {len(missing) - 1:,} others" if len(missing) > 1 else ""
-            raise self._refusal(f"lacks the prompt {missing[0]!r}{others}", f"{self._command()} adds what is missing")
+            raise self._refusal(f"lacks the prompt {missing[0]}{others}", f"{self._command()} adds what is missing")
 
-    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+    def rows(self, prompts: Sequence[Prompt]) -> list[dict[str, Tensor]]:
         """The rows of P prompts, on the device. Raises ValueError as `refuse_missing` does, and for a damaged shard."""
         self.refuse_missing(prompts)
-        rows = [self._row(prompt_hash(prompt)) for prompt in prompts]
-        embeds, pooled = (torch.stack(parts) for parts in zip(*rows, strict=True))
-        if self.device.type == "cuda":  # so that the copy need not wait for the device
-            embeds, pooled = embeds.pin_memory(), pooled.pin_memory()
-        return TextFeatures.of(
-            embeds.to(self.device, non_blocking=True).to(self.dtype),
-            pooled.to(self.device, non_blocking=True).to(self.dtype),
-        )
+        return [self._row(self._hash(prompt)) for prompt in prompts]
 
-    def _row(self, key: str) -> tuple[Tensor, Tensor]:
-        """`prompt_embeds` [L, E] and `pooled` [F] of a prompt, mapped from the file and not read yet."""
+    def _row(self, key: str) -> dict[str, Tensor]:
         shard, row = self._places[key]
         try:
             with safe_open(self.directory / shard, "pt") as file:
-                if hashes_in(file)[row : row + 1] != [key]:  # else another prompt's rows would train, unnoticed
+                if hashes_in(file)[row : row + 1] != [key]:  # else another prompt's row would train, unnoticed
                     raise ValueError("not what index.json says is in it")
-                return file.get_slice("prompt_embeds")[row], file.get_slice("pooled")[row]
+                own = self._moved(row_in(file, row))
         except (OSError, ValueError, SafetensorError) as error:
             raise self._refusal(f"is damaged ({shard}: {error})", f"{self._command()} mends it") from error
+        return self.examples[0] | own if self.examples else own
+
+    def _moved(self, row: Row) -> dict[str, Tensor]:
+        """The tensors on the device; with pinned memory the copy need not wait for it."""
+        if self.device.type == "cuda":
+            return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in row.items()}
+        return {name: tensor.clone() for name, tensor in row.items()}  # a file's may lie unaligned, and round otherwise
+
+    def _hash(self, prompt: Prompt) -> str:
+        return prompt_hash(prompt, self.manifest.pictures)
+
+    def _named(self, prompt: Prompt) -> str:
+        pictures = [repr(prompt.row[field]) for field in self.manifest.pictures if is_named(prompt.row, field)]
+        return f"{prompt.text!r}" + (f" with {' and '.join(pictures)}" if pictures else "")
 
     def _refusal(self, cause: str, remedy: str) -> ValueError:
         return ValueError(f"prompts.embeddings = {str(self.directory)!r} {cause}: {remedy}")
@@ -151,9 +182,27 @@ class EmbeddingCache:
         return f"`ngrpo embed RECIPE --out {shlex.quote(str(self.directory))}`"
 
 
-def prompt_hash(prompt: str) -> str:
-    """Name of a prompt in a directory of embeddings: its SHA-256 in hexadecimal."""
-    return hashlib.sha256(prompt.encode("utf-8")).hexdigest()
+def prompt_hash(prompt: Prompt, pictures: Sequence[str] = ()) -> str:
+    """Name of a prompt in a directory of embeddings: the SHA-256, in hexadecimal, of what its encoders see.
+
+    That is its text, and the files of the pictures that its row names in these fields, whatever they are called. Raises
+    ValueError, "needs ...", for a picture that is not there.
+    """
+    files = {field: named_picture(prompt.row, field) for field in pictures if is_named(prompt.row, field)}
+    seen = json.dumps([prompt.text, {field: _file_hash(file) for field, file in files.items()}])
+    return hashlib.sha256((seen if files else prompt.text).encode("utf-8")).hexdigest()
+
+
+def _file_hash(file: Path) -> str:
+    stat = file.stat()
+    return _content_hash(file, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _content_hash(file: Path, size: int, modified_ns: int) -> str:
+    """The hash of a file's bytes. It is read again only if its size or its time has changed."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def hashes_in(shard: Any) -> list[str]:
@@ -161,55 +210,19 @@ def hashes_in(shard: Any) -> list[str]:
     return (shard.metadata() or {}).get("prompts", "").split()
 
 
-# --- which text encoders these are
-
-_SAMPLE = 4096  # bytes read at either end of each tensor: training anything changes them
-_BOOKKEEPING = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}  # decide no number
-
-
-def encoder_hash(model: Path) -> str | None:
-    """A hash of both text encoders and tokenizers in a directory of FLUX.1's layout, in a fraction of a second.
-
-    It covers the tokenizers' files, the encoders' configs, and of each weight the name, dtype, shape and both ends,
-    however the weights are spread over safetensors files. None where a part is missing, as it is from a download of
-    the transformer alone.
-    """
-    digest = hashlib.sha256()
-
-    def add(label: str, data: bytes) -> None:
-        digest.update(f"{label}\0{len(data)}\0".encode())
-        digest.update(data)
-
-    try:
-        for tokenizer in (part for part in TEXT_PARTS if part.startswith("tokenizer")):
-            for path in sorted((model / tokenizer).iterdir()):
-                if path.is_file() and not path.name.startswith("."):
-                    add(f"{tokenizer}/{path.name}", path.read_bytes())
-        for encoder in (part for part in TEXT_PARTS if part.startswith("text_encoder")):
-            config = json.loads((model / encoder / "config.json").read_text(encoding="utf-8"))
-            decisive = {name: value for name, value in config.items() if name not in _BOOKKEEPING}
-            add(encoder, json.dumps(decisive, sort_keys=True).encode())
-            for label, sample in sorted(_weight_samples(model / encoder)):
-                add(label, sample)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return digest.hexdigest()
+def named_by_row(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """The tensors of rows, by their names in a file."""
+    return {f"{number}.{name}": tensor for number, row in enumerate(rows) for name, tensor in row.items()}
 
 
-def _weight_samples(directory: Path) -> Iterator[tuple[str, bytes]]:
-    """Name, dtype and shape, then the two ends, of each tensor in the safetensors files that transformers loads."""
-    index = directory / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for name in names:
-        with (directory / name).open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            for tensor, entry in json.loads(file.read(header_size)).items():
-                if tensor != "__metadata__":
-                    first, last = entry["data_offsets"]
-                    sample = b""
-                    for start in (first, max(first, last - _SAMPLE)):
-                        file.seek(8 + header_size + start)
-                        sample += file.read(min(_SAMPLE, last - first))
-                    yield f"{tensor} {entry['dtype']} {entry['shape']}", sample
+def row_in(file: Any, number: int) -> dict[str, Tensor]:
+    """The row with this number in a file that `safe_open` opened; its tensors are mapped, and not read yet."""
+    prefix = f"{number}."
+    names: list[str] = file.keys()
+    return {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
+
+
+def read_examples(directory: Path) -> list[dict[str, Tensor]]:
+    """The rows of the two examples. Raises OSError or SafetensorError where they cannot be read."""
+    with safe_open(directory / EXAMPLES, "pt") as file:
+        return [row_in(file, number) for number in range(2)]

@@ -13,9 +13,13 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
+from ngrpo_train.models.embeddings import EmbeddingCache, Row
 from ngrpo_train.models.placement import Placed, Placement
+from ngrpo_train.prompts import Prompt
 
 logger = logging.getLogger(__name__)
+
+_STORED = ("prompt_embeds", "pooled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,17 @@ class TextFeatures:
     def of(prompt_embeds: Tensor, pooled: Tensor) -> TextFeatures:
         """Features with the position ids that FLUX.1 gives to text: zeros."""
         return TextFeatures(prompt_embeds, pooled, torch.zeros(prompt_embeds.shape[1], 3, device=prompt_embeds.device))
+
+    @staticmethod
+    def of_prompts(rows: Sequence[Row], dtype: torch.dtype) -> TextFeatures:
+        """The features, in this dtype, whose `by_prompt` these rows are."""
+        return TextFeatures.of(*(torch.stack([row[name] for row in rows]).to(dtype) for name in _STORED))
+
+    def by_prompt(self) -> list[dict[str, Tensor]]:
+        """The row of each prompt, by name: `prompt_embeds` [L, E] and `pooled` [F]."""
+        return [
+            dict(zip(_STORED, features, strict=True)) for features in zip(self.prompt_embeds, self.pooled, strict=True)
+        ]
 
     def rows(self, index: Tensor) -> TextFeatures:
         """The rows that `index` [N] asks for, repeats allowed."""
@@ -48,11 +63,23 @@ def frozen_dtype(device: torch.device) -> torch.dtype:
 
 
 class PromptEncoder(Protocol):
-    """Encoder of prompts: `TextEncoders` or an `EmbeddingCache`."""
+    """Encoder of prompts: `TextEncoders` or `StoredTexts`."""
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """P prompts on the device: features in the dtype of the transformer's arithmetic, position ids float32."""
         ...
+
+
+class StoredTexts:
+    """Prompts that `ngrpo embed` encoded; no text encoder is loaded."""
+
+    def __init__(self, cache: EmbeddingCache, dtype: torch.dtype) -> None:
+        """`encode` returns tensors of `dtype`."""
+        self.cache, self.dtype = cache, dtype
+
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """Raises ValueError as `EmbeddingCache.rows` does."""
+        return TextFeatures.of_prompts(self.cache.rows([Prompt(text) for text in prompts]), self.dtype)
 
 
 class TextEncoders:

@@ -18,8 +18,10 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from ngrpo_train.models.embeddings import EmbeddingCache, encoder_hash
-from ngrpo_train.models.encoders import PromptEncoder, TextEncoders, TextFeatures, frozen_dtype
+from ngrpo_train.models.directory import encoder_parts
+from ngrpo_train.models.embeddings import EmbeddingCache, Encoders
+from ngrpo_train.models.encoder_hash import encoder_hash
+from ngrpo_train.models.encoders import PromptEncoder, StoredTexts, TextEncoders, TextFeatures, frozen_dtype
 from ngrpo_train.models.loading import (
     absent_of,
     decode_in_tiles,
@@ -72,20 +74,15 @@ class Flux:
         self._prepare_vae()
 
     def _text_encoder(self, embeddings: str) -> PromptEncoder:
-        length = self.sampling.max_sequence_length
         if embeddings:
-            return EmbeddingCache(
-                Path(embeddings).expanduser(),
-                device=self.device,
-                dtype=self._compute_dtype,
-                max_sequence_length=length,
-                encoder=encoder_hash(self.directory) if self.directory else None,
-            )
+            encoders = flux_encoders(self.spec, self.directory)
+            cache = EmbeddingCache(Path(embeddings).expanduser(), self.sampling, self.device, encoders)
+            return StoredTexts(cache, self._compute_dtype)
         return TextEncoders(
             self.pipeline,
             device=self.device,
             dtype=self._compute_dtype,
-            max_sequence_length=length,
+            max_sequence_length=self.sampling.max_sequence_length,
             placement=self.settings.text_encoders,
         )
 
@@ -177,6 +174,12 @@ class Flux:
         if absent:  # training on embeddings did not need them
             logger.warning("%s lacks %s, as %s does: add them from the model", directory, absent, self.directory)
         shutil.copy(self.directory / "model_index.json", directory)
+
+
+def flux_encoders(model: Model, directory: Path | None) -> Encoders:
+    """What encodes the prompts of a model whose files are in this directory; None for random weights."""
+    found = encoder_hash(directory, encoder_parts(model.name_or_path)) if directory else None
+    return Encoders(pipeline=FluxPipeline.__name__, hash=found)
 
 
 def _save_lora(directory: Path, transformer: nn.Module, trained: Mapping[str, Tensor]) -> None:

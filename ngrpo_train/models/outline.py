@@ -133,6 +133,8 @@ def _assembled(
         elif name.startswith(_READERS):
             clip = "CLIP" in str(configs.get(name.replace("tokenizer", "text_encoder"), {}).get("architectures"))
             parts[name] = _Reader(_CLIP_LENGTH if clip else sampling.max_sequence_length)
+        elif setting and setting[0]:
+            raise ValueError(f"model.name_or_path has no config of its {name}, from which a plan follows")
     with quiet_diffusers():
         return kind(**parts)
 

@@ -20,9 +20,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ngrpo_train.models.arguments import fixed_arguments, pipeline_class, refuse_other_scheduler, refuse_other_size
+from ngrpo_train.models.arguments import (
+    fixed_arguments,
+    is_guided,
+    pipeline_class,
+    refuse_other_scheduler,
+    refuse_other_size,
+)
 from ngrpo_train.models.blocks_of import linear_layers, repeated_blocks
+from ngrpo_train.models.directory import encoder_parts
 from ngrpo_train.models.driven import Driven
+from ngrpo_train.models.embeddings import EmbeddingCache, Encoders, Row
+from ngrpo_train.models.encoder_hash import encoder_hash
 from ngrpo_train.models.encoders import frozen_dtype
 from ngrpo_train.models.grouping import grouped
 from ngrpo_train.models.loading import (
@@ -38,7 +47,7 @@ from ngrpo_train.models.loading import (
 )
 from ngrpo_train.models.needs import ARGUMENTS, pictures_of_pipeline
 from ngrpo_train.models.placement import Placed
-from ngrpo_train.models.recorded import Recorded
+from ngrpo_train.models.recorded import Form, Recorded
 from ngrpo_train.models.saving import below, save_adapters, save_whole
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.blocks import compile_whole
@@ -79,29 +88,32 @@ class Pipeline:
     def __init__(
         self, spec: Model, sampling: Sampling, settings: Parallel, device: torch.device, *, embeddings: str = ""
     ) -> None:
-        """Load all parts but the transformers' weights.
+        """Load all parts but the transformers' weights; with `embeddings`, no encoders either.
 
         Raises ValueError, naming the field, for a pipeline that is no flow model or cannot be loaded, for `embeddings`
         that are not its own, and for what it cannot draw: a size, a number of frames, a guidance.
         """
         self.spec, self.sampling, self.settings, self.device = spec, sampling, settings, device
         self._compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
-        self.directory = _whole_directory(spec)
+        absent = encoder_parts(spec.name_or_path) if embeddings else ()
+        self.directory = _whole_directory(spec, absent)
         self.kind = pipeline_class(self.directory, spec.name_or_path)
         if self.kind.__name__ not in TRIED and processes.rank() == 0:
             logger.warning("a %s is untried: it should train, but no test has run over it", self.kind.__name__)
         self.parts = pipeline_parts(self.directory)
         self.folders = tuple(name for name in self.parts if name.startswith("transformer"))
         self.places = self._transformer_places()
-        self._pipeline = self._load_frozen()
+        self._pipeline = self._load_frozen(absent)
         refuse_other_scheduler(self._pipeline.scheduler, spec.name_or_path)
         self._seen = self._empty_transformers()
         self._names = {folder: empty.state_dict().keys() for folder, empty in self._seen.items()}
-        self._placed = Placed(self._encoders(), settings.text_encoders, device, frozen_dtype(device))
+        self._placed = Placed(self._encoder_modules(), settings.text_encoders, device, frozen_dtype(device))
         self._prepare_vae()
         fixed = fixed_arguments(self._pipeline, self._seen, sampling)
+        self._cache = self._opened(Path(embeddings).expanduser()) if embeddings else None
         self.driven = Driven(self._pipeline, fixed, self._seen, device, self._compute_dtype)
-        self._fields: tuple[str, ...] = ()  # of prompts' rows, whose pictures the model is given
+        self.fields: tuple[str, ...] = ()
+        """Of prompts' rows, whose pictures the model is given."""
         self._blank = self._learn(pictures_of_pipeline(self.kind).needed)
         refuse_other_size(self.driven, self._blank, sampling)
 
@@ -120,17 +132,32 @@ class Pipeline:
             )
         return {folder: self.directory / folder for folder in self.folders}
 
-    def _load_frozen(self) -> Any:
-        """The pipeline without its transformers. The VAE computes in the transformers' dtype, as pipelines expect."""
+    @property
+    def encoders(self) -> Encoders:
+        """What prompts are encoded with; reads the encoders' files."""
+        return Encoders(
+            pipeline=self.kind.__name__,
+            hash=encoder_hash(self.directory, encoder_parts(self.spec.name_or_path)),
+            guided=is_guided(self._pipeline, self._seen, self.sampling),
+        )
+
+    def _opened(self, embeddings: Path) -> EmbeddingCache:
+        return EmbeddingCache(embeddings, self.sampling, self.device, self.encoders)
+
+    def _load_frozen(self, absent: Sequence[str]) -> Any:
+        """The pipeline without its transformers and these parts.
+
+        The VAE computes in the transformers' dtype, as pipelines expect.
+        """
         dtypes = {"default": frozen_dtype(self.device), "vae": self._compute_dtype}
         with explained(self.spec.name_or_path):
             pipeline = self.kind.from_pretrained(
-                self.directory, dtype=dtypes, local_files_only=True, **dict.fromkeys(self.folders)
+                self.directory, dtype=dtypes, local_files_only=True, **dict.fromkeys((*self.folders, *absent))
             )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _encoders(self) -> list[nn.Module]:
+    def _encoder_modules(self) -> list[nn.Module]:
         skipped = (*self.folders, "vae")
         modules = self._pipeline.components.items()
         return [part for name, part in modules if isinstance(part, nn.Module) and name not in skipped]
@@ -149,7 +176,7 @@ class Pipeline:
         """An adapter of another model of this family, which shares this one's encoders and decoder."""
         other = copy.copy(self)
         other.spec = spec
-        other.directory = _whole_directory(spec)
+        other.directory = _whole_directory(spec, (*encoder_parts(spec.name_or_path), "vae"))
         other.places = other._transformer_places()
         if (theirs := other._configs()) != self._configs():
             raise ValueError(f"model.name_or_path = {spec.name_or_path!r} has another transformer: {theirs}")
@@ -243,33 +270,59 @@ class Pipeline:
 
     def _learn(self, fields: tuple[str, ...]) -> Recorded:
         """Learn what the pipeline prepares for prompts with pictures in these fields of their rows."""
-        size = self.sampling.width, self.sampling.height
-        blank = {ARGUMENTS[field]: Image.new("L" if field == MASK else "RGB", size, "white") for field in fields}
-        self._fields = fields
+        self.fields = fields
+        stored = self._recorded(self._cache.examples) if self._cache else None
         try:
             with self._placed.on_device(), quiet_diffusers():
-                return self.driven.learn(blank)
+                return self.driven.learn(self._blank_pictures(), stored)
         except ValueError as error:
             asked = ", ".join(f"{name} = {getattr(self.sampling, name)}" for name in ("height", "width", "num_frames"))
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"sampling.{asked}: a {self.kind.__name__} does not take this: {reason}") from error
 
-    def encode(self, prompts: Sequence[Prompt]) -> Recorded:
-        """Encode P prompts, each by itself, with the pictures of their rows.
+    def _blank_pictures(self) -> dict[str, Image.Image]:
+        size = self.sampling.width, self.sampling.height
+        return {ARGUMENTS[field]: Image.new("L" if field == MASK else "RGB", size, "white") for field in self.fields}
 
-        Raises ValueError for a prompt whose picture is missing.
+    def _recorded(self, rows: Sequence[Row]) -> list[Recorded]:
+        """Rows of the cache, as the pipeline's encoders gave them."""
+        assert self._cache
+        form = Form.loads(self._cache.manifest.form)
+        return [form.of_tensors(row) for row in rows]
+
+    def encode(self, prompts: Sequence[Prompt]) -> Recorded:
+        """Encode P prompts, each by itself, with the pictures of their rows, or take what is stored of them.
+
+        Raises ValueError for a prompt whose picture is missing, or which is not among those that are stored.
         """
-        takes = pictures_of_pipeline(self.kind)
-        named = tuple(field for field in takes.fields if field in takes.needed or is_named(prompts[0].row, field))
-        if named != self._fields:
-            self._blank = self._learn(named)  # a model that may be given a picture
-        size = self.sampling.height, self.sampling.width
-        records = []
+        self._take_pictures_as(prompts[0])
+        rows = self._recorded(self._cache.rows(prompts)) if self._cache else [None] * len(prompts)
         with self._placed.on_device():
-            for prompt in prompts:
-                pictures = {ARGUMENTS[field]: prepared_picture(prompt.row, field, *size) for field in self._fields}
-                records.append(self.driven.record(prompt.text, pictures))
-        return Recorded.cat(records)
+            each = zip(prompts, rows, strict=True)
+            return Recorded.cat([self.driven.record(prompt.text, self._pictures(prompt), row) for prompt, row in each])
+
+    def encode_alone(self, prompts: Sequence[Prompt]) -> list[Recorded]:
+        """What the pipeline's encoders give for P prompts, to be stored: nothing that it prepares from it."""
+        self._take_pictures_as(prompts[0])
+        with self._placed.on_device():
+            return [self.driven.encode(prompt.text, self._pictures(prompt)) for prompt in prompts]
+
+    def examples(self, prompt: Prompt) -> list[Recorded]:
+        """The records, to be stored, from which the form of such prompts is learned."""
+        self._take_pictures_as(prompt)
+        with self._placed.on_device():
+            return self.driven.examples(self._blank_pictures())
+
+    def _take_pictures_as(self, prompt: Prompt) -> None:
+        """Learn anew where prompts come with the pictures that a model may be given, or come without them again."""
+        takes = pictures_of_pipeline(self.kind)
+        named = tuple(field for field in takes.fields if field in takes.needed or is_named(prompt.row, field))
+        if named != self.fields:
+            self._blank = self._learn(named)
+
+    def _pictures(self, prompt: Prompt) -> dict[str, Image.Image]:
+        size = self.sampling.height, self.sampling.width
+        return {ARGUMENTS[field]: prepared_picture(prompt.row, field, *size) for field in self.fields}
 
     def decode(self, latents_NS: Tensor) -> Tensor:
         """uint8 pictures [N, 3, H, W] or videos [N, F, 3, H, W] of latents [N, *S], by the pipeline's own code."""
@@ -289,8 +342,9 @@ class Pipeline:
             save_whole(directory, self.directory, list(self.parts), self._empty_transformers(), {**trained, **buffers})
 
 
-def _whole_directory(spec: Model) -> Path:
-    directory = find_directory(spec.name_or_path, absent_of(spec))
+def _whole_directory(spec: Model, absent: tuple[str, ...]) -> Path:
+    """The model's directory, which may lack these parts."""
+    directory = find_directory(spec.name_or_path, absent_of(spec, absent))
     if directory is None:
         raise ValueError(f"model.name_or_path = {spec.name_or_path!r}: it has no random weights; name a model")
     return directory

@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, count, takewhile
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from torch.utils import _pytree as pytree
 
 Call = tuple[str, Any]
 """A method of a pipeline, by name, and what it returned."""
+
+
+_PLAIN = (bool, int, float, str, type(None))  # what JSON has
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,10 @@ class Leaf:
     Pipelines leave such a mask out (None) where all prompts are of one length."""
     dtype: str = ""
     """Dtype of a mask that may be left out."""
+    is_list: bool = False
+    """True for a list that has an entry for each prompt."""
+    constant: Any = None
+    """What is no tensor and no list, and the same for every prompt: a number, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +52,7 @@ class Form:
         """The form, from the calls for a prompt, for the same prompt twice, and for two prompts of unlike lengths."""
         single, spec = _flat(one)
         double, together = _flat(twice)[0], _flat(mixed)[0]
-        axes = [_doubled(a, b) for a, b in zip(single, double, strict=True)]
-        leaves = [Leaf(axis=axis) for axis in axes]
+        leaves = [_leaf(a, b) for a, b in zip(single, double, strict=True)]
         for i, (alone, padded) in enumerate(zip(single, together, strict=True)):
             if alone is None and isinstance(padded, Tensor):
                 masked = _masked(padded.shape[1], single, together)
@@ -60,16 +66,26 @@ class Form:
             raise ValueError(f"the pipeline prepares this prompt by other calls than others: {[n for n, _ in calls]}")
         return Recorded(self, tuple(values), 1)
 
+    def of_tensors(self, tensors: Mapping[str, Tensor]) -> Recorded:
+        """The record of one prompt whose `Recorded.tensors` these are."""
+        values: list[Any] = []
+        for number, leaf in enumerate(self.leaves):
+            if leaf.is_list:
+                names = takewhile(tensors.__contains__, (f"{number}.{entry}" for entry in count()))
+                values.append([tensors[name] for name in names])
+            else:
+                values.append(tensors.get(str(number), leaf.constant))
+        return Recorded(self, tuple(values), 1)
+
     def dumps(self) -> str:
         """The form as JSON."""
-        leaves = [(leaf.axis, leaf.mask_of, leaf.dtype) for leaf in self.leaves]
-        return json.dumps({"names": self.names, "spec": self.spec, "leaves": leaves})
+        return json.dumps({"names": self.names, "spec": self.spec, "leaves": [asdict(leaf) for leaf in self.leaves]})
 
     @staticmethod
     def loads(text: str) -> Form:
         """The form that `dumps` wrote."""
         entries = json.loads(text)
-        leaves = [Leaf(axis, tuple(mask_of) if mask_of else None, dtype) for axis, mask_of, dtype in entries["leaves"]]
+        leaves = [Leaf(**leaf | {"mask_of": leaf["mask_of"] and tuple(leaf["mask_of"])}) for leaf in entries["leaves"]]
         return Form(tuple(entries["names"]), entries["spec"], tuple(leaves))
 
 
@@ -111,6 +127,23 @@ class Recorded:
 
         return Recorded(self.form, tuple(map(picked, self.form.leaves, self.values)), len(index))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of one prompt, by the number of their leaf; those of a list by "NUMBER.ENTRY".
+
+        Raises ValueError for what is neither a tensor, nor in a list of tensors, nor the same for every prompt.
+        """
+        tensors: dict[str, Tensor] = {}
+        for number, (leaf, value) in enumerate(zip(self.form.leaves, self.values, strict=True)):
+            if isinstance(value, list):
+                named = {f"{number}.{entry}": each for entry, each in enumerate(value)}
+            else:
+                named = {str(number): value} if isinstance(value, Tensor) else {}
+            stored = isinstance(value, (Tensor, list)) or (isinstance(value, _PLAIN) and value == leaf.constant)
+            if not stored or not all(isinstance(each, Tensor) for each in named.values()):
+                raise ValueError(f"the pipeline encodes a prompt as {value!r:.60}, which cannot be stored")
+            tensors |= named
+        return tensors
+
     @staticmethod
     def cat(parts: Sequence[Recorded]) -> Recorded:
         """The rows of all parts, joined."""
@@ -151,10 +184,15 @@ def _flat(calls: Sequence[Call]) -> tuple[list[Any], pytree.TreeSpec]:
     return pytree.tree_flatten(tuple(value for _, value in calls), is_leaf=lambda value: isinstance(value, list))
 
 
-def _doubled(one: Any, two: Any) -> int | None:
+def _leaf(one: Any, two: Any) -> Leaf:
+    """The leaf of a value for one prompt, and for two."""
+    if isinstance(one, Tensor):
+        return Leaf(axis=_doubled(one, two))
+    return Leaf(is_list=True) if isinstance(one, list) else Leaf(constant=one)
+
+
+def _doubled(one: Tensor, two: Tensor) -> int | None:
     """The dimension that is twice as large in `two`."""
-    if not isinstance(one, Tensor):
-        return None
     return next((i for i, size in enumerate(one.shape) if two.shape[i] == 2 * size), None)
 
 

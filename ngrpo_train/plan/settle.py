@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 
 from ngrpo_train import plan
+from ngrpo_train.models.directory import encoder_parts
 from ngrpo_train.models.loading import load_architecture
-from ngrpo_train.models.sizes import TEXT_PARTS, Architecture
+from ngrpo_train.models.sizes import FLUX, Architecture
 from ngrpo_train.parallel import attention, processes, sharding
 from ngrpo_train.plan.cost import Cost
 from ngrpo_train.plan.layout import Batches, shape_of
@@ -90,10 +91,17 @@ def explained_out_of_memory(recipe: Recipe, device: torch.device) -> Iterator[No
 
 
 def _architecture(recipe: Recipe) -> Architecture | None:
-    """The sizes of the model; None for the model of a `model.adapter`, whose sizes only the adapter knows."""
+    """The sizes of the model; None where they are not known.
+
+    Only the adapter knows those of a `model.adapter`. What a pipeline that is driven passes to its parts also follows
+    from its encoders' configs, which may not be here if its prompts are encoded already.
+    """
     if recipe.model.adapter != "auto":
         return None
-    return load_architecture(recipe.model, TEXT_PARTS if recipe.prompts.embeddings else ())
+    absent = encoder_parts(recipe.model.name_or_path) if recipe.prompts.embeddings else ()
+    architecture = load_architecture(recipe.model, absent)
+    whole = all(part in architecture.configs for part in absent if "encoder" in part)
+    return architecture if whole or architecture.pipeline == FLUX else None
 
 
 def _machine(device: torch.device) -> Machine | None:

@@ -9,7 +9,6 @@ from accelerate import PartialState
 
 from ngrpo_train.algorithms import refuse_backend
 from ngrpo_train.models.embeddings import EmbeddingCache
-from ngrpo_train.models.encoders import frozen_dtype
 from ngrpo_train.models.needs import refuse_without_pictures
 from ngrpo_train.models.packing import refuse_size
 from ngrpo_train.parallel import blocks
@@ -57,7 +56,9 @@ def prepare(
         recipe.model, {"prompts.source": prompts, "evaluation.validation": validation, "evaluation.test": test}
     )
     if recipe.prompts.embeddings:
-        _embeddings(recipe, launch).refuse_missing([prompt.text for prompt in (*prompts, *validation, *test)])
+        # When the model loads, it is checked that its own encoders made them.
+        directory = Path(recipe.prompts.embeddings).expanduser()
+        EmbeddingCache(directory, recipe.sampling, launch.device).refuse_missing([*prompts, *validation, *test])
     rewards = Rewards(recipe.rewards, launch.device)
     rewards.check(prompts, "prompts.source", rewards.in_training)
     rewards.check(validation, "evaluation.validation")
@@ -69,14 +70,3 @@ def prepare(
     if resume_from:
         refuse_unlike(resume_from, recipe, cursor)
     return Prepared(recipe, prompts, validation, test, cursor, rewards, resume_from)
-
-
-def _embeddings(recipe: Recipe, launch: PartialState) -> EmbeddingCache:
-    """The index of the embeddings' directory; when the model loads, it is checked that its own encoders made them."""
-    return EmbeddingCache(
-        Path(recipe.prompts.embeddings).expanduser(),
-        device=launch.device,
-        dtype=frozen_dtype(launch.device),
-        max_sequence_length=recipe.sampling.max_sequence_length,
-        encoder=None,
-    )

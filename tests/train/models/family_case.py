@@ -93,6 +93,8 @@ def make_cases(directory: Path) -> Cases:
         for module in FAMILIES[name].requires:
             pytest.importorskip(module, reason=f"transformers loads its processor with {module} alone")
         if name not in made:
+            for module in FAMILIES[name].requires:
+                pytest.importorskip(module)
             with quiet_diffusers():
                 FAMILIES[name].save(directory / name)
             made[name] = Case(FAMILIES[name], directory / name)

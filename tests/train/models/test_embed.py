@@ -16,15 +16,21 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from ngrpo_train.models import embed as embed_module
-from ngrpo_train.models.embed import embed, embed_command, training_prompts
-from ngrpo_train.models.embeddings import EmbeddingCache, Manifest, encoder_hash
-from ngrpo_train.models.encoders import TextEncoders
+from ngrpo_train.models.embed import embed_command, training_prompts
+from ngrpo_train.models.embedders import Embedder
+from ngrpo_train.models.embeddings import EmbeddingCache, Encoders, Manifest
+from ngrpo_train.models.encoder_hash import encoder_hash
+from ngrpo_train.models.encoders import StoredTexts, TextEncoders
+from ngrpo_train.models.loading import load_text_encoders
+from ngrpo_train.models.sizes import TEXT_PARTS
 from ngrpo_train.parallel import processes
+from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Evaluation, Model, Parallel, Prompts, Recipe, Sampling
 
 from ..runs import ended, forked, free_ports
 
 LENGTH = 16
+SAMPLING = Sampling(max_sequence_length=LENGTH)
 CPU = torch.device("cpu")
 PROMPTS = [
     "a large red circle on a blue background",
@@ -46,8 +52,8 @@ def load(directory):
 class Counted:
     """The tiny pipeline's text encoders, and what they were asked for. They die in the call after `survives` calls."""
 
-    def __init__(self, directory):
-        self.encoders = TextEncoders(load(directory), device=CPU, dtype=torch.bfloat16, max_sequence_length=LENGTH)
+    def __init__(self, directory, dtype=torch.bfloat16):
+        self.encoders = TextEncoders(load(directory), device=CPU, dtype=dtype, max_sequence_length=LENGTH)
         self.again()
 
     def again(self):
@@ -56,12 +62,17 @@ class Counted:
     def encode(self, prompts):
         if len(self.batches) == self.survives:
             raise KeyboardInterrupt
-        self.batches.append(list(prompts))
-        return self.encoders.encode(prompts)
+        self.batches.append([prompt.text for prompt in prompts])
+        return self.encoders.encode(self.batches[-1]).by_prompt()
 
     @property
     def prompts(self):
         return [prompt for batch in self.batches for prompt in batch]
+
+
+def embed(encoder, texts, out, manifest, *, batch, sampling=SAMPLING, examples=()):
+    embedder = Embedder(manifest=manifest, sampling=sampling, encode=encoder.encode, examples=examples)
+    return embed_module.embed(embedder, [Prompt(text) for text in texts], out, batch=batch)
 
 
 @pytest.fixture
@@ -71,7 +82,8 @@ def counted(tiny_dev):
 
 @pytest.fixture(scope="module")
 def manifest(tiny_dev):
-    return Manifest(encoder=encoder_hash(Path(tiny_dev)), max_sequence_length=LENGTH, features=16, pooled_features=16)
+    found = Encoders(pipeline="FluxPipeline", hash=encoder_hash(Path(tiny_dev), TEXT_PARTS))
+    return Manifest(encoders=found, sampling={"max_sequence_length": LENGTH})
 
 
 @pytest.fixture
@@ -84,14 +96,8 @@ def two_in_a_shard(monkeypatch):
     monkeypatch.setattr(embed_module, "_SHARD_PROMPTS", 2)
 
 
-def read(out, manifest, **changes):
-    defaults = {
-        "device": CPU,
-        "dtype": torch.float32,
-        "max_sequence_length": manifest.max_sequence_length,
-        "encoder": manifest.encoder,
-    }
-    return EmbeddingCache(out, **defaults | changes)
+def read(out, manifest, sampling=SAMPLING, device=CPU, dtype=torch.float32):
+    return StoredTexts(EmbeddingCache(out, sampling, device, manifest.encoders), dtype)
 
 
 def assert_holds(out, manifest, prompts, counted):
@@ -107,15 +113,16 @@ def assert_holds(out, manifest, prompts, counted):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_cache_gives_diffusers_embeddings_rounded_to_bfloat16(tiny_dev, counted, manifest, out, dtype):
-    embed(counted, PROMPTS, out, manifest, batch=len(PROMPTS))
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=lambda dtype: f"stored in {dtype}")
+def test_a_cache_gives_diffusers_embeddings_in_the_dtype_they_were_asked_for(tiny_dev, manifest, out, stored, dtype):
+    embed(Counted(tiny_dev, stored), PROMPTS, out, manifest, batch=len(PROMPTS))
     with torch.no_grad():
         prompt_embeds, pooled, txt_ids = load(tiny_dev).encode_prompt(PROMPTS, None, max_sequence_length=LENGTH)
     assert not torch.equal(prompt_embeds.bfloat16().float(), prompt_embeds), "this could not tell"
     asked = [3, 0, 3, 6]
     got = read(out, manifest, dtype=dtype).encode([PROMPTS[i] for i in asked])
-    assert torch.equal(got.prompt_embeds, prompt_embeds[asked].bfloat16().to(dtype))
-    assert torch.equal(got.pooled, pooled[asked].bfloat16().to(dtype))
+    assert torch.equal(got.prompt_embeds, prompt_embeds[asked].to(stored).to(dtype))
+    assert torch.equal(got.pooled, pooled[asked].to(stored).to(dtype))
     assert torch.equal(got.txt_ids, txt_ids)
 
 
@@ -142,7 +149,9 @@ def test_every_distinct_prompt_is_encoded_once(counted, manifest, out, two_in_a_
 def test_a_shard_is_encoded_in_batches(counted, manifest, out):
     embed(counted, PROMPTS, out, manifest, batch=3)
     assert [len(batch) for batch in counted.batches] == [3, 3, 1]
-    assert load_file(out / "embeddings_00000.safetensors")["prompt_embeds"].shape == (7, LENGTH, 16)
+    assert load_file(out / "embeddings_00000.safetensors").keys() == {
+        f"{row}.{name}" for row in range(7) for name in ("prompt_embeds", "pooled")
+    }
     assert_holds(out, manifest, PROMPTS, counted)
 
 
@@ -194,7 +203,7 @@ def test_a_killed_command_goes_on_where_it_stopped(counted, manifest, out, two_i
         with pytest.raises(
             ValueError, match=rf"lacks the prompt 'a dog' and 5 others: {command} adds what is missing$"
         ):
-            read(out, manifest).refuse_missing(PROMPTS)
+            read(out, manifest).cache.refuse_missing([Prompt(text) for text in PROMPTS])
     else:
         with pytest.raises(ValueError, match=rf"^prompts\.embeddings = .* is unfinished .*: {command} completes it$"):
             read(out, manifest)
@@ -255,13 +264,13 @@ def test_a_shard_of_other_prompts_is_never_mistaken(counted, manifest, out, two_
 
 def test_a_missing_prompt_is_named(counted, manifest, out):
     embed(counted, PROMPTS[:2], out, manifest, batch=2)
-    cache = read(out, manifest)
-    cache.refuse_missing(PROMPTS[:2])
-    for refused in (cache.encode, cache.refuse_missing):
+    cache = read(out, manifest).cache
+    cache.refuse_missing([Prompt(text) for text in PROMPTS[:2]])
+    for refused in (cache.rows, cache.refuse_missing):
         with pytest.raises(
             ValueError, match=r"lacks the prompt 'a cat': `ngrpo embed RECIPE --out .*` adds what is mis"
         ):
-            refused(["a dog", "a cat", "a cat"])
+            refused([Prompt("a dog"), Prompt("a cat"), Prompt("a cat")])
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -275,28 +284,37 @@ def test_what_is_no_directory_of_embeddings(manifest, out, exists):
 
 
 @pytest.mark.parametrize(
-    "change, cause",
+    "sampling, encoders, cause",
     [
-        ({"max_sequence_length": 32}, "has prompts of 16 tokens, and sampling.max_sequence_length is 32"),
-        ({"encoder": "another"}, "was made by other text encoders or tokenizers than those of model.name_or_path"),
+        ({"max_sequence_length": 32}, {}, "was made for sampling.max_sequence_length = 16, and the recipe's is 32"),
+        ({}, {"hash": "another"}, "was made by other text encoders or tokenizers than those of model.name_or_path"),
+        ({}, {"pipeline": "FluxFillPipeline"}, "was made for a FluxPipeline, and model.name_or_path is a FluxFillP"),
+        (
+            {"guidance_scale": 4.0},
+            {"guided": True},
+            "was made without a negative prompt for each, and sampling.guidance_scale = 4 draws with one",
+        ),
     ],
 )
-def test_another_length_or_encoder_is_refused(counted, manifest, out, change, cause):
+def test_other_settings_or_encoders_are_refused(counted, manifest, out, sampling, encoders, cause):
     embed(counted, PROMPTS[:2], out, manifest, batch=2)
     counted.again()
+    asked, other = replace(SAMPLING, **sampling), replace(manifest, encoders=replace(manifest.encoders, **encoders))
+    cause = re.escape(cause)
     with pytest.raises(
-        ValueError, match=rf"^prompts\.embeddings = .* {cause}: write another directory with `ngrpo emb"
+        ValueError, match=rf"^prompts\.embeddings = .* {cause}.*: write another directory with `ngrpo emb"
     ):
-        read(out, manifest, **change)
-    with pytest.raises(ValueError, match=rf"^--out = .* {cause}: give another directory$"):
-        embed(counted, PROMPTS, out, replace(manifest, **change), batch=2)
+        read(out, other, asked)
+    with pytest.raises(ValueError, match=rf"^--out = .* {cause}.*: give another directory$"):
+        embed(counted, PROMPTS, out, other, batch=2, sampling=asked)
     assert not counted.batches
-    read(out, manifest, encoder=None).encode(PROMPTS[:2])  # nothing to compare with
+    unknown = replace(manifest, encoders=replace(manifest.encoders, hash=None))
+    read(out, unknown).encode(PROMPTS[:2])  # nothing to compare with
 
 
 @pytest.mark.parametrize(
     "content, cause",
-    [('{"format": 2}', "is of format 2, and this version"), ("{", "has a manifest.json that cannot be")],
+    [('{"format": 1}', "is of format 1, and this version"), ("{", "has a manifest.json that cannot be")],
 )
 def test_a_manifest_of_no_use_is_refused(counted, manifest, out, content, cause):
     embed(counted, PROMPTS[:1], out, manifest, batch=1)
@@ -318,13 +336,14 @@ def test_an_out_of_other_things_is_refused(counted, manifest, out):
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
-def test_a_full_disk_is_refused_before_the_work(counted, manifest, out, monkeypatch):
+def test_a_full_disk_is_refused_after_the_first_batch(counted, manifest, out, monkeypatch):
     row = 2 * (LENGTH * 16 + 16)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=7 * row - 1))
-    with pytest.raises(ValueError, match=r"^--out = .* has 0\.00 GiB free, and 7 prompts take 0\.00 GiB$"):
-        embed(counted, PROMPTS, out, manifest, batch=1)
-    assert not counted.batches
-    embed(counted, PROMPTS[:6], out, manifest, batch=1)
+    with pytest.raises(ValueError, match=r"^--out = .* has 0\.00 GiB free, and 7 prompts take about 0\.00 GiB$"):
+        embed(counted, PROMPTS, out, manifest, batch=2)
+    assert len(counted.batches) == 1
+    assert not list(out.glob("embeddings*"))
+    embed(counted, PROMPTS[:6], out, manifest, batch=2)
 
 
 # --- the command
@@ -398,13 +417,15 @@ def test_what_the_command_cannot_use(recipe, tiny_dev, out, change, complaint):
 
 # --- two ranks
 
+OF_RANKS = Manifest(encoders=Encoders(pipeline="FluxPipeline", hash="an encoder"), sampling={}, form="a form")
+
 
 def on_a_rank(model: str, out: Path, prompts: list[str]) -> None:
     embed_module._SHARD_PROMPTS = 2
     with processes.joined(Parallel(device="cpu")) as launch:
 
         def encoders(placement):
-            pipeline, _ = embed_module.load_text_encoders(model, torch.float32)
+            pipeline, _ = load_text_encoders(model, torch.float32)
             return TextEncoders(
                 pipeline, device=launch.device, dtype=torch.float32, max_sequence_length=16, placement=placement
             )
@@ -414,9 +435,11 @@ def on_a_rank(model: str, out: Path, prompts: list[str]) -> None:
         for share in (prompts[:1], prompts[2:]) if processes.rank() else (prompts, prompts):  # as often, not as many
             encoded = sharded.encode(share)
         torch.save([encoded.prompt_embeds, encoded.pooled, encoded.txt_ids], out / f"sharded_{processes.rank()}.pt")
-        manifest = Manifest(encoder="an encoder", max_sequence_length=16, features=16, pooled_features=16)
+        whole = encoders("device")
+        encoder = SimpleNamespace(encode=lambda some: whole.encode([prompt.text for prompt in some]).by_prompt())
+        examples = encoder.encode([Prompt(prompts[0]), Prompt(prompts[1])])
         for known in (prompts[:1], prompts):
-            summary = embed(encoders("device"), known, out / "embeddings", manifest, batch=1)
+            summary = embed(encoder, known, out / "embeddings", OF_RANKS, batch=1, examples=examples)
         launch.print(summary)
 
 
@@ -443,10 +466,11 @@ def test_sharded_encoders_give_what_one_process_does(on_two_ranks, tiny_dev, ran
     assert "returned a view" not in on_two_ranks[1][rank]
 
 
-def test_two_ranks_write_one_cache(on_two_ranks, counted, manifest):
+def test_two_ranks_write_one_cache(on_two_ranks, counted):
     directory, outputs = on_two_ranks
     out = directory / "embeddings"
-    assert_holds(out, replace(manifest, encoder="an encoder"), PROMPTS, counted)
+    assert_holds(out, OF_RANKS, PROMPTS, counted)
+    assert not load_file(out / "embeddings_00000.safetensors"), "the first prompt is the first example"
     index = json.loads((out / "index.json").read_text())
     assert [len(entry["prompts"]) for entry in index.values()] == [1, 2, 2, 2]  # 3 for one rank, 2 + 1 for the other
     assert f"6 prompts encoded, 1 were there; {out} has 7 prompts in 4 shards" in outputs[0]

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from ngrpo_train.models import encoders as encoders_module
 from ngrpo_train.models import placement as placement_module
-from ngrpo_train.models.embeddings import encoder_hash
+from ngrpo_train.models.encoder_hash import encoder_hash
 from ngrpo_train.models.encoders import TextEncoders, TextFeatures
+from ngrpo_train.models.sizes import TEXT_PARTS
 
 LENGTH = 16
 PROMPTS = ["a large red circle on a blue background", "", "an étoile, far away 🐈", "a star on " * 20]
@@ -182,10 +183,10 @@ ALTERATIONS = {
 
 @pytest.mark.parametrize("alter", ALTERATIONS.values(), ids=ALTERATIONS)
 def test_another_encoder_has_another_hash(tiny_dev, model, alter):
-    before = encoder_hash(model)
-    assert before == encoder_hash(Path(tiny_dev))
+    before = encoder_hash(model, TEXT_PARTS)
+    assert before == encoder_hash(Path(tiny_dev), TEXT_PARTS)
     alter(model)
-    assert encoder_hash(model) not in (before, None)
+    assert encoder_hash(model, TEXT_PARTS) not in (before, None)
 
 
 def test_a_hash_is_not_of_how_files_are_cut_or_who_wrote_them(tiny_dev, model):
@@ -194,11 +195,11 @@ def test_a_hash_is_not_of_how_files_are_cut_or_who_wrote_them(tiny_dev, model):
     assert len(list((model / "text_encoder_2").glob("*.safetensors"))) > 1
     change_json(model / "text_encoder" / "config.json", transformers_version="4.43", _name_or_path="elsewhere")
     (model / "tokenizer" / ".DS_Store").write_text("")
-    assert encoder_hash(model) == encoder_hash(Path(tiny_dev))
+    assert encoder_hash(model, TEXT_PARTS) == encoder_hash(Path(tiny_dev), TEXT_PARTS)
 
 
 @pytest.mark.parametrize("part", ["tokenizer_2", "text_encoder", "text_encoder_2/model.safetensors"])
 def test_no_hash_without_every_part(model, part):
     shutil.rmtree(model / part) if (model / part).is_dir() else (model / part).unlink()
-    assert encoder_hash(model) is None
-    assert encoder_hash(model / "nowhere") is None
+    assert encoder_hash(model, TEXT_PARTS) is None
+    assert encoder_hash(model / "nowhere", TEXT_PARTS) is None

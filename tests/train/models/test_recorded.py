@@ -91,3 +91,31 @@ def test_what_prompts_have_for_themselves_keeps_them_apart(form: Form) -> None:
 def test_another_form_is_refused(form: Form) -> None:
     with pytest.raises(ValueError, match="prepares this prompt by other calls"):
         form.record(calls([""])[:2])
+
+
+def test_the_tensors_of_a_prompt_are_its_record() -> None:
+    form = Form.loads(Form.of(calls([""]), calls(["", ""]), calls(["", "abcd"])).dumps())
+    stored = form.record(calls(["ab"], picture=2.0)).tensors()
+    assert stored.keys() == {"0", "2", "3", "4.0"}, "no mask, and a list's one entry"
+    features, mask, image, positions, ragged = values_of(form.of_tensors(stored))
+    expected = values_of(form.record(calls(["ab"], picture=2.0)))
+    assert torch.equal(features, expected[0])
+    assert mask is None
+    assert torch.equal(image, expected[2])
+    assert torch.equal(positions, expected[3])
+    assert torch.equal(ragged[0], expected[4][0])
+    assert len(ragged) == 1
+
+
+@pytest.mark.parametrize(
+    "learned, value",
+    [(3, 4), ([torch.ones(1)], ["a word"]), (torch.device("cpu"), torch.device("cpu"))],
+    ids=["a number that is not the same", "a list of words", "an object"],
+)
+def test_what_cannot_be_stored_is_refused(learned: object, value: object) -> None:
+    def call(given: object) -> list[tuple[str, object]]:
+        return [("encode_prompt", {"given": given})]
+
+    form = Form.of(call(learned), call(learned), call(learned))
+    with pytest.raises(ValueError, match=r"which cannot be stored$"):
+        form.record(call(value)).tensors()
