@@ -191,7 +191,8 @@ def make_peer(
 ) -> Peer:
     """A peer with random weights of `dtype`, equal to ours up to rounding, and made-up features of a prompt."""
     transformer: Any = transformer_on(architecture, dtype=dtype).to_empty(device=device)
-    fill(transformer, recipe.model, None)
+    weights = dict(transformer.named_parameters())
+    fill(weights, weights.keys(), recipe.model, None)
     transformer.train()
     transformer.enable_gradient_checkpointing()
     generator = torch.Generator().manual_seed(0)

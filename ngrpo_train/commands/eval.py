@@ -13,6 +13,7 @@ import tyro
 from ngrpo_train.commands.arguments import PromptChoice, first_argument, generating, recipe_of
 from ngrpo_train.models.directory import native_size
 from ngrpo_train.parallel.launch import rank_at_launch
+from ngrpo_train.recipe.checks import refuse_frames
 from ngrpo_train.recipe.parsing import flag_value, is_run, parse_flags, take_rewards
 from ngrpo_train.recipe.sections import Parallel, Recipe, Reward, Sampling
 
@@ -115,7 +116,10 @@ def _evaluating(recipe: Recipe, command: EvalCommand) -> Recipe:
             "--sampling.num-inference-steps"
         )
     evaluation = replace(recipe.evaluation, num_images_per_prompt=command.per_prompt, batch=command.batch)
-    return replace(recipe, evaluation=evaluation, rewards=command.rewards)
+    recipe = replace(recipe, evaluation=evaluation, rewards=command.rewards)
+    if not command.images:
+        refuse_frames(recipe)
+    return recipe
 
 
 def _refuse_flags_of_models(command: EvalCommand, defaults: EvalCommand) -> None:

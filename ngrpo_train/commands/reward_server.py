@@ -199,7 +199,10 @@ class _Service:
             {
                 "status": "ok",
                 "version": _version(),
-                "rewards": [{"name": name, "rows": name in self._rewards.with_rows} for name in self._rewards.names],
+                "rewards": [
+                    {"name": name, "rows": name in self._rewards.with_rows, "videos": name in self._rewards.with_videos}
+                    for name in self._rewards.names
+                ],
                 "device": str(self._device),
                 "max_body_bytes": self._body_limit,
             }

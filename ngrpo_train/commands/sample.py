@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleCommand:
-    """Generate pictures with a run, a directory in FLUX.1's layout or a hub id.
+    """Generate pictures or videos with a run, a model's directory or a hub id.
 
     The settings of a run are those of its recipe.
     """
@@ -33,7 +33,7 @@ class SampleCommand:
     """Mask of --image, of the same size: white where it is to be filled."""
     prompts: PromptChoice = field(default_factory=PromptChoice)
     per_prompt: int = 4
-    """Pictures of each prompt."""
+    """Pictures of each prompt, or videos."""
     checkpoint: str = "latest"
     """Checkpoint of a run: "latest", "best" or a step's number."""
     out: Path = Path("samples")
@@ -53,7 +53,8 @@ def main(arguments: Sequence[str]) -> int:
 def sample(source: str, recipe: Recipe, command: SampleCommand) -> int:
     """Write `per_prompt` pictures of each prompt, and a grid of all; without prompts, the recipe's first eight.
 
-    Raises ValueError, before the model is loaded, for prompts and pictures that it cannot draw from.
+    A video is an animated WebP, and a row of the grid. Raises ValueError, before the model is loaded, for prompts and
+    pictures that it cannot draw from.
     """
     import torch
 
@@ -62,6 +63,7 @@ def sample(source: str, recipe: Recipe, command: SampleCommand) -> int:
     from ngrpo_train.prompts import load_prompts
     from ngrpo_train.run.trained import Source
     from ngrpo_train.sampling.pictures import pictures, save_picture, source_pictures, tile
+    from ngrpo_train.sampling.videos import refuse_other_samples, save_sample, strips, suffix
 
     out, per_prompt = command.out, command.per_prompt
     found = Source.find(source, recipe, command.checkpoint)
@@ -70,22 +72,24 @@ def sample(source: str, recipe: Recipe, command: SampleCommand) -> int:
     refuse_without_pictures(found.model, {"--prompt" if asked else "--prompts.source": prompts})
     each = [prompt for prompt in prompts for _ in range(per_prompt)]
     with processes.joined(recipe.parallel) as launch, found.loaded(recipe, launch.device) as model:
-        batch = recipe.evaluation.batch or 64
-        slots = range(len(each))
-        images = torch.cat(
-            [
-                pictures(model, recipe, each[start : start + batch], slots[start : start + batch]).cpu()
-                for start in range(0, len(each), batch)
-            ]
-        )
+        batch = recipe.evaluation_batch()
+        slots, in_grid = range(len(each)), []
+        for start in range(0, len(each), batch):
+            chosen = slots[start : start + batch]
+            images = pictures(model, recipe, [each[i] for i in chosen], chosen).cpu()
+            refuse_other_samples(images)
+            in_grid.append(strips(images))
+            if processes.rank() == 0:
+                for i, image in zip(chosen, images, strict=True):
+                    name = f"{i // per_prompt:03d}_{i % per_prompt:02d}{suffix(image)}"
+                    save_sample(image, out / name, model.frame_rate)
         if processes.rank() == 0:
-            for i, image in enumerate(images):
-                save_picture(tile(image[None], 1), out / f"{i // per_prompt:03d}_{i % per_prompt:02d}.png")
+            kind, columns, row = ("pictures", per_prompt, "prompt") if images.dim() == 4 else ("videos", 1, "video")
             scale = max(1, 128 // images.shape[-1])
-            grid = tile(images, per_prompt, scale=scale, sources=source_pictures(model, each))
+            grid = tile(torch.cat(in_grid), columns, scale=scale, sources=source_pictures(model, each))
             save_picture(grid, out / "grid.png")
             (out / "prompts.txt").write_text("".join(f"{prompt.text}\n" for prompt in prompts))
-            print(f"{len(images)} pictures in {out}; all of them in {out / 'grid.png'}, a row for each prompt")
+            print(f"{len(each)} {kind} in {out}; all of them in {out / 'grid.png'}, a row for each {row}")
     return 0
 
 

@@ -7,16 +7,17 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.prompts.picture_files import is_named
+from ngrpo_train.recipe.sections import Sampling
+from ngrpo_train.sampling.videos import save_sample, suffix
 
 _RECORD = "gallery.json"
 
@@ -47,7 +48,7 @@ class Gallery:
         fields: Sequence[str] = (),
     ) -> None:
         """`fields` of the prompts' rows name the pictures that the model takes."""
-        self.directory, self.made, self.prompts, self.per_prompt = directory, dict(made), list(prompts), per_prompt
+        self.directory, self.made, self.prompts, self.per_prompt = directory, _complete(made), list(prompts), per_prompt
         self.fields = tuple(fields)
 
     @staticmethod
@@ -108,26 +109,39 @@ class Gallery:
     def __len__(self) -> int:
         return len(self.prompts) * self.per_prompt
 
-    def file(self, slot: int) -> Path:
+    def stem(self, slot: int) -> str:
+        """The name of the picture's or video's file, without its ending."""
         prompt, copy = divmod(slot, self.per_prompt)
-        return self.directory / f"{prompt:05d}_{copy:02d}.png"
+        return f"{prompt:05d}_{copy:02d}"
 
     def prompt(self, slot: int) -> Prompt:
         return self.prompts[slot // self.per_prompt]
 
     def missing(self) -> list[int]:
         """The places of pictures that are not yet made."""
-        there = set(os.listdir(self.directory))
-        return [slot for slot in range(len(self)) if self.file(slot).name not in there]
+        there = self._files()
+        return [slot for slot in range(len(self)) if self.stem(slot) not in there]
 
     def pictures(self) -> list[Picture]:
-        return [Picture(self.file(slot), self.prompt(slot)) for slot in range(len(self))]
+        """All pictures, or videos; one that is missing by now has a picture's name."""
+        there, stems = self._files(), map(self.stem, range(len(self)))
+        files = (there.get(stem, self.directory / f"{stem}.png") for stem in stems)
+        return [Picture(file, self.prompt(slot)) for slot, file in enumerate(files)]
 
-    def save(self, slot: int, image: Tensor) -> None:
-        """Save uint8 [3, H, W] on the CPU. Whenever the process is killed, a file is whole or not there."""
-        aside = self.directory / f".{self.file(slot).name}.{os.getpid()}"
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(aside, format="PNG")
-        aside.replace(self.file(slot))
+    def _files(self) -> dict[str, Path]:
+        """The finished files, by their names without endings."""
+        files = (path for path in self.directory.iterdir() if not path.name.startswith("."))
+        return {path.stem: path for path in files if path.suffix in (".png", ".webp")}
+
+    def save(self, slot: int, sample: Tensor, frame_rate: float) -> None:
+        """Save a picture or a video on the CPU, without loss.
+
+        Whenever the process is killed, a file is whole or not there.
+        """
+        name = f"{self.stem(slot)}{suffix(sample)}"
+        aside = self.directory / f".{name}.{os.getpid()}"
+        save_sample(sample, aside, frame_rate)
+        aside.replace(self.directory / name)
 
 
 def _read(directory: Path) -> dict[str, Any] | None:
@@ -137,7 +151,12 @@ def _read(directory: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory / _RECORD} cannot be read: {error}") from error
-    return record
+    return _complete(record)
+
+
+def _complete(made: Mapping[str, Any]) -> dict[str, Any]:
+    """With the fields of [sampling] that an earlier version did not have: it drew as their defaults say."""
+    return {**made, "sampling": asdict(Sampling()) | dict(made.get("sampling", {}))}
 
 
 def _is_empty(directory: Path) -> bool:

@@ -14,6 +14,7 @@ from ngrpo_train.parallel.progress import progress
 from ngrpo_train.recipe.sections import Model, Recipe
 from ngrpo_train.sampling.pictures import pictures
 from ngrpo_train.sampling.rollout import Tail
+from ngrpo_train.sampling.videos import refuse_other_samples
 
 
 def generate_missing(model: FlowModel, recipe: Recipe, gallery: Gallery, what: str, tail: Tail | None = None) -> None:
@@ -33,10 +34,11 @@ def generate_missing(model: FlowModel, recipe: Recipe, gallery: Gallery, what: s
     with progress(f"{what}: pictures", sum(map(len, mine))) as advance:
         for place, slots in zip(places, mine, strict=True):
             images = pictures(model, recipe, [gallery.prompt(slot) for slot in slots], slots, tail).cpu()
+            refuse_other_samples(images)
             if place < len(batches):  # the rest belongs to other processes, and is made only to keep the numbers equal
                 for slot, image in zip(slots, images, strict=True):
                     if slot in missing:
-                        gallery.save(slot, image)
+                        gallery.save(slot, image, model.frame_rate)
             advance(len(slots))
     processes.barrier()
 

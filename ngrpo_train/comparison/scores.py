@@ -18,13 +18,14 @@ from torch import Tensor
 from ngrpo_train.comparison.gallery import Picture
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.progress import progress
-from ngrpo_train.prompts.picture_files import read_picture
-from ngrpo_train.recipe.rewards import own_fields
+from ngrpo_train.recipe.rewards import SINCE_0_1_0, own_fields
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, refuse_non_finite
+from ngrpo_train.sampling.videos import bytes_of_sample, read_sample
 
 _IDENTITY = ("path", "backend", "dtype", "processor", "template")  # those of all rewards that scores depend on
 _DECODERS = 8
+_AT_ONCE = 2**30  # bytes of pixels in a batch; the next one is decoded meanwhile
 
 
 class ScoreFiles:
@@ -62,7 +63,8 @@ class ScoreFiles:
 
 def _identity(reward: Reward) -> dict[str, Any]:
     """The settings that a reward's scores depend on, as JSON gives them back."""
-    deciding = {*_IDENTITY, *own_fields(type(reward)), *(["kind"] if reward.kind else [])}  # 0.1.0 had no kinds
+    later = {name for name, default in SINCE_0_1_0.items() if getattr(reward, name) != default}
+    deciding = {*_IDENTITY, *own_fields(type(reward)), *later}
     settings = {name: value for name, value in asdict(reward).items() if name in deciding}
     read_back: dict[str, Any] = json.loads(json.dumps(settings))
     return read_back
@@ -98,6 +100,8 @@ def _without(pictures: Sequence[Picture], scores: Mapping[str, float]) -> list[P
 def _batches_without(pictures: Sequence[Picture], scores: Mapping[str, float], reward: Reward) -> list[list[Picture]]:
     """The pictures without a score, in batches that existing scores and the number of processes do not change."""
     size = 4 * reward.batch  # several times a batch, for scorers elsewhere that take several requests at once
+    if pictures and (each := bytes_of_sample(pictures[0].file)):
+        size = max(1, min(size, _AT_ONCE // each))
     batches = [_without(pictures[start : start + size], scores) for start in range(0, len(pictures), size)]
     return [batch for batch in batches if batch]
 
@@ -143,7 +147,7 @@ def _decoded(batches: Sequence[Sequence[Picture]]) -> Iterator[tuple[Sequence[Pi
 
 def _read_or_none(file: Path) -> Tensor | None:
     try:
-        return read_picture(file)
+        return read_sample(file)
     except ValueError:
         return None
 
@@ -156,7 +160,7 @@ def unreadable(pictures: Sequence[Picture], rewards: Mapping[str, Reward], files
     reasons = {}
     for file in sorted(lacking):
         try:
-            read_picture(file)
+            read_sample(file)
             reasons[str(file)] = f"{file}: was still being written when it was to be scored: run the command again"
         except ValueError as error:
             reasons[str(file)] = str(error)

@@ -25,6 +25,7 @@ from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import load_prompts, prompts_per_iteration
 from ngrpo_train.recipe.algorithms import ALGORITHMS
 from ngrpo_train.recipe.resume import AS_IN_0_1_0
+from ngrpo_train.recipe.rewards import SINCE_0_1_0
 from ngrpo_train.recipe.sections import Recipe, as_dict
 from ngrpo_train.rewards import RewardError, Rewards
 from ngrpo_train.run.checkpoint import checkpoints
@@ -266,8 +267,9 @@ def _changed(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
     """The fields of these sections that differ from their defaults; for rewards, all fields."""
     values, defaults = as_dict(recipe), as_dict(Recipe()) | {"algorithm": _algorithms_defaults()}
     for reward in values["rewards"].values():
-        if not reward["kind"]:  # 0.1.0 did not have the field
-            del reward["kind"]
+        for name, default in SINCE_0_1_0.items():
+            if reward[name] == default:
+                del reward[name]
     return {
         section: {
             key: value

@@ -36,16 +36,54 @@ def pipeline_class_name(name_or_path: str) -> str:
     return str(index.get("_class_name", ""))
 
 
-def _index_on_the_hub(hub_id: str) -> Mapping[str, Any]:
+def _index_on_the_hub(repository: str) -> Mapping[str, Any]:
+    file = _file_on_the_hub(repository, "model_index.json")
+    index: dict[str, Any] = json.loads(file.read_text("utf-8")) if file else {}
+    return index
+
+
+def _file_on_the_hub(repository: str, name: str) -> Path | None:
+    """A file of a repository, from the cache or downloaded; None where it cannot be had."""
     from huggingface_hub import hf_hub_download
 
     from ngrpo_train.parallel.hub import HUB_ERRORS
 
     try:
-        index: dict[str, Any] = json.loads(Path(hf_hub_download(hub_id, "model_index.json")).read_text("utf-8"))
+        return Path(hf_hub_download(repository, name))
     except (*HUB_ERRORS, OSError):
+        return None
+
+
+def hub_id(name_or_path: str) -> str:
+    """The hub's id of a model, also of a directory in the hub's cache; "" where there is none."""
+    directory = local_directory(name_or_path)
+    if directory is None:
+        return name_or_path if _HUB_ID.fullmatch(name_or_path) else ""
+    cached = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$", directory.absolute().as_posix())
+    return f"{cached[1]}/{cached[2]}" if cached else ""
+
+
+def licence_of(name_or_path: str) -> dict[str, str]:
+    """A model's licence as the header of its own README.md gives it: license, license_name, license_link.
+
+    Entries that it does not have are left out, and all of them where it has no README.md or no hub answers.
+    """
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    directory, repository = local_directory(name_or_path), hub_id(name_or_path)
+    file = directory / "README.md" if directory else None
+    if not (file and file.is_file()):
+        file = _file_on_the_hub(repository, "README.md") if repository else None
+    try:
+        header = (metadata_load(file) if file else None) or {}
+    except (ValueError, YAMLError):  # a header that is no table of entries
         return {}
-    return index
+    found = {key: str(header[key]) for key in ("license", "license_name", "license_link") if header.get(key)}
+    link = found.pop("license_link", "")
+    if link and not link.startswith("https://"):  # a file beside that README.md
+        link = f"https://huggingface.co/{repository}/blob/main/{link}" if repository else ""
+    return found | ({"license_link": link} if link else {})
 
 
 def local_vae_config(name_or_path: str) -> Mapping[str, Any] | None:

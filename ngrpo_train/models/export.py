@@ -18,8 +18,11 @@ def export(model: FlowModel, directory: Path) -> Path:
     `FluxPipeline.from_pretrained`. LoRA gives the adapters in float32: for FLUX.1 a directory with
     `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(directory)`.
     """
-    dtype = torch.float32 if model.spec.tuning == "lora" else model.compute_dtype
-    trained = {name: _gathered(p, dtype) for name, p in model.trainable.items()}
+    lora = model.spec.tuning == "lora"
+    # A whole model's file also has buffers, such as SD3's table of positions.
+    weights = model.trainable if lora else model.transformer.state_dict(keep_vars=True)
+    dtype = torch.float32 if lora else model.compute_dtype
+    trained = {name: _gathered(tensor, dtype) for name, tensor in weights.items()}
     if processes.rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         model.adapter.save(directory, model.transformer, trained)
@@ -27,6 +30,9 @@ def export(model: FlowModel, directory: Path) -> Path:
     return directory
 
 
-def _gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    whole = processes.whole(parameter.detach())
-    return whole.to("cpu", dtype) if processes.rank() == 0 else torch.empty(0)
+def _gathered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor, whole and on the CPU, in `dtype` if it is of floats; nothing on other processes than the first."""
+    whole = processes.whole(tensor.detach())
+    if processes.rank() != 0:
+        return torch.empty(0)
+    return whole.to("cpu", dtype if whole.is_floating_point() else whole.dtype)

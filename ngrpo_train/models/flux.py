@@ -22,6 +22,7 @@ from ngrpo_train.models.embeddings import EmbeddingCache, encoder_hash
 from ngrpo_train.models.encoders import PromptEncoder, TextEncoders, TextFeatures, frozen_dtype
 from ngrpo_train.models.loading import (
     absent_of,
+    decode_in_tiles,
     empty_transformer,
     fill,
     find_directory,
@@ -45,6 +46,7 @@ _FROZEN_PARTS = ("scheduler", *(part for part in PARTS if part != "transformer")
 class Flux:
     """The adapter of FLUX.1 and of models in its layout; see `ngrpo_train.models.model.Adapter`."""
 
+    kind = FluxPipeline
     lora_targets = LORA_TARGETS
     pictures: tuple[str, ...] = ()
 
@@ -59,7 +61,7 @@ class Flux:
         self.spec, self.sampling, self.settings, self.device = spec, sampling, settings, device
         self.directory = find_directory(spec.name_or_path, absent_of(spec, TEXT_PARTS if embeddings else ()))
         self.transformer_directory = find_transformer(spec, self.directory)
-        self._config = self.empty_transformer().config
+        self._note_transformer()
         rows, columns = token_grid(load_vae_config(spec.name_or_path, self.directory), sampling)
         self.latent_shape: tuple[int, int] = (rows * columns, self._config.in_channels)
         self._img_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, torch.float32)
@@ -91,6 +93,8 @@ class Flux:
         vae = self.pipeline.vae.to(self.device).requires_grad_(False).eval()
         if self.device.type == "cuda":
             vae.to(memory_format=torch.channels_last)  # as cuDNN's convolutions want it
+        if self.settings.decode_tiles:
+            decode_in_tiles(vae)
         if compiles(self.settings, self.device.type):
             compile_whole(vae.decoder)
 
@@ -100,7 +104,7 @@ class Flux:
         other.spec = spec
         other.directory = find_directory(spec.name_or_path, absent_of(spec, (*TEXT_PARTS, "vae")))
         other.transformer_directory = find_transformer(spec, other.directory)
-        other._config = other.empty_transformer().config
+        other._note_transformer()
         return other
 
     # -- The transformer -----------------------------------------------------------------------------------------------
@@ -108,12 +112,16 @@ class Flux:
     def empty_transformer(self) -> Any:
         return empty_transformer(self.spec.name_or_path, self.transformer_directory)
 
+    def _note_transformer(self) -> None:
+        empty = self.empty_transformer()
+        self._config, self._names = empty.config, empty.state_dict().keys()
+
     def blocks(self, transformer: nn.Module) -> dict[str, nn.Module]:
         kinds: Any = {"double": transformer.transformer_blocks, "single": transformer.single_transformer_blocks}
         return {f"{kind} {index}": block for kind, blocks in kinds.items() for index, block in enumerate(blocks)}
 
-    def fill(self, transformer: nn.Module) -> None:
-        fill(transformer, self.spec, self.transformer_directory)
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        fill(weights, self._names, self.spec, self.transformer_directory)
 
     def velocity(self, transformer: nn.Module, x_NS: Tensor, sigma_N: Tensor, conditioning: TextFeatures) -> Tensor:
         """v_theta [N, T, C] at `x_NS` and `sigma_N` (both float32), in the compute dtype."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ngrpo_train.models.directory import local_directory, pipeline_class_name
@@ -199,20 +199,28 @@ def load_text_encoders(name_or_path: str, dtype: torch.dtype) -> tuple[FluxPipel
     return pipeline, directory
 
 
-def fill(transformer: nn.Module, model: Model, directory: Path | None) -> None:
-    """Read the transformer's weights from its directory, each process its shards, or draw them if that is None.
+def decode_in_tiles(vae: Any) -> None:
+    """Make a VAE of diffusers decode what is larger than one of its tiles in overlapping tiles, one after the other.
 
-    Adapters keep their values. A collective.
+    Raises ValueError, naming `parallel.decode_tiles`, for a VAE that cannot.
     """
-    stored_names = transformer.state_dict().keys()  # buffers that are computed are not among them
-    tensors = (*transformer.named_parameters(), *transformer.named_buffers())
-    state = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in tensors
-        if name in stored_names and ".lora_" not in name
-    }
+    try:
+        vae.enable_tiling()
+    except (AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"parallel.decode_tiles = True: the model's {type(vae).__name__} cannot decode in tiles; set it to false, "
+            "and parallel.decode_batch to 1"
+        ) from error
+
+
+def fill(weights: Mapping[str, Tensor], names: Set[str], model: Model, directory: Path | None) -> None:
+    """Read weights of the transformer from its directory, each process its shards, or draw them if that is None.
+
+    `weights` are some or all of those that the transformer has, whose names are `names`. A collective. Raises
+    ValueError, naming the setting, where the directory has other names or shapes.
+    """
     if directory is None:
-        _randomize(state)
+        _randomize(weights)
         return
     setting = "transformer" if model.transformer else "name_or_path"
     with explained(getattr(model, setting), f"model.{setting}"), warnings.catch_warnings():
@@ -221,22 +229,22 @@ def fill(transformer: nn.Module, model: Model, directory: Path | None) -> None:
         stored = reader.read_metadata().state_dict_metadata
         if not stored:
             raise ValueError("has no *.safetensors in its transformer directory")
-        if odd := stored.keys() ^ state.keys():
-            where = "lacks" if (name := min(odd)) in state else "has, unlike its config,"
+        if odd := stored.keys() ^ names:
+            where = "lacks" if (name := min(odd)) in names else "has, unlike its config,"
             raise ValueError(f"{where} the weight {name} in its transformer directory")
-        for name, parameter in state.items():
+        for name, parameter in weights.items():
             entry: Any = stored[name]
             if (size := list(entry.size)) != list(parameter.shape):
                 raise ValueError(f"has {name} of shape {size}; its config says {list(parameter.shape)}")
             if len(entry.chunks) > 1:  # such as a "variant": it would be chance which one is read
                 raise ValueError(f"has the weight {name} in more than one file of its transformer directory")
-        dcp.load(state, storage_reader=reader, no_dist=not processes.distributed())
+        dcp.load(dict(weights), storage_reader=reader, no_dist=not processes.distributed())
 
 
 @torch.no_grad()
-def _randomize(state: dict[str, Tensor]) -> None:
+def _randomize(weights: Mapping[str, Tensor]) -> None:
     """Fill with random weights that keep the size of activations, the same in every run with this number of shards."""
-    for name, parameter in state.items():
+    for name, parameter in weights.items():
         part = processes.local(parameter)
         if parameter.ndim < 2:
             part.fill_(float(name.endswith("weight")))  # the scale of a norm, or a bias

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from ngrpo_train.draws import stream
+from ngrpo_train.models import frozen
 from ngrpo_train.models.directory import pipeline_class_name
 from ngrpo_train.models.float8 import Float8Copy
 from ngrpo_train.models.flux import Flux
 from ngrpo_train.models.loading import quiet_diffusers
 from ngrpo_train.models.pipeline import Pipeline
 from ngrpo_train.parallel import blocks, sharding
-from ngrpo_train.parallel.layout import compiles
+from ngrpo_train.parallel.layout import base_storage, compiles
 from ngrpo_train.parallel.sharding import trained_parts
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.named import import_named
@@ -54,11 +55,19 @@ class Adapter(Protocol):
     the recipe's [model], [sampling] and [parallel] and `prompts.embeddings` ("" for none). It then loads everything but
     the weights of the transformer. It raises ValueError, naming the field, its value and the remedy, for what it cannot
     load. It decides about modules that are not trained; `settings` says how it should place them.
+
+    An adapter of videos may have an attribute `frame_rate`, the frames per second in files; None, like no such
+    attribute, stands for 16.
     """
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """S, the shape of the latent of one picture: (T, C) for packed tokens, with more dimensions for others."""
+        ...
+
+    @property
+    def kind(self) -> Any:
+        """The class of diffusers' pipelines that reads what `save` writes; None where there is none."""
         ...
 
     @property
@@ -86,8 +95,11 @@ class Adapter(Protocol):
         """
         ...
 
-    def fill(self, transformer: nn.Module) -> None:
-        """Give weights their first values: each process its own shards, adapters left as they are. A collective."""
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Give these weights of the transformer their first values: each process its own shards. A collective.
+
+        They are all that `empty_transformer` has in its state dict, or some, by their names there, on the device.
+        """
         ...
 
     def velocity(self, transformer: nn.Module, x_NS: Tensor, sigma_N: Tensor, conditioning: Any) -> Tensor:
@@ -157,7 +169,7 @@ class FlowModel:
     def beside(self, spec: Model) -> FlowModel:
         """Another model's transformer, whole, with this one's encoders and decoder: two models in one memory."""
         other = copy.copy(self)
-        other.spec = replace(spec, tuning="full")
+        other.spec = replace(spec, tuning="full", base_dtype="same")
         other.adapter = self.adapter.beside(other.spec)
         other.transformer = other._prepared_transformer(seed=0)
         other._float8 = None
@@ -168,27 +180,35 @@ class FlowModel:
     def _prepared_transformer(self, seed: int) -> nn.Module:
         """The transformer, on the meta device up to its sharding, then filled shard by shard."""
         transformer, settings = self.adapter.empty_transformer(), self.settings
+        repeated = list(self.adapter.blocks(transformer).values())
         if self.spec.tuning == "lora":
             _store_as(transformer.requires_grad_(False), self.compute_dtype)
             targets = list(self.spec.lora_targets) or self.adapter.lora_targets
             for part in trained_parts(transformer):
                 _add_adapters(part, self.spec, targets)
+            if storage := base_storage(self.spec, settings):
+                frozen.keep_in(storage, repeated)
         else:
             _store_as(transformer.requires_grad_(True), getattr(torch, settings.master_dtype))
         transformer.train()  # diffusers returns models in evaluation mode
         self._set_attention(transformer)
-        repeated = list(self.adapter.blocks(transformer).values())
         blocks.prepare(repeated, self.spec, settings, self.device)
         for part in trained_parts(transformer):
             inside = {id(module) for module in part.modules()}
             own = [block for block in repeated if id(block) in inside]
             sharding.shard(part, own, self.spec, settings, self.device)
         _allocate(transformer, torch.device("cpu") if settings.offload else self.device, self.device)
-        self.adapter.fill(transformer)
-        for name, parameter in transformer.named_parameters():
-            if ".lora_" in name:
-                _draw_adapter(name, parameter, seed)
+        weights = transformer.state_dict(keep_vars=True)  # without buffers that are computed
+        adapters = {name: weights.pop(name) for name in list(weights) if ".lora_" in name}
+        self._fill(weights)
+        frozen.fill(transformer, repeated, self.device, self._fill)
+        for name, parameter in adapters.items():
+            _draw_adapter(name, parameter, seed)
         return transformer
+
+    def _fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Give weights of the base their values, whether or not peft has put them below its adapters."""
+        self.adapter.fill({name.replace(".base_layer.", "."): weight for name, weight in weights.items()})
 
     def _float8_copy(self) -> Float8Copy:
         empty = self.adapter.empty_transformer()
@@ -231,6 +251,11 @@ class FlowModel:
     def pictures(self) -> tuple[str, ...]:
         """Fields of a prompt's row that name the pictures that the model takes; () for a text alone."""
         return self.adapter.pictures
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second of the model's videos."""
+        return float(getattr(self.adapter, "frame_rate", None) or 16)
 
     def encode(self, prompts: Sequence[Prompt | str]) -> Conditioning:
         """Encode P prompts, or texts without rows; a collective where text encoders are sharded."""

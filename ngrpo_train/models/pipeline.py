@@ -27,6 +27,7 @@ from ngrpo_train.models.encoders import frozen_dtype
 from ngrpo_train.models.grouping import grouped
 from ngrpo_train.models.loading import (
     absent_of,
+    decode_in_tiles,
     empty_model,
     explained,
     fill,
@@ -37,7 +38,7 @@ from ngrpo_train.models.loading import (
 from ngrpo_train.models.needs import ARGUMENTS, pictures_of_pipeline
 from ngrpo_train.models.placement import Placed
 from ngrpo_train.models.recorded import Recorded
-from ngrpo_train.models.saving import save_adapters, save_whole
+from ngrpo_train.models.saving import below, save_adapters, save_whole
 from ngrpo_train.parallel.blocks import compile_whole
 from ngrpo_train.parallel.layout import compiles
 from ngrpo_train.parallel.sharding import trained_parts
@@ -69,6 +70,7 @@ class Pipeline:
         self._pipeline = self._load_frozen()
         refuse_other_scheduler(self._pipeline.scheduler, spec.name_or_path)
         self._seen = self._empty_transformers()
+        self._names = {folder: empty.state_dict().keys() for folder, empty in self._seen.items()}
         self._placed = Placed(self._encoders(), settings.text_encoders, device, frozen_dtype(device))
         self._prepare_vae()
         fixed = fixed_arguments(self._pipeline, self._seen, sampling)
@@ -111,6 +113,8 @@ class Pipeline:
         vae = self._pipeline.vae.to(self.device).requires_grad_(False).eval()
         if self.device.type == "cuda" and all(p.ndim != 5 for p in vae.parameters()):
             vae.to(memory_format=torch.channels_last)  # as cuDNN's convolutions want it
+        if self.settings.decode_tiles:
+            decode_in_tiles(vae)
         # VAEs of videos keep a cache in Python lists from one piece of a video to the next, which does not compile.
         if compiles(self.settings, self.device.type) and not hasattr(vae, "clear_cache"):
             compile_whole(vae.decoder)
@@ -123,6 +127,7 @@ class Pipeline:
         other.places = other._transformer_places()
         if (theirs := other._configs()) != self._configs():
             raise ValueError(f"model.name_or_path = {spec.name_or_path!r} has another transformer: {theirs}")
+        other._names = {folder: empty.state_dict().keys() for folder, empty in other._empty_transformers().items()}
         return other
 
     def _configs(self) -> list[Any]:
@@ -161,9 +166,10 @@ class Pipeline:
             for name, block in repeated_blocks(part).items()
         }
 
-    def fill(self, transformer: nn.Module) -> None:
-        for folder, part in self._by_folder(transformer).items():
-            fill(part, self.spec, self.places[folder])
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        for folder, place in self.places.items():
+            if own := weights if len(self.folders) == 1 else below(folder, weights):
+                fill(own, self._names[folder], self.spec, place)
 
     def velocity(self, transformer: nn.Module, x_NS: Tensor, sigma_N: Tensor, conditioning: Recorded) -> Tensor:
         """v_theta [N, *S] at `x_NS` and `sigma_N` (both float32), after guidance, in the pipeline's dtype."""
@@ -202,6 +208,12 @@ class Pipeline:
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return self.driven.latent_shape
+
+    @property
+    def frame_rate(self) -> float | None:
+        """Frames per second of the pipeline's videos, where its call tells them to the model."""
+        told = (self.driven.parameters.get(name) for name in ("frame_rate", "fps"))
+        return next((float(parameter.default) for parameter in told if parameter), None)
 
     def _learn(self, fields: tuple[str, ...]) -> Recorded:
         """Learn what the pipeline prepares for prompts with pictures in these fields of their rows."""

@@ -28,7 +28,7 @@ def save_whole(
     are several.
     """
     for folder, empty in transformers.items():
-        state = trained if len(transformers) == 1 else _below(folder, trained)
+        state = trained if len(transformers) == 1 else below(folder, trained)
         empty.load_state_dict(state, strict=True, assign=True)
         with quiet_diffusers():
             empty.save_pretrained(directory / folder)
@@ -51,7 +51,7 @@ def save_adapters(
     from diffusers.training_utils import _collate_lora_metadata
 
     for folder, transformer in transformers.items():
-        state = trained if len(transformers) == 1 else _below(folder, trained)
+        state = trained if len(transformers) == 1 else below(folder, trained)
         # peft names its adapter inside the parameters' names; files leave that out.
         layers = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in state.items()}
         metadata = _collate_lora_metadata({"transformer": transformer})
@@ -59,6 +59,7 @@ def save_adapters(
         kind.save_lora_weights(place, transformer_lora_layers=layers, **metadata)
 
 
-def _below(folder: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def below(folder: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights whose names begin with this folder, by the rest of their names."""
     prefix = f"{folder}."
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -15,12 +15,23 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ngrpo_train.parallel.layout import compiles, keep_what_is_costly
+from ngrpo_train.parallel.layout import base_storage, compiles, keep_what_is_costly
 from ngrpo_train.recipe.sections import Model, Parallel
 
 logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
+
+
+def refuse(model: Model, settings: Parallel, device: torch.device) -> None:
+    """Raise ValueError where compiled blocks would undo what `model.base_dtype` saves."""
+    keep = model.gradient_checkpointing
+    # Of a layer's product, the compiler keeps the weight for the backward pass, not what the weight is made from.
+    if base_storage(model, settings) and compiles(settings, device.type) and keep not in ("full", "selective"):
+        raise ValueError(
+            f"model.gradient_checkpointing = {keep!r} must be full or selective where blocks compile: else each weight "
+            f"that model.base_dtype = {model.base_dtype!r} makes small is kept whole for the backward pass"
+        )
 
 
 def prepare(blocks: Sequence[nn.Module], model: Model, settings: Parallel, device: torch.device) -> None:

@@ -7,7 +7,7 @@ pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy
@@ -65,6 +65,15 @@ class Layout:
     def copies(self) -> int:
         """Number of whole copies of the weights."""
         return self.world_size // self.shares
+
+
+BaseStorage = Literal["bfloat16", "float8", "nf4"]
+
+
+def base_storage(model: Model, settings: Parallel) -> BaseStorage | None:
+    """Storage of the linear layers inside the blocks of a frozen base; None where they are kept as they compute."""
+    dtype = model.base_dtype
+    return None if dtype == "same" or dtype == settings.compute_dtype else dtype
 
 
 def compiles(settings: Parallel, device_type: str) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ngrpo_train.plan.layout import Batches, bytes_of
 from ngrpo_train.recipe.sections import Recipe, Reward
 from ngrpo_train.rewards import shipped
+from ngrpo_train.rewards.frames import places
 from ngrpo_train.rewards.towers import NOTHING, ScorerSize
 
 
@@ -55,10 +56,11 @@ class Scoring:
     def of(recipe: Recipe) -> Scoring:
         """The cost for a recipe. Watch-only rewards cost memory, and nothing in an iteration."""
         batches, pixels = Batches.of(recipe), recipe.sampling.height * recipe.sampling.width
-        pictures = batches.prompts * recipe.algorithm.num_generations
+        samples = batches.prompts * recipe.algorithm.num_generations
         resident = offloaded = visiting = moved = activations = flops = float32 = 0
         for name, size in scorer_sizes(recipe.rewards).items():
             reward = recipe.rewards[name]
+            pictures = samples * len(places(reward.frames, recipe.sampling.num_frames))
             number = bytes_of(reward.dtype)
             weights = number * size.parameters
             if reward.offload:

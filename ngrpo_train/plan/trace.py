@@ -52,7 +52,7 @@ class Kind:
     """Numbers of the leaves that come from another block, or go to this one only. The rest is shared by blocks."""
 
     def inputs(
-        self, change: PartCallable[[int, Tensor], Tensor] = lambda _, x: x
+        self, change: Callable[[int, Tensor], Tensor] = lambda _, x: x
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and named inputs of the block, with tensors as `change` makes them of leaf number and tensor."""
         leaves = [change(i, x) if isinstance(x, Tensor) else x for i, x in enumerate(self.leaves)]
@@ -137,7 +137,7 @@ def _seen(transformer: nn.Module, call: PartCall) -> tuple[list[_Seen], list[tup
     seen: list[_Seen] = []
     results: dict[Hashable, Any] = {}
 
-    def instead(name: str, block: nn.Module, forward: PartCallable[..., Any], *arguments: Any, **named: Any) -> Any:
+    def instead(name: str, block: nn.Module, forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         leaves, spec = tree_flatten((arguments, named))
         key = kind_of(block, leaves)
         if key not in results:

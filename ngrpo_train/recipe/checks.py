@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from ngrpo_train.recipe.algorithms import settings_class
 from ngrpo_train.recipe.ranges import check_ranges, require
-from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.recipe.sections import Recipe, Reward
 
 
 def check(recipe: Recipe, world_size: int = 1) -> None:
@@ -32,6 +32,7 @@ def check(recipe: Recipe, world_size: int = 1) -> None:
     require(
         bool(recipe.trained_rewards()), "rewards", list(recipe.rewards), "must have at least one reward to train on"
     )
+    refuse_frames(recipe)
     _check_parallel(recipe, world_size)
     for tracker in recipe.log.trackers:
         require(
@@ -39,6 +40,17 @@ def check(recipe: Recipe, world_size: int = 1) -> None:
             "log.trackers",
             recipe.log.trackers,
             f'needs a package that is not installed: pip install "ngrpo[{tracker}]"',
+        )
+
+
+def refuse_frames(recipe: Recipe) -> None:
+    """Raise ValueError for a reward that chooses frames where the model draws single pictures."""
+    for name, reward in recipe.rewards.items():
+        require(
+            recipe.sampling.num_frames > 1 or reward.frames == Reward().frames,
+            f"rewards.{name}.frames",
+            reward.frames,
+            f"is for videos, and sampling.num_frames = {recipe.sampling.num_frames} is a picture: leave it out",
         )
 
 

@@ -72,6 +72,11 @@ REWARDS: dict[str, type[Reward]] = {"clip_iqa": ClipIqa, "geneval": Geneval, "oc
 """The shipped rewards that have settings of their own, by name, with the class of their settings."""
 
 
+SINCE_0_1_0 = {name: getattr(Reward(), name) for name in ("kind", "frames")}
+"""Fields of every reward that version 0.1.0 did not have, with their defaults. Records that are compared with that
+version's leave them out at their defaults."""
+
+
 def settings_class(name: str, kind: str = "", path: str = "") -> type[Reward]:
     """The class of the settings of a recipe's [rewards.NAME] with this `kind` and `path`.
 

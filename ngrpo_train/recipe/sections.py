@@ -13,6 +13,12 @@ from ngrpo_train.recipe.ranges import Finite, NotNegative, Positive, Range
 _BELOW_ONE = Range("must be in [0, 1)", lambda value: 0 <= value < 1)
 _EACH_BELOW_ONE = Range("must be in [0, 1)", lambda values: all(0 <= value < 1 for value in values))
 _SEED = Range("must be less than 2**63", lambda value: value < 2**63)
+_NAMED_OR_POSITIVE = Range(
+    'must be "first", "middle", "last", "all" or a positive number', lambda value: isinstance(value, str) or value > 0
+)
+
+Frames = Literal["first", "middle", "last", "all"] | int
+"""Frames of a video, by name or by their number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +127,9 @@ class Reward:
     """Hub id or directory of the scorer's tokenizer; empty for the one it was trained with."""
     template: str = ""
     """Question that a judge is asked: a packaged template's name or a TOML file; empty for the judge's own."""
+    frames: Annotated[Frames, _NAMED_OR_POSITIVE] = 4
+    """Frames of a video that a scorer of pictures sees: "first", "middle", "last", "all", or how many.
+    A number is spread evenly over the video. The video's score is the mean of its frames' scores."""
 
     @property
     def is_callable(self) -> bool:
@@ -208,7 +217,8 @@ class Parallel:
     decode_batch: NotNegative[int] = 0
     """Pictures per VAE decode; 0 takes as many as memory allows."""
     decode_tiles: bool = False
-    """Decode a picture in overlapping tiles, one after the other, where the VAE can and the picture is larger."""
+    """Decode what is larger than one of the VAE's own tiles in overlapping tiles, one after the other.
+    A tile is as large as the pictures that the VAE was made for: 1024 pixels a side for FLUX.1's."""
     timeout_minutes: Positive[float] = 30.0
     """The run ends when a collective has waited this long for another process."""
 
@@ -234,10 +244,10 @@ class Evaluation:
     test: str = ""
     """Source of the prompts for the before/after table; empty leaves the table out."""
     num_images_per_prompt: Positive[int] = 1
-    """Pictures of each prompt.
+    """Pictures, or videos, of each prompt.
     With two or more, the watch also measures diversity and the share of flat groups."""
     batch: NotNegative[int] = 0
-    """Pictures generated at once; 0 takes 64."""
+    """Pictures, or videos, generated at once; 0 takes 64 pictures, or videos of 64 frames together."""
     num_inference_steps: NotNegative[int] = 0
     """Solver steps per picture, here and in sample pictures; 0 takes those of sampling.
     An SDE can be trained with fewer steps than a picture is made with: Flow-GRPO has 6 and 28 for FLUX.1-dev."""
@@ -252,7 +262,7 @@ class Log:
     images_every: Positive[int] = 50
     """Iterations between grids of sample pictures."""
     num_images: Positive[int] = 8
-    """Pictures in a grid; their prompts and noise are the same every time."""
+    """Pictures, or videos, in a grid; their prompts and noise are the same every time."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Programs that get the metrics, besides the files of the run."""
     project: str = "ngrpo"
@@ -285,6 +295,10 @@ class Recipe:
         """The sampling of pictures that are not explored: with the evaluation's own number of steps if it has one."""
         steps = self.evaluation.num_inference_steps or self.sampling.num_inference_steps
         return dataclasses.replace(self.sampling, num_inference_steps=steps)
+
+    def evaluation_batch(self) -> int:
+        """The number of pictures or videos that are generated at once where nothing is explored."""
+        return self.evaluation.batch or max(1, 64 // self.sampling.num_frames)
 
     def trained_rewards(self) -> tuple[str, ...]:
         """Names of the rewards that the policy is trained on."""

@@ -1,10 +1,11 @@
 """Scorers: callables from pictures and prompts to numbers, and the set of them that a recipe names.
 
 A scorer is a callable as the module `scorer` describes it. Its images are bytes on the run's device. So a picture has
-the same score in training, behind a server and from a file.
+the same score in training, behind a server and from a file. Most scorers score pictures; a video's score by them is the
+mean over some of its frames.
 """
 
-# R rewards, P prompts (of all ranks where the text says so), G candidates, N pictures.
+# R rewards, P prompts (of all ranks where the text says so), G candidates, N pictures or videos, f frames of each.
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.named import import_named
 from ngrpo_train.recipe.parsing import suggestion
-from ngrpo_train.recipe.sections import Reward
+from ngrpo_train.recipe.sections import Frames, Reward
 from ngrpo_train.rewards import shipped, threads
-from ngrpo_train.rewards.scorer import RewardError, Scorer, takes_rows
+from ngrpo_train.rewards.frames import are_pictures, chosen_frames, dtype_and_shape
+from ngrpo_train.rewards.scorer import RewardError, Scorer, takes_rows, takes_videos
 
 __all__ = [
     "RewardError",
@@ -79,6 +81,8 @@ class Rewards:
         self.weights = tuple(settings[name].weight for name in self.trained)
         self.scorers = {name: find_scorer(name, reward, device) for name, reward in settings.items()}
         self.with_rows = frozenset(name for name, scorer in self.scorers.items() if takes_rows(scorer))
+        self.with_videos = frozenset(name for name, scorer in self.scorers.items() if takes_videos(scorer))
+        self._frames = {name: _frames_of(name, reward, name in self.with_videos) for name, reward in settings.items()}
         relative = {name for name, reward in settings.items() if (ours := _shipped(name, reward)) and ours.relative}
         self.relative = tuple(name for name in self.names if name in relative)
         self.evaluated = tuple(name for name in self.names if name not in relative)
@@ -107,56 +111,81 @@ class Rewards:
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[Prompt], names: Sequence[str] | None = None) -> Tensor:
-        """Scores of N images for their N prompts, by all rewards or by those of `names`: float32 [R, N].
+        """Scores of N samples for their N prompts, by all rewards or by those of `names`: float32 [R, N].
 
-        They are on the images' device. Raises RewardError, naming the reward, where a scorer fails.
+        `images` are what the model decodes to: uint8 pictures [N, 3, H, W], videos [N, F, 3, H, W], or anything that
+        the scorers take. Scores are on their device. Raises RewardError, naming the reward, where a scorer fails or
+        does not take such samples.
         """
         names = self.names if names is None else names
         images = images.contiguous()  # a channels_last picture would be summed in another order, and rounded otherwise
         elsewhere = [name for name in names if name in self._elsewhere]
-        on_host = images.cpu() if elsewhere else images
-        asked = [partial(self.score_with, name, on_host, prompts) for name in elsewhere]
+        asked = [partial(self._score_with, name, self._shown(name, images).cpu(), prompts) for name in elsewhere]
         pending = threads.start(asked, at_once=len(asked))
-        computed = {name: self.score_with(name, images, prompts) for name in names if name not in elsewhere}
+        computed = {
+            name: self._score_with(name, self._shown(name, images), prompts) for name in names if name not in elsewhere
+        }
         answers = (answer.to(images.device) for answer in threads.results(pending))
         answered = dict(zip(elsewhere, answers, strict=True))
         return torch.stack([(computed | answered)[name] for name in names])
 
-    def score_with(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        pictures = f"{len(prompts)} pictures, the first for {prompts[0]}"
+    def _shown(self, name: str, images: Tensor) -> Tensor:
+        """What a scorer sees of N samples: for a scorer of pictures, frames [N, f, 3, H, W]; for others, all."""
+        if name in self.with_videos:
+            return images
+        if not are_pictures(images):
+            raise RewardError(
+                f"rewards.{name} scores pictures and frames of videos, uint8 [..., 3, H, W], and the model decodes to "
+                f"{dtype_and_shape(images)}: name a scorer of your own that has takes_videos = True"
+            )
+        return chosen_frames(images, self._frames[name])
+
+    def _score_with(self, name: str, shown: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Float32 [N] on the device of `shown`, for what `_shown` gives. Raises RewardError, naming the reward."""
         self.running.add(name)
         try:
-            scores = torch.as_tensor(self._asked(name, images, prompts), device=images.device, dtype=torch.float32)
-        except RewardError:  # from a judge; it names prompt and answer
+            return self._scores(name, shown, prompts)
+        except RewardError:  # names what is wrong already
             raise
         except Exception as error:
+            samples = _described(shown, prompts)
             if name in self.with_rows and name not in self._elsewhere:
-                pictures = self._culprit(name, images, prompts) or pictures
-            raise RewardError(f"rewards.{name} failed on {pictures}: {type(error).__name__}: {error}") from error
+                samples = self._culprit(name, shown, prompts) or samples
+            raise RewardError(f"rewards.{name} failed on {samples}: {type(error).__name__}: {error}") from error
         finally:
             self.running.discard(name)
+
+    def _scores(self, name: str, shown: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        if name in self.with_videos:
+            return self._asked(name, shown, prompts)
+        if name in self.relative:  # the pictures of one call are compared: a frame with the others' frames of its place
+            of_frames = [self._asked(name, images, prompts) for images in shown.transpose(0, 1).contiguous()]
+            return torch.stack(of_frames).mean(0)
+        frames = shown.shape[1]
+        each = [prompt for prompt in prompts for _ in range(frames)]
+        return self._asked(name, shown.flatten(0, 1), each).view(-1, frames).mean(1)
+
+    def _asked(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        texts, scorer = [prompt.text for prompt in prompts], self.scorers[name]
+        rows = ([prompt.row for prompt in prompts],) if name in self.with_rows else ()
+        scores = torch.as_tensor(scorer(images, texts, *rows), device=images.device, dtype=torch.float32)
         if scores.shape != (len(prompts),):
-            raise RewardError(f"rewards.{name} returned a tensor of shape {list(scores.shape)} for {pictures}")
+            samples = _described(images, prompts)
+            raise RewardError(f"rewards.{name} returned a tensor of shape {list(scores.shape)} for {samples}")
         return scores
 
-    def _asked(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Any:
-        texts = [prompt.text for prompt in prompts]
-        if name in self.with_rows:
-            return self.scorers[name](images, texts, [prompt.row for prompt in prompts])
-        return self.scorers[name](images, texts)
-
-    def _culprit(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> str:
+    def _culprit(self, name: str, shown: Tensor, prompts: Sequence[Prompt]) -> str:
         """The first prompt on which a scorer that takes rows fails alone, with the fields of its row; else ""."""
-        for picture, prompt in zip(images.split(1), prompts, strict=True):
+        for one, prompt in zip(shown.split(1), prompts, strict=True):
             try:
-                self._asked(name, picture, [prompt])
+                self._scores(name, one, [prompt])
             except Exception:
                 fields = ", ".join(prompt.row)
                 return f"{prompt}, {f'whose row has {fields}' if fields else 'with no fields'}"
         return ""
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """Score P groups, prompt-major [P * G, 3, H, W], and share the scores with all ranks: one copy to the host."""
+        """Score P groups, prompt-major [P * G, ...], and share the scores with all ranks: one copy to the host."""
         names = self.in_training
         each = [prompt for prompt in prompts for _ in range(len(images) // len(prompts))]
         scores_RPG = self.score(images, each, names).view(len(names), len(prompts), -1)
@@ -173,6 +202,21 @@ def refuse_non_finite(names: Sequence[str], scores_RN: Tensor, prompts: Sequence
     for reward, picture in (~scores_RN.isfinite()).nonzero().tolist():
         value = scores_RN[reward, picture].item()
         raise RewardError(f"rewards.{names[reward]} = {value} for the prompt {prompts[picture]}")
+
+
+def _described(shown: Tensor, prompts: Sequence[Prompt]) -> str:
+    kinds = {4: "pictures", 5: "videos" if shown.shape[1] > 1 else "pictures"}
+    return f"{len(prompts)} {kinds.get(shown.dim(), 'samples')}, the first for {prompts[0]}"
+
+
+def _frames_of(name: str, reward: Reward, whole: bool) -> Frames:
+    """The frames that a scorer is shown. Raises ValueError where they are set for one that takes videos `whole`."""
+    if whole and reward.frames != Reward().frames:
+        raise ValueError(
+            f"rewards.{name}.frames = {reward.frames!r} is for scorers of pictures, and this one takes whole videos: "
+            "leave it out"
+        )
+    return reward.frames
 
 
 def _shipped(name: str, reward: Reward) -> shipped.Shipped | None:

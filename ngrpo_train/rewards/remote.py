@@ -1,6 +1,6 @@
 """Scorers that a running `ngrpo reward-server` computes."""
 
-# N pictures.
+# N pictures or videos, F frames of a video.
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import threads, wire
+from ngrpo_train.rewards.frames import are_pictures, dtype_and_shape
 from ngrpo_train.rewards.http import Endpoint, HttpError, check_url, token_from
 from ngrpo_train.rewards.scorer import Scorer
 
@@ -41,8 +42,10 @@ def load(name: str, settings: Reward, device: torch.device) -> Scorer:
     wanted = settings.path.rpartition(":")[2] or name  # a server names package.module:callable by its last part
     health = _health(replace(endpoint, attempts=3, timeout_s=10.0), wanted)
     try:
-        # A server of ngrpo 0.1.0 says nothing about rows, and takes none.
-        offered = {str(reward["name"]): bool(reward.get("rows")) for reward in health["rewards"]}
+        # A server of ngrpo 0.1.0 says nothing about rows and videos, and takes none.
+        offered = {
+            str(reward["name"]): (bool(reward.get("rows")), bool(reward.get("videos"))) for reward in health["rewards"]
+        }
         body_limit = int(health["max_body_bytes"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"remote = {url!r} answers, but is no ngrpo reward server") from error
@@ -50,7 +53,7 @@ def load(name: str, settings: Reward, device: torch.device) -> Scorer:
         raise ValueError(
             f"remote = {url!r} has no reward {wanted!r}{suggestion(wanted, offered)}; it has {', '.join(offered)}"
         )
-    return _Remote(replace(endpoint, attempts=_ATTEMPTS), wanted, settings.batch, body_limit, offered[wanted])
+    return _Remote(replace(endpoint, attempts=_ATTEMPTS), wanted, settings.batch, body_limit, *offered[wanted])
 
 
 def _health(endpoint: Endpoint, wanted: str) -> Any:
@@ -68,23 +71,35 @@ def _health(endpoint: Endpoint, wanted: str) -> Any:
 class _Remote:
     """A scorer that sends pictures in parts, several at once. A part that gets no answer is sent again as a whole."""
 
-    def __init__(self, endpoint: Endpoint, reward: str, batch: int, body_limit: int, with_rows: bool) -> None:
+    def __init__(
+        self, endpoint: Endpoint, reward: str, batch: int, body_limit: int, with_rows: bool, takes_videos: bool
+    ) -> None:
         self._endpoint, self._reward, self._batch, self._body_limit = endpoint, reward, batch, body_limit
-        self._with_rows = with_rows
+        self._with_rows, self.takes_videos = with_rows, takes_videos
 
     def __call__(self, images: Tensor, texts: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()) -> Tensor:
-        """Float32 [N] on the CPU for uint8 images [N, 3, H, W], N texts and, where the server wants them, N rows.
+        """Float32 [N] on the CPU for N uint8 images, N texts and, where the server wants them, N rows.
 
-        Raises HttpError where the server gives no usable answer.
+        The images are pictures [N, 3, H, W] or, where the server takes them, videos [N, F, 3, H, W]. Raises ValueError
+        for samples of another kind, and HttpError where the server gives no usable answer.
         """
+        if not are_pictures(images):
+            raise ValueError(
+                f"{dtype_and_shape(images)} is no batch of pictures or videos, and only these travel to a server: "
+                "score it here, without remote"
+            )
         images, prompts = images.cpu(), [Prompt(text) for text in texts]
         if rows and self._with_rows:
             prompts = [Prompt(text, row=row) for text, row in zip(texts, rows, strict=True)]
         size = min(self._batch, wire.most_pictures(images, prompts, self._body_limit))
         if size == 0:
+            one = f"a video of {images.shape[1]} frames" if images.dim() == 5 else "a picture"
+            limit = f"{self._body_limit} bytes: start the server with a larger --max-body-mb"
+            if images[0].numel() // 3 > wire.MAX_PIXELS:
+                limit = f"{wire.MAX_PIXELS} pixels: score it here, without remote"
             raise ValueError(
-                f"a picture of {images.shape[-1]}x{images.shape[-2]} exceeds what {self._endpoint.url} takes in a "
-                f"request, {self._body_limit} bytes: start the server with a larger --max-body-mb"
+                f"{one} of {images.shape[-1]}x{images.shape[-2]} exceeds what {self._endpoint.url} takes in a request, "
+                f"{limit}"
             )
         starts = range(0, len(images), size)
         parts = [partial(self._score, images[i : i + size], prompts[i : i + size]) for i in starts]

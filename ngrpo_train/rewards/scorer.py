@@ -3,6 +3,9 @@
 A scorer is `score(images, prompts)` or `score(images, prompts, rows)`, with uint8 images [N, 3, H, W] and N texts.
 Where it asks for `rows`, it also gets N mappings: the other fields of each text's row in the prompt file. It returns N
 finite numbers.
+
+A scorer whose attribute `takes_videos` is true gets what the model decodes to, whole: uint8 videos [N, F, 3, H, W], or
+samples that are no pictures at all. Without it, a scorer gets frames as pictures, and their scores are averaged.
 """
 
 # N pictures, M distinct prompts.
@@ -36,6 +39,11 @@ def takes_rows(scorer: Scorer) -> bool:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     third = [each for each in signature.parameters.values() if each.kind in kinds][2:3]
     return any(each.name == "rows" or each.default is each.empty for each in third)
+
+
+def takes_videos(scorer: Scorer) -> bool:
+    """True where a scorer asks for whole videos, by an attribute of this name."""
+    return bool(getattr(scorer, "takes_videos", False))
 
 
 class WithWeights(nn.Module):

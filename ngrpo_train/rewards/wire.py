@@ -2,9 +2,10 @@
 
 Pictures are sent as a safetensors file, which is exact and cheap, or as JSON with PNG files, which any program can
 write. Rows were added in version 0.2: they are sent only to a server that says at /health that a reward reads them.
+So were whole videos, as safetensors only, for a reward that takes videos; others get frames, which are pictures.
 """
 
-# N pictures.
+# N pictures or videos, F frames of a video.
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # others, such as 16-bit gr
 
 
 def encode_pictures(images: Tensor, prompts: Sequence[Prompt]) -> bytes:
-    """A safetensors file: uint8 `images` [N, 3, H, W], and in its metadata `prompts`, a JSON list of N strings.
+    """A safetensors file: uint8 `images`, and in its metadata `prompts`, a JSON list of N strings.
+
+    Images are pictures [N, 3, H, W] or videos [N, F, 3, H, W].
 
     If a prompt has a row, the metadata has `rows` too, a JSON list of N objects, and if rows are those of a file,
     `folders`: a JSON list of the N directories where paths in the rows begin. A server that sees the same disk finds
@@ -57,7 +60,10 @@ def _folder(prompt: Prompt) -> str:
 
 
 def decode_pictures(content_type: str, body: bytes) -> tuple[Tensor, list[Prompt]]:
-    """Uint8 [N, 3, H, W] on the CPU and N prompts. Raises ValueError, naming the picture if only one is at fault."""
+    """Uint8 pictures [N, 3, H, W] or videos [N, F, 3, H, W], on the CPU, and N prompts.
+
+    Raises ValueError, naming the picture if only one is at fault.
+    """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == SAFETENSORS:
         return _from_safetensors(body)
@@ -67,8 +73,8 @@ def decode_pictures(content_type: str, body: bytes) -> tuple[Tensor, list[Prompt
 
 
 def most_pictures(images: Tensor, prompts: Sequence[Prompt], body_limit: int) -> int:
-    """The most such pictures that one request of at most `body_limit` bytes may have; 0 if even one is too large."""
-    pixels = images.shape[-2] * images.shape[-1]
+    """The most such images that one request of at most `body_limit` bytes may have; 0 if even one is too large."""
+    pixels = images[0].numel() // 3  # of all frames of a video
     header, escaped = 1024, 14  # bytes: the rest of the header, and the most that a character takes in JSON within JSON
     longest = max((len(prompt.text) for prompt in prompts), default=0) + 8
     # A row is JSON already. Within JSON, its quotes and backslashes take two characters each.
@@ -108,8 +114,17 @@ def _from_safetensors(body: bytes) -> tuple[Tensor, list[Prompt]]:
     if len(tensors) != 1 or not isinstance(entry, dict) or entry.get("dtype") != "U8":
         raise ValueError('a safetensors body must hold one tensor, "images", of type uint8')
     shape = entry.get("shape")
-    if not isinstance(shape, list) or len(shape) != 4 or shape[1] != 3 or not all(type(n) is int for n in shape):
-        raise ValueError(f"images must have the shape [N, 3, height, width], not {shape}")
+    if (
+        not isinstance(shape, list)
+        or len(shape) not in (4, 5)
+        or not all(type(n) is int for n in shape)
+        or shape[-3] != 3
+        or shape[1] < 1
+    ):
+        raise ValueError(
+            "images must have the shape [N, 3, height, width], or [N, frames, 3, height, width] for videos, "
+            f"not {shape}"
+        )
     metadata = header.get("__metadata__")
     metadata = metadata if isinstance(metadata, dict) else {}
     prompts, rows = metadata.get("prompts"), metadata.get("rows", "null")
@@ -121,8 +136,10 @@ def _from_safetensors(body: bytes) -> tuple[Tensor, list[Prompt]]:
         )
     texts, fields = _parsed(prompts, "prompts in the metadata"), _parsed(rows, "rows in the metadata", constants=True)
     checked = _checked_prompts(texts, fields, shape[0], _parsed(folders, "folders in the metadata"))
-    _check_size("images", shape[3], shape[2])
-    _check_total(shape[0], shape[3], shape[2])
+    height, width = shape[-2:]
+    frames = shape[1] if len(shape) == 5 else 1
+    _check_size("images", width, height)
+    _check_total(shape[0] * frames, width, height)
     try:
         return load(body)["images"], checked
     except SafetensorError as error:

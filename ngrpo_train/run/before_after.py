@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards
+from ngrpo_train.rewards.frames import are_pictures
 from ngrpo_train.sampling.evaluate import Evaluation, evaluate, plus_minus
 from ngrpo_train.sampling.pictures import pictures, save_picture, source_pictures, tile
 
@@ -36,7 +37,7 @@ class Evaluations:
         shown = next(iter(prompts.values()))[: recipe.log.num_images]
         per_prompt = recipe.evaluation.num_images_per_prompt
         images = pictures(model, recipe, shown, [i * per_prompt for i in range(len(shown))])
-        if processes.rank() == 0:
+        if processes.rank() == 0 and are_pictures(images):
             scale = max(1, 128 // images.shape[-1])
             grid = tile(
                 images.cpu(),
@@ -68,25 +69,32 @@ class Evaluations:
         return Evaluations({name: Evaluation.of_record(each) for name, each in record.items()})
 
 
+COLUMNS = ("prompts", "score", "before", "after", "difference")
+
+
 def before_after(before: Evaluations, after: Evaluations, trained: Collection[str]) -> Table:
-    """A table with a row for each prompt set and reward, +- standard errors; differences are paired by prompt."""
+    """The table of `compared`, for a terminal."""
     title = "Before and after: means ± standard errors over prompts; * is trained on"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("prompts", "score"):
-        table.add_column(column)
-    for column in ("before", "after", "difference"):
-        table.add_column(column, justify="right")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("prompts", "score") else "right")
+    for row in compared(before, after, trained):
+        table.add_row(*row)
+    return table
+
+
+def compared(before: Evaluations, after: Evaluations, trained: Collection[str]) -> Iterator[tuple[str, ...]]:
+    """A row of COLUMNS for each prompt set and reward, ± standard errors; differences are paired by prompt."""
     for name, late in after.by_set.items():
         early = before.by_set[name]
         paired = Evaluation(late.names, late.prompts, late.scores_RN - early.scores_RN)
         for score in late.names:
-            table.add_row(
+            yield (
                 f"{name} ({len(late.prompts)})",
                 f"{score}{'*' if score in trained else ''}",
                 *(f"{each.mean()[score]:.3f}{plus_minus(each.standard_error()[score])}" for each in (early, late)),
                 f"{paired.mean()[score]:+.3f}{plus_minus(paired.standard_error()[score])}",
             )
-    return table
 
 
 def side_by_side(before: Path, after: Path, out: Path) -> None:
@@ -122,9 +130,10 @@ def look_after(
     if processes.rank() != 0:
         return
     after.save(run / "after.json")
-    side_by_side(run / "before.png", run / "after.png", run / "before_after.png")
     table = before_after(Evaluations.load(run / "before.json"), after, recipe.trained_rewards())
     Console().print(table)
     with (run / "before_after.txt").open("w") as file:
         Console(file=file, width=100).print(table)
-    print(f"pictures: {run / 'before_after.png'}")
+    if (run / "after.png").exists():  # not for samples that are no pictures
+        side_by_side(run / "before.png", run / "after.png", run / "before_after.png")
+        print(f"pictures: {run / 'before_after.png'}")

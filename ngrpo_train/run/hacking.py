@@ -5,8 +5,8 @@ measures of the pictures themselves are watched: how different a prompt's pictur
 whether a grid grows at the latents' patch period, and how far colours drift.
 """
 
-# R rewards, P prompts, n pictures of each, N = P * n; E columns of what is observed in a picture,
-# C of them its colours.
+# R rewards, P prompts, n pictures or videos of each, N = P * n, f frames looked at; E columns of what is observed,
+# C of them colours.
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Rewards, Scores
+from ngrpo_train.rewards.frames import are_pictures, chosen_frames
 from ngrpo_train.rewards.scorer import ModelScorer
 from ngrpo_train.run import artifacts
 from ngrpo_train.run.metrics import advantage_figures
@@ -81,10 +82,11 @@ class Watch:
         figures = {f"validation/{name}": mean for name, mean in now.evaluation.mean().items()}
         if now.grid_P.isfinite().all():
             figures["watch/grid"] = now.grid_P.mean().item()
-        shift = artifacts.colour_shift(now.colour_NC, self.base.colour_NC)
-        figures["watch/colour_shift"] = shift.distance.item()
-        figures["watch/colour_cast"] = shift.cast.item()
-        figures["watch/chroma"] = shift.chroma.item()
+        if now.colour_NC.isfinite().all():
+            shift = artifacts.colour_shift(now.colour_NC, self.base.colour_NC)
+            figures["watch/colour_shift"] = shift.distance.item()
+            figures["watch/colour_cast"] = shift.cast.item()
+            figures["watch/chroma"] = shift.chroma.item()
         if now.diversity_P.isfinite().all():
             figures["watch/diversity"] = now.diversity_P.mean().item()
             of_groups = advantage_figures(self._advantages(now.evaluation)) if self._trained else {}
@@ -186,8 +188,8 @@ class Sight:
 
     evaluation: Evaluation
     grid_P: Tensor  # strength of a grid at the patch period; NaN for pictures too small to tell
-    colour_NC: Tensor  # from `artifacts.colour_balance`
-    diversity_P: Tensor  # NaN for a single picture of a prompt
+    colour_NC: Tensor  # from `artifacts.colour_balance`; NaN for samples that are no pictures
+    diversity_P: Tensor  # NaN for a single picture of a prompt, and for samples that are no pictures
 
     @staticmethod
     def of(evaluation: Evaluation) -> Sight:
@@ -221,16 +223,27 @@ class Sight:
 
 
 _COLOURS = 4  # columns of `artifacts.colour_balance`
+_FRAMES = 4  # of a video that are looked at
 
 
 def _observer(rewards: Rewards) -> Callable[[Tensor], Tensor]:
-    """A function from pictures to float32 [N, E]: grid, colours, and an embedding in which diversity is measured.
+    """A function from samples to float32 [N, E]: grid, colours, and an embedding in which diversity is measured.
 
-    The embedding is that of the recipe's first scorer that has one (a CLIP), else small pictures.
+    The embedding is that of the recipe's first scorer that has one (a CLIP), else small pictures. Of a video, a few
+    frames are looked at: grid and colours are means over them, and the distance of two videos' embeddings is the root
+    mean square of their frames' distances. Samples that are no pictures have no measures, but NaN.
     """
     embedders = [scorer for scorer in rewards.scorers.values() if hasattr(scorer, "embed_images")]
 
     def observe(images: Tensor) -> Tensor:
+        if not are_pictures(images):
+            return torch.full((len(images), 1 + _COLOURS + 1), torch.nan, device=images.device)
+        frames = chosen_frames(images, _FRAMES)
+        seen_NfE = observe_pictures(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        measures_NfE, embedding_NfE = seen_NfE.tensor_split([1 + _COLOURS], dim=2)
+        return torch.cat([measures_NfE.mean(1), embedding_NfE.flatten(1) / frames.shape[1] ** 0.5], dim=1)
+
+    def observe_pictures(images: Tensor) -> Tensor:
         if embedders:
             embedding = _embedded(embedders[0], images)
         else:

@@ -12,13 +12,13 @@ from types import FrameType
 import torch
 from accelerate import PartialState
 
-from ngrpo_train.models.export import export
 from ngrpo_train.parallel import processes
 from ngrpo_train.plan.settle import cost_of, explained_out_of_memory, settle_memory
 from ngrpo_train.prompts import Prompt, prompts_per_iteration
 from ngrpo_train.recipe.parsing import as_toml
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.run.before_after import look_after, look_before
+from ngrpo_train.run.card import export_run
 from ngrpo_train.run.checkpoint import Checkpointer
 from ngrpo_train.run.directory import claim, clear, find_resume
 from ngrpo_train.run.hacking import Watch
@@ -113,7 +113,8 @@ def _end(run: Path, trainer: Trainer, prepared: Prepared, launch: PartialState) 
         if prepared.test:
             look_after(run, trainer.model, prepared.recipe, prepared.rewards, _prompts_of_the_table(prepared))
         if prepared.recipe.log.export:
-            launch.print(f"exported to {export(trainer.model, run / 'export')}")
+            directory = export_run(trainer.model, prepared.recipe, run, trainer.step, run / "export")
+            launch.print(f"exported to {directory}")
 
 
 def _prompts_of_the_table(prepared: Prepared) -> dict[str, list[Prompt]]:
@@ -149,11 +150,11 @@ def _draw(recorder: Recorder, trainer: Trainer, prepared: Prepared, outcome: Out
     shown = [prompts[i % len(prompts)] for i in range(recipe.log.num_images)]
     with trainer.averaged():
         grid = pictures(model, recipe, shown, range(len(shown))).cpu()
-    sources = source_pictures(model, shown)
-    recorder.write_pictures(f"samples/step_{step:06d}", grid, columns=min(4, len(shown)), sources=sources)
+    sources, rate = source_pictures(model, shown), model.frame_rate
+    recorder.write_pictures("samples", step, grid, columns=min(4, len(shown)), frame_rate=rate, sources=sources)
     group = outcome.images[: recipe.algorithm.num_generations].cpu()
     sources = source_pictures(model, outcome.prompts[:1]) * len(group)
-    recorder.write_pictures(f"groups/step_{step:06d}", group, columns=min(6, len(group)), sources=sources)
+    recorder.write_pictures("groups", step, group, columns=min(6, len(group)), frame_rate=rate, sources=sources)
 
 
 @contextmanager

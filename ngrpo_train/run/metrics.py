@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -27,11 +28,13 @@ from ngrpo_train.parallel import processes
 from ngrpo_train.plan.cost import Cost
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Scores
+from ngrpo_train.rewards.frames import are_pictures
 from ngrpo_train.run.curves import draw
 from ngrpo_train.run.stopwatch import Stopwatch
 from ngrpo_train.run.symptoms import SPREAD, Symptoms
 from ngrpo_train.run.trainer import Outcome
 from ngrpo_train.sampling.pictures import save_picture, tile
+from ngrpo_train.sampling.videos import save_sample, suffix
 from ngrpo_train.update.policy import UpdateStats
 from ngrpo_train.update.rows import Explored
 
@@ -102,15 +105,34 @@ class Recorder:
         history = evaluations(self.run / "metrics.jsonl")
         self._off_the_path(lambda: draw(history, self.recipe.trained_rewards(), self.run / "watch.png"))
 
-    def write_pictures(self, name: str, images: Tensor, columns: int, sources: Sequence[Image.Image] = ()) -> None:
-        """Save a grid below the run directory, without delaying training. `images` is uint8 [N, 3, H, W] on the CPU.
+    def write_pictures(
+        self,
+        kind: str,
+        step: int,
+        images: Tensor,
+        columns: int,
+        frame_rate: float,
+        sources: Sequence[Image.Image] = (),
+    ) -> None:
+        """Show pictures or videos, on the CPU, without delaying training; samples of another kind are left out.
 
-        `sources` are what the N pictures were made from, if they were made from pictures.
+        The grid is KIND/step_STEP.png in the run directory, and goes to TensorBoard. Videos have a folder beside it.
+        `sources` are what the N samples were made from, if they were made from pictures.
         """
-        if self.main:
-            scale = max(1, 128 // images.shape[-1])
-            path = self.run / f"{name}.png"
-            self._off_the_path(lambda: save_picture(tile(images, columns, scale=scale, sources=sources), path))
+        if not (self.main and are_pictures(images)):
+            return
+        name = self.run / kind / f"step_{step:06d}"
+
+        def show() -> None:
+            grid = tile(images, columns, scale=max(1, 128 // images.shape[-1]), sources=sources)
+            save_picture(grid, name.with_suffix(".png"))
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":  # W&B drops what comes later than the next iteration's figures
+                    tracker.log_images({kind: np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+            for place, video in enumerate(images if images.dim() == 5 else []):
+                save_sample(video, name / f"{place:02d}{suffix(video)}", frame_rate, lossless=False)
+
+        self._off_the_path(show)
 
     def _off_the_path(self, work: Callable[[], None]) -> None:
         self._pictures.submit(work).add_done_callback(_report_failure)

@@ -12,6 +12,7 @@ from ngrpo_train.models.embeddings import EmbeddingCache
 from ngrpo_train.models.encoders import frozen_dtype
 from ngrpo_train.models.needs import refuse_without_pictures
 from ngrpo_train.models.packing import refuse_size
+from ngrpo_train.parallel import blocks
 from ngrpo_train.plan.settle import settle_attention
 from ngrpo_train.prompts import Prompt, PromptCursor, load_prompts
 from ngrpo_train.recipe.checks import check
@@ -62,6 +63,7 @@ def prepare(
     rewards.check(validation, "evaluation.validation")
     rewards.check(test, "evaluation.test")
     refuse_backend(recipe.algorithm, launch.device)
+    blocks.refuse(recipe.model, recipe.parallel, launch.device)
     kept = read_record(resume_from)["recipe"]["parallel"].get("attention", "") if resume_from else ""
     recipe = settle_attention(recipe, launch.device, kept)
     if resume_from:

@@ -34,7 +34,7 @@ class Outcome:
 
     prompts: list[Prompt]
     groups: Explored
-    images: Tensor  # uint8 [P * G, 3, H, W], on the device
+    images: Tensor  # uint8 [P * G, 3, H, W], or whatever else the model decodes to, on the device
     scores: Scores
     advantages: Tensor  # [P, X] of all ranks, on the CPU; X = G except for a tree
     stats: UpdateStats | None

@@ -78,11 +78,11 @@ def evaluate(
 ) -> Evaluation:
     """Score `evaluation.num_images_per_prompt` pictures of each prompt, shared out over the ranks.
 
-    `observe` takes the same uint8 pictures [N, 3, H, W] and gives further observations of each: float32 [N, E].
+    `observe` takes the same samples, of N prompts, and gives further observations of each: float32 [N, E].
     """
     names = rewards.evaluated
     per_prompt = recipe.evaluation.num_images_per_prompt
-    batch = recipe.evaluation.batch or 64
+    batch = recipe.evaluation_batch()
     total = len(prompts) * per_prompt
     ranks, rank = processes.world_size(), processes.rank()
     share = -(-total // ranks)  # pictures per rank; the last rank's surplus repeats and is cut off again

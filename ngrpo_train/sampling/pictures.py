@@ -19,6 +19,7 @@ from ngrpo_train.prompts.picture_files import IMAGE, is_named, source_picture
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.sampling.rollout import Tail, generate
 from ngrpo_train.sampling.solvers import flow_sigmas
+from ngrpo_train.sampling.videos import strips
 
 _NOISE_SEED = 2511_16955  # not the run's seed: every run is judged on the same noise
 _CAPTION_SIZE = 11  # pixels
@@ -75,14 +76,17 @@ def tile(
 
     Each is enlarged `scale` times, with its caption below; `gap` pixels are between them. `sources` are the pictures
     that they were made from, one for each: a row begins with the first one's, and each further one that differs from it
-    stands before its own results.
+    stands before its own results. Of videos [N, F, 3, H, W], each has a row of its own, with a strip of its frames.
     """
+    columns = columns if images.dim() == 4 else 1
+    images = strips(images)
     rows: list[list[Image.Image]] = []
     for i, image in enumerate(images):
         if i % columns == 0:
             rows.append([])
         if sources and (i % columns == 0 or sources[i] is not sources[i - 1]):
-            rows[-1].append(_enlarged(sources[i], scale))
+            reduced = sources[i].reduce(max(1, sources[i].height // images.shape[-2]))  # as the frames of a strip are
+            rows[-1].append(_enlarged(reduced, scale))
         picture = _enlarged(Image.fromarray(image.permute(1, 2, 0).numpy()), scale)
         rows[-1].append(_above(picture, _caption(captions[i], picture.width)) if captions else picture)
     width = max(sum(cell.width + gap for cell in row) for row in rows) - gap

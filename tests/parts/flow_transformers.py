@@ -7,7 +7,9 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     LTXVideoTransformer3DModel,
+    Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
@@ -39,7 +41,7 @@ def flux2(text: int, *, guidance_embeds: bool) -> Flux2Transformer2DModel:
     return Flux2Transformer2DModel(
         in_channels=32,
         num_layers=1,
-        num_single_layers=1,
+        num_single_layers=2,
         joint_attention_dim=text,
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=guidance_embeds,
@@ -78,13 +80,15 @@ def chroma(text: int) -> ChromaTransformer2DModel:
     )
 
 
-def qwen_image(text: int) -> QwenImageTransformer2DModel:
+def qwen_image(text: int, *, zero_cond_t: bool = False) -> QwenImageTransformer2DModel:
+    """Qwen-Image's; Edit's of 2511 takes the picture at time 0, `zero_cond_t`."""
     return QwenImageTransformer2DModel(
         in_channels=_PACKED,
         out_channels=CHANNELS,
         num_layers=2,
         joint_attention_dim=text,
         axes_dims_rope=(4, 6, 6),
+        zero_cond_t=zero_cond_t,
         **_HEADS,
     )
 
@@ -100,6 +104,36 @@ def z_image(text: int) -> ZImageTransformer2DModel:
         cap_feat_dim=text,
         axes_dims=(4, 6, 6),
         axes_lens=(512, 32, 32),
+    )
+
+
+def lumina2(text: int) -> Lumina2Transformer2DModel:
+    return Lumina2Transformer2DModel(
+        sample_size=4,
+        in_channels=CHANNELS,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(300, 32, 32),
+        cap_feat_dim=text,
+    )
+
+
+def sana(text: int) -> SanaTransformer2DModel:
+    return SanaTransformer2DModel(
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=text,
+        sample_size=8,
+        **_HEADS,
     )
 
 

@@ -1,11 +1,14 @@
-"""Tiny text encoders with random weights, and tokenizers that know letters or bytes: CLIP, T5 and UMT5."""
+"""Tiny encoders of texts with random weights, and their tokenizers: CLIP, T5 and UMT5; and CLIP's for pictures."""
 
 from typing import Any
 
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -31,6 +34,20 @@ def clip(dim: int, *, layers: int = 1, pooled: bool = False) -> tuple[Any, Any]:
         pad_token_id=tokenizer.pad_token_id,
     )
     return tokenizer, (CLIPTextModelWithProjection if pooled else CLIPTextModel)(config).eval()
+
+
+def clip_vision(dim: int) -> tuple[Any, Any]:
+    """CLIP's processor, which fits pictures to 32 x 32 pixels, and its encoder of pictures of width `dim`."""
+    config = CLIPVisionConfig(
+        hidden_size=dim,
+        intermediate_size=dim,
+        projection_dim=dim,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
+    return CLIPImageProcessor(size=32, crop_size=32), CLIPVisionModel(config).eval()
 
 
 def t5(dim: int) -> tuple[Any, Any]:

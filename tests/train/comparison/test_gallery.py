@@ -9,9 +9,19 @@ from PIL import Image
 
 from ngrpo_train.comparison.gallery import Gallery, existing_pictures
 from ngrpo_train.prompts import Prompt
+from ngrpo_train.sampling.videos import read_sample
 
 PROMPTS = [Prompt("a dog", row={"style": "photo"}), Prompt("a dog", row={"style": "anime"}), Prompt("zwei Käuze 🦉")]
 MADE = {"model": "m", "checkpoint": "", "sampling": {"solver": "euler", "shift": 3.0}, "base_tail": []}
+
+RATE = 16.0  # frames per second; of no account for pictures
+
+
+def video_of(value):
+    """Four frames, of which the middle ones are equal."""
+    frames = torch.full((4, 3, 2, 5), value, dtype=torch.uint8)
+    frames[1:3, :, 1, 4] = 99
+    return frames
 
 
 def image_of(value):
@@ -26,12 +36,12 @@ def test_pictures_of_a_prompt_stand_in_a_row(tmp_path):
     assert gallery.missing() == [0, 1, 2, 3, 4, 5]
     assert [gallery.prompt(slot) for slot in range(6)] == [each for each in PROMPTS for _ in range(2)]
     for slot in (4, 1):
-        gallery.save(slot, image_of(slot))
+        gallery.save(slot, image_of(slot), RATE)
     assert gallery.missing() == [0, 2, 3, 5]
     pixels = np.asarray(Image.open(tmp_path / "new" / "one" / "00002_00.png"))
     assert pixels.shape == (2, 5, 3)
     assert pixels[1, 4].tolist() == [99, 4, 4]
-    assert (np.asarray(Image.open(gallery.file(1))) == 1).sum() == 29
+    assert (np.asarray(Image.open(gallery.pictures()[1].file)) == 1).sum() == 29
     assert [picture.file.name for picture in gallery.pictures()][1:3] == ["00000_01.png", "00001_00.png"]
     assert [picture.prompt for picture in gallery.pictures()][1:3] == PROMPTS[:2]
 
@@ -46,22 +56,50 @@ def test_what_a_killed_process_left_is_no_picture(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", half)
         with pytest.raises(KeyboardInterrupt):
-            gallery.save(1, image_of(1))
+            gallery.save(1, image_of(1), RATE)
     assert gallery.missing() == [0, 1, 2]
-    gallery.save(1, image_of(1))
+    gallery.save(1, image_of(1), RATE)
     assert gallery.missing() == [0, 2]
     assert [picture.file.name for picture in existing_pictures(tmp_path / "one", PROMPTS)] == ["00001_00.png"]
 
 
+def test_a_gallery_of_videos(tmp_path):
+    gallery = Gallery.claim(tmp_path / "one", MADE, PROMPTS, 1)
+    gallery.save(1, video_of(5), RATE)
+    assert gallery.missing() == [0, 2]
+    for slot in (0, 2):
+        gallery.save(slot, video_of(slot), RATE)
+    assert gallery.missing() == []
+    assert [picture.file.name for picture in gallery.pictures()] == [f"0000{slot}_00.webp" for slot in range(3)]
+    found = [read_sample(picture.file) for picture in gallery.pictures()]
+    assert all(torch.equal(video, video_of(value)) for video, value in zip(found, (0, 5, 2), strict=True))
+    assert [each.file for each in existing_pictures(tmp_path / "one", PROMPTS)] == [
+        each.file for each in gallery.pictures()
+    ]
+
+
+def test_an_earlier_versions_gallery_is_gone_on_with(tmp_path):
+    """Its record lacks the fields that [sampling] did not have then."""
+    Gallery.claim(tmp_path / "one", MADE, PROMPTS, 1)
+    file = tmp_path / "one" / "gallery.json"
+    record = json.loads(file.read_text())
+    del record["sampling"]["num_frames"], record["sampling"]["negative_prompt"]
+    file.write_text(json.dumps(record))
+    Gallery.claim(tmp_path / "one", MADE, PROMPTS, 1)
+    with pytest.raises(ValueError, match=r"made with sampling\.num_frames = 1, not 9: give another --out"):
+        Gallery.claim(tmp_path / "one", MADE | {"sampling": MADE["sampling"] | {"num_frames": 9}}, PROMPTS, 1)
+
+
 def test_a_gallery_is_gone_on_with_and_read_back(tmp_path):
     mine = Gallery.claim(tmp_path / "one", MADE, PROMPTS, 2)
-    mine.save(3, image_of(3))
+    mine.save(3, image_of(3), RATE)
     record = (tmp_path / "one" / "gallery.json").stat().st_mtime_ns
     again = Gallery.claim(tmp_path / "one", json.loads(json.dumps(MADE)), list(PROMPTS), 2)
     assert again.missing() == [0, 1, 2, 4, 5]
     assert (tmp_path / "one" / "gallery.json").stat().st_mtime_ns == record, "a kill cannot harm what is not written"
     read = Gallery.read(tmp_path / "one")
-    assert (read.prompts, read.per_prompt, read.made) == (PROMPTS, 2, MADE)
+    assert (read.prompts, read.per_prompt, read.made) == (PROMPTS, 2, mine.made)
+    assert mine.made | {"sampling": MADE["sampling"]} == MADE
     assert read.record() == mine.record()
     assert Gallery.read(tmp_path / "nothing") is None
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,19 +159,20 @@ def made(monkeypatch):
     return batches
 
 
+MODEL = SimpleNamespace(frame_rate=16.0)
 RECIPE = Recipe(evaluation=Evaluation(batch=4), sampling=Sampling())
 
 
 def test_batches_are_cut_alike_whatever_is_there(gallery, made):
     for slot in (0, 1, 2, 3, 5, 7):
-        gallery.save(slot, torch.full((3, 2, 2), 200, dtype=torch.uint8))
-    generate_missing(None, RECIPE, gallery, "x")
+        gallery.save(slot, torch.full((3, 2, 2), 200, dtype=torch.uint8), MODEL.frame_rate)
+    generate_missing(MODEL, RECIPE, gallery, "x")
     prompts = [Prompt(f"prompt {slot // 2}") for slot in range(10)]
     assert made == [([4, 5, 6, 7], prompts[4:8]), ([8, 9], prompts[8:])]
     assert gallery.missing() == []
-    values = [read_picture(gallery.file(slot)).unique().tolist() for slot in range(10)]
+    values = [read_picture(picture.file).unique().tolist() for picture in gallery.pictures()]
     assert values == [[200]] * 4 + [[4], [200], [6], [200], [8], [9]], "those that were there are left"
-    generate_missing(None, RECIPE, gallery, "x")
+    generate_missing(MODEL, RECIPE, gallery, "x")
     assert len(made) == 2
 
 
@@ -181,11 +183,11 @@ def test_processes_make_as_many_batches_each_and_save_a_picture_once(gallery, ma
     monkeypatch.setattr(processes, "world_size", lambda: ranks)
     monkeypatch.setattr(processes, "barrier", lambda: None)
     monkeypatch.setattr(Gallery, "missing", lambda self: list(range(10)))
-    monkeypatch.setattr(Gallery, "save", lambda self, slot, image: saved.append((slot, image.unique().tolist())))
+    monkeypatch.setattr(Gallery, "save", lambda self, slot, image, _: saved.append((slot, image.unique().tolist())))
     counts = []
     for rank in range(ranks):
         monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        generate_missing(None, RECIPE, gallery, "x")
+        generate_missing(MODEL, RECIPE, gallery, "x")
         counts.append(len(made) - sum(counts))
     assert set(counts) == {-(-3 // ranks)}
     assert {tuple(slots) for slots, _ in made} == {(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ngrpo_train.comparison import scores
 from ngrpo_train.comparison.gallery import Picture, existing_pictures
 from ngrpo_train.comparison.scores import ScoreFiles, gather, score_missing, unreadable
 from ngrpo_train.parallel import processes
@@ -122,6 +123,14 @@ def test_what_is_scored_is_not_scored_again(tmp_path, asked):
     assert asked == [["2", "3"], ["0", "1"], ["4", "5"]], "in the batches that they belong to"
     assert torch.equal(score(pictures, tmp_path / "out"), first)
     assert len(asked) == 3
+
+
+@pytest.mark.parametrize("at_once, size", [(10**6, 4), (200, 2), (215, 2), (72, 1), (1, 1)])
+def test_a_batch_is_as_large_as_memory_bears(tmp_path, asked, monkeypatch, at_once, size):
+    """A picture of 6 x 4 pixels is 72 bytes."""
+    monkeypatch.setattr(scores, "_AT_ONCE", at_once)
+    score(drawn(tmp_path / "in", 5), tmp_path / "out")
+    assert [len(call) for call in asked] == [size] * (5 // size) + [5 % size] * (5 % size > 0)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -61,6 +61,7 @@ class Squares:
 
     latent_shape = (TOKENS, CHANNELS)
     lora_targets = ("mix", "out")
+    kind = None
     pictures = ()
 
     def __init__(
@@ -80,13 +81,11 @@ class Squares:
         return {f"layer {index}": layer for index, layer in enumerate(transformer.layers)}
 
     @torch.no_grad()
-    def fill(self, transformer: nn.Module) -> None:
-        weights = load_file(self.spec.name_or_path) if self.spec.name_or_path != "new" else {}
-        for name, parameter in transformer.named_parameters():
-            if ".lora_" not in name:
-                stored = name.replace(".base_layer", "")
-                drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(stored))) / 4
-                parameter.copy_(weights.get(stored, drawn))
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        stored = load_file(self.spec.name_or_path) if self.spec.name_or_path != "new" else {}
+        for name, weight in weights.items():
+            drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) / 4
+            weight.copy_(stored.get(name, drawn))
 
     def velocity(self, transformer: nn.Module, x_NS: Tensor, sigma_N: Tensor, conditioning: Colours) -> Tensor:
         return transformer(x_NS.to(self.dtype), sigma_N.to(self.dtype), conditioning.named.to(self.dtype))
@@ -146,9 +145,8 @@ def test_it_trains_resumes_and_draws(ngrpo: Command, own: list[str], tuning: str
     trained = load_file(straight / "export" / "squares.safetensors")
     if tuning == "full":
         first = Field()
-        Squares(Model(name_or_path="new"), Sampling(height=SIZE, width=SIZE), Parallel(), torch.device("cpu")).fill(
-            first
-        )
+        squares = Squares(Model(name_or_path="new"), Sampling(height=SIZE, width=SIZE), Parallel(), torch.device("cpu"))
+        squares.fill(dict(first.named_parameters()))
         assert trained.keys() == first.state_dict().keys()
         assert all(not torch.equal(trained[name], value) for name, value in first.state_dict().items())
     assert [line["step"] for line in lines(straight)] == [0, 1]

@@ -14,11 +14,15 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from ngrpo_train.models.export import export
+from ngrpo_train.models.loading import quiet_diffusers
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.recipe.parsing import resolve
+from ngrpo_train.recipe.sections import Model, Parallel, Sampling
 from ngrpo_train.run.checkpoint import find_checkpoint, load_weights
 from ngrpo_train.sampling.rollout import generate
 from ngrpo_train.sampling.solvers import flow_sigmas
 
+from ...families import FAMILIES
 from ..oracles import stock_pictures
 
 PROMPTS = ["a large red circle on a blue background", "a dog"]
@@ -100,7 +104,7 @@ def test_lora_loads_back_identical(ngrpo, tiny_recipe, shift_three, load_flux, a
     flags = ["--model.tuning=lora", "--model.lora-rank=4", f"--model.lora-alpha={alpha}", "--log.export=True"]
     run = trained(ngrpo, tiny_recipe, shift_three, *flags, "--optimizer.learning-rate=0.03")
     flux = live(load_flux, run)
-    assert [path.name for path in (run / "export").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert {path.name for path in (run / "export").iterdir()} == {"pytorch_lora_weights.safetensors", "README.md"}
     stock = FluxPipeline.from_pretrained(shift_three, local_files_only=True)
     before = outputs(stock.transformer, flux)
     stock.load_lora_weights(run / "export")
@@ -174,6 +178,22 @@ def test_a_lora_file_is_float32(tiny_dev, load_flux, tmp_path):
     exported = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     assert {value.dtype for value in exported.values()} == {torch.float32}
     assert len(exported) == len(flux.trainable)
+
+
+def test_a_table_that_is_no_parameter_is_exported_too(tmp_path):
+    """SD3.5 keeps its table of positions in a buffer, which its files hold: an untrained export is the model itself."""
+    with quiet_diffusers():
+        FAMILIES["sd35"].save(tmp_path / "base")
+    spec = Model(name_or_path=str(tmp_path / "base"), tuning="full", gradient_checkpointing="none")
+    settings = Parallel(device="cpu", compute_dtype="float32")
+    model = FlowModel(spec, Sampling(**FAMILIES["sd35"].sampling), settings, torch.device("cpu"))
+    export(model, tmp_path / "out")
+    base, out = (
+        load_file(tmp_path / place / "transformer" / "diffusion_pytorch_model.safetensors") for place in ("base", "out")
+    )
+    assert "pos_embed.pos_embed" in base
+    assert base.keys() == out.keys()
+    assert all(torch.equal(out[name], value) for name, value in base.items())
 
 
 def test_export_leaves_the_live_model_alone(tiny_dev, load_flux, tmp_path):

@@ -55,7 +55,6 @@ def write_recipe(case: Case, path: Path) -> None:
     path.write_text(f"""
         [model]
         name_or_path = "{case.directory}"
-        adapter = "ngrpo_train.models.pipeline:Pipeline"
         gradient_checkpointing = "none"
         [prompts]
         source = "{prompts}"

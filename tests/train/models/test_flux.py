@@ -9,11 +9,13 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers.models.autoencoders.vae import AutoencoderMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import nn
 
+from ngrpo_train.models.loading import decode_in_tiles
 from ngrpo_train.sampling.rollout import generate
 from ngrpo_train.sampling.solvers import flow_sigmas
 from ngrpo_train.worlds import pipeline_dir
@@ -81,6 +83,45 @@ def assert_same_pictures(ours, theirs):
     difference = (ours.float() - theirs).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 0.01
+
+
+@torch.no_grad()
+def test_large_pictures_are_decoded_in_the_vaes_tiles(tiny_dev, load_flux, monkeypatch):
+    """A tile is 32 pixels a side: a picture of that size is decoded as ever, a larger one as diffusers' VAE does it."""
+    theirs = stock(tiny_dev)
+    theirs.vae.enable_tiling()
+    for size, tiles in ((32, 1), (64, 9)):
+        flux = load_flux(tiny_dev, height=size, width=size, decode_tiles=True)
+        seen, decoder = [], flux.adapter.pipeline.vae.decoder
+        monkeypatch.setattr(
+            decoder, "forward", lambda z, *a, f=decoder.forward, s=seen: s.append(z.shape[-2:]) or f(z, *a)
+        )
+        latents = torch.randn(2, *flux.latent_shape, generator=torch.Generator().manual_seed(0))
+        pictures = flux.decode(latents)
+        assert len(seen) == tiles
+        assert all(max(shape) <= 32 // 8 for shape in seen)
+        assert torch.equal(pictures, as_pictures(theirs, latents, size))
+        whole = load_flux(tiny_dev, height=size, width=size).decode(latents)
+        assert torch.equal(pictures, whole) == (tiles == 1)
+
+
+def as_pictures(pipeline, latents, size):
+    config = pipeline.vae.config
+    latents = FluxPipeline._unpack_latents(latents, size, size, pipeline.vae_scale_factor)
+    decoded = pipeline.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
+    return (pipeline.image_processor.postprocess(decoded, output_type="pt") * 255).round().to(torch.uint8)
+
+
+def test_a_vae_without_tiles_is_refused():
+    class AutoencoderWhole(nn.Module):
+        pass
+
+    with pytest.raises(
+        ValueError, match=r"^parallel\.decode_tiles = True: the model's AutoencoderWhole cannot decode in"
+    ):
+        decode_in_tiles(AutoencoderWhole())
+    with pytest.raises(ValueError, match=r"AutoencoderVidTokWhole cannot"):
+        decode_in_tiles(type("AutoencoderVidTokWhole", (AutoencoderMixin,), {})())
 
 
 def test_encode_is_the_pipelines(tiny_dev, load_flux):

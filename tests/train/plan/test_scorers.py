@@ -220,6 +220,12 @@ def test_operations_of_an_iteration() -> None:
     assert paper.float32 / 32 - iteration_flops(recipe(mixed), DEV).float32 == one.model_stages["reward"]
 
 
+@pytest.mark.parametrize("frames, scored", [("last", 1), (3, 3), (4, 4), ("all", 9), (40, 9)])
+def test_chosen_frames_of_a_video_are_scored(frames: str | int, scored: int) -> None:
+    videos = recipe({"hpsv2_1": Reward(frames=frames)}, sampling__num_frames=9)  # type: ignore[arg-type]
+    assert Scoring.of(videos).flops == pytest.approx(scored * 12 * VIT_H_PICTURE + VIT_H_PROMPT, rel=1e-3)
+
+
 def test_float32_takes_longer() -> None:
     without, short, long = (make_plan(recipe(each), H200).seconds for each in ({}, three(dtype="bfloat16"), three()))
     assert without

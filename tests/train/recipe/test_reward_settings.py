@@ -189,10 +189,13 @@ def test_saved_scores_are_those_of_the_same_settings(tmp_path):
     settings = {"path": "", "backend": "native", "dtype": "float32", "processor": "", "template": ""}
     (tmp_path / "scores_0.jsonl").write_text(json.dumps({"reward": "b", "settings": settings, "scores": {"1_0": 3.0}}))
     assert files.read("b", Reward()) == {"1_0": 3.0}
+    assert files.read("b", Reward(frames="last")) == {}
 
 
-def test_an_experiments_identity_has_a_kind_only_where_there_is_one():
-    recorded = Yardstick(Recipe(rewards={"slow": SLOW, "b": Reward()}), test=True).record()["rewards"]
-    before = {field.name for field in dataclasses.fields(Reward)} - {"kind"}
+def test_an_experiments_identity_has_later_fields_only_where_they_are_set():
+    rewards = {"slow": SLOW, "b": Reward(), "last": Reward(frames="last")}
+    recorded = Yardstick(Recipe(rewards=rewards), test=True).record()["rewards"]
+    before = {field.name for field in dataclasses.fields(Reward)} - {"kind", "frames"}
     assert recorded["b"].keys() == before
-    assert recorded["slow"] == dataclasses.asdict(SLOW)
+    assert recorded["slow"] | {"frames": 4} == dataclasses.asdict(SLOW)
+    assert recorded["last"].keys() - before == {"frames"}

@@ -122,7 +122,10 @@ def test_health(url):
     assert health.json() == {
         "status": "ok",
         "version": health.json()["version"],
-        "rewards": [{"name": name, "rows": False} for name in ("brightness", "length", "not_a_number", "broken")],
+        "rewards": [
+            {"name": name, "rows": False, "videos": False}
+            for name in ("brightness", "length", "not_a_number", "broken")
+        ],
         "device": "cpu",
         "max_body_bytes": MIB,
     }

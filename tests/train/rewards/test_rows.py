@@ -148,7 +148,7 @@ def test_rows_reach_a_scorer_behind_a_server(monkeypatch):
     settings |= {"plain": Reward(path="math:sqrt")}
     with serving(settings) as url:
         offered = requests.get(f"{url}/health", timeout=5).json()["rewards"]
-        assert offered == [{"name": "mine", "rows": True}, {"name": "plain", "rows": False}]
+        assert [(each["name"], each["rows"]) for each in offered] == [("mine", True), ("plain", False)]
         served = {"mine": Reward(remote=url, batch=3)}
         scores = Rewards(served)(IMAGES, PROMPTS)
         torch.testing.assert_close(scores.all_RPG, torch.tensor([[[4.0, 4.1], [5.2, 5.3]]]))

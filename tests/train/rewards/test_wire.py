@@ -188,7 +188,11 @@ def test_counts_that_differ(prompts):
         (SAFETENSORS, tensors_body({"images": IMAGES.float()}, PROMPTS), '"images", of type uint8'),
         (SAFETENSORS, tensors_body({"pictures": IMAGES}, PROMPTS), '"images", of type uint8'),
         (SAFETENSORS, tensors_body({"images": IMAGES, "more": IMAGES + 1}, PROMPTS), '"images", of type uint8'),
-        (SAFETENSORS, tensors_body({"images": IMAGES[0]}, PROMPTS), r"shape \[N, 3, height, width\], not \[3, 5, 7\]"),
+        (
+            SAFETENSORS,
+            tensors_body({"images": IMAGES[0]}, PROMPTS),
+            r"shape \[N, 3, height, width\], .* not \[3, 5, 7\]",
+        ),
         (SAFETENSORS, tensors_body({"images": IMAGES.mT[:, :1].contiguous()}, PROMPTS), r"not \[3, 1, 7, 5\]"),
         (SAFETENSORS, tensors_body({"images": IMAGES[..., :0].contiguous()}, PROMPTS), "images: 0x5 is not between"),
         (SAFETENSORS, save({"images": IMAGES}), 'must hold "prompts", a JSON list'),

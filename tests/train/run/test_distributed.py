@@ -58,6 +58,7 @@ CASES = {
     "lora-B_updates-one_group_flat": FLAT
     | B_UPDATES
     | {"model.tuning": "lora", "model.lora-rank": "4", "algorithm.reference-coef": "0.1"},
+    "lora-nf4": {"model.tuning": "lora", "model.lora-rank": "4", "model.base-dtype": "nf4", "algorithm.sigma": "1"},
     "dance_grpo": FLAT
     | B_UPDATES
     | {"algorithm.name": "dance_grpo", "algorithm.eta": "0.9", "algorithm.clip-range": "0.01"},

@@ -21,6 +21,7 @@ from ..runs import Run, figures, observed
 pytestmark = pytest.mark.gpu
 ON_GPU = {"parallel.device": "cuda", "parallel.compile": "off", "parallel.attention": "native"}
 IN_BFLOAT16 = ON_GPU | {"parallel.compute-dtype": "bfloat16"}
+RECOMPUTED = {"model.gradient-checkpointing": "full"}
 
 
 def test_a_gpu_trains_as_the_cpu_does(tmp_path: Path) -> None:
@@ -41,6 +42,8 @@ def test_a_gpu_trains_as_the_cpu_does(tmp_path: Path) -> None:
         {"parallel.compile": "on", "model.gradient-checkpointing": "selective"},
         {"parallel.master-dtype": "bfloat16", "optimizer.name": "adamw_8bit"},
         {"model.tuning": "lora", "model.lora-rank": "4"},
+        {"model.tuning": "lora", "model.base-dtype": "float8", "parallel.compile": "off"},
+        {"model.tuning": "lora", "model.base-dtype": "nf4", "parallel.compile": "on", **RECOMPUTED},
         {"parallel.offload": "True"},
         {"parallel.text-encoders": "offload"},
         {"parallel.rollout-dtype": "float8", "parallel.compile": "on"},

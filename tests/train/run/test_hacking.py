@@ -196,6 +196,52 @@ def test_a_scorers_embedding_measures_diversity(tiny_dev, load_flux, tmp_path, m
     assert expected.min() > 1e-4
 
 
+class _OneVideoEach:
+    """In place of a model and its rewards: the watch's observer gets these samples."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, samples: Tensor) -> None:
+        monkeypatch.setattr("ngrpo_train.run.hacking.evaluate", self.evaluate)
+        self.samples = samples
+
+    def evaluate(self, model, recipe, rewards, prompts, observe) -> Evaluation:
+        count = len(self.samples)
+        return Evaluation(("trained",), tuple(prompts), torch.zeros(1, count), observed_NE=observe(self.samples))
+
+    def sight(self, path: Path) -> Sight:
+        recipe = Recipe(rewards={"trained": REWARDS["trained"]})
+        return Watch.begin(path, None, recipe, Rewards(recipe.rewards), [Prompt("a"), Prompt("b")]).base
+
+
+def test_a_video_is_watched_by_four_of_its_frames(monkeypatch, tmp_path):
+    """Frames 1, 3, 5 and 7 of eight: grid and colours are means, and a distance is the root of the mean square."""
+    videos = torch.randint(0, 256, (4, 8, 3, 64, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    videos = videos // torch.tensor([1, 2, 3, 4])[:, None, None, None, None].byte()
+    seen = _OneVideoEach(monkeypatch, videos).sight(tmp_path / "watch.json")
+    frames = [videos[:, place] for place in (1, 3, 5, 7)]
+    grid = sum(artifacts.grid_strength(frame) for frame in frames) / 4
+    torch.testing.assert_close(seen.grid_P, grid.view(2, 2).mean(1))
+    torch.testing.assert_close(seen.colour_NC, sum(artifacts.colour_balance(frame) for frame in frames) / 4)
+    squares = [artifacts.diversity(artifacts.pixel_embedding(frame).view(2, 2, -1)) ** 2 for frame in frames]
+    torch.testing.assert_close(seen.diversity_P, (sum(squares) / 4).sqrt())
+
+
+def test_a_video_that_stands_still_is_watched_as_its_picture(monkeypatch, tmp_path):
+    pictures = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    still = _OneVideoEach(monkeypatch, pictures[:, None].expand(-1, 9, -1, -1, -1)).sight(tmp_path / "still.json")
+    alone = _OneVideoEach(monkeypatch, pictures).sight(tmp_path / "alone.json")
+    for name in ("grid_P", "colour_NC", "diversity_P"):
+        torch.testing.assert_close(getattr(still, name), getattr(alone, name))
+
+
+def test_samples_that_are_no_pictures_have_no_measures(monkeypatch, tmp_path):
+    seen = _OneVideoEach(monkeypatch, torch.zeros(4, 2, 50)).sight(tmp_path / "watch.json")
+    assert all(measure.isnan().all() for measure in (seen.grid_P, seen.colour_NC, seen.diversity_P))
+    recipe = Recipe(rewards={"trained": REWARDS["trained"]})
+    watched = Watch(recipe, Rewards(recipe.rewards), seen)
+    assert watched.figures(seen) == {"validation/trained": 0.0}
+    assert [*watched.warnings(seen)] == []
+
+
 def test_observing_changes_no_score(tiny_dev, load_flux, scorers, monkeypatch):
     monkeypatch.syspath_prepend(scorers)
     rewards = Rewards({name: Reward(path=f"tiny_scorers:{name}") for name in ("brightness", "redness")})

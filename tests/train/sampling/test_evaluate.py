@@ -114,6 +114,12 @@ def test_what_compares_a_prompts_pictures_is_left_out(tiny_dev, load_flux, rewar
     assert torch.equal(part.scores_RN, whole.scores_RN[1:])
 
 
+@pytest.mark.parametrize("batch, frames, at_once", [(0, 1, 64), (3, 1, 3), (0, 9, 7), (0, 81, 1), (3, 81, 3)])
+def test_as_many_are_generated_at_once_as_have_64_frames(batch, frames, at_once):
+    recipe = Recipe(evaluation=EvaluationSettings(batch=batch), sampling=Sampling(num_frames=frames))
+    assert recipe.evaluation_batch() == at_once
+
+
 # --- pictures
 
 
