@@ -11,7 +11,7 @@ import torch
 
 from ngrpo_train.models.counts import Parameters, adapters, parameters
 from ngrpo_train.models.sizes import Architecture
-from ngrpo_train.parallel.layout import Layout, compiles
+from ngrpo_train.parallel.layout import Layout, base_storage, compiles
 from ngrpo_train.plan.trace import Shape
 from ngrpo_train.recipe.sections import Recipe
 
@@ -49,7 +49,7 @@ class Weights:
             managed = (0, 0, 0, 0) if layout.plain else (base, block, last, counts.around_blocks)
             return Weights(base, base, 0, 0, *managed, block, experts)
         added = adapters(architecture, model.lora_rank, model.lora_targets)
-        codes = 0 if model.base_dtype == "same" else counts.block_matrices
+        codes = counts.block_matrices if base_storage(model, recipe.parallel) else 0
         if layout.plain:
             managed = (0, 0, 0, 0)
         elif layout.shares == 1:  # the base is left alone: gathering it would only copy it

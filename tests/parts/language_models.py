@@ -97,7 +97,7 @@ def qwen3(dim: int, *, layers: int) -> tuple[Any, Any]:
 def qwen25_vl() -> tuple[Any, Any]:
     """Qwen's tokenizer, and Qwen2.5-VL of width 16, which sees pictures in patches of 14 x 14 pixels."""
     tokenizer = qwen_tokenizer()
-    text = _sizes(16, 2, len(tokenizer))
+    text = _sizes(16, 2, len(tokenizer)) | {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     del text["head_dim"]  # follows from the width here
     config = Qwen2_5_VLConfig(
         text_config=text | {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
