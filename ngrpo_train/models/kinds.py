@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ngrpo_train.models.blocks_of import repeated_blocks
 
@@ -23,12 +25,13 @@ Instead = Callable[..., Any]
 
 @contextmanager
 def blocks_replaced(transformer: nn.Module, instead: Instead) -> Iterator[None]:
-    """Call `instead` for each repeated block, in place of its forward."""
+    """Call `instead` for each repeated block, in place of its forward. Masks on the meta device are full."""
     blocks = repeated_blocks(transformer)
     for name, block in blocks.items():
         block.forward = partial(instead, name, block, block.forward)
     try:
-        yield
+        with _FullMasks():
+            yield
     finally:
         for block in blocks.values():
             del block.forward
@@ -61,3 +64,19 @@ def kind_of(block: nn.Module, leaves: list[Any]) -> Hashable:
 def empty_like(results: Any) -> Any:
     """Empty tensors like those in `results`, which need gradients where these do."""
     return pytree.tree_map_only(Tensor, lambda x: torch.empty_like(x, requires_grad=x.requires_grad), results)
+
+
+class _FullMasks(TorchFunctionMode):
+    """A mode for models that look up how long each text is: on "meta", each row of a mask sums to its length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lengths = WeakIdKeyDictionary()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.tolist and args[0] in self._lengths:
+            return [self._lengths[args[0]]] * len(args[0])
+        out = func(*args, **(kwargs or {}))
+        if func is Tensor.sum and args[0].ndim == 2 and kwargs == {"dim": 1}:
+            self._lengths[out] = args[0].shape[1]
+        return out

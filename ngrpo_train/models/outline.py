@@ -169,7 +169,7 @@ class _Reader:
         return []
 
     def encode(self, _: str) -> list[int]:
-        return []
+        return [self.bos_token_id, self.eos_token_id]
 
     def batch_decode(self, *_: Any, **__: Any) -> list[str]:
         return [""]

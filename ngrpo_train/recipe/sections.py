@@ -23,7 +23,7 @@ Frames = Literal["first", "middle", "last", "all"] | int
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """The model that is trained: a directory or hub id in FLUX.1's layout (dev, schnell, or your own)."""
+    """The model that is trained: a flow pipeline of diffusers, from a directory or the hub."""
 
     name_or_path: str = "black-forest-labs/FLUX.1-dev"
     """Directory or hub id of the model, or "shapes" or "spelling" for the pipelines that ship with ngrpo.
@@ -33,7 +33,7 @@ class Model:
     """Directory or hub id of another transformer in diffusers' layout, in place of the model's own.
     It may be one that others trained, to evaluate it or to train on."""
     adapter: str = "auto"
-    """Class that loads the model, encodes, computes and decodes: "auto" for FLUX.1's layout, or "package.module:Name".
+    """Class that loads the model, encodes, computes and decodes: "auto" for diffusers', or "package.module:Name".
     A class of your own is an `Adapter` (ngrpo_train/models/model.py), and decides what name_or_path means."""
     tuning: Literal["full", "lora"] = "full"
     """Train every weight of the transformer, or low-rank adapters (peft) on its attention and feed-forward layers."""
@@ -92,7 +92,7 @@ class Sampling:
     num_frames: Positive[int] = 1
     """Frames of a video, for models that draw videos; 1 is a picture."""
     max_sequence_length: Positive[int] = 512
-    """T5 tokens per prompt; a longer prompt is cut."""
+    """Tokens per prompt, for pipelines that take such a number; a longer prompt is cut."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +209,7 @@ class Parallel:
     `ngrpo doctor` lists those that work on this machine.
     "auto" measures them at the start; the run's recipe then names the fastest, and a resumed run keeps it."""
     text_encoders: Literal["device", "offload", "shard"] = "device"
-    """Place of T5 and CLIP between iterations: the device, host memory, or sharded over processes."""
+    """Place of text encoders between iterations: the device, host memory, or sharded over processes."""
     rollout_batch: NotNegative[int] = 0
     """Pictures per forward in the rollout; 0 takes as many as memory allows."""
     update_batch: NotNegative[int] = 0

@@ -22,13 +22,14 @@ from ...families import FAMILIES
 
 Command = Callable[..., tuple[int, str, str]]
 RATES = {"wan21_t2v": 16, "ltx": 25}
+FRAMES = 5
 HERE = "tests.train.models.test_video_pipelines"
 
 
 def change(videos: Tensor, prompts: list[str]) -> Tensor:
     """A scorer of whole videos: how much the last frame differs from the first."""
     assert videos.dtype == torch.uint8
-    assert videos.shape[1:] == (5, 3, 32, 32)
+    assert videos.shape[1:3] == (FRAMES, 3)
     return (videos[:, -1].float() - videos[:, 0].float()).abs().mean((1, 2, 3)) / 255
 
 
@@ -44,7 +45,6 @@ def test_a_video_pipeline_is_trained_drawn_and_evaluated(name: str, tiny_recipe:
         family.save(Path("pipeline"))
     flags = {
         "model.name_or_path": "pipeline",
-        "model.adapter": "ngrpo_train.models.pipeline:Pipeline",
         "model.tuning": "lora",
         "train.steps": 3,
         "optimizer.learning_rate": 0.01,
@@ -63,8 +63,11 @@ def test_a_video_pipeline_is_trained_drawn_and_evaluated(name: str, tiny_recipe:
     assert [row["step"] for row in iterations] == [0, 1, 2]
     assert all(row["policy/ratio_mean"] == pytest.approx(1, abs=1e-3) for row in iterations)
     assert all(row["reward_std/brightness"] > 0 for row in iterations)
+    height, width = (family.sampling[side] for side in ("height", "width"))
+    scale, gap = 128 // width, 2
+    strip = scale * (FRAMES * (width + 1) - 1)
     for kind, count in (("samples", 2), ("groups", 4)):
-        assert Image.open(run / kind / "step_000002.png").size == (4 * (5 * 33 - 1), count * (4 * 32 + 2) - 2)
+        assert Image.open(run / kind / "step_000002.png").size == (strip, count * (scale * height + gap) - gap)
         assert len(list((run / kind / "step_000002").glob("*.webp"))) == count
 
     code, out, err = ngrpo("sample", run, "--prompt=a red circle", "--per-prompt=2", "--out=drawn")
@@ -77,7 +80,7 @@ def test_a_video_pipeline_is_trained_drawn_and_evaluated(name: str, tiny_recipe:
     recipe = resolve(read_recipe(run / "recipe.toml"), name="recipe.toml")
     base = FlowModel(recipe.model, recipe.sampling, recipe.parallel, torch.device("cpu"))
     untrained = pictures(base, recipe, [Prompt("a red circle")] * 2, [0, 1])
-    assert untrained.shape == drawn.shape == (2, 5, 3, 32, 32)
+    assert untrained.shape == drawn.shape == (2, FRAMES, 3, height, width)
     assert (untrained != drawn).any(), "trained"
 
     code, _, err = ngrpo("eval", run, "--as-trained", "--base=none", "--prompts.source=prompts.txt", "--out=judged")
