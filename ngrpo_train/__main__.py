@@ -24,7 +24,7 @@ COMMANDS = ("train", "plan", "profile", "embed", "sample", "eval", "experiment",
 USAGE = """\
 usage: ngrpo COMMAND ...
 
-Neighbor GRPO, and the baselines it is compared with: align FLUX-architecture flow models with human preference.
+Neighbor GRPO, and the baselines it is compared with: align flow models of pictures and videos with human preference.
 
   train  [RECIPE] [--section.field value ...]   train by a recipe (a packaged name or a TOML file; default shapes_cpu)
   plan   [RECIPE] --gpu NAME --gpus N           show if a recipe fits a GPU, and what an iteration costs

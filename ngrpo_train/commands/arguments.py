@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ngrpo_train.parallel.launch import rank_at_launch
 from ngrpo_train.recipe.checks import check_sections
-from ngrpo_train.recipe.parsing import find_recipe, is_run, parse, read_recipe, resolve
+from ngrpo_train.recipe.parsing import find_recipe, is_run, packaged_recipes, parse, read_recipe, resolve
 from ngrpo_train.recipe.sections import Model, Recipe
 from ngrpo_train.worlds import WORLDS
 
@@ -44,13 +44,24 @@ def with_recipe(kind: type[T], command: str, arguments: Sequence[str], default: 
 
 
 def recipe_of(source: str) -> Recipe:
-    """The recipe of a run directory; the world's recipe for a world's pipeline; the defaults for any other model."""
+    """The recipe of a run directory, or the world's for a world's pipeline.
+
+    For any other model: the defaults, but the sampling of the packaged recipes for this model, where they agree.
+    """
     if is_run(source):
         path = Path(source) / "recipe.toml"
         return resolve(read_recipe(path), name=str(path))
     if source in WORLDS:
         return resolve(read_recipe(find_recipe(f"{source}_cpu")), name=f"{source}_cpu")
-    return Recipe(model=Model(name_or_path=source))
+    recipe = Recipe(model=Model(name_or_path=source))
+    packaged = (resolve(read_recipe(find_recipe(name)), name=name) for name in packaged_recipes())
+    known = {
+        (each.sampling, each.evaluation.num_inference_steps) for each in packaged if each.model.name_or_path == source
+    }
+    if len(known) != 1:
+        return recipe
+    [(sampling, steps)] = known
+    return replace(recipe, sampling=sampling, evaluation=replace(recipe.evaluation, num_inference_steps=steps))
 
 
 def generating(recipe: Recipe, command: SampleCommand | EvalCommand) -> Recipe:

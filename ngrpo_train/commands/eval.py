@@ -11,18 +11,18 @@ from typing import Annotated
 import tyro
 
 from ngrpo_train.commands.arguments import PromptChoice, first_argument, generating, recipe_of
-from ngrpo_train.models.directory import native_size
+from ngrpo_train.models.directory import native_size, pipeline_class_name
 from ngrpo_train.parallel.launch import rank_at_launch
 from ngrpo_train.recipe.checks import refuse_frames
 from ngrpo_train.recipe.parsing import flag_value, is_run, parse_flags, take_rewards
-from ngrpo_train.recipe.sections import Parallel, Recipe, Reward, Sampling
+from ngrpo_train.recipe.sections import Model, Parallel, Recipe, Reward, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand:
     """Score pictures of a model beside its base's, as in the paper's Table 1.
 
-    RUN_OR_MODEL: a run, a pipeline in FLUX.1's layout, or a transformer alone.
+    RUN_OR_MODEL: a run, a pipeline of diffusers, or a transformer alone.
 
     A stopped command goes on where it stopped: it keeps its pictures and scores.
 
@@ -97,7 +97,12 @@ def _parsed(defaults: EvalCommand, flags: Sequence[str]) -> EvalCommand:
 
 
 def _benchmark_sampling(recipe: Recipe, base: str) -> Sampling:
-    """The sampling of benchmarks: fifty steps of FLUX's own solver, at the size of the model or its base."""
+    """The sampling of the paper's benchmark for models of its kind: fifty Euler steps at the size of the model.
+
+    Other models are drawn as the run's evaluations are, or as their recipe says.
+    """
+    if pipeline_class_name(recipe.model.name_or_path) not in (pipeline_class_name(Model().name_or_path), ""):
+        return replace(recipe.evaluation_sampling(), solver="euler")
     size = native_size(recipe.model.name_or_path) or native_size(base) or 1024
     return replace(recipe.sampling, solver="euler", num_inference_steps=50, guidance_scale=3.5, height=size, width=size)
 

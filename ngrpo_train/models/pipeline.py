@@ -34,6 +34,7 @@ from ngrpo_train.models.loading import (
     find_directory,
     find_transformer,
     pipeline_parts,
+    quiet_diffusers,
 )
 from ngrpo_train.models.needs import ARGUMENTS, pictures_of_pipeline
 from ngrpo_train.models.placement import Placed
@@ -245,8 +246,13 @@ class Pipeline:
         size = self.sampling.width, self.sampling.height
         blank = {ARGUMENTS[field]: Image.new("L" if field == MASK else "RGB", size, "white") for field in fields}
         self._fields = fields
-        with self._placed.on_device(), explained(self.spec.name_or_path):
-            return self.driven.learn(blank)
+        try:
+            with self._placed.on_device(), quiet_diffusers():
+                return self.driven.learn(blank)
+        except ValueError as error:
+            asked = ", ".join(f"{name} = {getattr(self.sampling, name)}" for name in ("height", "width", "num_frames"))
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"sampling.{asked}: a {self.kind.__name__} does not take this: {reason}") from error
 
     def encode(self, prompts: Sequence[Prompt]) -> Recorded:
         """Encode P prompts, each by itself, with the pictures of their rows.

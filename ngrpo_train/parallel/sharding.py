@@ -58,7 +58,7 @@ def shard(
         param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype, cast_forward_inputs=False
     )
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.offload else OffloadPolicy()
-    # Blocks of FLUX return slices, which is harmless as long as nothing writes into them.
+    # Blocks may return slices, which is harmless as long as nothing writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for part in (*blocks, module):
         # The root too gives up its gathered weights after a forward; by default it keeps them until a backward. The

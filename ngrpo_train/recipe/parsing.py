@@ -31,11 +31,17 @@ T = TypeVar("T")
 _DEFAULT = Recipe().algorithm.name
 
 
+def packaged_recipes() -> dict[str, Path]:
+    """The files of the packaged recipes by bare name."""
+    folder = files("ngrpo_train.recipe") / "packaged"
+    return {path.name.removesuffix(".toml"): Path(str(path)) for path in sorted(folder.iterdir(), key=str)}
+
+
 def find_recipe(name: str, beside: Path = Path()) -> Path:
     """A packaged recipe by bare name, or a TOML file, relative to `beside`. Raises ValueError if there is neither."""
-    packaged = {path.name.removesuffix(".toml"): path for path in (files("ngrpo_train.recipe") / "packaged").iterdir()}
+    packaged = packaged_recipes()
     if name in packaged:
-        return Path(str(packaged[name]))
+        return packaged[name]
     path = beside / name
     if path.suffix == ".toml" and path.is_file():
         return path

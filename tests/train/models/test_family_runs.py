@@ -129,6 +129,8 @@ def test_adapters_leave_as_diffusers_loads_them(cases: Cases, family: str) -> No
     ours = adapted.decode(solve(adapted, noise, prompt))[0]
     stock = case.load_stock()
     stock.load_lora_weights(lora.directory / "export")
+    if (second := lora.directory / "export" / "transformer_2").is_dir():
+        stock.load_lora_weights(second, load_into_transformer_2=True)
     theirs = draw(stock, prompt.text, noise, SIGMAS, case.call(prompt))
     assert (ours.int() - theirs.int()).abs().max() <= 1
     assert not torch.equal(ours, case.model.decode(solve(case.model, noise, prompt))[0]), "it has moved"
