@@ -93,17 +93,20 @@ def sample(source: str, recipe: Recipe, command: SampleCommand) -> int:
     return 0
 
 
-def _prompts_of_flags(command: SampleCommand, taken: Pictures) -> list[Prompt]:
-    """The prompts of --prompt, all about the picture of --image and --mask. Raises ValueError for flags that misfit."""
+def _prompts_of_flags(command: SampleCommand, taken: Pictures | None) -> list[Prompt]:
+    """The prompts of --prompt, all about the picture of --image and --mask. Raises ValueError for flags that misfit.
+
+    `taken` are the pictures that the model takes, if this is known.
+    """
     from ngrpo_train.prompts import Prompt
 
     files = {"image": command.image, "mask": command.mask}
     for name, file in files.items():
-        if file and name not in taken.fields:
+        if file and taken and name not in taken.fields:
             raise ValueError(f"--{name} = {file!r}: the model takes no {name}")
         if file and not command.prompt:
             raise ValueError(f"--{name} = {file!r} needs a --prompt about it: rows of --prompts.source name their own")
-        if command.prompt and not file and name in taken.needed:
+        if command.prompt and not file and taken and name in taken.needed:
             raise ValueError(f"--{name} must name a file: beside a text, the model takes {' and '.join(taken.needed)}")
     row = {name: str(Path(file).expanduser().absolute()) for name, file in files.items() if file}
     return [Prompt(text, row=row) for text in command.prompt]

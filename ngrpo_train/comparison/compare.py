@@ -189,7 +189,7 @@ def _claim(
         "sampling": asdict(recipe.sampling),
         "base_tail": [tail.name, tail_steps] if tail else [],
     }
-    fields = pictures_of(source.model).fields
+    fields = taken.fields if (taken := pictures_of(source.model)) else ()
     return Gallery.claim(directory, made, prompts, recipe.evaluation.num_images_per_prompt, fields)
 
 

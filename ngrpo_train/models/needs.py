@@ -70,12 +70,12 @@ class Pictures:
                 yield field
 
 
-def pictures_of(model: Model) -> Pictures:
+def pictures_of(model: Model) -> Pictures | None:
     """The pictures that the model of a recipe takes. Nothing of it is loaded, and its weights are not looked for.
 
     The class of an adapter of the user's own may say so by its `pictures`. Otherwise it follows from the class of the
-    pipeline; if that is not known, no pictures are asked for, and loading will explain. Raises ValueError if an adapter
-    cannot be imported.
+    pipeline; None if that is not known, for a model that is not found or is no pipeline: loading will explain. Raises
+    ValueError if an adapter cannot be imported.
     """
     if model.adapter != "auto":
         make = import_named("model.adapter", model.adapter, form='"auto" or "package.module:Name"')
@@ -83,7 +83,8 @@ def pictures_of(model: Model) -> Pictures:
             return Pictures(needed=own)
     import diffusers
 
-    return pictures_of_pipeline(getattr(diffusers, pipeline_class_name(model.name_or_path), None))
+    kind = getattr(diffusers, pipeline_class_name(model.name_or_path), None)
+    return pictures_of_pipeline(kind) if kind else None
 
 
 def refuse_without_pictures(model: Model, prompts: Mapping[str, Sequence[Prompt]]) -> None:
@@ -91,17 +92,16 @@ def refuse_without_pictures(model: Model, prompts: Mapping[str, Sequence[Prompt]
 
     Raises ValueError as `Pictures.refuse` does, naming the model.
     """
-    field = "name_or_path" if model.adapter == "auto" else "adapter"
-    pictures_of(model).refuse(f"model.{field} = {getattr(model, field)!r}", prompts)
+    if taken := pictures_of(model):
+        field = "name_or_path" if model.adapter == "auto" else "adapter"
+        taken.refuse(f"model.{field} = {getattr(model, field)!r}", prompts)
 
 
 def pictures_of_pipeline(kind: Any) -> Pictures:
-    """The pictures that a class of diffusers' pipelines takes, by the arguments of its call; None takes none.
+    """The pictures that a class of diffusers' pipelines takes, by the arguments of its call.
 
     They may be left out where diffusers lists the pipeline among those that draw from a text alone.
     """
-    if kind is None:
-        return Pictures()
     from diffusers.pipelines import auto_pipeline
 
     arguments = inspect.signature(kind.__call__).parameters

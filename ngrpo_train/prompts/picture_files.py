@@ -19,6 +19,7 @@ MASK = "mask"
 """The field of a row that names the mask of its picture: white where the picture is to be filled."""
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # from PIL, for what is no whole picture
+_TO_BE_FILLED = (128, 128, 128)
 _TURNED = range(5, 9)  # values of Exif's orientation for a picture that lies on its side
 
 
@@ -60,6 +61,17 @@ def prepared_picture(row: Mapping[str, Any], field: str, height: int, width: int
     except ValueError as error:
         raise ValueError(f'needs the picture that the row\'s field "{field}" names: {error}') from error
     return ImageOps.fit(picture, (width, height), scaling)
+
+
+def source_picture(row: Mapping[str, Any], fields: tuple[str, ...], height: int, width: int) -> Image.Image:
+    """The first of `fields`, a picture as `prepared_picture` gives it; with MASK among them, grey where it is filled.
+
+    It shows what a model was given. Raises ValueError as `prepared_picture` does.
+    """
+    picture = prepared_picture(row, fields[0], height, width)
+    if MASK in fields:
+        picture.paste(_TO_BE_FILLED, mask=prepared_picture(row, MASK, height, width))
+    return picture
 
 
 def read_picture(file: Path) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ngrpo_train.prompts.picture_files import named_picture, prepared_picture
+from ngrpo_train.prompts.picture_files import MASK, named_picture, refuse_row, source_picture
 from ngrpo_train.recipe.parsing import suggestion
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import threads
@@ -53,6 +53,8 @@ class Question:
     """Place of the pictures: "before" the text or "after" it."""
     source: str = ""
     """Field of a prompt's row that names a picture's file. That picture is shown first, as what was to be edited."""
+    mask: str = ""
+    """"mask" if `source` is shown grey where it was to be filled, as the row's field "mask" says."""
     max_tokens: int = 1024
     """Most tokens of an answer."""
     temperature: float = 0.0
@@ -60,6 +62,11 @@ class Question:
     """How often a question is sent, at most, until an answer can be read."""
     timeout_s: float = 120.0
     """Seconds to wait for one answer."""
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """The fields of a row that name pictures; the source's first."""
+        return tuple(field for field in (self.source, self.mask) if field)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +129,7 @@ class Respondent(Generic[Q]):
 
     def check(self, prompt: str, row: Mapping[str, Any]) -> None:
         """Raise ValueError, "needs ...", where the template shows a row's picture, and this row has none."""
-        if self.template.source:
-            named_picture(row, self.template.source)
+        refuse_row(row, self.template.pictures)
 
     def sources(self, images: Tensor, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         """What is shown before the results of N prompts: for each a data URL of its row's picture, or nothing.
@@ -132,19 +138,19 @@ class Respondent(Generic[Q]):
         else a judge would miss in a result what the model never saw. Each file is read once. Raises RewardError, naming
         prompt and file, for one that cannot be read.
         """
-        urls: dict[Path, str] = {}
+        urls: dict[tuple[Path, ...], str] = {}
         shown: list[list[str]] = []
         for prompt, row in zip(prompts, rows or [{}] * len(prompts), strict=True):
-            if not self.template.source:
+            if not self.template.pictures:
                 shown.append([])
                 continue
             try:
-                file = named_picture(row, self.template.source)
-                if file not in urls:
-                    urls[file] = _data_url(prepared_picture(row, self.template.source, *images.shape[-2:]))
+                files = tuple(named_picture(row, field) for field in self.template.pictures)
+                if files not in urls:
+                    urls[files] = _data_url(source_picture(row, self.template.pictures, *images.shape[-2:]))
             except ValueError as error:
                 raise RewardError(f"rewards.{self.name}, for the prompt {prompt!r}: {error}") from error
-            shown.append([urls[file]])
+            shown.append([urls[files]])
         return shown
 
     def answer(self, pictures: Sequence[str], prompt: str, what: str, read: Callable[[str], T]) -> T:
@@ -394,6 +400,8 @@ def _template(values: dict[str, Any], kind: type[Q]) -> Q:
     patterns = [("labels", label) for label in template.labels]
     _require(bool(template.labels), "labels", template.labels, "must not be empty")
     _require(template.image in ("before", "after"), "image", template.image, 'must be "before" or "after"')
+    _require(template.mask in ("", MASK), "mask", template.mask, f'must be "{MASK}", or be left out')
+    _require(bool(template.source) or not template.mask, "mask", template.mask, "is a source's, and there is no source")
     if isinstance(template, Template):
         least, most, combine = template.minimum, template.maximum, template.combine
         _require(least < most, "minimum", least, f"must be below {most:g}")

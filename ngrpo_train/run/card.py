@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 from ngrpo_train.models.directory import hub_id, licence_of
 from ngrpo_train.models.export import export
 from ngrpo_train.models.model import FlowModel
-from ngrpo_train.models.needs import pictures_of_pipeline
+from ngrpo_train.models.needs import ARGUMENTS, pictures_of_pipeline
 from ngrpo_train.parallel import processes
-from ngrpo_train.prompts.picture_files import IMAGE, MASK
 from ngrpo_train.recipe.parsing import as_toml
 from ngrpo_train.recipe.sections import Model, Recipe, Sampling
 from ngrpo_train.run.before_after import COLUMNS, Evaluations, compared
@@ -26,7 +25,6 @@ T = TypeVar("T")
 
 _HERE = "path/to/this/directory"
 _PICTURE = "before_after.png"
-_ARGUMENTS = {IMAGE: "image", MASK: "mask_image"}  # of a pipeline's call, for the pictures that a model takes
 
 
 def export_run(model: FlowModel, recipe: Recipe, run: Path, step: int, directory: Path, repository: str = "") -> Path:
@@ -115,7 +113,7 @@ def _usage(kind: Any, recipe: Recipe, directory: Path, repository: str, prompt: 
         where = f', subfolder="{folder}", load_into_{folder}=True' if folder else ""
         lines.append(f'pipe.load_lora_weights("{place}"{where})')
     lines.append('pipe.to("cuda")')
-    given = [_ARGUMENTS[field] for field in pictures_of_pipeline(kind).needed]
+    given = [ARGUMENTS[field] for field in pictures_of_pipeline(kind).needed]
     is_video = recipe.sampling.num_frames > 1
     lines += [f'{name} = load_image("{name}.png")' for name in given]
     arguments = {"prompt": json.dumps(prompt, ensure_ascii=False)} | {name: name for name in given}

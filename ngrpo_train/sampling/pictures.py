@@ -15,7 +15,7 @@ from torch import Tensor
 from ngrpo_train.draws import stream
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.prompts import Prompt
-from ngrpo_train.prompts.picture_files import IMAGE, MASK, is_named, prepared_picture
+from ngrpo_train.prompts.picture_files import IMAGE, is_named, source_picture
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.sampling.rollout import Tail, generate
 from ngrpo_train.sampling.solvers import flow_sigmas
@@ -24,7 +24,6 @@ from ngrpo_train.sampling.videos import strips
 _NOISE_SEED = 2511_16955  # not the run's seed: every run is judged on the same noise
 _CAPTION_SIZE = 11  # pixels
 _WHITE = (255, 255, 255)
-_TO_BE_FILLED = (128, 128, 128)
 
 
 @torch.no_grad()
@@ -61,9 +60,7 @@ def source_pictures(model: FlowModel, prompts: Sequence[Prompt]) -> list[Image.I
     if IMAGE not in model.pictures or not all(is_named(prompt.row, IMAGE) for prompt in prompts):
         return []
     for prompt in dict.fromkeys(prompts):
-        prepared[prompt] = prepared_picture(prompt.row, IMAGE, *size)
-        if MASK in model.pictures:
-            prepared[prompt].paste(_TO_BE_FILLED, mask=prepared_picture(prompt.row, MASK, *size))
+        prepared[prompt] = source_picture(prompt.row, model.pictures, *size)
     return [prepared[prompt] for prompt in prompts]
 
 

@@ -175,8 +175,11 @@ def test_sample_about_a_file(ngrpo: Command, trained_run: list[str], monkeypatch
     assert code == 0, err
     assert np.array_equal(pixels("of_rows/grid.png")[: 16 * SIZE], pixels("drawn/grid.png")[: 16 * SIZE])
 
-    monkeypatch.setattr(trained, "FlowModel", None)
     only_image, prompt = "--image=rows/red.png", "--prompt=make it green"
+    code, _, err = ngrpo("sample", "nowhere", prompt, only_image)
+    assert code == 2
+    assert "model.name_or_path = 'nowhere' is neither a directory nor a hub id" in err
+    monkeypatch.setattr(trained, "FlowModel", None)
     lost = 'needs the picture that the row\'s field "mask" names: [Errno 2] No such file or directory: '
     for given, said in (
         ([only_image, prompt], "--mask must name a file: beside a text, the model takes image and mask"),

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ngrpo_train.models.directory import pipeline_class_name
-from ngrpo_train.models.needs import Pictures, pictures_of, pictures_of_pipeline
+from ngrpo_train.models.needs import Pictures, pictures_of, pictures_of_pipeline, refuse_without_pictures
 from ngrpo_train.prompts import Prompt, load_prompts
 from ngrpo_train.recipe.sections import Model
 
@@ -69,7 +69,8 @@ def test_where_the_class_is_found(tmp_path, monkeypatch):
 def test_a_model_that_is_nowhere_is_left_to_its_loading(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "PipelineOfNextYear"}')
     for name in ("nobody/nothing", str(tmp_path)):
-        assert pictures_of(Model(name_or_path=name)) == Pictures()
+        assert pictures_of(Model(name_or_path=name)) is None
+        refuse_without_pictures(Model(name_or_path=name), {"train": [Prompt("a dog")]})
 
 
 def test_an_adapter_of_ones_own_says_it_by_its_class(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ngrpo_train.prompts import Prompt, load_prompts
-from ngrpo_train.prompts.picture_files import prepared_picture
+from ngrpo_train.prompts.picture_files import source_picture
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards import RewardError, Rewards, find_scorer, vision_judge
 from ngrpo_train.rewards.http import Endpoint, HttpError
@@ -482,9 +482,9 @@ def test_a_rows_picture_is_shown_before_the_result(server, edits, monkeypatch, t
 
     def noted(row, *arguments):
         read.append(Path(row["image"]).name)
-        return prepared_picture(row, *arguments)
+        return source_picture(row, *arguments)
 
-    monkeypatch.setattr(vision_judge, "prepared_picture", noted)
+    monkeypatch.setattr(vision_judge, "source_picture", noted)
     server.respond = lambda question, before: completion(
         f"Instruction Score: 9\nPreservation Score: {question.values[1] / 10}"
     )
@@ -512,6 +512,28 @@ def test_a_judge_sees_of_a_source_what_the_model_saw(server, tmp_path):
     source, result = server.questions[0].pictures
     assert torch.equal(source, torch.tensor([100, 150, 200], dtype=torch.uint8)[:, None, None].expand(3, 8, 8))
     assert torch.equal(result, torch.full((3, 8, 8), 7, dtype=torch.uint8))
+
+
+def test_a_judge_of_filling_sees_which_part_was_to_be_filled(server, tmp_path):
+    Image.new("RGB", (8, 8), (100, 150, 200)).save(tmp_path / "whole.png")
+    mask = Image.new("L", (8, 8))
+    mask.paste(255, (2, 0, 5, 8))
+    mask.save(tmp_path / "hole.png")
+    row = {"image": str(tmp_path / "whole.png"), "mask": str(tmp_path / "hole.png")}
+    server.respond = lambda question, before: completion("Request Score: 8\nFit Score: 6")
+    rewards = Rewards({"fill": Reward(remote=server.url, path="a-judge", template="fill_0_to_10")})
+    assert rewards.score(pictures(7, size=(8, 8)), [Prompt("a hat", row=row)]).tolist() == [[6]]
+    source, result = server.questions[0].pictures
+    assert (source[:, :, 2:5] == 128).all()
+    kept = torch.tensor([100, 150, 200], dtype=torch.uint8)[:, None, None]
+    assert (source[:, :, :2] == kept).all()
+    assert (source[:, :, 5:] == kept).all()
+    assert torch.equal(result, torch.full((3, 8, 8), 7, dtype=torch.uint8))
+    refused = (
+        r"^rewards\.fill cannot score 'a hat' of prompts\.source: needs the row's field \"mask\", a picture's file$"
+    )
+    with pytest.raises(ValueError, match=refused):
+        rewards.check([Prompt("a hat", row={"image": row["image"]})], "prompts.source")
 
 
 @pytest.mark.parametrize(
@@ -587,6 +609,8 @@ GOOD = {"text": "'{prompt}'", "labels": "['score:']", "minimum": "1", "maximum":
         ({"maximum": "nan"}, "minimum = 1 must be below nan"),
         ({"maximum": "true"}, "maximum = True must be a number"),
         ({"image": "'left'"}, 'image = \'left\' must be "before" or "after"'),
+        ({"source": "'image'", "mask": "'hole'"}, "mask = 'hole' must be \"mask\", or be left out"),
+        ({"mask": "'mask'"}, "mask = 'mask' is a source's, and there is no source"),
         ({"combine": "'median'"}, "combine = 'median' must be one of first, minimum, mean"),
         ({"max_tokens": "0"}, "max_tokens = 0 must be positive"),
         ({"max_tokens": "1.5"}, "max_tokens = 1.5 must be a whole number"),
