@@ -24,7 +24,7 @@ INSIDE    := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train check test slow portable lint types wheel clean
+.PHONY: help train check test slow families portable lint types wheel clean
 
 help:                ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,11 @@ test: $(INSTALLED)   ## run the tests, lane by lane: the light ones first
 
 slow: $(INSTALLED)   ## run the tests that make test leaves out: bugs planted in the kernels, inductor's code
 	@$(PYTEST) $(PARALLEL) -m slow $(ARGS)
+
+families: $(INSTALLED) ## run the tests of all families of models, of which make test takes five; docs/models.md
+	@$(PYTEST) $(PARALLEL) -m 'families or not families' tests/train/models/test_conformance.py \
+	    tests/train/models/test_family_runs.py tests/train/models/test_family_ranks.py \
+	    tests/train/models/test_family_commands.py $(ARGS)
 
 portable: $(INSTALLED) ## run the kernels' and the distributed tests with the smallest instruction set
 	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(PARALLEL) \

@@ -13,14 +13,14 @@ from .lanes import LANES
 ROOT = Path(__file__).parents[1]
 
 
-def test_make_test_runs_everything_but_what_is_slow(request: pytest.FixtureRequest) -> None:
+def test_make_test_runs_everything_but_what_is_marked(request: pytest.FixtureRequest) -> None:
     assert set(request.config.stash[LANE_OF_TEST].values()) <= set(LANES)
     settings = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "ARGS")  # of the make that runs this test
     alone = {name: value for name, value in os.environ.items() if name not in settings}
     dry = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, env=alone, capture_output=True, text=True, check=True)
     (command,) = (line for line in dry.stdout.splitlines() if "pytest" in line)
     assert re.fullmatch(r".* -m pytest --numprocesses \d+ --dist loadscope --no-loadscope-reorder *", command)
-    assert request.config.getini("addopts")[-2:] == ["-m", "not slow"]
+    assert request.config.getini("addopts")[-2:] == ["-m", "not slow and not families"]
 
 
 def test_the_light_tests_of_all_modules_come_first(request: pytest.FixtureRequest) -> None:

@@ -28,7 +28,18 @@ TEXTS = ("a large red circle on a blue background", "two dogs")
 FILES = {"image": "picture.png", "mask": "mask.png"}
 ARGUMENTS = {"image": "image", "mask": "mask_image"}  # of a stock pipeline's call
 
-families = pytest.mark.parametrize("family", FAMILIES)
+# Packed and square latents and those of videos, one transformer and two, text that is fixed, masked and ragged, guidance
+# by an input, a second forward and a doubled batch, a source picture: these stand for the others in every run.
+_ALWAYS = ("kontext", "sd35", "qwen_image", "z_image", "wan22_a14b")
+
+
+def _families(mark: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    each = [pytest.param(name, marks=() if name in _ALWAYS else mark) for name in FAMILIES]
+    return pytest.mark.parametrize("family", each)
+
+
+families = _families(pytest.mark.slow)
+families_in_full = _families(pytest.mark.families)
 Cases = Callable[[str], "Case"]
 
 

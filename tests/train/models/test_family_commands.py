@@ -8,7 +8,7 @@ from PIL import Image
 from ngrpo_train.__main__ import main
 
 from .. import runs
-from .family_case import Cases, families, make_cases
+from .family_case import Cases, families_in_full, make_cases
 from .test_family_runs import write_recipe
 
 SMALL = ["--algorithm.num-generations", "2", "--algorithm.num-anchors", "1", "--algorithm.num-train-steps", "1"]
@@ -19,7 +19,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     return make_cases(tmp_path_factory.mktemp("families"))
 
 
-@families
+@families_in_full
 def test_commands_take_it(cases: Cases, family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Plan, embed, profile, sample, eval."""
     case = cases(family)

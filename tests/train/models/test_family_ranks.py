@@ -6,17 +6,19 @@ from pathlib import Path
 import pytest
 
 from ..runs import Run, assert_close, assert_close_figures, figures, observed, on_ranks
-from .family_case import FAMILIES, Case, families, make_cases
+from .family_case import FAMILIES, Case, families_in_full, make_cases
 from .test_family_runs import NEIGHBOR, run
 
 TWO = {"prompts.per-rank": "1", "parallel.sharding": "full"}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """For each family, the directories of a run on one process and of the same on two."""
+def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, tuple[Path, Path]]:
+    """For each family that is asked for, the directories of a run on one process and of the same on two."""
     case = make_cases(tmp_path_factory.mktemp("families"))
-    here = [name for name, family in FAMILIES.items() if all(map(find_spec, family.requires))]
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    asked = [item.callspec.params["family"] for item in items]
+    here = [name for name in asked if all(map(find_spec, FAMILIES[name].requires))]
     alone = {family: _run(case(family), f"{family}_alone") for family in here}
     together = {family: _run(case(family), f"{family}_together", **TWO) for family in here}
     assert all(each.make() == 0 for each in alone.values())
@@ -28,7 +30,7 @@ def _run(case: Case, name: str, **changes: str) -> Run:
     return run(case, name, {**NEIGHBOR, "log.export": "False"}, **changes)
 
 
-@families
+@families_in_full
 def test_two_processes_train_as_one_does(trained: dict[str, tuple[Path, Path]], family: str) -> None:
     if family not in trained:
         pytest.skip(f"transformers loads its processor with {', '.join(FAMILIES[family].requires)} alone")

@@ -15,7 +15,7 @@ from ngrpo_train.run.checkpoint import load_weights
 
 from ...stock import draw
 from ..runs import Run, figures, saved
-from .family_case import SIGMAS, TEXTS, Case, Cases, families, make_cases, solve
+from .family_case import SIGMAS, TEXTS, Case, Cases, families_in_full, make_cases, solve
 
 ITERATIONS = 3
 NEIGHBOR = {
@@ -98,7 +98,7 @@ def assert_it_learned(case: Case, directory: Path) -> None:
 # --- d, e: trained, resumed, averaged; what leaves draws in stock diffusers
 
 
-@families
+@families_in_full
 def test_a_full_fine_tune_resumes_to_the_bit_and_leaves_as_a_pipeline(cases: Cases, family: str) -> None:
     case = cases(family)
     full = run(case, f"{family}_full", NEIGHBOR)
@@ -118,7 +118,7 @@ def test_a_full_fine_tune_resumes_to_the_bit_and_leaves_as_a_pipeline(cases: Cas
     assert not torch.equal(ours, case.model.decode(solve(case.model, noise, prompt))[0]), "it has moved"
 
 
-@families
+@families_in_full
 def test_adapters_leave_as_diffusers_loads_them(cases: Cases, family: str) -> None:
     case = cases(family)
     lora = run(case, f"{family}_lora", WALKS)
