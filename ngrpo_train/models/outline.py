@@ -111,10 +111,11 @@ class Outline:
 
 
 def _on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    with quiet_diffusers(), init_empty_weights(include_buffers=False):
-        module = getattr(diffusers, config["_class_name"]).from_config(dict(config)).eval().to(dtype)
+    kind = getattr(diffusers, config["_class_name"])
     # A pipeline computes with the buffers of a VAE; those of a transformer are its own.
-    return module.to("meta") if "Transformer" in config["_class_name"] else module
+    place = torch.device("meta") if "Transformer" in kind.__name__ else init_empty_weights(include_buffers=False)
+    with quiet_diffusers(), place:
+        return kind.from_config(dict(config)).eval().to(dtype)
 
 
 def _assembled(
