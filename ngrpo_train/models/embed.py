@@ -148,11 +148,14 @@ def _encoded(
     """The rows of prompts, on the CPU, without what equals the example's; `advance` gets the size of every batch."""
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
-        for row in embedder.encode(part):
-            kept = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in row.items()}
-            alike = [name for name in kept.keys() & example.keys() if torch.equal(kept[name], example[name])]
-            yield {name: tensor for name, tensor in kept.items() if name not in alike}
+        rows = embedder.encode(part)
         advance(len(part))
+        for prompt, row in zip(part, rows, strict=True):
+            if example and row.keys() != example.keys():  # what is left out would be taken for the example's
+                raise ValueError(f"{prompt} is encoded into {len(row)} tensors, and other prompts into {len(example)}")
+            kept = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in row.items()}
+            alike = [name for name in example if torch.equal(kept[name], example[name])]
+            yield {name: tensor for name, tensor in kept.items() if name not in alike}
 
 
 def _write_rows(path: Path, rows: Sequence[Row], metadata: dict[str, str]) -> None:

@@ -346,6 +346,13 @@ def test_a_full_disk_is_refused_after_the_first_batch(counted, manifest, out, mo
     embed(counted, PROMPTS[:6], out, manifest, batch=2)
 
 
+def test_a_prompt_in_another_form_than_the_examples_is_refused(counted, manifest, out):
+    examples = counted.encode([Prompt(""), Prompt("a longer text")])
+    odd = SimpleNamespace(encode=lambda some: [{"pooled": torch.zeros(16)} for _ in some])
+    with pytest.raises(ValueError, match=r"^'a dog' is encoded into 1 tensors, and other prompts into 2$"):
+        embed(odd, ["a dog"], out, replace(manifest, form="a form"), batch=1, examples=examples)
+
+
 # --- the command
 
 
