@@ -28,7 +28,7 @@ TEXTS = ("a large red circle on a blue background", "two dogs")
 FILES = {"image": "picture.png", "mask": "mask.png"}
 ARGUMENTS = {"image": "image", "mask": "mask_image"}  # of a stock pipeline's call
 
-# Packed and square latents and those of videos, one transformer and two, text that is fixed, masked and ragged, guidance
+# Packed and square latents and those of videos, one transformer and two, text that is fixed, masked or ragged, guidance
 # by an input, a second forward and a doubled batch, a source picture: these stand for the others in every run.
 _ALWAYS = ("kontext", "sd35", "qwen_image", "z_image", "wan22_a14b")
 
