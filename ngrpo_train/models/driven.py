@@ -166,6 +166,14 @@ class Driven:
         """
         return self._step(transformers, x_NS, self._rows(sigma_N) if self.takes_rows else sigma_N[:1], rows)
 
+    def is_early(self, sigma: float) -> bool:
+        """True where the first of two transformers computes this noise level; always for a pipeline that has one.
+
+        It is compared as the pipeline compares it: a sigma at the very boundary is rounded to a timestep.
+        """
+        boundary = self.pipeline.config.get("boundary_ratio")
+        return boundary is None or bool(torch.tensor(sigma) * self._scheduler.scale >= boundary * self._scheduler.scale)
+
     @staticmethod
     def _rows(sigma_N: Tensor) -> Tensor:
         return sigma_N.as_subclass(_Row)[None]

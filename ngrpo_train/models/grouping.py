@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,27 +20,28 @@ class Group:
     """False where the forward is made only because another process makes one."""
 
 
-def grouped(keys: Sequence[tuple[float, Hashable]], boundary: float | None, device: torch.device) -> list[Group]:
+def grouped(
+    keys: Sequence[tuple[float, Hashable]], early: Callable[[float], bool], device: torch.device
+) -> list[Group]:
     """Groups of rows with equal keys, each the row's sigma and what else must be alike.
 
     Sharded forwards are collectives. So every process makes as many groups of each transformer, in the same order:
-    first of the one for sigmas of at least `boundary`, then of the other; None where there is one for all. A process
-    with fewer rows there takes its groups apart, or repeats a row, which then does not count. All processes have
-    equally many rows.
+    first of the one that computes the `early` sigmas, near 1, then of the one for the others. A process with fewer rows
+    there takes its groups apart, or repeats a row, which then does not count. All processes have equally many rows.
     """
-    early: list[Group] = []
-    late: list[Group] = []
+    first: list[Group] = []
+    second: list[Group] = []
     for key in dict.fromkeys(keys):
         group = Group(tuple(number for number, other in enumerate(keys) if other == key), key[0])
-        (early if boundary is None or group.sigma >= boundary else late).append(group)
+        (first if early(group.sigma) else second).append(group)
     if processes.world_size() == 1:
-        return [*early, *late]
-    own = torch.tensor([len(early), len(late)], device=device)
+        return [*first, *second]
+    own = torch.tensor([len(first), len(second)], device=device)
     most = torch.stack(list(processes.all_gather(own))).amax(0).tolist()
-    inside = 1.0, (boundary or 0.0) / 2  # a sigma of each transformer
+    ends = 1.0, 0.0  # sigmas of the one transformer and of the other
     return [
         group
-        for groups, wanted, sigma in zip((early, late), most, inside, strict=True)
+        for groups, wanted, sigma in zip((first, second), most, ends, strict=True)
         for group in _as_many(groups, wanted, sigma)
     ]
 

@@ -232,7 +232,7 @@ class Pipeline:
             return self.driven.velocity(transformers, x_NS, sigma_N, conditioning)
         each: dict[int, Tensor] = {}
         uncounted = torch.zeros((), device=x_NS.device)
-        for group in grouped(keys, self.driven.pipeline.config.get("boundary_ratio"), self.device):
+        for group in grouped(keys, self.driven.is_early, self.device):
             rows = torch.tensor(group.numbers, device=x_NS.device)
             sigma = sigma_N[rows] if self.driven.takes_rows else torch.full((len(rows),), group.sigma)
             velocity = self.driven.velocity(transformers, x_NS[rows], sigma, conditioning.rows(rows))

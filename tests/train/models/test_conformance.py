@@ -129,3 +129,15 @@ def in_float64(model: FlowModel) -> None:
             seen.dtype = torch.float64
     elif hasattr(adapter.text, "dtype"):
         adapter.text.dtype = torch.float64
+
+
+def test_the_transformer_of_a_noise_level_at_the_boundary_is_the_pipelines(cases: Cases) -> None:
+    """0.9 in float32 is below 0.9, and its timestep is 900, at the boundary of 0.9: two processes must agree on it."""
+    case = cases("wan22_i2v_a14b")
+    boundary, asked = case.stock.config.boundary_ratio, []
+    sigma = float(torch.tensor(boundary))
+    for place in case.model.transformer.values():
+        place.register_forward_pre_hook(lambda module, _: asked.append(module))
+    case.model.sampling_velocity(case.noise(1), torch.tensor([sigma]), case.model.encode(case.prompts[:1]))
+    first = asked[0] is case.model.transformer["transformer"]
+    assert case.model.adapter.driven.is_early(sigma) == first  # type: ignore[attr-defined]

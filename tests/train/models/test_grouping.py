@@ -20,8 +20,8 @@ rows_of_ranks = st.integers(1, 6).flatmap(
 
 def test_one_process_groups_by_key_early_sigmas_first() -> None:
     keys = [(0.5, "a"), (0.9, "a"), (0.5, "a"), (0.5, "b")]
-    assert grouped(keys, None, CPU) == [Group((0, 2), 0.5), Group((1,), 0.9), Group((3,), 0.5)]
-    assert grouped(keys, 0.875, CPU) == [Group((1,), 0.9), Group((0, 2), 0.5), Group((3,), 0.5)]
+    assert grouped(keys, lambda sigma: True, CPU) == [Group((0, 2), 0.5), Group((1,), 0.9), Group((3,), 0.5)]
+    assert grouped(keys, lambda sigma: sigma >= 0.875, CPU) == [Group((1,), 0.9), Group((0, 2), 0.5), Group((3,), 0.5)]
 
 
 @pytest.mark.parametrize("boundary", [None, 0.875])
@@ -39,7 +39,7 @@ def test_processes_make_as_many_forwards_of_each_transformer(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouping.processes, "world_size", lambda: len(ranks))
         patch.setattr(grouping.processes, "all_gather", lambda own: torch.stack(counts))
-        made = [grouped(keys, boundary, CPU) for keys in ranks]
+        made = [grouped(keys, early, CPU) for keys in ranks]
     orders = [[early(group.sigma) for group in groups] for groups in made]
     assert all(order == orders[0] for order in orders), "the same transformer at the same time"
     for keys, groups in zip(ranks, made, strict=True):
