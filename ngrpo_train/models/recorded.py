@@ -35,6 +35,8 @@ class Leaf:
     """Dtype of a mask that may be left out."""
     is_list: bool = False
     """True for a list that has an entry for each prompt."""
+    is_repeated: bool = False
+    """True for a tensor [1, ...] of one prompt that a batch of its pictures repeats: other prompts are kept apart."""
     constant: Any = None
     """What is no tensor and no list, and the same for every prompt: a number, or None."""
 
@@ -57,6 +59,16 @@ class Form:
             if alone is None and isinstance(padded, Tensor):
                 masked = _masked(padded.shape[1], single, together)
                 leaves[i] = Leaf(axis=0, mask_of=masked, dtype=str(padded.dtype)[6:])
+        return Form(tuple(name for name, _ in one), pytree.treespec_dumps(spec), tuple(leaves))
+
+    @staticmethod
+    def of_single(one: Sequence[Call]) -> Form:
+        """The form of a pipeline that prepares one prompt at a time: prompts go through it one after the other."""
+        single, spec = _flat(one)
+        leaves = [
+            Leaf(is_repeated=True) if isinstance(value, Tensor) and value.ndim > 1 and len(value) == 1 else leaf
+            for value, leaf in zip(single, map(_leaf, single, single), strict=True)
+        ]
         return Form(tuple(name for name, _ in one), pytree.treespec_dumps(spec), tuple(leaves))
 
     def record(self, calls: Sequence[Call]) -> Recorded:
@@ -171,6 +183,9 @@ class Recorded:
     def calls(self) -> Iterator[Call]:
         """The calls as the pipeline made them. What rows have for themselves is that of the first: see `unlike`."""
         values = [value.entries[0] if isinstance(value, Own) else value for value in self.values]
+        for number, leaf in enumerate(self.form.leaves):
+            if leaf.is_repeated:
+                values[number] = values[number].expand(self.count, *values[number].shape[1:])
         returned = pytree.tree_unflatten(values, pytree.treespec_loads(self.form.spec))
         return iter(list(zip(self.form.names, returned, strict=True)))
 

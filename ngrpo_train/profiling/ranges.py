@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ngrpo_train.models.model import FlowModel
@@ -67,9 +68,9 @@ class Ranges:
         Only the first such gradient counts: it arrives when autograd is done with the module that used the output.
         """
 
-        def after(_: nn.Module, __: object, output: tuple[Tensor, ...]) -> None:
+        def after(_: nn.Module, __: object, output: object) -> None:
             self._end()
-            if tensors := [tensor for tensor in output if tensor.requires_grad]:
+            if tensors := [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.requires_grad]:
                 register_multi_grad_hook(tensors, lambda _: backward(), mode="any")
 
         yield module.register_forward_pre_hook(lambda *_: self._begin(name, timed=timed), prepend=True)

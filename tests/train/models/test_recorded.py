@@ -88,6 +88,20 @@ def test_what_prompts_have_for_themselves_keeps_them_apart(form: Form) -> None:
     assert len(twice.unlike()) == 3
 
 
+def test_prompts_of_a_pipeline_that_takes_one_at_a_time_are_kept_apart() -> None:
+    form = Form.of_single(calls([""]))
+    joined = Recorded.cat([form.record(calls([text])) for text in ("ab", "abcd", "ab")])
+    first, second, _ = joined.unlike()
+    assert first != second
+    for row, text in enumerate(("ab", "abcd")):
+        features, mask, _, positions, ragged = values_of(joined.rows(torch.tensor([row, row])))
+        expected = values_of(form.record(calls([text])))
+        assert torch.equal(features, expected[0].expand(2, -1, -1))
+        assert mask is None
+        assert torch.equal(positions, expected[3])
+        assert [len(each) for each in ragged] == [LENGTHS[text]] * 2
+
+
 def test_another_form_is_refused(form: Form) -> None:
     with pytest.raises(ValueError, match="prepares this prompt by other calls"):
         form.record(calls([""])[:2])
