@@ -71,10 +71,12 @@ def shard(
             reshard_after_forward=True,
             ignored_params={p for p in part.parameters() if p in frozen},
         )
-    for block, following in pairwise(blocks):
-        assert isinstance(block, FSDPModule)
-        assert isinstance(following, FSDPModule)
-        block.set_modules_to_forward_prefetch([following])
+    # Only within a list is it sure which block is called next. One that is gathered ahead of its call, but was called
+    # before, would keep these weights until its next call, after the optimizer has changed them.
+    for modules in (each for each in module.modules() if isinstance(each, nn.ModuleList)):
+        for block, following in pairwise(modules):
+            if isinstance(block, FSDPModule) and isinstance(following, FSDPModule):
+                block.set_modules_to_forward_prefetch([following])
 
 
 def shard_frozen(parts: Sequence[nn.Module], device: torch.device) -> None:
