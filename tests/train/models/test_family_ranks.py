@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ..runs import TOLERANCE, Run, assert_close_figures, figures, norm, observed, on_ranks, saved
+from ..runs import Run, figures, norm, observed, on_ranks, saved
 from .family_case import FAMILIES, Case, families_in_full, make_cases
 from .test_family_runs import ITERATIONS, NEIGHBOR, run
 
@@ -34,8 +34,8 @@ def _run(case: Case, name: str, **changes: str) -> Run:
 def test_two_processes_train_as_one_does(trained: dict[str, tuple[Path, Path]], family: str) -> None:
     """The gradient of the first iteration is that of one process, and later rollouts see the weights of their time.
 
-    After that, a group of such random models differs in a reward by little more than the bytes of pictures, whose
-    rounding another batch changes here and there: advantages of a few parts in a thousand are its own.
+    Groups of such random models differ in their rewards by little more than bytes of pictures, and another batch rounds
+    a byte otherwise here and there. The gradient is linear in the advantages, whose difference it may have.
     """
     if family not in trained:
         pytest.skip(f"transformers loads its processor with {', '.join(FAMILIES[family].requires)} alone")
@@ -43,8 +43,10 @@ def test_two_processes_train_as_one_does(trained: dict[str, tuple[Path, Path]], 
     mine, theirs = saved(alone, 1), saved(together, 1)
     names = [name for name in mine if name.endswith(".exp_avg")]  # a tenth of the gradient
     assert names
-    assert norm(theirs[n] - mine[n] for n in names) < TOLERANCE["moments"] * norm(mine[n] for n in names)
-    assert_close_figures(figures(together)[:1], figures(alone)[:1], observed(alone)["gains"])
+    wanted, got = (observed(run)["advantages"][0] for run in (alone, together))
+    assert (got - wanted).abs().max() < 0.02 * wanted.abs().max()
+    allowed = 2e-5 + 3 * float((got - wanted).norm() / wanted.norm())
+    assert norm(theirs[n] - mine[n] for n in names) < allowed * norm(mine[n] for n in names)
     rows = figures(together)
     assert len(rows) == ITERATIONS
     assert all(row["policy/rollout_mismatch"] < 1e-4 for row in rows), "an update's velocity is its rollout's"
