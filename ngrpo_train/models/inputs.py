@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ngrpo_train.models.outline import Outline, PartCall
 from ngrpo_train.models.packing import token_grid, vae_factor
-from ngrpo_train.models.sizes import FLUX, Architecture
+from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.recipe.sections import Sampling
 
 
@@ -43,7 +43,7 @@ def inputs_of(architecture: Architecture, sampling: Sampling, dtype: torch.dtype
 
 @lru_cache
 def _inputs(architecture: Architecture, sampling: Sampling, dtype: torch.dtype, pictures: int) -> Inputs:
-    if architecture.pipeline == FLUX:
+    if architecture.packs:
         return _packed_inputs(architecture, sampling, dtype, pictures)
     outline = _outline(architecture, sampling, dtype)
     return Inputs(

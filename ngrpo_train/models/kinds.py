@@ -77,6 +77,6 @@ class _FullMasks(TorchFunctionMode):
         if func is Tensor.tolist and args[0] in self._lengths:
             return [self._lengths[args[0]]] * len(args[0])
         out = func(*args, **(kwargs or {}))
-        if func is Tensor.sum and args[0].ndim == 2 and kwargs == {"dim": 1}:
+        if func is Tensor.sum and args[0].is_meta and args[0].ndim == 2 and kwargs == {"dim": 1}:
             self._lengths[out] = args[0].shape[1]
         return out

@@ -44,7 +44,7 @@ def _vae_at_hand(name_or_path: str) -> Mapping[str, Any] | None:
     """The VAE's config of a known model or of a directory; None where it would have to be downloaded, or packs not."""
     if name_or_path.startswith("random:") or name_or_path in hub_ids():
         architecture = find_architecture(name_or_path)
-        return architecture.vae if architecture.pipeline == FLUX else None
+        return architecture.vae if architecture.packs else None
     if local_directory(name_or_path) and pipeline_class_name(name_or_path) in ("", FLUX):
         return local_vae_config(name_or_path)
     return None

@@ -72,6 +72,11 @@ class Architecture:
         packs = self.class_name("transformer") == "FluxTransformer2DModel"
         return str(self.configs.get(_INDEX, {}).get("_class_name", FLUX if packs else ""))
 
+    @property
+    def packs(self) -> bool:
+        """True for FLUX.1's own pipeline: what its parts are given follows from the transformer's and VAE's configs."""
+        return self.pipeline == FLUX
+
     def class_name(self, part: str) -> str:
         """Name of a part's class, in diffusers or transformers."""
         _, name = self.configs.get(_INDEX, {}).get(part) or (None, None)
@@ -120,7 +125,7 @@ def _random(name_or_path: str) -> Architecture:
     name, _, depth = name_or_path.removeprefix("random:").partition(":")
     blocks = re.fullmatch(r"(\d+)\+(\d+)", depth)
     if name not in KNOWN or (depth and not (blocks and "num_single_layers" in KNOWN[name].transformer)):
-        known = [f"random:{each}" for each in KNOWN]
+        known = [f"random:{each}" for each, architecture in KNOWN.items() if architecture.packs]  # others have a plan
         raise ValueError(
             f"model.name_or_path = {name_or_path!r}: there are {', '.join(known)}{suggestion(name_or_path, known)}; "
             "random:flux-dev:2+4 has 2 double and 4 single blocks"
@@ -184,22 +189,32 @@ def _read(files: tuple[tuple[str, Path], ...]) -> Architecture:
 # -- Modules without memory --------------------------------------------------------------------------------------------
 
 
+def part_class(architecture: Architecture, part: str) -> Any:
+    """The class of a part with weights.
+
+    Raises ValueError where the installed diffusers or transformers does not have it.
+    """
+    name = architecture.class_name(part)
+    for library in (diffusers, transformers):
+        if hasattr(library, name):
+            return getattr(library, name)
+    saved = architecture.configs[part].get("_diffusers_version", "unknown")
+    raise ValueError(
+        f"model.name_or_path: its {part} is a {name}, which diffusers {diffusers.__version__} and transformers "
+        f"{transformers.__version__} do not have; config says version {saved}"
+    )
+
+
 def part_on(
     architecture: Architecture, part: str, device: str = "meta", dtype: torch.dtype = torch.bfloat16
 ) -> torch.nn.Module:
     """A part with weights, empty on "meta", and with those of its class's own start on another device.
 
-    Raises ValueError where the installed diffusers or transformers does not have its class.
+    Raises ValueError as `part_class` does.
     """
-    name, config = architecture.class_name(part), dict(architecture.configs[part])
-    if hasattr(diffusers, name):
-        return _build(lambda: getattr(diffusers, name).from_config(config), device, dtype)
-    if not hasattr(transformers, name):
-        raise ValueError(
-            f"model.name_or_path: its {part} is a {name}, which diffusers {diffusers.__version__} and transformers "
-            f"{transformers.__version__} do not have; config says version {config.get('_diffusers_version', 'unknown')}"
-        )
-    kind = getattr(transformers, name)
+    kind, config = part_class(architecture, part), dict(architecture.configs[part])
+    if hasattr(kind, "from_config"):  # diffusers'
+        return _build(lambda: kind.from_config(config), device, dtype)
     return _build(lambda: kind(kind.config_class.from_dict(config)), device, dtype).eval()
 
 
@@ -234,7 +249,7 @@ def add_adapters(
     from peft import LoraConfig, inject_adapter_in_model
 
     first = next(transformer.parameters())
-    layers = list(targets) or (LORA_TARGETS if architecture.pipeline == FLUX else linear_layers(transformer))
+    layers = list(targets) or (LORA_TARGETS if architecture.packs else linear_layers(transformer))
     adapters = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
     transformer.requires_grad_(False)
     _build(lambda: inject_adapter_in_model(adapters, transformer), str(first.device), first.dtype)

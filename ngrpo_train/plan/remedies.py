@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ngrpo_train.models.counts import adapters
-from ngrpo_train.models.sizes import Architecture
+from ngrpo_train.models.sizes import Architecture, part_class
 from ngrpo_train.plan.forecast import Plan, make_plan
 from ngrpo_train.plan.machines import GIB, Machine
 from ngrpo_train.plan.scorers import of_unknown_cost, scorer_sizes
@@ -131,6 +131,8 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"model.gradient_checkpointing": "full"}, "the backward pass computes blocks again"
         if model.gradient_checkpointing in ("none", "selective") and settings.compile != "off":
             yield {"model.gradient_checkpointing": 0.5}, "the compiler keeps about half of the activations"
+    if not settings.decode_tiles and hasattr(part_class(plan.architecture, "vae"), "enable_tiling"):
+        yield {"parallel.decode_tiles": True}, "the VAE decodes large pictures in tiles"
     if not recipe.prompts.embeddings:
         yield {"prompts.embeddings": "DIRECTORY"}, "prompts encoded beforehand by `ngrpo embed`: no text encoders"
         if several and settings.text_encoders != "shard":

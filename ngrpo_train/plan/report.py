@@ -92,7 +92,9 @@ def _title(plan: Plan) -> str:
     nodes = -(-layout.world_size // layout.per_node)
     where = f"{layout.per_node} x {gpu}" + (f" on each of {nodes} nodes" if nodes > 1 else "")
     tuning = f"LoRA of rank {recipe.model.lora_rank}" if recipe.model.tuning == "lora" else "full fine-tune"
-    return f"{recipe.model.name_or_path}, {tuning}, {recipe.sampling.width} x {recipe.sampling.height}: {where}"
+    sampling = recipe.sampling
+    size = f"{sampling.width} x {sampling.height}" + f" x {sampling.num_frames} frames" * (sampling.num_frames > 1)
+    return f"{recipe.model.name_or_path}, {tuning}, {size}: {where}"
 
 
 def _facts(plan: Plan) -> Iterator[str]:

@@ -12,7 +12,7 @@ import torch
 from ngrpo_train import plan
 from ngrpo_train.models.directory import encoder_parts
 from ngrpo_train.models.loading import load_architecture
-from ngrpo_train.models.sizes import FLUX, Architecture
+from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel import attention, processes, sharding
 from ngrpo_train.plan.cost import Cost
 from ngrpo_train.plan.layout import Batches, shape_of
@@ -101,7 +101,7 @@ def _architecture(recipe: Recipe) -> Architecture | None:
     absent = encoder_parts(recipe.model.name_or_path) if recipe.prompts.embeddings else ()
     architecture = load_architecture(recipe.model, absent)
     whole = all(part in architecture.configs for part in absent if "encoder" in part)
-    return architecture if whole or architecture.pipeline == FLUX else None
+    return architecture if whole or architecture.packs else None
 
 
 def _machine(device: torch.device) -> Machine | None:

@@ -116,6 +116,24 @@ def test_without_guidance_there_is_one_forward() -> None:
     assert traced(KNOWN["qwen-image"], shapes[1]).around_kept > 1.9 * traced(KNOWN["qwen-image"], shapes[0]).around_kept
 
 
+@pytest.mark.parametrize(
+    "name, length, expected",
+    [
+        # The last block gives no text on, and is smaller; half of the others have a second attention.
+        ("sd35-medium", 77, {("transformer_blocks", 13), ("transformer_blocks", 10), ("transformer_blocks", 1)}),
+        # It looks up how long each text is, which nobody knows on "meta".
+        ("lumina2", 256, {("context_refiner", 2), ("noise_refiner", 2), ("layers", 26)}),
+        ("sana-1600m", 300, {("transformer_blocks", 20)}),  # a template comes before its text
+        ("flux-fill-dev", 512, {("transformer_blocks", 19), ("single_transformer_blocks", 38)}),
+    ],
+)
+def test_blocks_of_each_kind_are_found(name: str, length: int, expected: set[tuple[str, int]]) -> None:
+    sampling = Sampling(height=512, width=512, guidance_scale=1.0, max_sequence_length=length)
+    kinds = traced(KNOWN[name], Shape(sampling)).kinds
+    assert {(kind.name, kind.layers) for kind in kinds} == expected
+    assert len(kinds) == len(expected)
+
+
 # -- Pictures of prompts, experts --------------------------------------------------------------------------------------
 
 

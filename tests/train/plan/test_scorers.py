@@ -14,8 +14,9 @@ from ngrpo_train.commands.train import TrainCommand
 from ngrpo_train.models.sizes import KNOWN
 from ngrpo_train.parallel.layout import Layout
 from ngrpo_train.plan import explain_out_of_memory, iteration_flops, make_plan, plan_command, remedies, speedups
-from ngrpo_train.plan.activations import decode_pass, measuring
+from ngrpo_train.plan.activations import decode_pass
 from ngrpo_train.plan.forecast import FLOAT32_SLOWDOWN
+from ngrpo_train.plan.instruments import measuring
 from ngrpo_train.plan.machines import GIB, MACHINES
 from ngrpo_train.plan.memory import Memory, iteration_memory
 from ngrpo_train.plan.remedies import with_settings
@@ -24,7 +25,7 @@ from ngrpo_train.plan.traffic import iteration_traffic
 from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.parsing import as_toml, find_recipe, parse, read_recipe, resolve
 from ngrpo_train.recipe.rewards import ClipIqa, Geneval
-from ngrpo_train.recipe.sections import Recipe, Reward
+from ngrpo_train.recipe.sections import Recipe, Reward, Sampling
 from ngrpo_train.rewards import shipped
 from ngrpo_train.rewards.mask2former import Mask2Former
 
@@ -189,7 +190,7 @@ def test_offloaded_scorers_visit_one_at_a_time() -> None:
 
 def test_pictures_are_decoded_then_scored() -> None:
     bytes_of_pictures = 12 * 3 * 720 * 720
-    decoding = decode_pass(DEV, 720, 720).peak + 2 * bytes_of_pictures
+    decoding = decode_pass(DEV, Sampling(height=720, width=720)).peak + 2 * bytes_of_pictures
     large = {"clip": Reward(path="apple/DFN5B-CLIP-ViT-H-14-384")}  # 68 MB a picture, of which 12 at once
     for rewards, together in ((large, 12), ({"clip": replace(large["clip"], batch=1)}, 1)):
         asked = recipe(rewards, parallel__decode_batch=1)
