@@ -51,3 +51,48 @@ def test_commands_take_it(cases: Cases, family: str, monkeypatch: pytest.MonkeyP
 
 def flag(name: str) -> str:
     return name.replace("_", "-")
+
+
+RECIPES = {
+    "qwen_image_lora": "qwen_image",
+    "flux2_klein_lora": "flux2_klein",
+    "flux2_dev_lora": "flux2",
+    "z_image_lora": "z_image",
+    "sd35_lora": "sd35",
+    "sd35_full": "sd35",
+    "kontext_lora": "kontext",
+    "fill_lora": "fill",
+    "qwen_image_edit_lora": "qwen_image_edit_plus",
+    "wan21_t2v_lora": "wan21_t2v",
+    "wan22_ti2v_lora": "wan22_ti2v",
+    "flux_lora_24gb": "flux",
+    "flux_lora_48gb": "flux",
+}
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_train_tiny_models(cases: Cases, recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Three iterations, with what is the family's left to the recipe: the algorithm, guidance, layers, the base's dtype."""
+    case = cases(RECIPES[recipe])
+    monkeypatch.syspath_prepend(Path(runs.__file__).parent)
+    monkeypatch.chdir(tmp_path)
+    write_recipe(case, case.directory.parent / "recipe.toml")
+    size = {
+        name: value for name, value in case.family.sampling.items() if name not in ("guidance_scale", "negative_prompt")
+    }
+    settings = {
+        "model.name-or-path": case.directory,
+        "prompts.source": case.directory.parent / "recipe.jsonl",
+        **{f"sampling.{flag(name)}": value for name, value in size.items()},
+        "rewards": "runs:redness",
+        "train.steps": 3,
+        "train.gradient-accumulation-steps": 1,
+        "parallel.device": "cpu",
+        "evaluation.validation": "",
+        "log.output-dir": tmp_path / "run",
+    }
+    assert main(["train", recipe, *(f"--{name}={value}" for name, value in settings.items()), *SMALL]) == 0
+    rows = runs.figures(tmp_path / "run")
+    assert [row["update/grad_norm"] > 0 for row in rows] == [True] * 3
+    assert (tmp_path / "run" / "export" / "README.md").exists()
