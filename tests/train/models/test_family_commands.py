@@ -73,7 +73,7 @@ RECIPES = {
 @pytest.mark.families
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_train_tiny_models(cases: Cases, recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Three iterations, with what is the family's left to the recipe: the algorithm, guidance, layers, the base's dtype."""
+    """Three iterations; algorithm, guidance, layers and the base's dtype are the recipe's."""
     case = cases(RECIPES[recipe])
     monkeypatch.syspath_prepend(Path(runs.__file__).parent)
     monkeypatch.chdir(tmp_path)
