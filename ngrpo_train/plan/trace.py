@@ -84,7 +84,11 @@ class Trace:
 @lru_cache
 def traced(architecture: Architecture, shape: Shape) -> Trace:
     """Trace a velocity. Raises ValueError as `inputs_of` does."""
-    one, two = (inputs_of(architecture, shape.sampling, shape.dtype, n).velocity for n in (1, 2))
+    one = inputs_of(architecture, shape.sampling, shape.dtype).velocity
+    try:
+        two = inputs_of(architecture, shape.sampling, shape.dtype, 2).velocity
+    except ValueError:  # of a pipeline that draws one picture at a time: then nothing is found to grow with pictures
+        two = one
     seen: list[_Seen] = []
     shapes: list[tuple[torch.Size, torch.Size]] = []
     around: list[_Around] = []
