@@ -49,6 +49,8 @@ class Driven:
     """True where one of these methods is given a picture."""
     takes_rows: bool
     """True where the pipeline bears a timestep for each picture, and gives each picture its own."""
+    takes_batch: bool
+    """True where it bears several pictures at once."""
 
     def __init__(
         self,
@@ -118,6 +120,7 @@ class Driven:
             self.form, self.encoded_form = Form.of_single(one), Form.of_single(_encoded(one))
         record = self.form.record(self._recorded([""], pictures, rows[0]))
         self.takes_rows = self._takes_rows(record)
+        self.takes_batch = self.takes_rows or self._is_taken(record, torch.tensor([0.75])) is not None
         return record
 
     @torch.no_grad()
@@ -146,7 +149,8 @@ class Driven:
         finally:
             self._recording = self._stored = None
 
-    def _takes_rows(self, record: Recorded) -> bool:
+    def _is_taken(self, record: Recorded, sigmas: Tensor) -> list[Tensor] | None:
+        """The tensors that a transformer is given for two pictures of a prompt; None if the pipeline fails on them."""
         seen: list[Tensor] = []
 
         def look(*arguments: Any, **named: Any) -> None:
@@ -154,14 +158,17 @@ class Driven:
             raise _Ended
 
         rows = record.rows(torch.zeros(2, dtype=torch.int64, device=self.device))
-        x_NS, sigma_N = torch.zeros(2, *self.latent_shape), torch.tensor([0.75, 0.25])
+        x_NS = torch.zeros(2, *self.latent_shape, device=self.device)
         try:
-            sigmas = self._rows(sigma_N.to(self.device))
-            self._replay(dict.fromkeys(self._seen, look), x_NS.to(self.device), sigmas, rows, "latent")
-        except (RuntimeError, TypeError, ValueError):  # each pipeline fails on them in its own way
-            return False
+            self._replay(dict.fromkeys(self._seen, look), x_NS, sigmas, rows, "latent")
+        except (RuntimeError, TypeError, ValueError):  # each pipeline fails in its own way
+            return None
+        return seen
+
+    def _takes_rows(self, record: Recorded) -> bool:
+        seen = self._is_taken(record, self._rows(torch.tensor([0.75, 0.25], device=self.device)))
         # Guidance may have doubled them.
-        own = [value for value in seen if value.is_floating_point() and value.ndim == 1 and len(value) in (2, 4)]
+        own = [value for value in seen or () if value.is_floating_point() and value.ndim == 1 and len(value) in (2, 4)]
         return any(bool(value[0] != value[1]) for value in own)
 
     # -- Pictures ------------------------------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ class Pipeline:
 
         A pipeline with one timestep for its batch waits here for the device, to read the sigmas.
         """
-        unlike: Sequence[Hashable] = conditioning.unlike()
+        unlike: Sequence[Hashable] = conditioning.unlike() if self.driven.takes_batch else range(len(sigma_N))
         if self.driven.takes_rows:
             return [(0.0, key) for key in unlike]
         return list(zip(sigma_N.tolist(), unlike or [()] * len(sigma_N), strict=True))
@@ -326,8 +326,9 @@ class Pipeline:
 
     def decode(self, latents_NS: Tensor) -> Tensor:
         """uint8 pictures [N, 3, H, W] or videos [N, F, 3, H, W] of latents [N, *S], by the pipeline's own code."""
-        rows = self._blank.rows(torch.zeros(len(latents_NS), dtype=torch.int64, device=self.device))
-        decoded = self.driven.decode(latents_NS, rows)
+        parts = [latents_NS] if self.driven.takes_batch else latents_NS.split(1)
+        rows = self._blank.rows(torch.zeros(len(parts[0]), dtype=torch.int64, device=self.device))
+        decoded = torch.cat([self.driven.decode(part, rows) for part in parts])
         return (decoded.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
     # -- For others ----------------------------------------------------------------------------------------------------

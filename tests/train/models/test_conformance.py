@@ -141,3 +141,16 @@ def test_the_transformer_of_a_noise_level_at_the_boundary_is_the_pipelines(cases
     case.model.sampling_velocity(case.noise(1), torch.tensor([sigma]), case.model.encode(case.prompts[:1]))
     first = asked[0] is case.model.transformer["transformer"]
     assert case.model.adapter.driven.is_early(sigma) == first  # type: ignore[attr-defined]
+
+
+@families
+def test_candidates_of_a_prompt_go_together(cases: Cases, family: str) -> None:
+    """Several states of one prompt at one noise level, as in every rollout, and their pictures."""
+    model, prompt = cases(family).model, cases(family).prompts[0]
+    x, text = cases(family).noise(3), cases(family).model.encode([prompt]).rows(torch.zeros(3, dtype=torch.int64))
+    together = model.sampling_velocity(x, torch.full((3,), 0.75), text)
+    for number in range(3):
+        alone = model.sampling_velocity(x[number, None], torch.tensor([0.75]), model.encode([prompt]))
+        torch.testing.assert_close(alone[0], together[number], rtol=1e-4, atol=1e-4 * float(together.abs().max()))
+    pictures = model.decode(x)
+    assert all((model.decode(x[n, None])[0].int() - pictures[n].int()).abs().max() <= 1 for n in range(3))
