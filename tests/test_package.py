@@ -43,6 +43,7 @@ ORDER = {
         worlds
         shapes
         spelling
+        motion
         parallel
         prompts
         models

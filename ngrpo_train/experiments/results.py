@@ -54,8 +54,8 @@ class Row:
     the scores are those of a validation after the last iteration. At the end, means and medians are over the whole run,
     else over the iterations since the last evaluation.
 
-    `values` has, where known: "score/NAME", the mean of a score; "reward" and "out_of_domain", means of the scores that
-    the base recipe trains on and of its others; "reward_trained_on", the mean of those that this run trains on;
+    `values` has, where known: "score/NAME", the mean of a score; "reward", the mean of those that the base recipe
+    trains on; "out_of_domain", of those by other scorers; "reward_trained_on", of those that this run trains on;
     "nfe_rollout" and "nfe_update", transformer evaluations so far, the old policy's among the latter; "train_s",
     seconds of all iterations so far, with the first one, which compiles, counted as the median one; "s_per_iteration",
     the median; G, B, K and the NFEs of the paper's Table 3; means of a run's own figures.

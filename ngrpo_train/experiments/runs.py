@@ -67,11 +67,16 @@ class Yardstick:
     def judged(self, scores: Mapping[str, float], trained_on: Sequence[str]) -> dict[str, float]:
         """The CSV columns of an evaluation with these scores."""
         values = {f"{SCORE}{name}": score for name, score in scores.items()}
-        others = [name for name in self.recipe.rewards if name not in self.trained]
+        # Another measure of a scorer that is trained on is not out of domain.
+        known = {self._scorer(name) for name in self.trained}
+        others = [name for name in self.recipe.rewards if self._scorer(name) not in known]
         for column, names in (("reward", self.trained), ("out_of_domain", others), ("reward_trained_on", trained_on)):
             if names and all(name in scores for name in names):
                 values[column] = mean([scores[name] for name in names])
         return values
+
+    def _scorer(self, name: str) -> str:
+        return self.recipe.rewards[name].kind or name
 
     def record(self) -> dict[str, Any]:
         """The settings in it that decide the numbers of a test."""

@@ -41,14 +41,18 @@ class Summary:
         columns["NFE_old"] = [_number(_values(rows, name, "nfe_old")) for name in names]
         columns["NFE_theta"] = [_number(_values(rows, name, "nfe_theta")) for name in names]
         scores = sorted({column for row in rows for column in row.values if column.startswith(SCORE)})
-        for column in (*grid.columns, *(scores if len(scores) > 2 else ())):
-            columns[column.removeprefix(SCORE)] = [_number(_values(rows, name, column)) for name in names]
+        shown = (*grid.columns, *(scores if len(scores) > 2 else ()))
+        of_score = {column.removeprefix(SCORE): column for column in shown if column.startswith(SCORE)}
+        for column in shown:
+            written = _spread if column.startswith(SCORE) else _number
+            columns[column.removeprefix(SCORE)] = [written(_values(rows, name, column)) for name in names]
         of_paper = {variant.name: variant.paper for variant in grid.variants}
         for key in dict.fromkeys(key for numbers in of_paper.values() for key in numbers):
             columns[f"{grid.paper_table}: {key}"] = [str(of_paper.get(name, {}).get(key, "")) for name in names]
         if base_rows := closing(rows, BASE_MODEL):
             for title, values in columns.items():
-                known = [row.values[SCORES[title]] for row in base_rows if SCORES.get(title) in row.values]
+                column = (SCORES | of_score).get(title, "")
+                known = [row.values[column] for row in base_rows if column in row.values]
                 values.insert(0, BASE_MODEL if title == "variant" else _spread(known))
         known_columns = {title: values for title, values in columns.items() if any(values)}
         return Summary(

@@ -52,7 +52,8 @@ def load_prompts(source: str, field: str = "prompts.source", *, by_style: bool =
     for one file or, as with a directory, one folder of styles.
     hpdv2:benchmark (3,200 prompts in four styles), hpdv2:train, hpdv2:test. A local copy's benchmark directory and
     files can be given by their paths.
-    shapes:train, shapes:validation, shapes:test, and spelling: with the same splits, whose rows have the sign's "text".
+    shapes:train, shapes:validation, shapes:test, and motion: with the same splits; spelling: too, whose rows have the
+    sign's "text".
     smoke: 42 prompts that ship with ngrpo: HPDv2's four styles, and a fifth style of things that are hard to draw.
 
     Raises ValueError, in one line that names the recipe's `field`, for an unknown source or format, an unreadable or

@@ -36,6 +36,15 @@ class Geneval(Reward):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MotionVerifier(Reward):
+    """Rules that read colour, shape and motion off a clip of the motion world."""
+
+    measure: Literal["score", "colour", "shape", "motion", "all"] = "score"
+    """"score": the mean of the three parts, each in [0, 1].
+    "colour", "shape" and "motion" are 1 where the clip has the one asked for, else 0; "all" is 1 where it has all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ocr(Reward):
     """A reader of the text in pictures, held against the text that the prompt asks for."""
 
@@ -68,7 +77,13 @@ class Pairwise(Reward):
     """Ask about each pair twice, with the pictures in either order."""
 
 
-REWARDS: dict[str, type[Reward]] = {"clip_iqa": ClipIqa, "geneval": Geneval, "ocr": Ocr, "pairwise": Pairwise}
+REWARDS: dict[str, type[Reward]] = {
+    "clip_iqa": ClipIqa,
+    "geneval": Geneval,
+    "motion_verifier": MotionVerifier,
+    "ocr": Ocr,
+    "pairwise": Pairwise,
+}
 """The shipped rewards that have settings of their own, by name, with the class of their settings."""
 
 

@@ -26,7 +26,7 @@ class Model:
     """The model that is trained: a flow pipeline of diffusers, from a directory or the hub."""
 
     name_or_path: str = "black-forest-labs/FLUX.1-dev"
-    """Directory or hub id of the model, or "shapes" or "spelling" for the pipelines that ship with ngrpo.
+    """Directory or hub id of the model, or "shapes", "spelling" or "motion" for those that ship with ngrpo.
     "random:flux-dev" and "random:flux-schnell" have random weights at that model's size, made on the device.
     They are for measurements without a download; "random:flux-dev:2+4" has 2 double and 4 single blocks."""
     transformer: str = ""
@@ -61,8 +61,8 @@ class Prompts:
     """The prompts that the model is trained on."""
 
     source: str = ""
-    """Prompts to train on: a file (txt, json, jsonl, csv, parquet), "hub:ID", "hpdv2:train", "shapes:train"
-    or "spelling:train"."""
+    """Prompts to train on: a file (txt, json, jsonl, csv, parquet), "hub:ID", "hpdv2:train", "shapes:train",
+    "spelling:train" or "motion:train"."""
     per_rank: Positive[int] = 1
     """P: prompts that each process explores together."""
     embeddings: str = ""

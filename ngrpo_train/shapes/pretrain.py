@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ngrpo_train.shapes.judge import ATTRIBUTES, Judge, labels
 from ngrpo_train.shapes.pipeline import MAX_SEQUENCE_LENGTH, untrained_pipeline
-from ngrpo_train.shapes.world import Caption, captions, draw
-from ngrpo_train.worlds.pretraining import encode, train_flow, train_judge, train_vae
+from ngrpo_train.shapes.world import captions, draw
+from ngrpo_train.worlds.pretraining import encode, misled, train_judge, train_vae
+from ngrpo_train.worlds.small_flux import standardised, train_flow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,28 +50,17 @@ def main(args: Pretrain) -> None:
     train_vae(pipeline.vae, lambda n: draw(random.choices(known, k=n), generator), args.vae_steps, generator)
     wanted = random.choices(known, k=args.pictures)
     drawn = (draw(wanted[i : i + 64], generator) for i in range(0, len(wanted), 64))
-    latents = encode(pipeline.vae, drawn, generator)
+    latents = standardised(pipeline.vae, encode(pipeline.vae, drawn, generator))
 
-    def misled(rows: Sequence[int]) -> list[str]:
-        return [str(noisy(wanted[row], args.caption_noise)) for row in rows]
+    def noisy(rows: Sequence[int]) -> list[str]:
+        return [str(misled(wanted[row], ATTRIBUTES, args.caption_noise, known)) for row in rows]
 
-    train_flow(pipeline, latents, misled, args.flow_steps, generator, text_length=MAX_SEQUENCE_LENGTH)
+    train_flow(pipeline, latents, noisy, args.flow_steps, generator, text_length=MAX_SEQUENCE_LENGTH)
     pipeline.save_pretrained(args.out / "pipeline")
 
     judge = Judge()
     train_judge(judge, pipeline.vae, lambda n: _drawn(n, generator), _judge_loss, args.judge_steps, generator)
     save_file(judge.state_dict(), args.out / "judge.safetensors")
-
-
-def noisy(caption: Caption, probability: float) -> Caption:
-    """A caption with random attributes replaced; the caption itself where the result is outside the training split."""
-    changed = Caption(
-        **{
-            name: random.choice(values) if random.random() < probability else getattr(caption, name)
-            for name, values in ATTRIBUTES.items()
-        }
-    )
-    return changed if changed in captions("train") else caption
 
 
 def _drawn(count: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

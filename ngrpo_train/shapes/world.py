@@ -80,12 +80,12 @@ def row_of(prompt: str) -> dict[str, str]:
     return {}
 
 
-def coverage(shape: str, radius: Tensor, centre: Tensor) -> Tensor:
-    """The share of each pixel that a shape covers: float32 [N, 64, 64] in [0, 1].
+def coverage(shape: str, radius: Tensor, centre: Tensor, image_size: int = IMAGE_SIZE) -> Tensor:
+    """The share of each pixel that a shape covers: float32 [N, image_size, image_size] in [0, 1].
 
     `radius` [N] and `centre` [N, 2] (x, y) are in pixels.
     """
-    axis = torch.arange(IMAGE_SIZE, dtype=torch.float32) + 0.5
+    axis = torch.arange(image_size, dtype=torch.float32) + 0.5
     x = axis[None, None, :] - centre[:, 0, None, None]
     y = axis[None, :, None] - centre[:, 1, None, None]
     reach = _REACH[shape] * radius[:, None, None]

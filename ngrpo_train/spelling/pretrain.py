@@ -24,7 +24,8 @@ from ngrpo_train.spelling.judge import Judge, letters
 from ngrpo_train.spelling.pipeline import CLIP_LENGTH, MAX_SEQUENCE_LENGTH, untrained_pipeline
 from ngrpo_train.spelling.world import COLOURS, LETTERS, WORD_LENGTH, Sign, draw, words
 from ngrpo_train.worlds import pipeline_dir
-from ngrpo_train.worlds.pretraining import Progress, encode, one_cycle, token_ids, train_flow, train_judge, train_vae
+from ngrpo_train.worlds.pretraining import Progress, encode, one_cycle, token_ids, train_judge, train_vae
+from ngrpo_train.worlds.small_flux import standardised, train_flow
 
 _LETTERS_OF_T5 = slice(6, 10)  # its tokens: a, colour, sign, that, says, a space, then the letters
 _RANDOM_WORDS = 0.6  # share of signs whose word is random letters, so that no letter and no pair is rare
@@ -60,7 +61,7 @@ def main(args: Pretrain) -> None:
     train_vae(pipeline.vae, lambda n: draw(some_signs(n), generator), args.vae_steps, generator, learning_rate=2.5e-3)
     wanted = some_signs(args.pictures)
     drawn = (draw(wanted[i : i + 64], generator) for i in range(0, len(wanted), 64))
-    latents = encode(pipeline.vae, drawn, generator)
+    latents = standardised(pipeline.vae, encode(pipeline.vae, drawn, generator))
 
     def misled(rows: Sequence[int]) -> list[str]:
         return [caption(misspelt(wanted[row], args.caption_noise)) for row in rows]

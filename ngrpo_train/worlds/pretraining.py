@@ -1,20 +1,23 @@
-"""How a world's VAE, rectified flow and judge are pretrained on drawn pictures."""
+"""How a world's VAE, rectified flow and judge are pretrained on drawn pictures or clips."""
 
-# N pictures of a batch.
+# N pictures or clips of a batch, F frames.
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedTokenizerBase
 
+C = TypeVar("C", bound=Any)  # a dataclass
 T = TypeVar("T")
 
 
@@ -35,7 +38,7 @@ def one_cycle(modules: Iterable[nn.Module], learning_rate: float, steps: int) ->
 
 
 def train_vae(
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | AutoencoderKLWan,
     draw: Callable[[int], Tensor],
     steps: int,
     generator: torch.Generator,
@@ -43,7 +46,7 @@ def train_vae(
     batch: int = 16,
     learning_rate: float = 3e-3,
 ) -> None:
-    """Train a VAE on pictures float32 [N, 3, H, W] in [0, 1], which `draw` makes, and freeze it."""
+    """Train a VAE on what `draw` makes, pictures [N, 3, H, W] or clips [N, 3, F, H, W] in [0, 1], and freeze it."""
     update = one_cycle([vae], learning_rate, steps)
     progress = Progress("vae", steps)
     for step in range(steps):
@@ -52,21 +55,38 @@ def train_vae(
         restored = vae.decode(posterior.sample(generator)).sample
         error = restored - images
         # Edges are a small share of the pixels, but they define a shape or a letter.
-        weight = 1 + 4 * (F.max_pool2d(images, 7, 1, 3) + F.max_pool2d(-images, 7, 1, 3) > 0.1).float()
+        weight = 1 + 4 * (_highest_nearby(images) + _highest_nearby(-images) > 0.1).float()
         fidelity = (weight * (error.abs() + 2 * error.square())).mean()
-        loss = fidelity + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = fidelity + 1e-3 * posterior.kl().sum() / posterior.mean.numel()
         update(loss)
         progress.report(step, loss)
     vae.eval().requires_grad_(False)
 
 
+def _highest_nearby(images: Tensor) -> Tensor:
+    """The highest value within 3 pixels, of each channel and frame by itself, in the shape of `images`."""
+    return F.max_pool3d(images, (1, 7, 7), stride=1, padding=(0, 3, 3))
+
+
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: Iterable[Tensor], generator: torch.Generator) -> Tensor:
-    """Latents of batches of pictures [N, 3, H, W] in [0, 1], standardised; the VAE's config gets the two constants."""
-    latents = torch.cat([vae.encode(2 * images - 1).latent_dist.sample(generator) for images in pictures])
-    shift, scale = latents.mean().item(), 1 / latents.std().item()
-    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
-    return (latents - shift) * scale
+def encode(vae: AutoencoderKL | AutoencoderKLWan, pictures: Iterable[Tensor], generator: torch.Generator) -> Tensor:
+    """Latents of batches of pictures [N, 3, H, W], or of clips [N, 3, F, H, W], in [0, 1]: as the VAE gives them."""
+    return torch.cat([vae.encode(2 * images - 1).latent_dist.sample(generator) for images in pictures])
+
+
+def misled(caption: C, attributes: Mapping[str, Sequence[str]], probability: float, known: Container[C]) -> C:
+    """A caption with some attributes replaced at random; the caption itself where the result is none of `known`.
+
+    `attributes` are the fields of captions, with their values. Each is replaced with this `probability`.
+    """
+    changed = replace(
+        caption,
+        **{
+            name: random.choice(values) if random.random() < probability else getattr(caption, name)
+            for name, values in attributes.items()
+        },
+    )
+    return changed if changed in known else caption
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> Tensor:
@@ -77,31 +97,25 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: 
 
 
 def train_flow(
-    pipeline: FluxPipeline,
-    latents: Tensor,
+    modules: Sequence[nn.Module],
+    x0: Tensor,
+    velocity: Callable[[Tensor, Tensor, Sequence[str]], Tensor],
     captions: Callable[[Sequence[int]], Sequence[str]],
     steps: int,
     generator: torch.Generator,
     *,
-    text_length: int,
     batch: int = 64,
     average: float = 1e-3,
 ) -> None:
-    """Train a rectified flow on standardised latents; both text encoders learn together with the transformer.
+    """Train a rectified flow on standardised latents `x0` [M, ...]: all of `modules` learn.
 
-    `captions` gives the captions of rows of `latents`, anew each time, and `text_length` their number of T5 tokens. The
-    pipeline keeps a running mean of the weights, of which each step is the share `average`.
+    `velocity` gives that of latents [N, ...] at times [N] in [0, 1] for N captions, by these modules. `captions` gives
+    the captions of rows of `x0`, anew each time. The modules keep a running mean of the weights, of which each step is
+    the share `average`.
     """
-    modules = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
     for module in modules:
         module.train()
-    x0 = FluxPipeline._pack_latents(latents, *latents.shape)
-    img_ids = FluxPipeline._prepare_latent_image_ids(
-        1, latents.shape[2] // 2, latents.shape[3] // 2, latents.device, latents.dtype
-    )
-    txt_ids = torch.zeros(text_length, 3)
-
-    parameters = [p for module in modules for p in module.parameters()]
+    parameters: list[Tensor] = [p for module in modules for p in module.parameters()]
     averages = [p.detach().clone() for p in parameters]
     update = one_cycle(modules, 1.5e-3, steps)
     progress = Progress("flow", steps)
@@ -110,19 +124,8 @@ def train_flow(
         texts = captions(rows.tolist())
         x, noise = x0[rows], torch.randn(batch, *x0.shape[1:], generator=generator)
         t = torch.sigmoid(0.5 + torch.randn(batch, generator=generator))
-        clip_ids = token_ids(pipeline.tokenizer, texts, pipeline.tokenizer.model_max_length)
-        velocity = pipeline.transformer(
-            hidden_states=torch.lerp(x, noise, t[:, None, None]),
-            timestep=t,
-            # Guidance is embedded but has no meaning here; the model learns to ignore it.
-            guidance=1 + 5 * torch.rand(batch, generator=generator),
-            encoder_hidden_states=pipeline.text_encoder_2(token_ids(pipeline.tokenizer_2, texts, text_length))[0],
-            pooled_projections=pipeline.text_encoder(clip_ids).pooler_output,
-            txt_ids=txt_ids,
-            img_ids=img_ids,
-            return_dict=False,
-        )[0]
-        loss = F.mse_loss(velocity, noise - x)
+        noisy = torch.lerp(x, noise, t.view(-1, *(1,) * (x.ndim - 1)))
+        loss = F.mse_loss(velocity(noisy, t, texts), noise - x)
         update(loss)
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, average)

@@ -1,12 +1,18 @@
-"""A small FLUX, untrained: FLUX.1-dev's component classes and directory layout at 1/5000 of its size."""
+"""A small FLUX, with FLUX.1-dev's classes and directory layout at 1/5000 of its size, and how it learns to draw."""
+
+# N pictures of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from ngrpo_train.worlds import pretraining
 
 SHIFT = 3.0
 _TEXT_DIM = 64
@@ -118,3 +124,51 @@ def untrained_pipeline(clip: CLIPTokenizer, t5: T5TokenizerFast, sample_size: in
         tokenizer_2=t5,
         transformer=transformer,
     )
+
+
+def standardised(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """The latents with mean 0 and deviation 1 over all their numbers; the VAE's config gets the two constants."""
+    shift, scale = latents.mean().item(), 1 / latents.std().item()
+    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    return (latents - shift) * scale
+
+
+def train_flow(
+    pipeline: FluxPipeline,
+    latents: Tensor,
+    captions: Callable[[Sequence[int]], Sequence[str]],
+    steps: int,
+    generator: torch.Generator,
+    *,
+    text_length: int,
+    batch: int = 64,
+    average: float = 1e-3,
+) -> None:
+    """Train the pipeline's flow on standardised latents [M, C, H, W], both text encoders together with the transformer.
+
+    `text_length` is the captions' number of T5 tokens; the other arguments are those of `pretraining.train_flow`.
+    """
+    img_ids = FluxPipeline._prepare_latent_image_ids(
+        1, latents.shape[2] // 2, latents.shape[3] // 2, latents.device, latents.dtype
+    )
+    txt_ids = torch.zeros(text_length, 3)
+
+    def velocity(x: Tensor, t: Tensor, texts: Sequence[str]) -> Tensor:
+        clip_ids = pretraining.token_ids(pipeline.tokenizer, texts, pipeline.tokenizer.model_max_length)
+        t5_ids = pretraining.token_ids(pipeline.tokenizer_2, texts, text_length)
+        predicted: Tensor = pipeline.transformer(
+            hidden_states=x,
+            timestep=t,
+            # Guidance is embedded but has no meaning here; the model learns to ignore it.
+            guidance=1 + 5 * torch.rand(len(x), generator=generator),
+            encoder_hidden_states=pipeline.text_encoder_2(t5_ids)[0],
+            pooled_projections=pipeline.text_encoder(clip_ids).pooler_output,
+            txt_ids=txt_ids,
+            img_ids=img_ids,
+            return_dict=False,
+        )[0]
+        return predicted
+
+    modules = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
+    packed = FluxPipeline._pack_latents(latents, *latents.shape)
+    pretraining.train_flow(modules, packed, velocity, captions, steps, generator, batch=batch, average=average)

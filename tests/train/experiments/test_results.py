@@ -143,6 +143,13 @@ def test_the_table_has_these_numbers() -> None:
     assert summary.notes[3] == "4 iterations of tiny; x86_64 CPU, 2 threads, torch 2.13.0, 2026-01-01."
 
 
+def test_single_scores_are_shown_with_their_spread_and_the_base_models() -> None:
+    scored = [replace(each, values=each.values | {"score/clip": each.values["reward"] / 2}) for each in ROWS]
+    summary = Summary.of(replace(GRID, columns=("score/clip",)), scored, {})
+    shown = {cells[0]: cells[summary.header.index("clip")] for cells in summary.cells}
+    assert (shown[BASE_MODEL], shown["a"], shown["b"]) == ("0.250", "0.400 ± 0.035", "0.312")
+
+
 def test_seconds_as_they_are_only_from_a_gpu() -> None:
     on_gpu = [replace(each, hardware="NVIDIA H200") for each in ROWS]
     summary = Summary.of(GRID, on_gpu, {})

@@ -81,6 +81,12 @@ def test_the_course_of_a_run_by_hand(tmp_path: Path) -> None:
     assert "out_of_domain" not in middle  # one of two is not scored within runs
     assert (end["reward"], end["reward_trained_on"], end["out_of_domain"]) == (0.8, 0.4, 0.5)
 
+    # another measure of a scorer that is trained on is left out of what is out of domain
+    measured = {**RECIPE.rewards, "share": Reward(kind="good", watch_only=True)}
+    yardstick = replace(YARDSTICK, recipe=replace(RECIPE, rewards=measured))
+    scores = {"good": 0.8, "noisy": 0.4, "watched": 0.6, "share": 0.1}
+    assert yardstick.judged(scores, ["good"])["out_of_domain"] == 0.5
+
     *_, (split, step, untested) = course(metrics, RECIPE, YARDSTICK, None)
     assert (split, step, untested["reward"]) == ("none", 4, 0.7)
     assert untested["policy/clip_fraction"] == 0.3125

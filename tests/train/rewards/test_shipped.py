@@ -15,7 +15,14 @@ from ngrpo_train.rewards.towers import NOTHING
 
 FOLDER = Path(shipped.__file__).parent
 WITH_WEIGHTS = ("aesthetic", "clip", "clip_iqa", "geneval", "hpsv2_1", "hpsv3", "image_reward", "pickscore")
-OF_THE_WORLDS = ("shapes_judge", "shapes_verifier", "spelling_colour", "spelling_judge", "spelling_paper")
+OF_THE_WORLDS = (
+    "motion_verifier",
+    "shapes_judge",
+    "shapes_verifier",
+    "spelling_colour",
+    "spelling_judge",
+    "spelling_paper",
+)
 
 
 def test_every_file_is_a_reward():
