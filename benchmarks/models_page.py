@@ -25,12 +25,13 @@ MODULES = [
 ]
 POINTS = {  # letters of the page, and the tests behind them
     "a": ("velocities_are_the_pipelines_own", "dpm_solver_draws", "without_guidance"),
-    "b": ("a_batch_is_its_rows",),
+    "b": ("a_batch_is_its_rows", "candidates_of_a_prompt"),
     "c": ("gradients_are_the_velocitys",),
     "d": ("a_full_fine_tune_resumes", "adapters_leave"),
     "e": ("a_full_fine_tune_resumes", "adapters_leave"),
     "f": ("two_processes_train",),
     "g": ("commands_take",),
+    "h": ("blocks_compile_whole",),
 }
 Outcomes = Mapping[tuple[str, str], str]
 """By test and family: "" where it passed, else the reason."""

@@ -54,9 +54,9 @@ class Case:
     def sampling(self) -> Sampling:
         return Sampling(num_inference_steps=len(SIGMAS) - 1, **self.family.sampling)
 
-    def load(self, sampling: Sampling | None = None, **model: Any) -> FlowModel:
-        spec = Model(name_or_path=str(self.directory), gradient_checkpointing="none", **model)
-        settings = Parallel(device="cpu", compute_dtype="float32")
+    def load(self, sampling: Sampling | None = None, compile: str = "off", **model: Any) -> FlowModel:
+        spec = Model(**{"name_or_path": str(self.directory), "gradient_checkpointing": "none"} | model)
+        settings = Parallel(device="cpu", compute_dtype="float32", compile=compile)
         return FlowModel(spec, sampling or self.sampling, settings, torch.device("cpu"))
 
     @cached_property

@@ -4,6 +4,7 @@ The letters are those of the table in docs/models.md, which `python -m benchmark
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ngrpo_train.models.model import FlowModel
+from ngrpo_train.parallel.blocks import graphs_compiled
 
 from ...stock import draw
 from .family_case import SIGMAS, Cases, families, make_cases, solve
@@ -154,3 +156,21 @@ def test_candidates_of_a_prompt_go_together(cases: Cases, family: str) -> None:
         torch.testing.assert_close(alone[0], together[number], rtol=1e-4, atol=1e-4 * float(together.abs().max()))
     pictures = model.decode(x)
     assert all((model.decode(x[n, None])[0].int() - pictures[n].int()).abs().max() <= 1 for n in range(3))
+
+
+# --- h: blocks compile
+
+
+@families
+def test_blocks_compile_whole(cases: Cases, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block is one graph, recomputed in backward; the backend runs it as it is."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    case = cases(family)
+    compiled = case.load(compile="on", gradient_checkpointing="full")
+    x, sigma, one = case.noise(2), torch.full((2,), 0.5), torch.zeros(2, dtype=torch.int64)
+    text = compiled.encode(case.prompts[:1]).rows(one)
+    before = graphs_compiled()
+    velocity = compiled.velocity(x, sigma, text)
+    velocity.square().mean().backward()
+    assert graphs_compiled() > before
+    torch.testing.assert_close(velocity, case.model.velocity(x, sigma, text))
