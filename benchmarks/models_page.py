@@ -32,7 +32,6 @@ POINTS = {  # letters of the page, and the tests behind them
     "e": ("a_full_fine_tune_resumes", "adapters_leave"),
     "f": ("two_processes_train",),
     "g": ("commands_take",),
-    "h": ("blocks_compile_whole",),
 }
 Outcomes = Mapping[tuple[str, str], str]
 """By test and family: "" where it passed, else the reason."""

@@ -158,12 +158,13 @@ def test_candidates_of_a_prompt_go_together(cases: Cases, family: str) -> None:
     assert all((model.decode(x[n, None])[0].int() - pictures[n].int()).abs().max() <= 1 for n in range(3))
 
 
-# --- h: blocks compile
+# --- blocks compile
 
 
 @families
 def test_blocks_compile_whole(cases: Cases, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block is one graph, recomputed in backward; the backend runs it as it is."""
+    torch._dynamo.reset()  # families share blocks, and what is compiled
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     case = cases(family)
     compiled = case.load(compile="on", gradient_checkpointing="full")
