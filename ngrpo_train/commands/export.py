@@ -16,7 +16,9 @@ from ngrpo_train.recipe.parsing import is_run
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand:
-    """Write a run's weights for diffusers, a pipeline directory or a LoRA file, with a model card.
+    """Write a run's weights for diffusers, with a model card.
+
+    A full fine-tune gives a pipeline's directory, LoRA a file of adapters.
 
     If the run kept averaged weights (model.ema), these are written.
     """
