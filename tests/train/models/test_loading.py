@@ -313,10 +313,10 @@ def test_random_weights_without_text_encoders(
 
 
 @pytest.mark.parametrize(
-    "name, answer", [("random:flux-dv", "did you mean random:flux-dev?"), ("random:", "there are random:chroma1-hd")]
+    "name, answer", [("random:flux-dv", "did you mean random:flux-dev?"), ("random:", "there are random:flux-dev")]
 )
 def test_an_unknown_random_model_is_answered(load_flux: Callable[..., FlowModel], name: str, answer: str) -> None:
-    with pytest.raises(ValueError, match=rf"^model\.name_or_path = '{name}': there are random:chroma1-hd, ") as raised:
+    with pytest.raises(ValueError, match=rf"^model\.name_or_path = '{name}': there are random:flux-dev, ") as raised:
         load_flux(name)
     assert answer in str(raised.value)
 

@@ -17,6 +17,7 @@ from ngrpo_train.models.blocks_of import linear_layers
 from ngrpo_train.models.published import Configs, published
 from ngrpo_train.recipe.parsing import find_recipe, read_recipe, resolve
 from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.worlds import WORLDS
 
 DOCS = Path(__file__).parents[3] / "docs"
 PACKAGED = sorted(path.name.removesuffix(".toml") for path in (files("ngrpo_train.recipe") / "packaged").iterdir())
@@ -33,7 +34,7 @@ def configs_of(recipe: Recipe) -> Configs:
 
 
 # FLUX.1-dev's own recipes have the settings of the paper and of the scripts that it follows.
-FAMILIES = [name for name in PACKAGED if not name.startswith(("flux_", "shapes", "spelling"))]
+FAMILIES = [name for name in PACKAGED if not name.startswith(("flux_", *WORLDS))]
 ADAPTED = [name for name in PACKAGED if recipe_of(name).model.lora_targets]
 
 # A card's value, where it is not the default of its pipeline, which serves other models too.
