@@ -42,7 +42,7 @@ OR_NONE   = $(if $(ARGS)$(ONLY),|| [ $$? = 5 ])
 WING      = $(or $(wildcard tests/train/$(ONLY) tests/$(ONLY) tests/test_$(ONLY).py),$(error ONLY=$(ONLY): tests has \
 no folder of that name))
 
-check: lint types    ## lint, types and the light tests, in 100 s; ONLY=rewards (kernels, ...): one folder's tests
+check: lint types    ## lint, types and the light tests; ONLY=rewards (kernels, ...): one folder's tests
 	@$(PYTEST) $(PARALLEL) -m 'light and not slow' $(if $(ONLY),$(WING)) $(ARGS) $(OR_NONE)
 
 test: $(INSTALLED)   ## run the tests, lane by lane: the light ones first
