@@ -107,18 +107,19 @@ class Driven:
         rows: Sequence[Recorded | None] = [None] * 3
         if stored:
             rows = stored[0], Recorded.cat([stored[0], stored[0]]), Recorded.cat(stored)
-        one = self._recorded([""], pictures, rows[0])
         try:
-            twice = self._recorded(["", ""], pictures, rows[1])
-            mixed = self._recorded(["", _LONGER], pictures, rows[2])
-            self.form = Form.of(one, twice, mixed)
-            self.encoded_form = Form.of(_encoded(one), _encoded(twice), _encoded(mixed))
+            several = self._recorded(["", ""], pictures, rows[1]), self._recorded(["", _LONGER], pictures, rows[2])
         except ValueError:
             if not pictures:
                 raise
-            # An encoder that sees pictures may want one for each text.
+            several = None  # an encoder that sees pictures may want one for each text
+        one = self._recorded([""], pictures, rows[0])  # last: what it remembers of pictures is of one prompt
+        if several:
+            self.form = Form.of(one, *several)
+            self.encoded_form = Form.of(_encoded(one), *map(_encoded, several))
+        else:
             self.form, self.encoded_form = Form.of_single(one), Form.of_single(_encoded(one))
-        record = self.form.record(self._recorded([""], pictures, rows[0]))
+        record = self.form.record(one)
         self.takes_rows = self._takes_rows(record)
         self.takes_batch = self.takes_rows or self._is_taken(record, torch.tensor([0.75])) is not None
         return record
@@ -369,12 +370,10 @@ class _Seen:
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         if self.compute is None:
             raise _Ended
-        device = getattr(self.compute, "device", self.device)
 
-        def moved(value: Any) -> Any:  # some pipelines make small tensors on the CPU
-            return (
-                value.to(device, non_blocking=True) if isinstance(value, Tensor) and value.device != device else value
-            )
+        def moved(value: Any) -> Any:
+            # Some pipelines make small tensors on the CPU. Weights say nothing: offloaded ones wait in host memory.
+            return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
 
         arguments, named = pytree.tree_map(moved, (arguments, named))
         return self.compute(*arguments, **named)

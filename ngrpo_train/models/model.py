@@ -276,7 +276,9 @@ class FlowModel:
         """`velocity` without gradients, `rollout_batch` pictures at a time; to `explore`, in the rollout's dtype."""
         transformer = self._float8.model if explore and self._float8 else self.transformer
 
-        def run(rows: Tensor) -> Tensor:
+        def run(rows: Tensor | None) -> Tensor:
+            if rows is None:
+                return self.adapter.velocity(transformer, x_NS, sigma_N, conditioning)
             return self.adapter.velocity(transformer, x_NS[rows], sigma_N[rows], conditioning.rows(rows))
 
         return self._in_chunks(run, x_NS, self.settings.rollout_batch)
@@ -284,18 +286,24 @@ class FlowModel:
     @torch.no_grad()
     def decode(self, latents_NS: Tensor) -> Tensor:
         """Pictures as scorers see them: uint8 [N, 3, H, W], or videos [N, F, 3, H, W]; `decode_batch` at a time."""
-        return self._in_chunks(
-            lambda rows: self.adapter.decode(latents_NS[rows]), latents_NS, self.settings.decode_batch
-        )
 
-    def _in_chunks(self, run: Callable[[Tensor], Tensor], x: Tensor, batch: int) -> Tensor:
+        def run(rows: Tensor | None) -> Tensor:
+            return self.adapter.decode(latents_NS if rows is None else latents_NS[rows])
+
+        return self._in_chunks(run, latents_NS, self.settings.decode_batch)
+
+    def _in_chunks(self, run: Callable[[Tensor | None], Tensor], x: Tensor, batch: int) -> Tensor:
         """Call `run` with the row numbers of `x`, `batch` at a time (0: all), and join the results.
+
+        Where all rows go together, it gets None, so that nothing is picked and copied.
 
         If blocks are compiled, every chunk is filled up to `batch` with rows whose results are dropped, because another
         size would be compiled anew.
         """
         count = len(x)
         batch = batch or count
+        if batch == count or (batch > count and not self.compiled):
+            return run(None)
         results = []
         for start in range(0, count, batch):
             stop = start + batch if self.compiled else min(start + batch, count)

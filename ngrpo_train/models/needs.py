@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from ngrpo_train.models.directory import pipeline_class_name
@@ -97,6 +97,7 @@ def refuse_without_pictures(model: Model, prompts: Mapping[str, Sequence[Prompt]
         taken.refuse(f"model.{field} = {getattr(model, field)!r}", prompts)
 
 
+@cache
 def pictures_of_pipeline(kind: Any) -> Pictures:
     """The pictures that a class of diffusers' pipelines takes, by the arguments of its call.
 

@@ -230,9 +230,13 @@ class Pipeline:
         keys = self._keys(sigma_N, conditioning)
         if not keys:
             return self.driven.velocity(transformers, x_NS, sigma_N, conditioning)
+        groups = grouped(keys, self.driven.is_early, self.device)
+        if len(groups) == 1:
+            sigmas = sigma_N if self.driven.takes_rows else torch.tensor([groups[0].sigma])
+            return self.driven.velocity(transformers, x_NS, sigmas, conditioning)
         each: dict[int, Tensor] = {}
         uncounted = torch.zeros((), device=x_NS.device)
-        for group in grouped(keys, self.driven.is_early, self.device):
+        for group in groups:
             rows = torch.tensor(group.numbers, device=x_NS.device)
             sigma = sigma_N[rows] if self.driven.takes_rows else torch.full((len(rows),), group.sigma)
             velocity = self.driven.velocity(transformers, x_NS[rows], sigma, conditioning.rows(rows))
@@ -297,9 +301,13 @@ class Pipeline:
         """
         self._take_pictures_as(prompts[0])
         rows = self._recorded(self._cache.rows(prompts)) if self._cache else [None] * len(prompts)
+        fewer = self._placed.most_uses(len(prompts)) - len(prompts)
         with self._placed.on_device():
             each = zip(prompts, rows, strict=True)
-            return Recorded.cat([self.driven.record(prompt.text, self._pictures(prompt), row) for prompt, row in each])
+            records = [self.driven.record(prompt.text, self._pictures(prompt), row) for prompt, row in each]
+            for _ in range(fewer):
+                self.driven.record("", self._blank_pictures())  # other processes wait for this one's encoders
+        return Recorded.cat(records)
 
     def encode_alone(self, prompts: Sequence[Prompt]) -> list[Recorded]:
         """What the pipeline's encoders give for P prompts, to be stored: nothing that it prepares from it."""

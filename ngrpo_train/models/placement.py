@@ -29,6 +29,7 @@ class Placed:
         self._device = device
         self._offloaded: list[tuple[Tensor, Tensor]] = []  # a weight or buffer, and its values in host memory
         sharded = placement == "shard" and processes.world_size() > 1
+        self._collective = sharded and bool(encoders)
         for encoder in encoders:
             # fully_shard takes layer by layer to the device: all of the encoder at once may not have room there.
             home = torch.device("cpu") if placement == "offload" or sharded else device
@@ -40,6 +41,15 @@ class Placed:
                 if device.type == "cuda":
                     tensor.data = tensor.data.pin_memory()
                 self._offloaded.append((tensor, tensor.data))
+
+    def most_uses(self, uses: int) -> int:
+        """How often the process uses its encoders that uses them most, where this one uses them `uses` times.
+
+        Each process must use sharded encoders as often. Others are not counted.
+        """
+        if not self._collective:
+            return uses
+        return int(processes.all_gather(torch.tensor(uses, device=self._device)).max())
 
     @contextmanager
     def on_device(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import chain, count, takewhile
 from typing import Any
 
@@ -186,13 +187,19 @@ class Recorded:
         for number, leaf in enumerate(self.form.leaves):
             if leaf.is_repeated:
                 values[number] = values[number].expand(self.count, *values[number].shape[1:])
-        returned = pytree.tree_unflatten(values, pytree.treespec_loads(self.form.spec))
+        returned = pytree.tree_unflatten(values, _spec(self.form.spec))
         return iter(list(zip(self.form.names, returned, strict=True)))
 
     def unlike(self) -> list[tuple[int, ...]]:
         """For each row, a key of what it has for itself; empty where nothing is. Rows of one key may go together."""
         own = [value.entries for value in self.values if isinstance(value, Own)]
         return list(zip(*([id(entry) for entry in entries] for entries in own), strict=True))
+
+
+@lru_cache
+def _spec(text: str) -> pytree.TreeSpec:
+    """The spec of a form, which every velocity asks for."""
+    return pytree.treespec_loads(text)
 
 
 def _flat(calls: Sequence[Call]) -> tuple[list[Any], pytree.TreeSpec]:

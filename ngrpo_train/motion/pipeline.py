@@ -11,7 +11,6 @@ from ngrpo_train.worlds import small_flux
 
 WORDS = ("a", "that", "moves", *COLOURS, *SHAPES, *MOTIONS)
 MAX_SEQUENCE_LENGTH = 8  # tokens: six words and the end, and one to spare
-_TEXT_DIM = 64
 _CHANNELS = 16
 _VAE_PATCH = 2  # the VAE sees squares of 2 x 2 pixels: a quarter of the work
 
@@ -40,28 +39,14 @@ def untrained_pipeline() -> WanPipeline:
         latents_std=[1.0] * _CHANNELS,
     )
     words = tokenizer()
-    text_encoder = UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=len(words),
-            d_model=_TEXT_DIM,
-            d_ff=2 * _TEXT_DIM,
-            d_kv=16,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=0,
-            eos_token_id=1,
-            decoder_start_token_id=0,
-        )
-    )
+    text_encoder = UMT5EncoderModel(UMT5Config(**small_flux.t5_config(words)))
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=4,
         attention_head_dim=32,
         in_channels=_CHANNELS,
         out_channels=_CHANNELS,
-        text_dim=_TEXT_DIM,
+        text_dim=small_flux.TEXT_DIM,
         freq_dim=64,
         ffn_dim=512,
         num_layers=4,

@@ -18,7 +18,7 @@ IMAGE = "image"
 MASK = "mask"
 """The field of a row that names the mask of its picture: white where the picture is to be filled."""
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # from PIL, for what is no whole picture
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # from PIL, for what is no whole picture
 _TO_BE_FILLED = (128, 128, 128)
 _TURNED = range(5, 9)  # values of Exif's orientation for a picture that lies on its side
 
@@ -99,7 +99,7 @@ def _looked_at(row: Mapping[str, Any], field: str) -> tuple[Path, tuple[int, int
             # Without the condition, PIL would read the whole of a PNG file to look for Exif behind its pixels.
             turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
             return file, image.size[::-1] if turned else image.size
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         told = str(error) if str(file) in str(error) else f"{file}: {error}"
         raise ValueError(f'needs the picture that the row\'s field "{field}" names: {told}') from error
 
@@ -120,7 +120,7 @@ def _read(file: Path, mode: str) -> Image.Image:
             _refuse_mode(image)
             ImageOps.exif_transpose(image, in_place=True)
             return image.convert(mode)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"{file}: {error}") from error
 
 

@@ -14,12 +14,12 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torch.nn import functional
 
-from ngrpo_train.prompts.picture_files import read_picture
+from ngrpo_train.prompts.picture_files import UNREADABLE, read_picture
 from ngrpo_train.rewards.frames import are_pictures, chosen_frames, dtype_and_shape
 
 _IN_A_STRIP = 8
 _SIDE_IN_A_STRIP = 256  # pixels: larger frames are reduced to this or a little more
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # from PIL
+_UNREADABLE = (*UNREADABLE, EOFError)  # from PIL, also for frames that are missing
 
 # WebP keeps equal frames in a row as one. So each stands in a file once, and its description says for how many.
 _COUNTS = re.compile(r"ngrpo: frames stand for (\d+(?: \d+)*)")

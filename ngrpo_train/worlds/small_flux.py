@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -15,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from ngrpo_train.worlds import pretraining
 
 SHIFT = 3.0
-_TEXT_DIM = 64
+TEXT_DIM = 64
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -53,6 +54,23 @@ def t5_tokenizer(words: Sequence[str]) -> T5TokenizerFast:
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
 
+def t5_config(tokenizer: T5TokenizerFast) -> dict[str, Any]:
+    """The sizes of a world's T5 or UMT5, for its tokenizer."""
+    return {
+        "vocab_size": len(tokenizer),
+        "d_model": TEXT_DIM,
+        "d_ff": 2 * TEXT_DIM,
+        "d_kv": 16,
+        "num_layers": 2,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu",
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    }
+
+
 def untrained_pipeline(clip: CLIPTokenizer, t5: T5TokenizerFast, sample_size: int) -> FluxPipeline:
     """A pipeline with random weights from torch's global generator; 2.4 M parameters.
 
@@ -61,32 +79,18 @@ def untrained_pipeline(clip: CLIPTokenizer, t5: T5TokenizerFast, sample_size: in
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(clip),
-            hidden_size=_TEXT_DIM,
-            intermediate_size=2 * _TEXT_DIM,
+            hidden_size=TEXT_DIM,
+            intermediate_size=2 * TEXT_DIM,
             num_hidden_layers=1,
             num_attention_heads=4,
-            projection_dim=_TEXT_DIM,
+            projection_dim=TEXT_DIM,
             max_position_embeddings=clip.model_max_length,
             bos_token_id=clip.bos_token_id,
             eos_token_id=clip.eos_token_id,
             pad_token_id=clip.pad_token_id,
         )
     )
-    text_encoder_2 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(t5),
-            d_model=_TEXT_DIM,
-            d_ff=2 * _TEXT_DIM,
-            d_kv=16,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=0,
-            eos_token_id=1,
-            decoder_start_token_id=0,
-        )
-    )
+    text_encoder_2 = T5EncoderModel(T5Config(**t5_config(t5)))
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
@@ -94,8 +98,8 @@ def untrained_pipeline(clip: CLIPTokenizer, t5: T5TokenizerFast, sample_size: in
         num_single_layers=3,
         attention_head_dim=32,
         num_attention_heads=4,
-        joint_attention_dim=_TEXT_DIM,
-        pooled_projection_dim=_TEXT_DIM,
+        joint_attention_dim=TEXT_DIM,
+        pooled_projection_dim=TEXT_DIM,
         guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
     )
