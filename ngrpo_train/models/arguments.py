@@ -52,8 +52,8 @@ def refuse_other_scheduler(scheduler: Any, name: str) -> None:
     raise ValueError(f"model.name_or_path = {name!r} is no flow model: its scheduler, {kind}, {predicts}")
 
 
-def fixed_arguments(pipeline: Any, described: Mapping[str, Any], sampling: Sampling) -> dict[str, Any]:
-    """The arguments of every call; `described` are the transformers, of which only the configs are looked at.
+def fixed_arguments(pipeline: Any, sampling: Sampling) -> dict[str, Any]:
+    """The arguments of every call, but for guidance.
 
     Raises ValueError, naming the field and its value, for what this pipeline does not take.
     """
@@ -71,12 +71,15 @@ def fixed_arguments(pipeline: Any, described: Mapping[str, Any], sampling: Sampl
             f"sampling.num_frames = {sampling.num_frames}: a {type(pipeline).__name__} draws pictures, of 1 frame"
         )
     fixed = {name: value for name, value in wanted.items() if name in taken}
-    return fixed | _guidance(pipeline, described, taken, sampling)
+    return fixed
 
 
-def _guidance(
-    pipeline: Any, described: Mapping[str, Any], taken: Mapping[str, Any], sampling: Sampling
-) -> dict[str, Any]:
+def guidance_arguments(pipeline: Any, described: Mapping[str, Any], sampling: Sampling) -> dict[str, Any]:
+    """The arguments of every call that say how it is guided; `described` are the transformers, for their configs.
+
+    Raises ValueError, naming the field and its value, for what this pipeline does not take.
+    """
+    taken = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
     scale, negative = sampling.guidance_scale, sampling.negative_prompt
     kind = type(pipeline).__name__
     if _is_input(taken, described):

@@ -137,6 +137,11 @@ class Flux:
         )[0]
         return velocity
 
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call that mean the recipe's guidance."""
+        return {"guidance_scale": self.sampling.guidance_scale} if self._config.guidance_embeds else {}
+
     # -- Text and pictures ---------------------------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[Prompt]) -> TextFeatures:

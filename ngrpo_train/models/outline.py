@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import BatchEncoding
 
-from ngrpo_train.models.arguments import fixed_arguments, refuse_other_size
+from ngrpo_train.models.arguments import fixed_arguments, guidance_arguments, refuse_other_size
 from ngrpo_train.models.driven import Driven
 from ngrpo_train.models.kinds import each_kind_once
 from ngrpo_train.models.loading import quiet_diffusers
@@ -60,7 +60,7 @@ class Outline:
         }
         transformers = {name: each for name, each in self._modules.items() if name.startswith("transformer")}
         pipeline = _assembled(kind, configs, self._modules, sampling)
-        fixed = fixed_arguments(pipeline, transformers, sampling)
+        fixed = fixed_arguments(pipeline, sampling) | guidance_arguments(pipeline, transformers, sampling)
         self._names = tuple(transformers)
         self._driven = Driven(pipeline, fixed, transformers, torch.device("cpu"), dtype)
         size = sampling.width, sampling.height

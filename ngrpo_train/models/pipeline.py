@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ngrpo_train.models.arguments import (
     fixed_arguments,
+    guidance_arguments,
     is_guided,
     pipeline_class,
     refuse_other_scheduler,
@@ -109,7 +110,9 @@ class Pipeline:
         self._names = {folder: empty.state_dict().keys() for folder, empty in self._seen.items()}
         self._placed = Placed(self._encoder_modules(), settings.text_encoders, device, frozen_dtype(device))
         self._prepare_vae()
-        fixed = fixed_arguments(self._pipeline, self._seen, sampling)
+        self.guidance = guidance_arguments(self._pipeline, self._seen, sampling)
+        """The arguments of the pipeline's call that mean the recipe's guidance."""
+        fixed = fixed_arguments(self._pipeline, sampling) | self.guidance
         self._cache = self._opened(Path(embeddings).expanduser()) if embeddings else None
         self.driven = Driven(self._pipeline, fixed, self._seen, device, self._compute_dtype)
         self.fields: tuple[str, ...] = ()

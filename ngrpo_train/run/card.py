@@ -7,9 +7,10 @@ import importlib.metadata
 import inspect
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ngrpo_train.models.directory import hub_id, licence_of
@@ -34,15 +35,25 @@ def export_run(model: FlowModel, recipe: Recipe, run: Path, step: int, directory
     """
     export(model, directory)
     if processes.rank() == 0:
-        card = model_card(model.adapter.kind, recipe, run, step, directory, repository)
+        guidance = getattr(model.adapter, "guidance", {})
+        card = model_card(model.adapter.kind, recipe, run, step, directory, repository, guidance)
         (directory / "README.md").write_text(card, encoding="utf-8")
     return directory
 
 
-def model_card(kind: Any, recipe: Recipe, run: Path, step: int, directory: Path, repository: str) -> str:
+def model_card(
+    kind: Any,
+    recipe: Recipe,
+    run: Path,
+    step: int,
+    directory: Path,
+    repository: str,
+    guidance: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
     """The card of weights in `directory`, which pipelines of the class `kind` read (None: none of diffusers' does).
 
-    If the run ended at `step` with a table of before and after, the card has it, and its picture goes into `directory`.
+    `guidance` are the arguments of the pipeline's call that mean the recipe's. If the run ended at `step` with a table
+    of before and after, the card has it, and its picture goes into `directory`.
     """
     scores = _scores(run) if step == recipe.train.steps else None
     name, algorithm = _name_of(recipe.model), recipe.algorithm.name
@@ -56,7 +67,7 @@ def model_card(kind: Any, recipe: Recipe, run: Path, step: int, directory: Path,
         parts += _before_and_after(run, recipe, scores, directory)
     if kind is not None:
         prompt = next(iter(scores[1].by_set.values())).prompts[0].text if scores else "..."
-        parts += ["## Use", _fenced("python", _usage(kind, recipe, directory, repository, prompt))]
+        parts += ["## Use", _fenced("python", _usage(kind, recipe, directory, repository, prompt, guidance))]
         parts.append(_trained_at(recipe))
     parts += ["## Recipe", _fenced("toml", as_toml(_without_places(recipe)))]
     return f"---\n{_header(kind, recipe)}---\n\n" + "\n\n".join(parts) + "\n"
@@ -102,8 +113,10 @@ def _before_and_after(
         yield f"![pictures before and after]({_PICTURE})"
 
 
-def _usage(kind: Any, recipe: Recipe, directory: Path, repository: str, prompt: str) -> str:
-    """A program that loads the weights and draws by them."""
+def _usage(
+    kind: Any, recipe: Recipe, directory: Path, repository: str, prompt: str, guidance: Mapping[str, Any]
+) -> str:
+    """A program that loads the weights and draws by them, as the run's evaluations do."""
     lora, place = recipe.model.tuning == "lora", repository or _HERE
     loaded = _name_of(recipe.model) if lora else place
     lines = [f'pipe = {kind.__name__}.from_pretrained("{loaded}", dtype=torch.{recipe.parallel.compute_dtype})']
@@ -117,7 +130,8 @@ def _usage(kind: Any, recipe: Recipe, directory: Path, repository: str, prompt: 
     is_video = recipe.sampling.num_frames > 1
     lines += [f'{name} = load_image("{name}.png")' for name in given]
     arguments = {"prompt": json.dumps(prompt, ensure_ascii=False)} | {name: name for name in given}
-    arguments |= {name: str(value) for name, value in _drawn(kind, recipe.evaluation_sampling()).items()}
+    drawn = _drawn(kind, recipe.evaluation_sampling()) | dict(guidance)
+    arguments |= {name: json.dumps(value, ensure_ascii=False) for name, value in drawn.items()}
     call = f"pipe({', '.join(f'{name}={value}' for name, value in arguments.items())})"
     lines += [f"frames = {call}.frames[0]", 'export_to_video(frames, "video.mp4")'] if is_video else []
     lines += [] if is_video else [f'{call}.images[0].save("picture.png")']
@@ -141,7 +155,7 @@ def _trained_at(recipe: Recipe) -> str:
 def _drawn(kind: Any, sampling: Sampling) -> dict[str, int]:
     """The arguments of a pipeline's call that say what to draw, and in how many steps."""
     taken = inspect.signature(inspect.unwrap(kind.__call__)).parameters
-    names = ("height", "width", "num_frames", "num_inference_steps")
+    names = ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length")
     return {name: getattr(sampling, name) for name in names if name in taken}
 
 

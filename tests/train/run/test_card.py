@@ -190,7 +190,8 @@ def test_the_program_draws(
     recipe = with_model(recipe, tuning=tuning)
     export_run(load_flux(tiny_dev, tuning=tuning), recipe, run, 2, run / "export")
     program = block((run / "export" / "README.md").read_text(), "python")
-    assert 'prompt="a circle\'s edge", height=32, width=32, num_inference_steps=4' in program
+    drawn = "height=32, width=32, num_inference_steps=4, max_sequence_length=16, guidance_scale=3.5"
+    assert f'prompt="a circle\'s edge", {drawn})' in program
     base = Path(tiny_dev).name
     assert (f'"{base}"' in program) == (tuning == "lora")
     program = program.replace("path/to/this/directory", str(run / "export")).replace(f'"{base}"', f'"{tiny_dev}"')
