@@ -56,8 +56,9 @@ families: $(INSTALLED) ## run the tests of all families of models, of which make
 	    tests/train/models/test_family_runs.py tests/train/models/test_family_ranks.py \
 	    tests/train/models/test_family_commands.py $(ARGS)
 
+# Triton's interpreter computes in numpy, which these variables do not reach; how a run ends is no matter of rounding.
 portable: $(INSTALLED) ## run the kernels' and the distributed tests with the smallest instruction set
-	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(PARALLEL) \
+	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(PARALLEL) -k "not triton and not killed" \
 	    tests/kernels tests/train/run/test_distributed.py --ignore tests/kernels/test_compile.py $(ARGS)
 
 lint: $(INSTALLED)   ## ruff

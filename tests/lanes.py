@@ -29,6 +29,8 @@ _HEAVY = {
     "ngrpo_train.run.trainer.Trainer",
     "ngrpo_train.profiling.measure.profile",
     "ngrpo_train.plan.activations.measuring",
+    "ngrpo_train.plan.flops.transformer_flops",
+    "ngrpo_train.plan.trace.traced",
     "ngrpo_train.rewards.tesseract.Tesseract",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.utils.flop_counter.FlopCounterMode",

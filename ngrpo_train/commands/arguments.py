@@ -54,10 +54,10 @@ def recipe_of(source: str) -> Recipe:
     if source in WORLDS:
         return resolve(read_recipe(find_recipe(f"{source}_cpu")), name=f"{source}_cpu")
     recipe = Recipe(model=Model(name_or_path=source))
-    packaged = (resolve(read_recipe(find_recipe(name)), name=name) for name in packaged_recipes())
-    known = {
-        (each.sampling, each.evaluation.num_inference_steps) for each in packaged if each.model.name_or_path == source
-    }
+    packaged = {name: read_recipe(find_recipe(name)) for name in packaged_recipes()}
+    of_model = {name: each for name, each in packaged.items() if each["model"]["name_or_path"] == source}
+    resolved = [resolve(each, name=name) for name, each in of_model.items()]
+    known = {(each.sampling, each.evaluation.num_inference_steps) for each in resolved}
     if len(known) != 1:
         return recipe
     [(sampling, steps)] = known

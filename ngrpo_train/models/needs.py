@@ -103,10 +103,12 @@ def pictures_of_pipeline(kind: Any) -> Pictures:
 
     They may be left out where diffusers lists the pipeline among those that draw from a text alone.
     """
-    from diffusers.pipelines import auto_pipeline
-
     arguments = inspect.signature(kind.__call__).parameters
     fields = tuple(field for field, argument in ARGUMENTS.items() if argument in arguments)
+    if not fields:
+        return Pictures()
+    from diffusers.pipelines import auto_pipeline  # a second: it imports all that it lists
+
     from_text = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
     if kind in from_text and kind.__name__ not in _EDITORS:
         return Pictures(optional=fields)

@@ -64,10 +64,10 @@ def settle_memory(recipe: Recipe, device: torch.device) -> Parallel:
 def cost_of(recipe: Recipe, device: torch.device) -> Cost:
     """The counter of an iteration's cost; without utilisation where the device's peak or the model is not known."""
     machine, architecture = _machine(device), _architecture(recipe)
-    if not architecture:
+    if not machine or not architecture:
         return Cost(device, 0.0, 0.0, 0.0)
     flops = plan.iteration_flops(recipe, architecture)
-    return Cost(device, flops.model, flops.hardware, machine.tflops * 1e12 if machine else 0.0)
+    return Cost(device, flops.model, flops.hardware, machine.tflops * 1e12)
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def _machine(device: torch.device) -> Machine | None:
 
 
 def _fastest_attention(recipe: Recipe, device: torch.device) -> str:
-    shapes = _attention_shapes(recipe)
+    shapes = _attention_shapes(recipe) if device.type == "cuda" else None  # they take seconds to find
     return attention.choose(shapes, device) if shapes else "native"
 
 
