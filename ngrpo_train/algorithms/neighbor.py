@@ -61,6 +61,7 @@ from ngrpo_kernels import leaping_log_ratio, neighbor_grpo_loss_from_velocity
 from ngrpo_train.algorithms.advantages import group_rewards, quasi_norm
 from ngrpo_train.draws import draw_anchors, draw_train_steps
 from ngrpo_train.models.model import Conditioning, FlowModel
+from ngrpo_train.parallel.sending import sent
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.algorithms import Neighbor
 from ngrpo_train.recipe.sections import Sampling
@@ -122,9 +123,8 @@ class Neighborhoods:
         ]
 
     def rows(self, prompt_r: Tensor, row_r: Tensor, real: int) -> AnchorRows:
-        device = self.candidates_PKGS.device
-        step_r = self.step_PK[prompt_r, row_r].to(device)
-        p, k = prompt_r.to(device), row_r.to(device)
+        index = torch.stack([prompt_r, row_r, self.step_PK[prompt_r, row_r]])
+        p, k, step_r = sent(index, self.candidates_PKGS.device)
         sigma_before_r = self.sigma_before_PK[p, k]
         return AnchorRows(
             real=real,
@@ -168,7 +168,7 @@ class NeighborGRPO:
         noise = [neighborhood(model.latent_shape, settings.num_generations, settings.sigma, **draw) for draw in draws]
         anchors = [draw_anchors(settings.num_generations, settings.num_anchors, **draw) for draw in draws]
         steps = [draw_train_steps((trainable.start, trainable.stop), K, **draw) for draw in draws]
-        noise_PGS = torch.stack(noise).to(model.device)
+        noise_PGS = sent(torch.stack(noise), model.device)
         return explored(model, prompts, noise_PGS, self.sigmas, torch.stack(steps), torch.stack(anchors))
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
@@ -196,7 +196,8 @@ def explored(
     shape_S = noise_PGS.shape[2:]
     conditioning = model.encode(prompts)
     of_picture = torch.arange(P, device=noise_PGS.device).repeat_interleave(G)
-    anchor_PB = anchor_PB.to(noise_PGS.device)
+    anchor_PB = sent(anchor_PB, noise_PGS.device)
+    sigma_before_PK, sigma_after_PK = sent(torch.stack([sigmas[step_PK], sigmas[step_PK + 1]]), noise_PGS.device)
 
     latents = noise_PGS.new_empty(P, K, B, *shape_S)
     candidates = noise_PGS.new_empty(P, K, G, *shape_S)
@@ -212,8 +213,8 @@ def explored(
         conditioning=conditioning,
         step_PK=step_PK,
         anchor_PB=anchor_PB,
-        sigma_before_PK=sigmas[step_PK].to(noise_PGS.device),
-        sigma_after_PK=sigmas[step_PK + 1].to(noise_PGS.device),
+        sigma_before_PK=sigma_before_PK,
+        sigma_after_PK=sigma_after_PK,
         latents_PKBS=latents,
         candidates_PKGS=candidates,
         velocity_PKBS=velocity,

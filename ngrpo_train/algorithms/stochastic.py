@@ -16,6 +16,7 @@ from ngrpo_kernels import gaussian_log_ratio
 from ngrpo_train.algorithms.advantages import group_rewards, standardised
 from ngrpo_train.draws import NOISE, draw_train_steps, stream
 from ngrpo_train.models.model import Conditioning, FlowModel
+from ngrpo_train.parallel.sending import sent
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.algorithms import Algorithm, Stochastic
 from ngrpo_train.recipe.sections import Sampling
@@ -63,12 +64,10 @@ class Transitions:
 
     def take(self, chosen: Tensor) -> Transitions:
         """The transitions with the indices `chosen` of each prompt, int64 [P, M'] on the CPU."""
+        device = self.final_PGS.device
         of_prompt = torch.arange(len(chosen))[:, None]
-
-        def taken(values: Tensor) -> Tensor:
-            return values[of_prompt.to(values.device), chosen.to(values.device)]
-
-        return self._with({name: taken(value) for name, value in self._of_transitions().items()})
+        index = {chosen.device: (of_prompt, chosen), device: (sent(of_prompt, device), sent(chosen, device))}
+        return self._with({name: value[index[value.device]] for name, value in self._of_transitions().items()})
 
     def _of_transitions(self) -> dict[str, Tensor]:
         return {entry.name: getattr(self, entry.name) for entry in fields(self) if "_PM" in entry.name}
@@ -82,9 +81,8 @@ class Transitions:
         return [self._with({name: part[i] for name, part in parts.items()}) for i in range(updates)]
 
     def rows(self, prompt_r: Tensor, row_r: Tensor, real: int) -> TransitionRows:
-        device = self.final_PGS.device
-        step_r = self.step_PM[prompt_r, row_r].to(device)
-        p, m = prompt_r.to(device), row_r.to(device)
+        index = [prompt_r, row_r, self.step_PM[prompt_r, row_r], self.advantage_PM[prompt_r, row_r]]
+        p, m, step_r, advantage_r = sent(torch.stack(index), self.final_PGS.device)
         return TransitionRows(
             real=real,
             prompt_r=p,
@@ -93,7 +91,7 @@ class Transitions:
             sigma_before_r=self.sigma_before_PM[p, m],
             rollout_velocity_rbS=self.velocity_PMS[p, m, None],
             conditioning=self.conditioning.rows(p),
-            advantage_r=self.advantage_PM[prompt_r, row_r].to(device),
+            advantage_r=advantage_r,
             slope_r=self.slope_PM[p, m],
             std_r=self.std_PM[p, m],
             noise_r1S=self.noise_PMS[p, m, None],
@@ -240,7 +238,7 @@ def draw_noise(model: FlowModel, draws: Sequence[dict[str, int]], count: int, pu
     """Standard normal noise [P, count, *S] on the device, with a separate random stream for each of the P `draws`."""
     shape = (count, *model.latent_shape)
     drawn = [torch.randn(shape, generator=stream(**draw, purpose=purpose)) for draw in draws]
-    return torch.stack(drawn).to(model.device)
+    return sent(torch.stack(drawn), model.device)
 
 
 @torch.no_grad()
@@ -275,7 +273,7 @@ def random_walk(
     conditioning = model.encode(prompts)
     of_picture = torch.arange(P, device=device).repeat_interleave(G)
     kept = {name: start_PGS.new_empty(P, G, K, *shape_S) for name in ("latents", "noise", "velocity")}
-    order = order_PG.to(device)
+    order = sent(order_PG, device)
     final = start_PGS
     for step in generate(
         model, start_PGS.flatten(0, 1), conditioning.rows(of_picture), walk.sigmas, explore=True, solver=solver
@@ -303,5 +301,5 @@ def random_walk(
 def step_constants(sigmas: Tensor, std: Sequence[float], step_PM: Tensor, device: torch.device) -> dict[str, Tensor]:
     """The fields of `Transitions` for sigma, slope and standard deviation of the steps: [P, M] each, on the device."""
     each = [(float(s), mean_slope(float(s), float(n), d), d) for s, n, d in zip(sigmas, sigmas[1:], std, strict=False)]
-    sigma, slope, spread = torch.tensor(each).T[:, step_PM].to(device)
+    sigma, slope, spread = sent(torch.tensor(each).T[:, step_PM], device)
     return {"sigma_before_PM": sigma, "slope_PM": slope, "std_PM": spread}

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ngrpo_train.models.recorded import Call, Form, Recorded
+from ngrpo_train.parallel.sending import sent
 
 _ENCODING, _LATENTS = "encode_", "prepare_latents"
 _NOT_RECORDED = {"prepare_extra_step_kwargs", "prepare_ip_adapter_image_embeds"}
@@ -308,7 +309,7 @@ class Driven:
             finally:
                 self._depth -= 1
             if not self._depth:
-                self._processed.append(value.to(self.device) if isinstance(value, Tensor) else value)
+                self._processed.append(sent(value, self.device) if isinstance(value, Tensor) else value)
             return value
 
         return answer
@@ -373,7 +374,7 @@ class _Seen:
 
         def moved(value: Any) -> Any:
             # Some pipelines make small tensors on the CPU. Weights say nothing: offloaded ones wait in host memory.
-            return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            return sent(value, self.device) if isinstance(value, Tensor) else value
 
         arguments, named = pytree.tree_map(moved, (arguments, named))
         return self.compute(*arguments, **named)

@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ngrpo_train.parallel.sending import sent
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.prompts.picture_files import is_named, named_picture
 from ngrpo_train.recipe.sections import Sampling
@@ -163,9 +164,9 @@ class EmbeddingCache:
         return self.examples[0] | own if self.examples else own
 
     def _moved(self, row: Row) -> dict[str, Tensor]:
-        """The tensors on the device; with pinned memory the copy need not wait for it."""
+        """The tensors on the device."""
         if self.device.type == "cuda":
-            return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in row.items()}
+            return {name: sent(tensor, self.device) for name, tensor in row.items()}
         return {name: tensor.clone() for name, tensor in row.items()}  # a file's may lie unaligned, and round otherwise
 
     def _hash(self, prompt: Prompt) -> str:

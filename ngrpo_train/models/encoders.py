@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ngrpo_train.models.embeddings import EmbeddingCache, Row
 from ngrpo_train.models.placement import Placed, Placement
+from ngrpo_train.parallel.sending import sent
 from ngrpo_train.prompts import Prompt
 
 logger = logging.getLogger(__name__)
@@ -118,8 +119,7 @@ class TextEncoders:
     def _tokens(self, tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
         """Tokens int64 [P, length] on the device, cut or padded. Nothing masks the padding: FLUX was trained so."""
         tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        ids: Tensor = tokens.input_ids
-        return ids.to(self.device)
+        return sent(tokens.input_ids, self.device)
 
     def _warn_of_length(self, prompts: Sequence[str]) -> None:
         if self._warned_of_length:

@@ -53,6 +53,7 @@ from ngrpo_train.models.saving import below, save_adapters, save_whole
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.blocks import compile_whole
 from ngrpo_train.parallel.layout import compiles
+from ngrpo_train.parallel.sending import sent
 from ngrpo_train.parallel.sharding import trained_parts
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.prompts.picture_files import MASK, is_named, prepared_picture
@@ -240,7 +241,7 @@ class Pipeline:
         each: dict[int, Tensor] = {}
         uncounted = torch.zeros((), device=x_NS.device)
         for group in groups:
-            rows = torch.tensor(group.numbers, device=x_NS.device)
+            rows = sent(torch.tensor(group.numbers), x_NS.device)
             sigma = sigma_N[rows] if self.driven.takes_rows else torch.full((len(rows),), group.sigma)
             velocity = self.driven.velocity(transformers, x_NS[rows], sigma, conditioning.rows(rows))
             if group.counts:

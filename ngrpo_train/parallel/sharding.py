@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.layout import Layout
+from ngrpo_train.parallel.sending import sent
 from ngrpo_train.recipe.sections import Model, Parallel
 
 
@@ -145,7 +146,7 @@ def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float, device: 
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     shards = [processes.local(gradient) for gradient in gradients]
-    squares = torch.stack(torch._foreach_norm(shards, 2, dtype=torch.float32)).square().sum().to(device)
+    squares = sent(torch.stack(torch._foreach_norm(shards, 2, dtype=torch.float32)).square().sum(), device)
     if isinstance(gradients[0], DTensor):
         group = gradients[0].device_mesh.get_group("shard")
         dist.all_reduce(squares, group=group)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_train.parallel import processes
+from ngrpo_train.parallel.sending import sent
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.named import import_named
 from ngrpo_train.recipe.parsing import suggestion
@@ -125,7 +126,7 @@ class Rewards:
         computed = {
             name: self._score_with(name, self._shown(name, images), prompts) for name in names if name not in elsewhere
         }
-        answers = (answer.to(images.device) for answer in threads.results(pending))
+        answers = (sent(answer, images.device) for answer in threads.results(pending))
         answered = dict(zip(elsewhere, answers, strict=True))
         return torch.stack([(computed | answered)[name] for name in names])
 

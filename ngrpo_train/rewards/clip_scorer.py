@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from ngrpo_train.parallel.sending import sent
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards.pixels import CLIP_MEAN, CLIP_STD, longest_edge_pad, normalise, resize, shortest_edge_crop
 from ngrpo_train.rewards.scorer import ModelScorer
@@ -132,7 +133,7 @@ class ClipScorer(ModelScorer):
         return rows
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        parts = self.tokens(prompts).to(self.device).split(self.settings.batch)
+        parts = sent(self.tokens(prompts), self.device).split(self.settings.batch)
         return (unit(torch.cat([self.model.get_text_features(part).pooler_output for part in parts])),)
 
     def score(self, pixels: Tensor, *encoded: Tensor) -> Tensor:

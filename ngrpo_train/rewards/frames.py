@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ngrpo_train.parallel.sending import sent
 from ngrpo_train.recipe.sections import Frames
 
 
@@ -37,4 +38,4 @@ def chosen_frames(images: Tensor, frames: Frames) -> Tensor:
     """The chosen frames [N, f, 3, H, W] of videos [N, F, 3, H, W]; a picture of [N, 3, H, W] is its only frame."""
     if images.dim() == 4:
         return images[:, None]
-    return images.index_select(1, torch.tensor(places(frames, images.shape[1]), device=images.device))
+    return images.index_select(1, sent(torch.tensor(places(frames, images.shape[1])), images.device))

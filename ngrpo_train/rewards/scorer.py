@@ -21,6 +21,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ngrpo_train.parallel.sending import sent
 from ngrpo_train.recipe.sections import Reward
 
 Scorer = Callable[..., Tensor]
@@ -110,4 +111,4 @@ class ModelScorer(WithWeights, ABC):
         place = {prompt: row for row, prompt in enumerate(distinct)}
         with torch.no_grad():
             encoded = self.encode(distinct)
-        return encoded, torch.tensor([place[prompt] for prompt in prompts], device=self.device)
+        return encoded, sent(torch.tensor([place[prompt] for prompt in prompts]), self.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes, sharding
+from ngrpo_train.parallel.sending import sent
 from ngrpo_train.recipe.algorithms import Algorithm
 from ngrpo_train.update.optimizer import guarded_step
 from ngrpo_train.update.rows import Explored, Rows, batches_of_rows
@@ -107,7 +108,7 @@ def update(
     else:  # compiled code always gets the same number of rows, because another would be another compilation
         rows_per_batch = (P if model.compiled else signal.most_active) * most_rows
     num_batches = -(-signal.most_active * most_rows // rows_per_batch)
-    local = signal.local.to(device, non_blocking=True)
+    local = sent(signal.local, device)
 
     def batches(block: Explored) -> Iterator[Rows]:
         return batches_of_rows(block, signal.active_P, num_batches, rows_per_batch)

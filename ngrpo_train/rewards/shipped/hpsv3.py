@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig
 
+from ngrpo_train.parallel.sending import sent
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards.clip_scorer import native_only
 from ngrpo_train.rewards.pixels import normalise, resize
@@ -137,8 +138,8 @@ class HPSv3(ModelScorer):
         """Ids, int64 [M, L], of the whole text around the picture, and the place of each mark among them, int64 [M]."""
         rows = [[*self.lead, *self.tokenize(BEFORE_PROMPT + prompt + AFTER_PROMPT)] for prompt in prompts]
         longest = max(len(row) for row in rows)
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
-        return ids, torch.tensor([len(row) - 1 for row in rows], device=self.device)
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        return sent(ids, self.device), sent(torch.tensor([len(row) - 1 for row in rows]), self.device)
 
     def score(self, pixels: Tensor, *encoded: Tensor) -> Tensor:
         ids, marks = encoded

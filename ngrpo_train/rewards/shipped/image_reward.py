@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from ngrpo_train.parallel.sending import sent
 from ngrpo_train.recipe.sections import Reward
 from ngrpo_train.rewards.pixels import normalise, shortest_edge_crop
 from ngrpo_train.rewards.scorer import ModelScorer, Scorer
@@ -112,7 +113,7 @@ class ImageReward(ModelScorer):
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
-        return tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+        return sent(tokens.input_ids, self.device), sent(tokens.attention_mask, self.device)
 
     def score(self, pixels: Tensor, *encoded: Tensor) -> Tensor:
         ids, mask = encoded
