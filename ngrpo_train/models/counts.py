@@ -73,6 +73,16 @@ def parameters(architecture: Architecture) -> Parameters:
     )
 
 
+@lru_cache
+def weight_sizes(architecture: Architecture, part: str, shares: int = 1) -> tuple[int, ...]:
+    """The number of values in each weight of a part, or in its largest shard over `shares` processes.
+
+    A weight is cut along its first dimension, as FSDP does it.
+    """
+    shapes = [parameter.shape for parameter in part_on(architecture, part).parameters()]
+    return tuple(-(-shape[0] // shares) * math.prod(shape[1:]) if shape else 1 for shape in shapes)
+
+
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 

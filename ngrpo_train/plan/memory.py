@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
-from ngrpo_train.models.counts import Parameters, parameters
+from ngrpo_train.models.counts import parameters, weight_sizes
 from ngrpo_train.models.inputs import inputs_of
 from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel.layout import Layout, base_storage
@@ -36,6 +37,8 @@ class Memory:
     """Bytes on a GPU by phase and part. Phases are encode, rollout, decode, update and (the optimizer's) step."""
     host: float
     """Bytes that the recipe puts into the host memory of a node. Programs and pictures are not counted."""
+    pinned: float
+    """Bytes of these that are pinned for transfers, in the blocks that PyTorch takes for them."""
 
     def total(self, phase: str) -> float:
         return sum(self.phases[phase].values())
@@ -53,15 +56,15 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
     """Memory in the first iteration. `keep_gathered` and `reduce_gradients` must be settled."""
     settings, batches, counts = recipe.parallel, Batches.of(recipe), parameters(architecture)
     weights, shape = Weights.of(recipe, architecture, layout), shape_of(recipe)
-    everywhere, host = _states(recipe, counts, weights, layout)
+    everywhere, pinned, host = _states(recipe, architecture, weights, layout)
     encoders = 0.0 if recipe.prompts.embeddings else float(TEXT_BYTES * counts.encoders)
     encoders_gathered = 0.0
     if settings.text_encoders == "shard" and encoders and layout.world_size > 1:
         encoders /= layout.world_size
         # Of the largest: three layers, as in a forward in `_gathered`, and what lies around the layers.
         encoders_gathered = TEXT_BYTES * (3 * counts.encoder_layer + counts.around_layers)
-    if settings.text_encoders == "offload":
-        host += encoders
+    if settings.text_encoders == "offload" and encoders:
+        pinned += sum(pinned_bytes(TEXT_BYTES, weight_sizes(architecture, part)) for part in architecture.encoders)
         encoders_gathered = encoders
     else:
         everywhere["text encoders"] = encoders
@@ -110,15 +113,26 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
     if not encoders:
         del phases["encode"]
     by_phase = {phase: {part: size for part, size in parts.items() if size} for phase, parts in phases.items()}
-    return Memory(by_phase, host * layout.per_node)
+    return Memory(by_phase, (pinned + host) * layout.per_node, pinned * layout.per_node)
+
+
+def pinned_bytes(value: int, sizes: Iterable[int]) -> int:
+    """Bytes of pinned host memory for tensors of these numbers of values, of `value` bytes each.
+
+    PyTorch takes a block for each, and rounds it up to a power of two (c10's CachingHostAllocator, unless
+    PYTORCH_ALLOC_CONF says otherwise).
+    """
+    return sum(1 << (value * size - 1).bit_length() for size in sizes)
 
 
 # -- The transformer's weights and what training adds to them ----------------------------------------------------------
 
 
-def _states(recipe: Recipe, counts: Parameters, weights: Weights, layout: Layout) -> tuple[dict[str, float], float]:
-    """Bytes that last from iteration to iteration: those on the GPU, by part, and the total in host memory."""
-    shard, settings = 1 / layout.shares, recipe.parallel
+def _states(
+    recipe: Recipe, architecture: Architecture, weights: Weights, layout: Layout
+) -> tuple[dict[str, float], float, float]:
+    """Bytes that last from iteration to iteration: on the GPU, by part; in pinned host memory; in other host memory."""
+    shard, settings, counts = 1 / layout.shares, recipe.parallel, parameters(architecture)
     frozen = bytes_of(settings.compute_dtype) * (weights.frozen - weights.codes) * shard
     if weights.codes:
         frozen += code_bytes(recipe, counts)
@@ -129,14 +143,15 @@ def _states(recipe: Recipe, counts: Parameters, weights: Weights, layout: Layout
         "optimizer states": _ADAMW_BYTES[recipe.optimizer.name] * weights.trained * shard,
         "moving average": 4 * weights.trained * shard if recipe.model.ema else 0.0,
     }
-    host = 0.0
-    if settings.offload:
-        # Frozen weights move to the host only where FSDP manages them.
-        moved = [part for part in parts if part != "frozen weights" or weights.managed > weights.trained]
-        host = sum(parts.pop(part) for part in moved) + _master_bytes(recipe) * weights.trained * shard  # gradients
+    pinned = host = 0.0
+    if settings.offload:  # of a full fine-tune: nothing is frozen
+        sizes = [weight_sizes(architecture, part, layout.shares) for part in architecture.transformers]
+        pinned = 2 * pinned_bytes(_master_bytes(recipe), chain.from_iterable(sizes))  # weights and their gradients
+        del parts["trained weights"]
+        host = parts.pop("optimizer states") + parts.pop("moving average")
     if settings.rollout_dtype == "float8":
         parts["float8 copy"] = counts.block_matrices + 2 * (counts.transformer - counts.block_matrices)
-    return parts, host
+    return parts, pinned, host
 
 
 def _master_bytes(recipe: Recipe) -> int:

@@ -73,7 +73,7 @@ def observed(changes: Mapping[str, Any], card: str, count: int) -> dict[str, Any
             "pinned": gpu.pinned.peak,
             "waits": [wait._asdict() | {"times": times} for wait, times in gpu.waits.items()],
             "planned": {phase: planned.total(phase) - parts["runtime"] for phase, parts in planned.phases.items()},
-            "planned_pinned": planned.host,
+            "planned_pinned": planned.pinned,
         }
 
 

@@ -123,6 +123,12 @@ def test_memory_stays_below_the_plan(shallow: dict[str, Seen], name: str) -> Non
     refuse_another_plan(shallow[name], RECIPES[name].fused, most_below=0.2)
 
 
+def test_pinned_host_memory_is_the_plans(shallow: dict[str, Seen]) -> None:
+    """The rest is noise and other small tensors on their way to the device."""
+    seen = shallow["offload"]
+    assert seen.planned_pinned <= seen.pinned <= seen.planned_pinned + 32 * 2**20
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_whole_model_takes_what_the_plan_says(whole: dict[str, Seen], name: str) -> None:
