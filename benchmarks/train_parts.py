@@ -142,11 +142,10 @@ def peer(session: Session, recipe: Recipe) -> None:
         "float32 weights under autocast",
         lambda case: _peer(case, recipe, torch.float32, with_optimizer=False, note=no_step),
     )
-    with_optimizer = session.compiles or recipe.optimizer.name == "adamw"
     session.case(
         "peer",
         "bfloat16 weights",
-        lambda case: _peer(case, recipe, torch.bfloat16, with_optimizer=with_optimizer),
+        lambda case: _peer(case, recipe, torch.bfloat16, with_optimizer=True),
     )
 
 

@@ -287,7 +287,7 @@ def test_an_iteration_that_updates_nothing_is_no_result(
 MEASURED = {
     "forward": {"eager, batch 1", "eager, batch 2", "eager, batch 4", "eager, with gradient, batch 2"},
     "activations": {"full, eager", "selective, eager", "none, eager"},
-    "optimizer": {"adamw, float32 weights, a third of the blocks"},
+    "optimizer": {"adamw_8bit, bfloat16 weights", "adamw, float32 weights, a third of the blocks"},
     "rewards": {
         f"{name}, {way}, {count} pictures"
         for name in train_scorers.PAPER

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ngrpo_train.parallel import sharding
 from ngrpo_train.recipe.sections import Optimizer
+from ngrpo_train.update.adamw_8bit import adamw_8bit
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
@@ -25,28 +26,11 @@ def make_optimizer(parameters: Sequence[nn.Parameter], settings: Optimizer) -> t
         # The fused one can also skip a step on the device, so the host need not wait.
         optimizer = torch.optim.AdamW(parameters, fused=True, **options)
     else:
-        optimizer = _adamw_8bit(parameters, options)
+        try:
+            optimizer = adamw_8bit(parameters, bf16_stochastic_round=True, **options)
+        except ImportError as error:
+            raise ValueError("optimizer.name = 'adamw_8bit' needs torchao: pip install \"ngrpo[torchao]\"") from error
     allocate_state(optimizer)
-    return optimizer
-
-
-def _adamw_8bit(parameters: Sequence[nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError("optimizer.name = 'adamw_8bit' needs torchao: pip install \"ngrpo[torchao]\"") from error
-
-    class Float32StateAdamW8bit(AdamW8bit):
-        """AdamW8bit with states of dtype float32, quantised or not, where torchao gives them the weights' dtype.
-
-        For unquantised states, bfloat16 is too coarse: a mean of squares moves by a thousandth per step. A quantised
-        state whose dtype says bfloat16 breaks where it is sharded.
-        """
-
-        def _new_buffer(self, p: Tensor, signed: bool) -> Any:
-            return super()._new_buffer(p.detach().float(), signed)
-
-    optimizer: torch.optim.Optimizer = Float32StateAdamW8bit(parameters, bf16_stochastic_round=True, **options)
     return optimizer
 
 

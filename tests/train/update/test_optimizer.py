@@ -4,20 +4,24 @@ import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torchao.optim import AdamW8bit
 
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes, sharding
+from ngrpo_train.parallel.blocks import graphs_compiled
 from ngrpo_train.prompts import Prompt, PromptCursor
 from ngrpo_train.recipe.sections import Model, Optimizer, Parallel, Recipe
 from ngrpo_train.run import checkpoint
 from ngrpo_train.run.checkpoint import Checkpointer, restore
 from ngrpo_train.run.trainer import Trainer
+from ngrpo_train.update import adamw_8bit
 from ngrpo_train.update.optimizer import guarded_step, make_optimizer
 
 from ..runs import assert_same_run, saved
@@ -32,12 +36,6 @@ BOTH = pytest.mark.parametrize(
     [(ADAMW, torch.float32), (EIGHT_BIT, torch.float32), (EIGHT_BIT, torch.bfloat16)],
     ids=["adamw", "8bit-float32", "8bit-bfloat16"],
 )
-
-
-@pytest.fixture(autouse=True)
-def _torchao_steps_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It compiles its step, which would take a C++ compiler and seconds for every shape."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
 def draw(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -105,6 +103,51 @@ def test_the_first_8_bit_step_of_float32_weights_is_adamws() -> None:
     reference.step()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "dtype, shapes",
+    [(torch.float32, [(96, 128), (64,), (33, 7), (4096,)]), (torch.bfloat16, [(96, 128), (4096,), (3, 32, 64)])],
+    ids=["float32", "bfloat16"],
+)
+def test_8_bit_steps_are_torchaos_to_the_bit(
+    dtype: torch.dtype, shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its draws for stochastic rounding too. Small bfloat16 weights are left out: ours have float32 states."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # torchao compiles each of its steps
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    made: list[Any] = [[nn.Parameter(start.clone()) for start in starts] for _ in range(2)]
+    ours = make_optimizer(made[0], EIGHT_BIT)
+    theirs = AdamW8bit(made[1], lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1, bf16_stochastic_round=True)
+    for seed in range(3):
+        for parameters, optimizer in zip(made, (ours, theirs), strict=True):
+            generator.manual_seed(seed)
+            give(parameters, [torch.randn(shape, generator=generator) for shape in shapes])
+            torch.manual_seed(seed)
+            optimizer.step()
+    assert same(everything(ours), everything(theirs))
+    assert not any(torch.equal(p, start) for p, start in zip(made[0], starts, strict=True))
+
+
+def test_weights_of_all_sizes_compile_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for quantised states, one for small weights; they round as the step that is not compiled, by its draws."""
+    shapes = [(96, 128), (256, 256), (4096,), (64,), (33, 7), (3, 32, 64), (5,)]
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            monkeypatch.setattr(adamw_8bit, "single_step", adamw_8bit.compiled_step())
+        parameters = [nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in shapes]
+        before = graphs_compiled()
+        with torch.compiler.set_stance(force_backend="aot_eager"):  # counts graphs, needs no C++ compiler
+            optimizer = make_optimizer(parameters, EIGHT_BIT)
+            for seed in (1, 2):
+                generator = torch.Generator().manual_seed(seed)
+                give(parameters, [torch.randn(p.shape, generator=generator) for p in parameters])
+                guarded_step(optimizer, NO_CLIPPING, CPU)
+        assert graphs_compiled() - before == (2 if compiled else 0)
+        results.append(everything(optimizer))
+    assert same(*results)
 
 
 def test_bfloat16_weights_move_as_float32_ones_would_on_average() -> None:
