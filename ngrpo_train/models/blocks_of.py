@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 
 from torch import nn
@@ -21,6 +22,17 @@ def repeated_blocks(transformer: nn.Module) -> dict[str, nn.Module]:
     if not blocks:
         raise ValueError(f"model.name_or_path: a {type(transformer).__name__} has no list of blocks that repeat")
     return blocks
+
+
+def adapted_layers(transformer: nn.Module, targets: str | Collection[str]) -> list[str]:
+    """Names of the linear layers that LoRA adapts by `targets`: a regular expression for whole names, or their ends."""
+
+    def meant(name: str) -> bool:
+        if isinstance(targets, str):
+            return re.fullmatch(targets, name) is not None
+        return any(f".{name}".endswith(f".{end}") for end in targets)
+
+    return [name for name, part in transformer.named_modules() if isinstance(part, nn.Linear) and meant(name)]
 
 
 def linear_layers(transformer: nn.Module) -> list[str]:

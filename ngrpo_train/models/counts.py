@@ -9,9 +9,9 @@ from functools import lru_cache
 
 from torch import nn
 
-from ngrpo_train.models.blocks_of import repeated_blocks
+from ngrpo_train.models.blocks_of import adapted_layers, repeated_blocks
 from ngrpo_train.models.placement import layers_of
-from ngrpo_train.models.sizes import Architecture, add_adapters, part_on, transformer_on
+from ngrpo_train.models.sizes import Architecture, add_adapters, default_targets, part_on, transformer_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class Parameters:
     last_block: int
     block_matrices: int
     """Weights of the linear layers in all blocks, without biases."""
+    token_matrices: int
+    """Of these, the weights of layers that LoRA adapts by default, which a float8 copy quantises."""
     matrix_rows: int
     """Outputs of these layers."""
     largest_matrix: tuple[int, int]
@@ -54,6 +56,11 @@ def parameters(architecture: Architecture) -> Parameters:
     blocks = [block for part in architecture.transformers for block in repeated_blocks(modules[part]).values()]
     of_blocks = [_count(block) for block in blocks]
     matrices = [layer.weight for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    adapted = [
+        modules[part].get_parameter(f"{name}.weight")
+        for part in architecture.transformers
+        for name in adapted_layers(modules[part], default_targets(architecture, modules[part]))
+    ]
     transformer = sum(counts[part] for part in architecture.transformers)
     largest = max(architecture.encoders, key=lambda part: counts[part], default="")
     layers = [_count(layer) for layer in layers_of(modules[largest])] if largest else []
@@ -64,6 +71,7 @@ def parameters(architecture: Architecture) -> Parameters:
         largest_block=max(of_blocks),
         last_block=of_blocks[-1],
         block_matrices=sum(weight.numel() for weight in matrices),
+        token_matrices=sum(weight.numel() for weight in adapted),
         matrix_rows=sum(len(weight) for weight in matrices),
         largest_matrix=max(((rows, columns) for rows, columns in (w.shape for w in matrices)), key=math.prod),
         encoders=sum(counts[part] for part in architecture.encoders),

@@ -6,23 +6,25 @@ rounds those by more than an optimizer step moves them. So training never calls 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ngrpo_train.models.frozen import encode
 from ngrpo_train.parallel import processes
 
 
 class Float8Copy:
-    """A whole copy on every process: blocks' linear layers in float8 (torchao), other weights in the compute dtype."""
+    """A whole copy on every process: some linear layers in float8 (torchao), other weights in the compute dtype."""
 
     def __init__(
         self,
         transformer: nn.Module,
         empty: nn.Module,
-        blocks: Sequence[nn.Module],
+        quantised: Collection[nn.Module],
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -30,40 +32,43 @@ class Float8Copy:
     ) -> None:
         """Make `empty`, which is on the meta device, the copy of `transformer`, which may be sharded and have adapters.
 
-        The copy computes in `dtype`, and is empty until `refresh`. `blocks` are the copy's. `config` is torchao's
-        quantisation, by default a scale for each row of weights and, on the fly, of activations. Raises ValueError
-        where the device or `dtype` has no such products.
+        The copy computes in `dtype`, and all its weights are 1 until `refresh`. `quantised` are those linear layers of
+        it that compute in float8. `config` is torchao's quantisation with a scale for each row of weights; by default
+        one for each row of activations too, found on the fly. Raises ValueError where the device or `dtype` has no such
+        products.
         """
+        config = _rowwise(device, dtype) if config is None else config
+        from torchao.quantization import quantize_
+
         self.dtype, self.device = dtype, device
         self._source: Any = transformer
-        self._config = _rowwise(device, dtype) if config is None else config
         self.model = empty.requires_grad_(False).eval()
-        for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(dtype)
         for module in self.model.modules():
             module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
-        self._quantised = {linear for block in blocks for linear in block.modules() if isinstance(linear, nn.Linear)}
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    values = torch.ones(parameter.shape, dtype=dtype, device=device)
+                    module._parameters[name] = nn.Parameter(values, requires_grad=False)
+            if module in quantised:
+                quantize_(module, config)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the transformer's present weights, adapters merged in, a layer at a time; a collective."""
-        from torchao.quantization import quantize_
-
+        """Take the transformer's present weights, adapters merged in, a layer at a time; a collective."""
         trained = dict(self._source.named_parameters())
-        for name, module in self.model.named_modules():
-            for own in [own for own, parameter in module._parameters.items() if parameter is not None]:
-                values = self._current(trained, f"{name}.{own}".lstrip("."))
-                module._parameters[own] = nn.Parameter(values, requires_grad=False)
-            if module in self._quantised:
-                quantize_(module, self._config)
-                module.__dict__.pop("extra_repr", None)  # torchao wraps it anew each time
+        for name, parameter in self.model.named_parameters():
+            values, kept = self._current(trained, name), _kept(parameter)
+            if kept is None:
+                parameter.copy_(values)
+            else:
+                (_compiled_codes() if values.is_cuda else _codes)(values.data, *kept)
 
     def _current(self, trained: dict[str, nn.Parameter], name: str) -> Tensor:
-        """A weight as the transformer computes with it, gathered, in a tensor of its own."""
+        """A weight as the transformer computes with it, gathered; perhaps its own."""
         layer, _, own = name.rpartition(".")
         adapted = f"{layer}.base_layer.{own}"
         weight = trained[adapted if adapted in trained else name].detach()
-        values = processes.whole(weight.to(self.dtype)).to(self.device, copy=True)  # cast first: half as much is sent
+        values = processes.whole(weight.to(self.dtype)).to(self.device)  # cast first: half as much is sent
         if adapted not in trained:
             return values
         for adapter, scale in self._source.get_submodule(layer).scaling.items() if own == "weight" else ():
@@ -73,6 +78,24 @@ class Float8Copy:
             )
             values = torch.addmm(values.float(), up, down, alpha=scale).to(self.dtype)
         return values
+
+
+def _kept(parameter: Any) -> tuple[Tensor, Tensor] | None:
+    """The codes and scales of a weight that torchao quantised; it leaves alone those with sides that do not fit."""
+    return (parameter.qdata, parameter.scale) if hasattr(parameter, "qdata") else None
+
+
+def _codes(weight: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """Write float8 codes [O, I] and scales [O, 1] of a weight [O, I] where torchao keeps them."""
+    for kept, new in zip((codes, scales), encode(weight, "float8"), strict=True):
+        assert new is not None
+        kept.copy_(new)
+
+
+@cache
+def _compiled_codes() -> Callable[..., None]:
+    """`_codes` as one kernel, where its operators are ten."""
+    return torch.compile(_codes, fullgraph=True, dynamic=True)
 
 
 def _rowwise(device: torch.device, dtype: torch.dtype) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ngrpo_train.draws import stream
 from ngrpo_train.models import frozen
+from ngrpo_train.models.blocks_of import adapted_layers
 from ngrpo_train.models.directory import pipeline_class_name
 from ngrpo_train.models.float8 import Float8Copy
 from ngrpo_train.models.flux import Flux
@@ -215,7 +216,15 @@ class FlowModel:
         self._set_attention(empty)
         repeated = list(self.adapter.blocks(empty).values())
         blocks.prepare(repeated, replace(self.spec, gradient_checkpointing="none"), self.settings, self.device)
-        return Float8Copy(self.transformer, empty, repeated, self.compute_dtype, self.device)
+        # What LoRA would adapt are products over tokens. A layer that has one row for each picture, such as a
+        # modulation, would gain no time from float8, and lose digits.
+        products = {
+            part.get_submodule(name)
+            for part in trained_parts(empty)
+            for name in adapted_layers(part, self.adapter.lora_targets)
+        }
+        inside = {module for block in repeated for module in block.modules()}
+        return Float8Copy(self.transformer, empty, products & inside, self.compute_dtype, self.device)
 
     def _set_attention(self, transformer: nn.Module) -> None:
         name, parts = self.settings.attention, list[Any](trained_parts(transformer))

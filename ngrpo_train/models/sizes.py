@@ -249,10 +249,15 @@ def add_adapters(
     from peft import LoraConfig, inject_adapter_in_model
 
     first = next(transformer.parameters())
-    layers = list(targets) or (LORA_TARGETS if architecture.packs else linear_layers(transformer))
+    layers = list(targets) or default_targets(architecture, transformer)
     adapters = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
     transformer.requires_grad_(False)
     _build(lambda: inject_adapter_in_model(adapters, transformer), str(first.device), first.dtype)
+
+
+def default_targets(architecture: Architecture, transformer: torch.nn.Module) -> str | list[str]:
+    """What LoRA adapts in a transformer where a recipe does not say: as its adapter's `lora_targets`."""
+    return LORA_TARGETS if architecture.packs else linear_layers(transformer)
 
 
 def _build(make: Callable[[], Any], device: str, dtype: torch.dtype) -> Any:

@@ -150,7 +150,7 @@ def _states(
         del parts["trained weights"]
         host = parts.pop("optimizer states") + parts.pop("moving average")
     if settings.rollout_dtype == "float8":
-        parts["float8 copy"] = counts.block_matrices + 2 * (counts.transformer - counts.block_matrices)
+        parts["float8 copy"] = counts.token_matrices + 2 * (counts.transformer - counts.token_matrices)
     return parts, pinned, host
 
 
