@@ -19,8 +19,8 @@ from ngrpo_train.recipe.parsing import suggestion
 
 logger = logging.getLogger(__name__)
 
-# Backends that "auto" tries, in this order: exact attention with a gradient, and no download.
-CANDIDATES = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3", "xformers")
+# Backends that "auto" tries, in this order: exact attention, with a gradient through diffusers, and no download.
+CANDIDATES = ("native", "_native_cudnn", "_native_flash", "flash", "xformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,8 @@ class Shapes:
     """Forwards of the rollout per iteration, which weigh them against the update's."""
     update_forwards: int
     """Forwards of the update per iteration; each has a backward."""
+    compiled: bool = False
+    """Whether attention is inside of compiled blocks."""
 
 
 def refuse(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -84,16 +86,26 @@ def _fastest(shapes: Shapes, device: torch.device) -> str:
 
 
 def measure(name: str, shapes: Shapes, device: torch.device, repeats: int = 10) -> float:
-    """Median seconds of one layer's attention in one iteration: the rollout's forwards, the update's with backward."""
-    total = 0.0
-    for batch, forwards, backward in (
-        (shapes.rollout_batch, shapes.rollout_forwards, False),
-        (shapes.update_batch, shapes.update_forwards, True),
-    ):
-        inputs = _inputs(shapes, batch, device)
+    """Median seconds of one layer's attention in one iteration: the rollout's forwards, the update's with backward.
+
+    Some backends copy their operands so that a head's tokens lie side by side. In a compiled block such a copy costs
+    nothing, as the kernel before it writes them so. There, the faster of both orders counts: the one that the block
+    would write for this backend. That takes no compilation, which would be of each backend, for the choice alone.
+    """
+
+    def seconds(batch: int, backward: bool, heads_first: bool) -> float:
+        inputs = _inputs(shapes, batch, device, heads_first=heads_first)
         _run(name, inputs, backward=backward)  # the first call may compile or tune
-        total += forwards * statistics.median(_timed(name, inputs, backward, device) for _ in range(repeats))
-    return total
+        return statistics.median(_timed(name, inputs, backward, device) for _ in range(repeats))
+
+    orders = (False, True) if shapes.compiled else (False,)
+    return sum(
+        forwards * min(seconds(batch, backward, heads_first) for heads_first in orders)
+        for batch, forwards, backward in (
+            (shapes.rollout_batch, shapes.rollout_forwards, False),
+            (shapes.update_batch, shapes.update_forwards, True),
+        )
+    )
 
 
 def _timed(name: str, inputs: list[Tensor], backward: bool, device: torch.device) -> float:
@@ -105,17 +117,24 @@ def _timed(name: str, inputs: list[Tensor], backward: bool, device: torch.device
     return start.elapsed_time(stop) / 1e3
 
 
-def _inputs(shapes: Shapes, batch: int, device: torch.device) -> list[Tensor]:
-    """Query, key and value as diffusers passes them: [batch, tokens, heads, head_dim]."""
-    shape = (batch, shapes.tokens, shapes.heads, shapes.head_dim)
-    return [torch.randn(shape, device=device, dtype=shapes.dtype, requires_grad=True) for _ in range(3)]
+def _inputs(shapes: Shapes, batch: int, device: torch.device, *, heads_first: bool = False) -> list[Tensor]:
+    """Query, key and value as diffusers passes them: [batch, tokens, heads, head_dim].
+
+    With `heads_first`, they lie in memory as [batch, heads, tokens, head_dim].
+    """
+    order = (batch, shapes.tokens, shapes.heads, shapes.head_dim)
+    if heads_first:
+        order = (batch, shapes.heads, shapes.tokens, shapes.head_dim)
+    made = [torch.randn(order, device=device, dtype=shapes.dtype) for _ in range(3)]
+    return [(x.transpose(1, 2) if heads_first else x).requires_grad_() for x in made]
 
 
 def _run(name: str, inputs: list[Tensor], *, backward: bool) -> None:
+    """Attention, and the rows [batch, tokens, heads * head_dim] that the product after it takes."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     with torch.set_grad_enabled(backward):
-        out = dispatch_attention_fn(*inputs, backend=_backend(name))
+        out = dispatch_attention_fn(*inputs, backend=_backend(name)).flatten(2).contiguous()
         if backward:
             torch.autograd.grad(out, inputs, torch.ones_like(out))
 

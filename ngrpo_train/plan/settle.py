@@ -14,6 +14,7 @@ from ngrpo_train.models.directory import encoder_parts
 from ngrpo_train.models.loading import load_architecture
 from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel import attention, processes, sharding
+from ngrpo_train.parallel.layout import compiles
 from ngrpo_train.plan.cost import Cost
 from ngrpo_train.plan.layout import Batches, shape_of
 from ngrpo_train.plan.machines import Machine, machine_of
@@ -131,4 +132,5 @@ def _attention_shapes(recipe: Recipe) -> attention.Shapes | None:
         update_batch=batches.update,
         rollout_forwards=batches.forwards,
         update_forwards=batches.updates * batches.count,
+        compiled=compiles(recipe.parallel, "cuda"),  # where alone it is measured
     )

@@ -205,7 +205,7 @@ class Parallel:
     compile_cache: str = ""
     """Directory for compiled code that later runs find again; empty is PyTorch's own, which may be temporary."""
     attention: str = "auto"
-    """Attention backend by diffusers' name: native, _native_cudnn, flash, _flash_3, xformers, ...
+    """Attention backend by diffusers' name: native, _native_cudnn, flash, xformers, ...
     `ngrpo doctor` lists those that work on this machine.
     "auto" measures them at the start; the run's recipe then names the fastest, and a resumed run keeps it."""
     text_encoders: Literal["device", "offload", "shard"] = "device"
