@@ -9,22 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ngrpo_train.recipe.sections import Model, Parallel
 
-_COSTLY = {  # what selective checkpointing keeps: results of matrix products and attention
-    getattr(torch.ops.aten, name).default
-    for name in (
-        "mm",
-        "addmm",
-        "bmm",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-    )
+_COSTLY = {  # what selective checkpointing keeps: results of matrix products and attention; most need not be installed
+    *("aten::mm", "aten::addmm", "aten::bmm"),
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    *("flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward"),  # FlashAttention-2
+    *("xformers_flash3::flash_fwd", "xformers_flash::flash_fwd"),  # of xformers, which takes the first that it can
+    *("xformers::efficient_attention_forward_cutlass", "aten::_efficient_attention_forward"),
 }
 
 
@@ -83,4 +80,4 @@ def compiles(settings: Parallel, device_type: str) -> bool:
 
 def keep_what_is_costly(_: object, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
     """A policy of selective checkpointing: keep matrix products and attention, compute all else again."""
-    return CheckpointPolicy.MUST_SAVE if operator in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator.name() in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE

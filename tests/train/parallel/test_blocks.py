@@ -81,6 +81,27 @@ def test_without_gradients_nothing_is_recomputed():
 
 
 @pytest.mark.parametrize(
+    "name", ["flash_attn::_flash_attn_forward", "xformers_flash::flash_fwd", "xformers_flash3::flash_fwd"]
+)
+@pytest.mark.parametrize("what, times", [("selective", 1), ("full", 2)])
+def test_attention_of_other_packages_is_kept(name, what, times):
+    """These packages have no operators on a CPU: one of the same name tells how often it computes."""
+    calls = []
+
+    @torch.library.custom_op(name, mutates_args=())
+    def attention(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return 3 * x
+
+    attention.register_autograd(lambda _, gradient: 3 * gradient)
+    x = torch.ones(2, requires_grad=True)
+    blocks.recomputing(lambda x: attention(x.sin()).cos(), what)(x).sum().backward()
+    assert len(calls) == times
+    one = torch.ones(2)
+    torch.testing.assert_close(x.grad, -3 * (3 * one.sin()).sin() * one.cos())
+
+
+@pytest.mark.parametrize(
     "setting, device, expected", [("auto", "cpu", False), ("auto", "cuda", True), ("on", "cpu", True)]
 )
 def test_what_is_compiled(setting, device, expected):
