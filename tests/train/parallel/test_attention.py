@@ -232,7 +232,7 @@ def test_a_resumed_run_keeps_what_was_measured(
 ) -> None:
     """Though another would be the fastest now; what the recipe says by name is compared."""
     measured = []
-    monkeypatch.setattr(attention, "choose", lambda *_: measured.append("") or "_native_math")
+    monkeypatch.setattr(settle, "_fastest_attention", lambda *_: measured.append("") or "_native_math")
     run = partial(ngrpo, "train", tiny_recipe, "--parallel.attention=auto", "--checkpoint.every=1")
     assert run("--train.steps=1")[0] == 0
     assert len(measured) == 1
