@@ -17,6 +17,7 @@ So nothing here depends on how a family packs its latents, guides or decodes.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -413,3 +414,7 @@ class _Row(Tensor):
     def expand(self, *sizes: Any, **_: Any) -> Tensor:
         plain, size = self.as_subclass(Tensor), sizes[0] if isinstance(sizes[0], int) else sizes[0][0]
         return plain if size == len(plain) else plain.repeat(size // len(plain))
+
+    def __float__(self) -> float:
+        """Not a number, as these are several. Wan's pipeline asks, for a cache of features that nobody keeps here."""
+        return math.nan

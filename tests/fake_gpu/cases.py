@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -61,11 +62,15 @@ def case(card: str = "H200", count: int = 1, *, name_or_path: str = SHALLOW, **c
     return Case(changes={s: {**base.get(s, {}), **changes.get(s, {})} for s in base | changes}, card=card, count=count)
 
 
-def seen_of(cases: Mapping[str, Case]) -> dict[str, Seen]:
-    """Make the iterations of these cases, one after the other, in a process that has the fake device."""
+def seen_of(cases: Mapping[str, Case], models: Path = ROOT) -> dict[str, Seen]:
+    """Make the iterations of these cases, one after the other, in a process that has the fake device.
+
+    `models` has the directories that `model.name_or_path` names.
+    """
     asked = json.dumps([{"name": name, **asdict(case)} for name, case in cases.items()])
     program = [sys.executable, "-m", "tests.fake_gpu", "iteration"]
     subprocess.run([sys.executable, "-m", "tests.fake_gpu.guard"], check=True, cwd=ROOT)
-    done = subprocess.run(program, input=asked, cwd=ROOT, text=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(program, input=asked, cwd=models, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     return {seen.name: seen for seen in (Seen(**json.loads(line)) for line in done.stdout.splitlines())}

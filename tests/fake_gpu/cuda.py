@@ -125,7 +125,8 @@ def install(gpu: FakeGPU, card: Card) -> None:
     torch.Generator = _Generator  # type: ignore[misc, assignment]
     torch.nn.functional.scaled_dot_product_attention = _attention
     torch.utils.swap_tensors = _swap
-    FakeTensor.data = property(Tensor.data.__get__, _set_data)  # type: ignore[attr-defined, assignment]
+    for kind in (FakeTensor, torch.nn.Parameter):
+        kind.data = property(Tensor.data.__get__, _set_data)  # type: ignore[attr-defined, assignment]
 
 
 class _Generator(torch.Generator):
@@ -145,10 +146,14 @@ def _swap(one: Tensor, other: Tensor) -> None:
     torch._C._swap_tensor_impl(one, other)  # type: ignore[attr-defined]
 
 
-def _set_data(tensor: FakeTensor, data: Tensor) -> None:
-    """`tensor.data = data`, which moves a fake tensor to the other's device."""
+def _set_data(tensor: Tensor, data: Tensor) -> None:
+    """`tensor.data = data`, which moves a fake tensor to the other's device, and makes a real one fake."""
+    if isinstance(data, FakeTensor) and not isinstance(tensor, FakeTensor):
+        _swap(tensor, torch.nn.Parameter(data, tensor.requires_grad))
+        return
     Tensor.data.__set__(tensor, data)  # type: ignore[attr-defined]
-    tensor.fake_device = data.device
+    if isinstance(tensor, FakeTensor):
+        tensor.fake_device = data.device
 
 
 TORCHS_ATTENTION = torch.nn.functional.scaled_dot_product_attention

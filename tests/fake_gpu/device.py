@@ -1,6 +1,7 @@
 """A GPU that is not there: what lies on "cuda" has shapes, dtypes and a device, and no values; the CPU computes.
 
-A dispatch mode sees every operator, and
+Only small whole numbers keep their values there, by which pipelines cut texts to length. A dispatch mode sees every
+operator, and
 - refuses operators whose tensors lie on different devices, as torch's own fake tensors do;
 - notes what makes the host wait for the device, with the place in the code and the stage of the iteration;
 - follows the bytes that live on the device, and those in pinned host memory.
@@ -10,14 +11,10 @@ Large tensors of the host have no values either, so that a machine without much 
 
 from __future__ import annotations
 
-import sys
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,65 +22,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-ROOT = Path(__file__).parents[2]
-WHOLE_BLOCK = 512  # bytes: CUDA's allocator hands out multiples of this
+from .records import Ledger, Wait, in_blocks, in_powers_of_two, place
+
 _LARGE = 2**22  # elements: a host tensor of this size or more has no values
 
 LOADING = "loading"
 """The stage before the first."""
+_SMALL = 2**16  # elements
 
 _READS = "the host reads from the device"
 _SENDS = "ordinary host memory is copied to the device"
-_OURS = ("benchmarks", "ngrpo_kernels", "ngrpo_train")
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
-
-
-class Wait(NamedTuple):
-    """Something that makes the host wait until the device has done all that is queued."""
-
-    stage: str
-    what: str
-    place: str
-    """FILE:FUNCTION of the innermost code of ours, or of the library that our code called last."""
-    line: int
-
-
-class Ledger:
-    """Bytes of storages that are alive, and the most there were since `restart`."""
-
-    def __init__(self, size_of: Callable[[int], int]) -> None:
-        self._size_of, self._sizes = size_of, dict[int, int]()
-        self.live = self.peak = 0
-
-    def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._sizes:
-            self._sizes[storage._cdata] = 0
-            self.resize(storage, storage.nbytes())
-            weakref.finalize(storage, self._forget, storage._cdata)
-
-    def resize(self, storage: torch.UntypedStorage, size: int) -> None:
-        """Note the new size of a storage that is in the ledger."""
-        if storage._cdata in self._sizes:
-            size = self._size_of(size)
-            self.live += size - self._sizes[storage._cdata]
-            self._sizes[storage._cdata] = size
-            self.peak = max(self.peak, self.live)
-
-    def restart(self) -> None:
-        self.peak = self.live
-
-    def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-
-def _rounded_to_blocks(size: int) -> int:
-    return -(-size // WHOLE_BLOCK) * WHOLE_BLOCK
-
-
-def _rounded_to_powers(size: int) -> int:
-    """As torch's allocator of pinned memory does it."""
-    return 1 << (size - 1).bit_length() if size else 0
 
 
 class FakeGPU(TorchDispatchMode):
@@ -92,7 +41,7 @@ class FakeGPU(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.fakes = FakeTensorMode(allow_non_fake_inputs=False)
-        self.memory, self.pinned = Ledger(_rounded_to_blocks), Ledger(_rounded_to_powers)
+        self.memory, self.pinned = Ledger(in_blocks), Ledger(in_powers_of_two)
         self.waits: Counter[Wait] = Counter()
         self.peaks: dict[str, int] = {}
         self.stage_name = LOADING
@@ -138,8 +87,7 @@ class FakeGPU(TorchDispatchMode):
 
     def note(self, what: str) -> None:
         """The host waits."""
-        place, line = _place()
-        self.waits[Wait(self.stage_name, what, place, line)] += 1
+        self.waits[Wait(self.stage_name, what, *place())] += 1
 
     # -- Operators -----------------------------------------------------------------------------------------------------
 
@@ -172,11 +120,21 @@ class FakeGPU(TorchDispatchMode):
         return all(isinstance(n, int) for n in size) and torch.Size(size).numel() >= _LARGE
 
     def _faked(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """The operator on shapes alone."""
+        """The operator on shapes alone, and on values where they are known."""
         kwargs.pop("generator", None)
         args, kwargs = tree_map_only(Tensor, self._as_fake, (args, kwargs))
         with self.fakes:
-            return self._tracked(func(*args, **kwargs))
+            out = self._tracked(func(*args, **kwargs))
+        given, made = ([x for x in tree_iter(each) if isinstance(x, FakeTensor)] for each in ((args, kwargs), out))
+        if func._schema.is_mutable or func._schema.name.startswith("c10d::"):
+            for x in given:
+                x._known = None
+        elif made and all(map(_keeps_values, made)) and all(map(_has_values, given)) and "empty" not in str(func):
+            args, kwargs = tree_map_only(FakeTensor, lambda x: x._known, (args, kwargs))
+            values = func(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
+            for x, known in zip(made, tree_iter(values), strict=True):
+                x._known = known
+        return out
 
     def _as_fake(self, x: Tensor) -> Tensor:
         return x if isinstance(x, FakeTensor) else self.fakes.from_tensor(x)
@@ -201,6 +159,8 @@ class FakeGPU(TorchDispatchMode):
             self.note(_SENDS)
         if not (_on_cuda(x) and to == "cpu"):
             copied: Tensor = self._faked(func, x, **kwargs)
+            if _keeps_values(copied) and not _is_fake(x):
+                copied._known = x.to(copied.dtype)  # type: ignore[attr-defined]
             return copied
         if not kwargs.get("non_blocking"):
             self.note(_READS)
@@ -224,14 +184,16 @@ class FakeGPU(TorchDispatchMode):
     def _read_scalar(self, func: Any, *tensors: Tensor) -> bool | float | int:
         """The answers that let a healthy iteration go on: tensors are alike, nothing is left out, and a number is 0."""
         self.note(_READS)
+        if all(map(_has_values, tensors)):
+            values = [x._known for x in tensors]  # type: ignore[attr-defined]
+            return torch.equal(*values) if len(values) == 2 else values[0].item()
         if len(tensors) == 2 or tensors[0].dtype == torch.bool:
             return True
         return 0.0 if tensors[0].is_floating_point() else 1
 
     def _index(self, func: Any, x: Tensor, indices: Sequence[Tensor | None], *more: Any) -> Tensor:
+        indices = self._places(func, indices)
         given = [index for index in indices if index is not None]
-        if any(index.dtype in (torch.bool, torch.uint8) and _on_cuda(index) for index in given):
-            self._refuse(func)
         if any(_on_cuda(x) != _on_cuda(index) for index in given):
             self.note(_SENDS)  # torch copies indices itself
         on = [None if index is None else self._as_fake(index) for index in indices]
@@ -239,6 +201,23 @@ class FakeGPU(TorchDispatchMode):
             on = [index if index is None or not _on_cuda(x) else index.to(x.device) for index in on]
         picked: Tensor = self._faked(func, x, on, *more)
         return picked
+
+    def _places(self, func: Any, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The indices, with the places in place of masks: for those on the device, the host waits for their number."""
+        places: list[Tensor | None] = []
+        for index in indices:
+            if index is None or index.dtype != torch.bool:
+                places.append(index)
+                continue
+            if _on_cuda(index):
+                self.note(_READS)
+            if _is_fake(index) and not _has_values(index):
+                self._refuse(func)
+            mask: Tensor = index._known if _is_fake(index) else index  # type: ignore[attr-defined]
+            found = mask.nonzero(as_tuple=True)
+            with self.fakes:
+                places += [torch.empty(each.shape, dtype=each.dtype, device=index.device) for each in found]
+        return places
 
     def _refuse(self, func: Any, *_: Any, **__: Any) -> Any:
         raise RuntimeError(f"{func}: the shape of its result depends on values, so the host waits for the device")
@@ -248,6 +227,9 @@ class FakeGPU(TorchDispatchMode):
 
         Before the first stage, models are loaded, and may move to the host to be offloaded: they have no values there.
         """
+        if _has_values(x):
+            known: Tensor = x._known  # type: ignore[attr-defined]
+            return known.to(dtype, copy=True)
         if x.numel() >= _LARGE or self.stage_name == LOADING:
             with self.fakes:
                 return torch.empty(x.shape, dtype=dtype)
@@ -257,6 +239,15 @@ class FakeGPU(TorchDispatchMode):
 
 def _is_fake(x: Tensor) -> bool:
     return isinstance(x, FakeTensor)
+
+
+def _keeps_values(x: Tensor) -> bool:
+    """True for small whole numbers on the device, whose values are followed: lengths, masks, indices."""
+    return _on_cuda(x) and not x.is_floating_point() and x.numel() <= _SMALL
+
+
+def _has_values(x: Tensor) -> bool:
+    return getattr(x, "_known", None) is not None
 
 
 def _on_cuda(x: Tensor) -> bool:
@@ -271,23 +262,3 @@ def _device_of(kwargs: Mapping[str, Any]) -> str | None:
     """The type of the device that an operator is asked for."""
     device = kwargs.get("device")
     return None if device is None else torch.device(device).type
-
-
-def _place() -> tuple[str, int]:
-    """FILE:FUNCTION and line of the innermost code of ours; in a backward pass, which has a thread of its own, torch's.
-
-    Behind it stands the function of another library that our code called, if that does the work.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    torchs, others = ("elsewhere", 0), ""
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        here = f"{'/'.join(path.parts[-2:])}:{frame.f_code.co_qualname}"
-        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in _OURS:
-            return f"{path.relative_to(ROOT)}:{frame.f_code.co_qualname}{others}", frame.f_lineno
-        if "torch" in path.parts:
-            torchs = (here, frame.f_lineno) if torchs == ("elsewhere", 0) else torchs
-        elif "site-packages" in path.parts:
-            others = f" > {here}"
-        frame = frame.f_back
-    return torchs

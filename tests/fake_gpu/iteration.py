@@ -28,7 +28,7 @@ from ngrpo_train.run.prepare import prepare
 from ngrpo_train.run.trainer import Trainer
 from ngrpo_train.update import policy
 
-from . import cuda
+from . import cuda, pipelines
 from .device import FakeGPU
 
 CARDS = {"H200": cuda.H200, "H100": cuda.H100}
@@ -65,9 +65,10 @@ def observed(changes: Mapping[str, Any], card: str, count: int) -> dict[str, Any
             planned = iteration_memory(
                 recipe, load_architecture(recipe.model), Layout.of(recipe.model, settings, count, count)
             )
-        trainer = Trainer.make(recipe, settings, prepared.cursor, prepared.rewards, launch.device, gpu.stage)
-        gpu.waits.clear()  # loading may wait as it likes
-        _iterate(trainer, gpu)
+        with pipelines.without_weights():
+            trainer = Trainer.make(recipe, settings, prepared.cursor, prepared.rewards, launch.device, gpu.stage)
+            gpu.waits.clear()  # loading may wait as it likes
+            _iterate(trainer, gpu)
         return {
             "peaks": gpu.peaks,
             "pinned": gpu.pinned.peak,

@@ -63,8 +63,11 @@ def waits(gpu: FakeGPU) -> None:
 
 
 def values() -> None:
-    """The host computes; the device has shapes and dtypes."""
+    """The host computes; the device has shapes and dtypes, and values of small whole numbers."""
     assert torch.arange(3).sum() == 3
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]], device=DEVICE).bool()
+    assert mask.sum(1).tolist() == [2, 1]
+    assert torch.ones(2, 3, 5, device=DEVICE)[mask].shape == (3, 5)
     product = torch.ones(2, 3, dtype=torch.bfloat16, device=DEVICE) @ torch.ones(
         3, 4, dtype=torch.bfloat16, device=DEVICE
     )

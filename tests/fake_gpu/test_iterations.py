@@ -1,4 +1,4 @@
-"""Whole iterations of FLUX.1-dev on GPUs that are not there: what makes the host wait, and what takes memory.
+"""Whole iterations of published models on GPUs that are not there: what makes the host wait, and what takes memory.
 
 In full width with one block of each kind; at full depth under `make slow`. Nothing has values, so nothing here says
 that results are right: that is for the CPU's tests. A tensor on the wrong device ends an iteration.
@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from . import pipelines
 from .cases import Case, Seen, case, seen_of
 
 READS, EVENT = "the host reads from the device", "an event is waited for"
+SENDS = "ordinary host memory is copied to the device"
 Waits = Mapping[tuple[str, str, str], int]
 
 ONCE: Waits = {
@@ -29,9 +31,8 @@ OFFLOADED: Waits = {
 
 ADAMW, FLOAT32 = {"name": "adamw"}, {"master_dtype": "float32"}
 ADAPTERS = {"model": {"tuning": "lora"}, "optimizer": ADAMW, "parallel": FLOAT32}
-SHORT = {"sampling": {"num_inference_steps": 4}}
+SHORT = {"sampling": {"num_inference_steps": 3}}
 FEW = SHORT | {"algorithm": {"num_train_steps": 2}}
-SHORTEST = FEW | {"sampling": {"num_inference_steps": 3}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,11 @@ class Expected:
 
 RECIPES = {
     "full": Expected(case=case(**FEW), waits=NORM_OF_A_STEP, fused=("step",)),
-    "four updates": Expected(
+    "two updates": Expected(
         case=case(
             **SHORT,
             model={"ema": 0.99},
-            algorithm={"num_train_steps": 2, "updates_per_iteration": 4, "kl_coef": 0.1},
+            algorithm={"num_train_steps": 2, "num_anchors": 2, "updates_per_iteration": 2, "kl_coef": 0.1},
             optimizer=ADAMW,
             parallel={**FLOAT32, "update_batch": 1},
         )
@@ -94,16 +95,71 @@ RECIPES = {
 }
 
 WHOLE = {
-    "full": Expected(case=case(**SHORTEST, name_or_path="random:flux-dev"), waits=NORM_OF_A_STEP, fused=("step",)),
-    "fsdp": Expected(
-        case=case("H100", 8, **SHORTEST, name_or_path="random:flux-dev", optimizer=ADAMW, parallel=FLOAT32)
+    "full": Expected(case=case(**FEW, name_or_path="random:flux-dev"), waits=NORM_OF_A_STEP, fused=("step",)),
+    "fsdp": Expected(case=case("H100", 8, **FEW, name_or_path="random:flux-dev", optimizer=ADAMW, parallel=FLOAT32)),
+}
+
+
+# Where diffusers' own pipelines wait: never in a velocity, but once, where Qwen-Image moves its table of positions.
+DRIVEN = "ngrpo_train/models/driven.py:Driven"
+ANSWERS = f"{DRIVEN}._answering.<locals>.answer > "
+QWEN = "qwenimage/pipeline_qwenimage.py:QwenImagePipeline"
+WAN = "wan/pipeline_wan.py:WanPipeline"
+TABLE = "utils/peft_utils.py:apply_lora_scale.<locals>.decorator.<locals>.wrapper"
+OF_QWEN: Waits = {
+    ("encode", f"{ANSWERS}{QWEN}.encode_prompt", SENDS): 8,
+    ("encode", f"{ANSWERS}{QWEN}.encode_prompt", READS): 6,
+    ("encode", f"{ANSWERS}{QWEN}.prepare_latents", SENDS): 1,
+    ("rollout", f"ngrpo_train/models/driven.py:_Seen.__call__ > {TABLE}", SENDS): 2,
+    ("decode", f"{DRIVEN}._run > {QWEN}.__call__", SENDS): 2,
+}
+OF_WAN: Waits = {
+    ("encode", f"{ANSWERS}{WAN}.encode_prompt", SENDS): 4,
+    ("encode", f"{ANSWERS}{WAN}.prepare_latents", SENDS): 1,
+    ("decode", f"{DRIVEN}._run > {WAN}.__call__", SENDS): 8,
+}
+
+
+def family(name: str, **sampling: float | str) -> Case:
+    """Neighbors trained in a few steps with guidance, by LoRA."""
+    return case(
+        **ADAPTERS | {"parallel": {**FLOAT32, "update_batch": 2}},
+        name_or_path=name,
+        algorithm={"num_train_steps": 2, "num_generations": 4, "num_anchors": 2},
+        sampling={"num_inference_steps": 3, **sampling},
+    )
+
+
+# Two other families in full width, with a layer of each kind.
+LAYERS = {
+    "qwen-image": {
+        "transformer": {"num_layers": 1},
+        "text_encoder": {
+            "text_config": {"num_hidden_layers": 1},
+            "vision_config": {"depth": 1, "fullatt_block_indexes": [0]},
+        },
+    },
+    "wan21-t2v-1.3b": {"transformer": {"num_layers": 1}, "text_encoder": {"num_layers": 1}},
+}
+RECIPES |= {
+    "qwen-image": Expected(
+        case=family("qwen-image", height=1024, width=1024, guidance_scale=4.0, negative_prompt=" "), waits=OF_QWEN
+    ),
+    "wan21-t2v-1.3b": Expected(
+        case=family(
+            "wan21-t2v-1.3b", height=480, width=832, num_frames=9, guidance_scale=5.0, negative_prompt="static"
+        ),
+        waits=OF_WAN,
     ),
 }
 
 
 @pytest.fixture(scope="module")
-def shallow() -> dict[str, Seen]:
-    return seen_of({name: expected.case for name, expected in RECIPES.items()})
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
+    home = tmp_path_factory.mktemp("published")
+    for name, layers in LAYERS.items():
+        pipelines.write(home / name, name, **layers)
+    return seen_of({name: expected.case for name, expected in RECIPES.items()}, home)
 
 
 @pytest.fixture(scope="module")
@@ -141,4 +197,6 @@ def refuse_another_plan(seen: Seen, fused: tuple[str, ...], *, most_below: float
     assert share.keys() >= {"encode", "decode", "update"}
     # A plan counts weights that an earlier part of the prompts has left gathered, and here there is one part.
     assert share.pop("encode") <= 1.05
+    if share.pop("step", None):  # never the fullest: the last batch's rows, which are still there, count for little
+        assert abs(seen.peaks["step"] - seen.planned["step"]) <= 0.05 * max(seen.planned.values())
     assert all(1 - most_below <= each <= 1.05 for each in share.values()), share
