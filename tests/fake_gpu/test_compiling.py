@@ -1,0 +1,37 @@
+"""How often blocks compile for a GPU: once for each kind of forward, and never again."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from .cases import ROOT
+
+# There are two kinds of blocks. The first single block gets views of other strides than the others: a third graph.
+ONCE = [3, 3, 3, 0, 0, 0]
+# Inputs of the first adapted block need no gradient, those of the others do: a fourth.
+ONCE_ADAPTED = [3, 4, 3, 0, 0, 0]
+LORA = {"tuning": "lora", "lora_rank": 8, "lora_alpha": 8, "gradient_checkpointing": "selective"}
+
+
+@pytest.mark.parametrize(
+    "model, count, float8, expected",
+    [
+        pytest.param(LORA, 8, True, ONCE_ADAPTED, id="adapters on eight GPUs, float8 rollouts"),
+        pytest.param({"gradient_checkpointing": "full"}, 8, False, ONCE, id="eight GPUs", marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing": "none"}, 1, True, ONCE, id="float8 rollouts", marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_compile_once(model: dict[str, Any], count: int, float8: bool, expected: list[int]) -> None:
+    """Graphs of a rollout, an update and the old policy, in two iterations, with weights gathered and given up.
+
+    Each block is one graph, for it compiles with `fullgraph=True`.
+    """
+    subprocess.run([sys.executable, "-m", "tests.fake_gpu.guard"], check=True, cwd=ROOT)
+    asked = json.dumps({"model": model, "count": count, "float8": float8})
+    program = [sys.executable, "-m", "tests.fake_gpu", "compiling"]
+    done = subprocess.run(program, input=asked, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
