@@ -148,7 +148,7 @@ case $part in
     train-peer) train 290 peer --only float32; train 280 peer --only bfloat16 ;;
     train-forward) train 570 forward ;;
     train-activations) train 570 activations ;;
-    train-variants) train 190 variants --only "0.9"; train 160 variants --only float8; train 235 variants --only LoRA ;;
+    train-variants) train 190 variants --only again; train 160 variants --only float8; train 235 variants --only LoRA ;;
     train-sharded) train 570 sharded ;;
     train-decode) train 400 decode ;;
     train-rewards) train 300 rewards ;;

@@ -94,7 +94,7 @@ def activations(session: Session, recipe: Recipe) -> None:
     if built is None:
         return
     model, part = built[0], built[1].first(recipe.algorithm.num_anchors)
-    keeps: list[tuple[Any, bool]] = [(keep, True) for keep in ("full", 0.9, "none", 0.7, 0.5, "selective")]
+    keeps: list[tuple[Any, bool]] = [(keep, True) for keep in ("selective", "full", 0.3, 0.1, "none")]
     keeps += [(keep, False) for keep in ("full", "selective", "none")]
 
     for keep, compiled in keeps:

@@ -81,9 +81,9 @@ def algorithms(session: Session, recipe: Recipe) -> None:
 
 
 def variants(session: Session, recipe: Recipe) -> None:
-    """Measure the same iteration with kept activations, with a float8 rollout, and with LoRA."""
+    """Measure the same iteration with whole blocks computed again, with a float8 rollout, and with LoRA."""
     parallel = recipe.parallel
-    budget = replace(recipe, model=replace(recipe.model, gradient_checkpointing=0.9))
+    again = replace(recipe, model=replace(recipe.model, gradient_checkpointing="full"))
     float8 = replace(recipe, parallel=replace(parallel, rollout_dtype="float8"))
     lora = replace(
         recipe,
@@ -91,7 +91,7 @@ def variants(session: Session, recipe: Recipe) -> None:
         optimizer=replace(recipe.optimizer, name="adamw", learning_rate=3e-4),
         parallel=replace(parallel, master_dtype="float32"),
     )
-    _iterations(session, "variants", "full, 0.9 of activations kept", budget, compiled=True)
+    _iterations(session, "variants", "full, blocks computed again", again)
     _iterations(session, "variants", "full, float8 rollout", float8, compiled=True)
     _iterations(session, "variants", f"LoRA, rank {lora.model.lora_rank}", lora)
 

@@ -130,7 +130,7 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
     if model.gradient_checkpointing != "full":
         yield {"model.gradient_checkpointing": "full"}, "the backward pass computes blocks again"
         if model.gradient_checkpointing in ("none", "selective") and settings.compile != "off":
-            yield {"model.gradient_checkpointing": 0.5}, "the compiler keeps about half of the activations"
+            yield {"model.gradient_checkpointing": 0.1}, "the compiler keeps about a tenth of the activations"
     if not settings.decode_tiles and hasattr(part_class(plan.architecture, "vae"), "enable_tiling"):
         yield {"parallel.decode_tiles": True}, "the VAE decodes large pictures in tiles"
     if not recipe.prompts.embeddings:
