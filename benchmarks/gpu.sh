@@ -108,10 +108,11 @@ train() {
 # Memory in segments that grow, where the driver has them: the phases of an iteration need blocks of unlike sizes.
 growing_segments() {
     local setting=expandable_segments:True try='import torch; torch.ones(1 << 28, device="cuda").sum().item()'
-    if [[ -z ${PYTORCH_CUDA_ALLOC_CONF:-} ]] && PYTORCH_CUDA_ALLOC_CONF=$setting "$PYTHON" -c "$try" >/dev/null 2>&1; then
-        export PYTORCH_CUDA_ALLOC_CONF=$setting
+    if [[ -z ${PYTORCH_ALLOC_CONF+set} ]]; then
+        PYTORCH_ALLOC_CONF=$setting "$PYTHON" -c "$try" >/dev/null 2>&1 || setting=
+        export PYTORCH_ALLOC_CONF=$setting
     fi
-    echo "PYTORCH_CUDA_ALLOC_CONF: ${PYTORCH_CUDA_ALLOC_CONF:-}" >>"$out/provenance.txt"
+    echo "PYTORCH_ALLOC_CONF: $PYTORCH_ALLOC_CONF" >>"$out/provenance.txt"
 }
 
 train_profile() {

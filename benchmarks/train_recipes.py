@@ -184,8 +184,8 @@ def settings_of(recipe: Recipe) -> str:
         for section in ("model", "prompts", "sampling", "algorithm", "optimizer", "train", "parallel")
     }
     flags = [_dashed(flag) for flag in as_flags(changed)]
-    allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    return " ".join(flags + [f"PYTORCH_CUDA_ALLOC_CONF={allocator}"] * bool(allocator))
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF", "")
+    return " ".join(flags + [f"PYTORCH_ALLOC_CONF={allocator}"] * bool(allocator))
 
 
 def _dashed(flag: str) -> str:

@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 2 for what the user can mend before any work, 1 for a failed reward."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _set_up_messages()
+    _set_up_memory()
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
         print(USAGE.format(recipes=textwrap.fill(f"packaged recipes: {', '.join(_packaged())}", 116)))
@@ -87,6 +88,15 @@ def _set_up_messages() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for alarmist in ("torchao", "torch.utils._pytree"):  # they warn of each other's versions
         logging.getLogger(alarmist).setLevel(logging.ERROR)
+
+
+def _set_up_memory() -> None:
+    """Let CUDA's allocator keep memory in segments that grow: the phases of an iteration need blocks of unlike sizes.
+
+    PyTorch reads this once, and nothing has imported it yet. A user's own settings, under either name, stay.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _raised_here(error: BaseException) -> bool:

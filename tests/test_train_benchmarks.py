@@ -130,7 +130,8 @@ def test_the_made_up_reward_is_never_flat() -> None:
 
 
 @pytest.mark.parametrize("name", ["full", "tiny", "MixGRPO-Flash*"])
-def test_settings_repeat_a_recipe(name: str) -> None:
+def test_settings_repeat_a_recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)  # it is among the settings, and no flag
     recipes = {"full": full_size(), "tiny": tiny(on_gpu=False)}
     recipe = recipes.get(name) or table_3(full_size())[name][1]
 
@@ -428,7 +429,7 @@ def test_the_gpu_script_runs_every_part(tmp_path: Path, fails: bool) -> None:
     python = tmp_path / "python"
     # Stands in for a Python that has a GPU, and for the commands it is given.
     python.write_text(
-        '#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "ran $PYTORCH_CUDA_ALLOC_CONF $*"\n'
+        '#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "ran $PYTORCH_ALLOC_CONF $*"\n'
         f'case "$*" in *updates*) exit {int(fails)};; esac\n'
     )
     python.chmod(0o755)

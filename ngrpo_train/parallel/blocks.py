@@ -74,6 +74,11 @@ def recomputing(forward: Forward, what: str | float) -> Forward:
 def _configure_compiler(model: Model, settings: Parallel) -> None:
     # Two kinds of blocks, with and without gradients, at the few batch sizes of training, sampling and evaluation.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    import torch._inductor.config as inductor
+
+    # It would time padded products on the device while it compiles, which takes memory beside the run's, and the clock
+    # would decide what is compiled.
+    inductor.shape_padding = False
     if not isinstance(model.gradient_checkpointing, str):
         import torch._functorch.config as functorch
 

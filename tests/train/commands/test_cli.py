@@ -72,6 +72,18 @@ def test_version(ngrpo, monkeypatch):
     assert ngrpo("--version") == (0, "ngrpo 1.2.3\n", "")
 
 
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}])
+def test_cudas_memory_grows_in_segments_unless_the_user_says_otherwise(ngrpo, monkeypatch, own):
+    """Read by PyTorch, which a command imports (see the next test)."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    assert ngrpo("--version")[0] == 0
+    found = {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
+    assert found == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
 def test_asking_for_help_does_not_import_torch():
     program = (
         "import sys; from ngrpo_train.__main__ import main\n"

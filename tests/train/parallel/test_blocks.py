@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch._functorch.config as functorch
+import torch._inductor.config as inductor
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -140,12 +141,13 @@ def test_compiled_blocks_train_alike_and_compile_once(monkeypatch, tiny_dev, loa
     assert blocks.graphs_compiled() == compiled
 
 
-def test_the_compilers_budget_and_cache_are_set(monkeypatch, tmp_path):
+def test_the_compilers_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
     settings = Parallel(compile="on", compile_cache=str(tmp_path))
-    with functorch.patch(activation_memory_budget=1.0):
+    with functorch.patch(activation_memory_budget=1.0), inductor.patch(shape_padding=True):
         blocks.prepare([nn.Linear(2, 2)], Model(gradient_checkpointing=0.7), settings, torch.device("cpu"))
         assert functorch.activation_memory_budget == 0.7
+        assert not inductor.shape_padding
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
 
 
