@@ -155,8 +155,8 @@ class Group:
         if _values_readable(dt) and (dt <= 0).any():
             raise ValueError(f"dt must be positive (sigma_before - sigma_after > 0), got {dt.min().item()}")
         dt = dt.detach().to(self.candidates.device)
-        dt = torch.where(dt > 0, dt, float("nan"))
-        return -(dt[:, None] if dt.ndim == 1 else dt).expand(prompts, anchors)[:, :, None]
+        dt = (dt[:, None] if dt.ndim == 1 else dt).expand(prompts, anchors)[:, :, None]
+        return torch.where(dt > 0, -dt, float("nan"))  # in one piece, as kernels read it
 
     def drop_prompts(self, tensor: Tensor) -> Tensor:
         """The tensor without its first dimension if the caller left P out, else as it is."""

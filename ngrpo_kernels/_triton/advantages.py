@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ngrpo_kernels._library import alloc_quasi_norm_advantages
+from ngrpo_kernels._tiles import next_power_of_2
 from ngrpo_kernels._triton.maths import over_quasi_norm, row_sum, standardised
 from ngrpo_kernels._triton.tensors import accumulator, strides
 
@@ -72,7 +73,7 @@ def launch_quasi_norm_advantages(
             number,
             group,
             p,
-            BLOCK_G=triton.next_power_of_2(group),
+            BLOCK_G=next_power_of_2(group),
             ACC=acc,
             EPS=eps,
             num_warps=1,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ngrpo_kernels._library import alloc_pairwise_sqdist
 from ngrpo_kernels._tiles import WARPS, sums_tile
+from ngrpo_kernels._triton.maths import block, load_quarters
 from ngrpo_kernels._triton.tensors import accumulator, rows, strides
 
 
@@ -25,34 +26,45 @@ def _distances_kernel(
     D,
     CHUNK,
     BLOCK_B: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,  # D is whole blocks
+    WARPS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     part, chunk, p = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    blocks_g = tl.cdiv(G, BLOCK_G)
-    g = part % blocks_g * BLOCK_G + tl.arange(0, BLOCK_G)
+    blocks_g = tl.cdiv(G, WARPS * ROWS)
+    g = (part % blocks_g * WARPS + tl.arange(0, WARPS)[:, None]) * ROWS  # [WARPS, 1], first of each warp's candidates
     first_b = part // blocks_g * BLOCK_B
-    x_rows = candidates_ptr + p * candidates_stride_p + (g % G).to(tl.int64)[:, None] * candidates_stride_g
+    anchors_ptr += p * anchors_stride_p
+    candidates_ptr += p * candidates_stride_p
 
-    sums = (tl.zeros([BLOCK_G, BLOCK_D], ACC),) * BLOCK_B
+    sums = (tl.zeros([WARPS, BLOCK_D // 4], ACC),) * (BLOCK_B * ROWS)
     for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, D), BLOCK_D):
-        d = first + tl.arange(0, BLOCK_D)[None, :]
-        inside = None if WHOLE else d < D
-        other = None if WHOLE else 0.0
-        x = tl.load(x_rows + d, inside, other).to(ACC)  # [BLOCK_G, BLOCK_D]
+        d = block(first, WARPS, BLOCK_D)
+        inside, other = (None, None) if WHOLE else (d < D, 0.0)
+        x = ()
+        for r in tl.static_range(ROWS):
+            row = ((g + r) % G).to(tl.int64)  # of the group: there is no row to mask
+            x += (load_quarters(candidates_ptr + row * candidates_stride_g + d, inside, other, ACC),)
         added = ()
         for k in tl.static_range(BLOCK_B):
             b = tl.minimum(first_b + k, B - 1).to(tl.int64)
-            at = anchors_ptr + p * anchors_stride_p + b * anchors_stride_b
-            difference = x - tl.load(at + d, inside, other).to(ACC)
-            added += (sums[k] + difference * difference,)
+            anchor = load_quarters(anchors_ptr + b * anchors_stride_b + d, inside, other, ACC)
+            for r in tl.static_range(ROWS):
+                square = sums[k * ROWS + r]
+                for i in tl.static_range(4):
+                    difference = x[r][i] - anchor[i]
+                    square = tl.fma(difference, difference, square)
+                added += (square,)
         sums = added
 
+    lane = tl.arange(0, BLOCK_D // 4)[None, :]  # one of the threads that added a sum stores it
     for k in tl.static_range(BLOCK_B):
-        at = sums_ptr + ((p * tl.num_programs(1) + chunk) * B + first_b + k) * G
-        tl.store(at + g, tl.sum(sums[k], axis=1), g < tl.where(first_b + k < B, G, 0))
+        at = sums_ptr + ((p * tl.num_programs(1) + chunk) * B + first_b + k) * G + g + 0 * lane
+        for r in tl.static_range(ROWS):
+            mask = (lane == 0) & (g + r < tl.where(first_b + k < B, G, 0))
+            tl.store(at + r, tl.sum(sums[k * ROWS + r], axis=1, keep_dims=True), mask)
 
 
 def launch_pairwise_sqdist(anchors: Tensor, candidates: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,9 +88,10 @@ def launch_pairwise_sqdist(anchors: Tensor, candidates: Tensor, dtype: torch.dty
         dim,
         tile.chunk,
         BLOCK_B=tile.block_b,
-        BLOCK_G=tile.block_g,
+        ROWS=tile.rows,
         BLOCK_D=tile.block_d,
         WHOLE=dim % tile.block_d == 0,
+        WARPS=WARPS,
         ACC=acc,
         num_warps=WARPS,
     )

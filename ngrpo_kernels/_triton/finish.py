@@ -64,6 +64,9 @@ def finish_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # sums of BLOCK_B anchors
+    BLOCK_M: tl.constexpr,  # sums of pairs
+    STAGES: tl.constexpr,
     ACC: tl.constexpr,
     EPS: tl.constexpr,
 ):
@@ -86,24 +89,31 @@ def finish_kernel(
         anchor_is_valid &= tl.load(mask_ptr + own * mask_stride_g) != 0
 
     # -- sums over D, chunks in order
-    SUMS: tl.constexpr = (2 * B + G // 2) * G
-    sums_ptr += p * chunks * SUMS
+    OF_ANCHORS: tl.constexpr = 2 * B * G
+    SUMS: tl.constexpr = OF_ANCHORS + G // 2 * G
+    first_sum = 2 * BLOCK_B * G * part
+    at_anchors = sums_ptr + p * chunks * SUMS + first_sum
+    at_pairs = sums_ptr + p * chunks * SUMS + OF_ANCHORS
+    n, m = tl.arange(0, BLOCK_N)[None, :], tl.arange(0, BLOCK_M)[None, :]
+    of_anchors = tl.zeros([BLOCK_C, BLOCK_N], ACC)
+    of_pairs = tl.zeros([BLOCK_C, BLOCK_M], ACC)
+    for first in tl.range(0, chunks, BLOCK_C, num_stages=STAGES):  # copies of the next chunks are under way
+        chunk = first + tl.arange(0, BLOCK_C)[:, None]
+        there = chunk < chunks
+        mine = there & (n < 2 * BLOCK_B * G) & (n < OF_ANCHORS - first_sum)
+        of_anchors += tl.load(at_anchors + chunk * SUMS + n, mine, 0)
+        of_pairs += tl.load(at_pairs + chunk * SUMS + m, there & (m < SUMS - OF_ANCHORS), 0)
+    of_anchors, of_pairs = tl.sum(of_anchors, axis=0), tl.sum(of_pairs, axis=0)
+    at = tl.minimum(2 * (b - part * BLOCK_B) * G + i, BLOCK_N - 1 - G)
     toward = tl.zeros([BLOCK_B, BLOCK_G], ACC)
     along = tl.zeros([BLOCK_B, BLOCK_G], ACC)
-    own_sqdist = tl.zeros([BLOCK_B, BLOCK_G], ACC)
-    sqdist = tl.zeros([BLOCK_G, BLOCK_G], ACC)
-    is_pair = (i != k) & valid & valid_k
-    for first in range(0, chunks, BLOCK_C):
-        chunk = first + tl.arange(0, BLOCK_C)[:, None, None]
-        at, there = sums_ptr + chunk * SUMS, chunk < chunks
-        of_anchors = (real & valid)[None] & there
-        if not LITERAL:
-            toward += tl.sum(tl.load(at + (2 * b * G + i)[None], of_anchors, 0), axis=0)
-        if LITERAL or HAS_OLD:
-            along += tl.sum(tl.load(at + ((2 * b + 1) * G + i)[None], of_anchors, 0), axis=0)
-        of_own = of_anchors & (i != own)[None]
-        own_sqdist += tl.sum(tl.load(at + pair_at(own, i, B, G)[None], of_own, 0), axis=0)
-        sqdist += tl.sum(tl.load(at + pair_at(i, k, B, G)[None], is_pair[None] & there, 0), axis=0)
+    if not LITERAL:
+        toward = tl.where(valid, _taken(of_anchors, at), 0)
+    if LITERAL or HAS_OLD:
+        along = tl.where(valid, _taken(of_anchors, at + G), 0)
+    in_i, in_k = tl.minimum(i, G - 1), tl.minimum(k, G - 1)
+    own_sqdist = tl.where(valid & (i != own), _taken(of_pairs, pair_at(own, in_i, G)), 0)
+    sqdist = tl.where((i != k) & valid & valid_k, _taken(of_pairs, pair_at(in_i, in_k, G)), 0)
 
     # -- the two policies
     mean_sqdist = row_sum(tl.sum(sqdist, axis=0, keep_dims=True)) / tl.maximum(count * (count - 1), 1)
@@ -183,3 +193,9 @@ def _share(flag, log_ratio, valid, count):
     """Share of the valid candidates that are flagged, [.., 1]; NaN where the log-ratio is."""
     flag = tl.where(log_ratio != log_ratio, log_ratio, flag.to(log_ratio.dtype))
     return row_sum(tl.where(valid, flag, 0)) / count
+
+
+@triton.jit
+def _taken(values, at):
+    """The values at positions [rows, columns]."""
+    return tl.reshape(tl.gather(values, tl.reshape(at, [at.shape[0] * at.shape[1]]), axis=0), at.shape)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ngrpo_kernels._library import alloc_gaussian_log_ratio, alloc_gaussian_log_ratio_grad
-from ngrpo_kernels._tiles import STRETCH, WARPS, stretches
+from ngrpo_kernels._tiles import STRETCH, WARPS, ceil_div, stretches
 from ngrpo_kernels._triton.tensors import accumulator, rows
 from ngrpo_kernels.reference import Draws
 
@@ -190,7 +190,7 @@ def launch_gaussian_log_ratio_grad(draws: Draws, by_log_ratio: Tensor, by_kl: Te
     if number == 0:
         return result
     draws = _prepared(draws)
-    _gaussian_grad_kernel[number, triton.cdiv(dim, STRETCH)](
+    _gaussian_grad_kernel[number, ceil_div(dim, STRETCH)](
         *draws,
         by_log_ratio.contiguous(),
         by_kl.contiguous(),

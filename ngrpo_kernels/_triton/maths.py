@@ -83,3 +83,24 @@ def over_quasi_norm(combined, magnitude, valid, p, EPS: tl.constexpr):
     quasi_norm = tl.exp2(tl.log2(tl.where(total > 0, total, 1)) / p)
     result = tl.where(cancelled, 0 * combined, scaled / tl.where(cancelled, 1, quasi_norm))
     return tl.where(valid, result, 0)
+
+
+@triton.jit
+def block(first, WARPS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Elements of D from `first` on as [WARPS, BLOCK_D], for tiles that have a row for each warp.
+
+    An anchor's one row is thus a tile like the others, which threads load 16 bytes at a time. With unsigned offsets of
+    32 bits, a kernel keeps one number for all rows. Otherwise the compiler keeps each row's address, two registers.
+    """
+    return tl.broadcast_to(first + tl.arange(0, BLOCK_D)[None, :], [WARPS, BLOCK_D]).to(tl.uint32)
+
+
+@triton.jit
+def load_quarters(at, inside, other, ACC: tl.constexpr):
+    """Load a tile [.., BLOCK_D] as four [.., BLOCK_D / 4], each of which has one of four neighbours.
+
+    One thread holds all four neighbours, and adds their terms one after the other into the same register.
+    """
+    tile = tl.load(at, inside, other).to(ACC)
+    even, odd = tl.split(tl.reshape(tile, [tile.shape[0], tile.shape[1] // 4, 2, 2]))
+    return tl.split(even) + tl.split(odd)

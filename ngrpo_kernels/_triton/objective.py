@@ -5,7 +5,6 @@ the algebra on [B, G]. Nothing is atomic, so results are the same to the bit eve
 """
 # P prompts (or prompt-step rows), B anchors, G candidates, D latent elements (tokens x channels, flattened).
 
-import triton
 from torch import Tensor
 
 from ngrpo_kernels import _tiles
@@ -29,7 +28,7 @@ def launch_objective(points: Points, settings: Settings) -> tuple[Tensor, ...]:
     slope, anchor_index = points.slope.contiguous(), points.anchor_index.contiguous()
     values = points.advantages, points.rewards, points.mask
     acc, eps = accumulator(slope.dtype)
-    shared = {"LITERAL": points.literal, "B": anchors, "G": group, "ACC": acc, "num_warps": _tiles.WARPS}
+    shared = {"LITERAL": points.literal, "B": anchors, "G": group, "ACC": acc}
 
     tile = _tiles.sums_tile(prompts, anchors, group, dim, shifts)
     sums = slope.new_empty(prompts, tile.chunks, 2 * anchors + shifts, group)
@@ -48,14 +47,16 @@ def launch_objective(points: Points, settings: Settings) -> tuple[Tensor, ...]:
         dim,
         tile.chunk,
         BLOCK_B=tile.block_b,
-        BLOCK_G=tile.block_g,
+        ROWS=tile.rows,
         BLOCK_S=tile.block_s,
         BLOCK_D=tile.block_d,
         WHOLE=dim % tile.block_d == 0,
+        WARPS=_tiles.WARPS,
         **shared,
+        num_warps=_tiles.WARPS,
     )
-    finish = _tiles.finish_tile(anchors, group)
-    finish_kernel[triton.cdiv(anchors, finish.block_b), prompts](
+    finish = _tiles.finish_tile(anchors, group, sums.element_size())
+    finish_kernel[_tiles.ceil_div(anchors, finish.block_b), prompts](
         sums,
         slope,
         anchor_index,
@@ -75,7 +76,11 @@ def launch_objective(points: Points, settings: Settings) -> tuple[Tensor, ...]:
         BLOCK_B=finish.block_b,
         BLOCK_G=finish.block_g,
         BLOCK_C=finish.block_c,
+        BLOCK_N=finish.block_n,
+        BLOCK_M=finish.block_m,
+        STAGES=finish.stages,
         EPS=eps,
         **shared,
+        num_warps=_tiles.FINISH_WARPS,
     )
     return outputs

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ngrpo_kernels._library import alloc_weighted_differences, alloc_weighted_sum_from
-from ngrpo_kernels._tiles import ANCHORS, AT_ONCE, WARPS, WRITTEN
+from ngrpo_kernels._tiles import ANCHORS, AT_ONCE, WARPS, WRITTEN, ceil_div
 from ngrpo_kernels._triton.tensors import accumulator, rows, strides
 
 
@@ -39,7 +39,7 @@ def _weighted_kernel(
     ACC: tl.constexpr,
 ):
     first_b, p = tl.program_id(0) * BLOCK_B, tl.program_id(2).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     inside = None if WHOLE else d < D
     other = None if WHOLE else 0.0
     scale = 1.0 if scale_ptr is None else tl.load(scale_ptr).to(ACC)
@@ -53,21 +53,22 @@ def _weighted_kernel(
             row = tl.minimum(tl.maximum(j, 0), G - 1)
         at = origins_ptr + p * origins_stride_p + row * origins_stride_b
         origins += (tl.load(at + d, inside, other).to(ACC),)
-        sums += (tl.zeros([BLOCK_D], ACC),)
+        sums += (tl.zeros([1, BLOCK_D], ACC),)
 
-    for first_g in range(0, G, AT_ONCE):
-        for offset in tl.static_range(AT_ONCE):  # loads of several candidates are in flight together
-            g = tl.minimum(first_g + offset, G - 1).to(tl.int64)
-            counts = first_g + offset < G
-            if mask_ptr is not None:
-                counts = counts & (tl.load(mask_ptr + p * mask_stride_p + g * mask_stride_g) != 0)
-            x = tl.load(candidates_ptr + g * candidates_stride_g + d, inside, other).to(ACC)
-            added = ()
-            for k in tl.static_range(BLOCK_B):
-                weight = tl.load(weights_ptr + (p * B + tl.minimum(first_b + k, B - 1)) * G + g)
-                # What is masked may be NaN, and is left out rather than multiplied by zero.
-                added += (sums[k] + tl.where(counts, weight * (x - origins[k]), 0),)
-            sums = added
+    for first_g in tl.range(0, G, AT_ONCE, num_stages=3):  # the next candidates are on their way
+        g = first_g + tl.arange(0, AT_ONCE)[:, None]
+        counts = g < G
+        g = tl.minimum(g, G - 1).to(tl.int64)
+        x = tl.load(candidates_ptr + g * candidates_stride_g + d, inside, other).to(ACC)  # [AT_ONCE, BLOCK_D]
+        if mask_ptr is not None:
+            counts = counts & (tl.load(mask_ptr + p * mask_stride_p + g * mask_stride_g) != 0)
+        added = ()
+        for k in tl.static_range(BLOCK_B):
+            weight = tl.load(weights_ptr + (p * B + tl.minimum(first_b + k, B - 1)) * G + g)
+            # What is masked may be NaN, and is left out rather than multiplied by zero.
+            terms = tl.where(counts, weight * (x - origins[k]), 0)
+            added += (sums[k] + tl.sum(terms, axis=0, keep_dims=True),)
+        sums = added
 
     for k in tl.static_range(BLOCK_B):
         at = result_ptr + (p * B + first_b + k) * D
@@ -88,7 +89,7 @@ def _launch(
     candidates, origins = rows(candidates), rows(origins)
     acc, _ = accumulator(weights.dtype)
     block_b = min(anchors, ANCHORS)
-    _weighted_kernel[triton.cdiv(anchors, block_b), triton.cdiv(dim, WRITTEN), prompts](
+    _weighted_kernel[ceil_div(anchors, block_b), ceil_div(dim, WRITTEN), prompts](
         weights.contiguous(),
         scale,
         candidates,

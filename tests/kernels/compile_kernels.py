@@ -27,7 +27,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from ngrpo_kernels import _tiles
 from ngrpo_kernels._triton import BACKEND
 from ngrpo_kernels.reference import Draws, Points, Settings
 
@@ -65,6 +64,7 @@ CASES = {
     "float32": Case(torch.float32, torch.float32, 4, 12, calls=SOME[:3]),
     "bfloat16": Case(torch.bfloat16, torch.bfloat16, 4, 16, calls=(*SOME, *DRAWS)),
     "mixed": Case(torch.float32, torch.bfloat16, 4, 16, calls=(*OFTEN, *DRAWS)),
+    "trainer": Case(torch.float32, torch.bfloat16, 4, 12, calls=OFTEN[:1]),
     "one anchor": Case(torch.bfloat16, torch.bfloat16, 1, 16, calls=OFTEN),
     "two anchors": Case(torch.float32, torch.bfloat16, 2, 12, calls=OFTEN),
     "ragged": Case(torch.float32, torch.float32, 3, 7, 4099, masked=True, calls=(*OFTEN, *DRAWS)),
@@ -122,6 +122,34 @@ LOADS = {  # from global memory, by the bytes that a thread reads
     4: r"LDG\.E(\.CONSTANT)?|(global|buffer)_load_dword",
     1: r"LDG\..*\.U8.*|(global|buffer)_load_ubyte",
 }
+MULTIPROCESSOR = {"registers": 65_536, "shared_bytes": 227 * 1024, "warps": 64, "programs": 32}  # of sm_90
+
+
+def bytes_in_flight(instructions: list[tuple[str, str]]) -> int:
+    """The most bytes that a thread has asked global memory for before an instruction uses the first of them.
+
+    Counted along the code as it stands, loop bodies once. A load is waited for where a register that it fills is read.
+    """
+    waiting: dict[int, int] = {}  # bytes, by the first register that a load fills
+    most = 0
+    for opcode, operands in instructions:
+        width = next((width for width, names in LOADS.items() if re.fullmatch(names, opcode)), 0)
+        filled, read = operands.split(",", 1) if width else ("", operands)
+        for register in {int(number) for number in re.findall(r"\bR(\d+)", read)}:
+            for first in [first for first, size in waiting.items() if first <= register < first + max(size // 4, 1)]:
+                del waiting[first]
+        if width:
+            waiting[int(filled.strip().removeprefix("R"))] = width
+        most = max(most, sum(waiting.values()))
+    return most
+
+
+def programs_on_a_multiprocessor(registers: int, launch: Any) -> int:
+    """Programs that one multiprocessor of sm_90 holds at once. It hands out registers by 256 for a warp."""
+    of_warp = -(-registers * 32 // 256) * 256
+    by_warps = min(MULTIPROCESSOR["registers"] // of_warp, MULTIPROCESSOR["warps"]) // launch.num_warps
+    by_shared = MULTIPROCESSOR["shared_bytes"] // (launch.shared + 1024)  # 1 KiB of each program is the system's
+    return min(by_warps, by_shared, MULTIPROCESSOR["programs"])
 
 
 def describe(compiled: Any) -> dict[str, Any]:
@@ -143,11 +171,15 @@ def describe(compiled: Any) -> dict[str, Any]:
 
             usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output("cuobjdump", "-res-usage")))
             sass = output("nvdisasm")
-        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M)
+        listing = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);", sass, re.M)
+        code = [opcode for opcode, _ in listing]
         to_bf16 = re.findall(r"\bcvt\.(\w+)\.(?:\w+\.)*bf16(x2)?\.f32", asm["ptx"])
         result |= {
             "registers": int(usage["REG"]),
             "local_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
+            "in_flight": bytes_in_flight(listing),
+            "programs": programs_on_a_multiprocessor(int(usage["REG"]), compiled.metadata),
+            "async_copies": len(re.findall(r"\bcp\.async\.c[ag]\.", asm["ptx"])),
             "ptx_fp64": len(re.findall(r"\.f64\b", asm["ptx"])),
             "to_bf16": collections.Counter(mode for mode, pair in to_bf16 for _ in range(2 if pair else 1)),
         }
@@ -201,20 +233,21 @@ def described(case: Case, gpus: list[str]) -> Iterator[dict[str, Any]]:
 
 def markdown() -> Iterator[str]:
     """The table in docs/kernels.md."""
-    version, shape = (
-        triton.__version__,
-        f"P = {P}, B = {CASES['float32'].B}, G = {CASES['float32'].G}, D = {FLUX_720:,}",
-    )
-    yield f"Triton {version} for sm_90; {shape}; warps of 32 threads, {_tiles.WARPS} to a program."
+    shape = f"P = {P}, B = {TABLE['float32'].B}, G = {TABLE['float32'].G}, D = {FLUX_720:,}"
+    yield f"Triton {triton.__version__} for sm_90; {shape}; warps of 32 threads."
     yield ""
-    yield "| latents | call | kernel | registers | spilled, B | shared, B | instructions | 16-byte loads | narrower |"
-    yield "|---|---|---|--:|--:|--:|--:|--:|--:|"
+    names = ["latents", "call", "kernel", "registers", "spilled, B", "shared, B", "instructions"]
+    names += ["16-byte loads and copies", "narrower", "in flight of a thread, B", "programs per SM"]
+    yield f"| {' | '.join(names)} |"
+    yield "|---|---|---|" + "--:|" * (len(names) - 3)
     seen = set()
     for latents, case in TABLE.items():
         for row in described(case, ["sm_90"]):
-            wide = row["loads"][16]
-            loads = wide, row["loads"].total() - wide
-            figures = row["registers"], row["local_bytes"], row["shared_bytes"], row["instructions"].total(), *loads
+            copies = {name: number for name, number in row["instructions"].items() if name.startswith("LDGSTS")}
+            wide = row["loads"][16] + sum(number for name, number in copies.items() if name.endswith(".128"))
+            narrower = row["loads"].total() + sum(copies.values()) - wide
+            figures = [row["registers"], row["local_bytes"], row["shared_bytes"], row["instructions"].total()]
+            figures += [wide, narrower, row["in_flight"], row["programs"]]
             line = f"{row['call']} | `{row['kernel']}` | " + " | ".join(map(str, figures))
             if line not in seen:  # what reads no latents is the same for all
                 seen.add(line)

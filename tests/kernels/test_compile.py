@@ -1,4 +1,4 @@
-"""What Triton makes of the kernels for GPUs that are not there: no spilled register, 16-byte loads, rounded bfloat16.
+"""What Triton makes of the kernels for GPUs that are not there: no spilled register, enough bytes on their way.
 
 The interpreter shows what kernels compute, and none of this.
 """
@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 
-from ngrpo_kernels._tiles import AT_ONCE, STRETCH, WARPS, WRITTEN
+from ngrpo_kernels._tiles import STRETCH, WARPS, WRITTEN
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ROOT = SCRIPT.parents[2]
 NVIDIA = "sm_80,sm_90,sm_100"
 WHAT = [  # by process
-    [f"float32:{NVIDIA}", f"mixed:{NVIDIA}"],
-    [f"{case}:sm_90" for case in ("every call", "bfloat16", "one anchor", "two anchors", "ragged")],
+    ["float32:sm_80,sm_100", f"mixed:{NVIDIA}"],
+    [f"{case}:sm_90" for case in ("every call", "trainer", "bfloat16", "one anchor", "two anchors", "ragged")],
 ]
 AMD = "mixed:gfx942"
-ANCHORS = {"every call": 4, "float32": 4, "bfloat16": 4, "mixed": 4, "one anchor": 1, "two anchors": 2}  # D = 64 T
+ANCHORS = {"every call": 4, "trainer": 4, "float32": 4, "bfloat16": 4, "mixed": 4, "one anchor": 1, "two anchors": 2}
 DRAWS = "gaussian_kernel", "gaussian_grad_kernel"
 Rows = list[dict[str, Any]]
 
@@ -70,9 +70,26 @@ def test_no_register_is_spilled(compiled: Rows) -> None:
     assert not opcodes & {"LDL", "STL"}
 
 
-def test_shared_memory_needs_no_opting_in(compiled: Rows) -> None:
-    """What every GPU gives a program unasked; sm_80 has 163 KiB on request, sm_90 and sm_100 have 227."""
-    assert max(row["shared_bytes"] for row in compiled) <= 48 * 1024
+def test_shared_memory_is_what_every_gpu_gives(compiled: Rows) -> None:
+    """More than the 48 KiB that are had unasked. On request sm_80 gives 163 KiB, sm_90 and sm_100 227, gfx942 64."""
+    assert max(row["shared_bytes"] for row in compiled) <= 64 * 1024
+
+
+def test_enough_bytes_are_on_their_way(compiled: Rows) -> None:
+    """4.3 TB/s, an H200's, for the 700 ns that they take, on each of 132 multiprocessors: 22.8 KB."""
+    (row,) = of([row for row in compiled if row["case"] == "trainer"], "sums_kernel")
+    # Of an element of D, each warp loads 9 candidates, and of 4 anchors candidate, latents and two velocities. Others
+    # load the same: 80 bytes of an element are distinct.
+    loaded, distinct = WARPS * (9 * 4 + 4 * (4 + 4 + 2 + 2)), 12 * 4 + 4 * (4 + 2 + 2)
+    assert row["programs"] * 32 * WARPS * row["in_flight"] * distinct / loaded >= 4.3e12 * 700e-9 / 132
+
+
+def test_what_one_program_alone_reads_is_copied_ahead(compiled: Rows) -> None:
+    """Asynchronously, past the registers: while one block of chunks or candidates is added, the next ones come."""
+    for row in of([row for row in compiled if row["case"] in ANCHORS], "finish_kernel", "weighted_kernel"):
+        assert row["async_copies"], label(row)
+    for row in of(compiled, "sums_kernel", "distances_kernel", *DRAWS):
+        assert not row["async_copies"], label(row)  # these would miss the cache where warps share candidates
 
 
 def test_nothing_is_computed_in_float64(compiled: Rows) -> None:
@@ -81,23 +98,27 @@ def test_nothing_is_computed_in_float64(compiled: Rows) -> None:
     assert not {name for name in opcodes if re.match(r"D(ADD|FMA|MUL|SETP|MNMX)|.*\.F64|MUFU.*64", name)}
 
 
-def test_latents_are_loaded_16_bytes_at_a_time(compiled: Rows) -> None:
-    """All narrower loads are accounted for: an int64 index for each anchor, and float32 slopes and weights.
+def test_latents_are_loaded_4_elements_at_a_time(compiled: Rows) -> None:
+    """16 bytes in float32 and 8 in bfloat16; all narrower loads are accounted for: indices, slopes, scales.
 
-    Threads hold as many bfloat16 velocities as float32 latents, so a mix of both reads the former 8 bytes at a time.
+    Latents are loaded in two places: D is no multiple of 128, and its end is masked.
     """
     for row in of([row for row in compiled if row["case"] in ANCHORS], "sums_kernel"):
         B = ANCHORS[row["case"]]
-        mixed = 2 * B if row["case"] in ("mixed", "two anchors") else 0  # rows of velocity and old_velocity
-        narrow = {width: count for width, count in row["loads"].items() if width != "16"}
-        assert narrow == {"8": B + mixed, "4": B}, label(row)
-        assert row["loads"]["16"] > 2 * B
+        loads = {int(width): count for width, count in row["loads"].items()}
+        velocities = 2 * (1 if "one update" in row["call"] or "literal" in row["call"] else 2) * B
+        if row["case"] in ("bfloat16", "one anchor"):
+            assert set(loads) == {8, 4}, label(row)
+        else:
+            mixed = velocities if row["case"] in ("mixed", "trainer", "two anchors") else 0
+            assert loads == {16: loads[16], 8: B + mixed, 4: B}, label(row)
+        assert loads[4] == B, label(row)
     for row in of([row for row in compiled if row["case"] in ANCHORS], "weighted_kernel"):
-        B, of_loss = ANCHORS[row["case"]], row["call"] == "backward"
-        narrow = {width: count for width, count in row["loads"].items() if width != "16"}
-        assert narrow == ({"8": B} if of_loss else {}) | {"4": B * AT_ONCE + of_loss}, label(row)
+        copies = {name: count for name, count in row["instructions"].items() if name.startswith("LDGSTS")}
+        assert any(name.endswith(".128") for name in copies), label(row)
+        assert row["loads"].get("4", 0) == (row["call"] == "backward"), label(row)  # its scale
     for row in of([row for row in compiled if row["case"] in ("float32", "bfloat16")], "distances_kernel"):
-        assert set(row["loads"]) == {"16"}, label(row)
+        assert set(row["loads"]) == {"16" if row["case"] == "float32" else "8"}, label(row)
     for row in of([row for row in compiled if row["case"] in ANCHORS], *DRAWS):
         of_row = 3 if "grad" in row["kernel"] else 1  # the scale, and the derivatives of the loss
         narrow = {width: count for width, count in row["loads"].items() if width != "16"}
@@ -132,7 +153,7 @@ def test_amd(tmp_path: Path) -> None:
         assert row["local_bytes"] == 0, label(row)
         assert row["shared_bytes"] <= 64 * 1024
         assert not [name for name in row["instructions"] if "f64" in name]
-        assert row["loads"]["16"] > 0
+        assert row["loads"].get("16") or row["loads"]["8"]  # warps of 64 threads hold 2 neighbours of `sums_kernel`
 
 
 def test_the_table_in_the_documentation_names_the_kernels(compiled: Rows) -> None:

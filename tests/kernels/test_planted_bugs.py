@@ -52,8 +52,8 @@ BUGS = [
     Bug(
         "rows are addressed in int32",
         "_triton/sums.py",
-        "(g % G).to(tl.int64)[:, None]",
-        "(g % G)[:, None]",
+        "((g + r) % G).to(tl.int64)",
+        "((g + r) % G)",
         "test_triton.py::test_offsets_beyond_int32[rows]",
     ),
     Bug(
@@ -108,15 +108,15 @@ BUGS = [
     Bug(
         "masked candidates count in the mean distance",
         "_triton/finish.py",
-        "is_pair = (i != k) & valid & valid_k",
-        "is_pair = (i != k) & valid & (k < G)",
+        "(i != k) & valid & valid_k",
+        "(i != k) & valid & (k < G)",
         RAGGED,
     ),
     Bug(
         "pairs of all blocks of shifts are those of the first",
         "_triton/sums.py",
-        "(g + first_s + k + 1) % G",
-        "(g + k + 1) % G",
+        "(g + first_s + r) % G",
+        "(g + r) % G",
         "test_backends.py::test_loss_of_larger_groups[triton-of 33-tensor-False]",
     ),
     Bug(
@@ -143,9 +143,30 @@ BUGS = [
     Bug(
         "only the first chunks are added",
         "_triton/finish.py",
-        "range(0, chunks, BLOCK_C)",
-        "range(0, 1, BLOCK_C)",
-        "test_backends.py::test_loss_of_larger_groups[triton-of 64-tensor-False]",
+        "range(0, chunks, BLOCK_C",
+        "range(0, 1, BLOCK_C",
+        "test_backends.py::test_loss_in_chunks_of_several_tiles[triton-(1, 1, 2, 1000)-tensor]",
+    ),
+    Bug(
+        "all of a chunk is taken for its tail, too",
+        "_triton/sums.py",
+        "whole if TAIL else chunk * CHUNK",
+        "chunk * CHUNK",
+        "test_backends.py::test_loss[triton-ragged chunks-velocity-tensor]",
+    ),
+    Bug(
+        "the change is read where the old policy's sums are",
+        "_triton/finish.py",
+        "_taken(of_anchors, at + G)",
+        "_taken(of_anchors, at)",
+        RAGGED,
+    ),
+    Bug(
+        "one of four neighbours is not added",
+        "_triton/distances.py",
+        "tl.static_range(4)",
+        "tl.static_range(3)",
+        "test_backends.py::test_pairwise_sqdist[triton-(2, 5, 7, 48)-torch.float32]",
     ),
     Bug(
         "the step size is left out of the change",
@@ -164,8 +185,8 @@ BUGS = [
     Bug(
         "distances are summed in the dtype of the latents",
         "_triton/distances.py",
-        "difference = x - tl.load(at + d, inside, other).to(ACC)",
-        "difference = (x - tl.load(at + d, inside, other).to(ACC)).to(tl.bfloat16).to(ACC)",
+        "difference = x[r][i] - anchor[i]",
+        "difference = (x[r][i] - anchor[i]).to(tl.bfloat16).to(ACC)",
         "test_backends.py::test_pairwise_sqdist[triton-(2, 5, 7, 48)-torch.float32]",
     ),
     Bug(
