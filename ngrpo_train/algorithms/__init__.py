@@ -23,7 +23,7 @@ from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.algorithms import Algorithm, implementation
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.rewards import Scores
-from ngrpo_train.update.policy import UpdateStats
+from ngrpo_train.update.policy import UpdateInParts, UpdateStats
 
 
 class GRPO(Protocol):
@@ -41,6 +41,14 @@ class GRPO(Protocol):
         self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Any, advantages: Tensor
     ) -> UpdateStats | None:
         """Make optimizer steps on this rank's groups. Returns None where no group of any rank has a signal."""
+        ...
+
+
+class Streaming(GRPO, Protocol):
+    """An algorithm that can also update by parts of an iteration's prompts, as ours can."""
+
+    def in_parts(self, model: FlowModel, optimizer: torch.optim.Optimizer, num_prompts: int) -> UpdateInParts:
+        """Begin an update on groups of so many prompts of this rank, which come part by part."""
         ...
 
 

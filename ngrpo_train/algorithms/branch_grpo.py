@@ -25,7 +25,6 @@ from ngrpo_train.recipe.algorithms import BranchGRPO as BranchSettings
 from ngrpo_train.rewards import Scores
 from ngrpo_train.sampling.sde import NoiseLevel, sde_step
 from ngrpo_train.sampling.solvers import euler_step
-from ngrpo_train.update.policy import UpdateStats
 
 
 class BranchGRPO(StochasticGRPO):
@@ -107,13 +106,11 @@ class BranchGRPO(StochasticGRPO):
         edges = self._edges(self.settings.tree_steps(self.N, step))
         return torch.cat([standardised(fused(rewards_RPG, n), weights, of_spread) for n in edges], dim=1)
 
-    def update(
-        self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor
-    ) -> UpdateStats | None:
-        if self.settings.width_pruning != "none":
-            local_PX = advantages.chunk(processes.world_size())[processes.rank()]
-            groups = groups.take(self._unpruned(groups, local_PX))
-        return super().update(model, optimizer, groups, advantages)
+    def trained(self, groups: Transitions, advantages: Tensor) -> Transitions:
+        if self.settings.width_pruning == "none":
+            return groups
+        local_PX = advantages.chunk(processes.world_size())[processes.rank()]
+        return groups.take(self._unpruned(groups, local_PX))
 
     def _unpruned(self, groups: Transitions, advantages_PX: Tensor) -> Tensor:
         """Indices of the transitions that width pruning keeps, int64 [P, M'] on the CPU, in the order of `groups`."""

@@ -69,7 +69,7 @@ from ngrpo_train.rewards import Scores
 from ngrpo_train.sampling.perturb import neighborhood
 from ngrpo_train.sampling.rollout import generate
 from ngrpo_train.sampling.solvers import flow_sigmas
-from ngrpo_train.update.policy import Terms, UpdateStats, drift_figure, update
+from ngrpo_train.update.policy import Terms, UpdateInParts, UpdateStats, drift_figure, update
 from ngrpo_train.update.rows import Rows, in_parts
 
 
@@ -179,6 +179,9 @@ class NeighborGRPO:
         self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Neighborhoods, advantages_PG: Tensor
     ) -> UpdateStats | None:
         return update(model, optimizer, groups, advantages_PG, self.policy, self.settings, self.max_grad_norm)
+
+    def in_parts(self, model: FlowModel, optimizer: torch.optim.Optimizer, num_prompts: int) -> UpdateInParts:
+        return UpdateInParts(model, optimizer, self.policy, self.settings, self.max_grad_norm, num_prompts)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from ngrpo_train.rewards import Scores
 from ngrpo_train.sampling.rollout import generate
 from ngrpo_train.sampling.sde import NoiseLevel, mean_slope, sde_step, step_std
 from ngrpo_train.sampling.solvers import Previous, Sigmas, SolverStep, dpmpp_2m_step, euler_step, flow_sigmas
-from ngrpo_train.update.policy import LOG_RATIO_LIMIT, Terms, UpdateStats, update
+from ngrpo_train.update.policy import LOG_RATIO_LIMIT, Terms, UpdateInParts, UpdateStats, update
 from ngrpo_train.update.rows import Rows, in_parts
 
 
@@ -231,7 +231,17 @@ class StochasticGRPO:
     def update(
         self, model: FlowModel, optimizer: torch.optim.Optimizer, groups: Transitions, advantages: Tensor
     ) -> UpdateStats | None:
+        groups = self.trained(groups, advantages)
         return update(model, optimizer, groups, advantages, self.policy, self.settings, self.max_grad_norm)
+
+    def in_parts(self, model: FlowModel, optimizer: torch.optim.Optimizer, num_prompts: int) -> UpdateInParts:
+        return UpdateInParts(
+            model, optimizer, self.policy, self.settings, self.max_grad_norm, num_prompts, self.trained
+        )
+
+    def trained(self, groups: Transitions, advantages: Tensor) -> Transitions:
+        """The transitions that are trained, of groups with these advantages of all ranks' prompts: here all."""
+        return groups
 
 
 def draw_noise(model: FlowModel, draws: Sequence[dict[str, int]], count: int, purpose: str) -> Tensor:

@@ -323,9 +323,12 @@ class FlowModel:
     # -- For a while ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def exploring(self) -> Iterator[None]:
-        """Hold the weights ready for an iteration's rollout, during which they do not change; a collective."""
-        if self._float8:
+    def exploring(self, *, changed: bool = True) -> Iterator[None]:
+        """Hold the weights ready for a rollout, during which they do not change; a collective.
+
+        `changed` says whether they have since the last rollout.
+        """
+        if self._float8 and changed:
             self._float8.refresh()
         with self.gathered("rollout"):
             yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -132,6 +132,12 @@ def all_gather(x: Tensor) -> Tensor:
     gathered = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(gathered, x.contiguous())
     return torch.stack(gathered)
+
+
+def joined_by_rank(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """All ranks' shares, in order of rank, from parts in which every rank has an equal share along `dim`."""
+    by_rank = zip(*(part.chunk(world_size(), dim=dim) for part in parts), strict=True)
+    return torch.cat([share for shares in by_rank for share in shares], dim=dim)
 
 
 def whole(x: Tensor) -> Tensor:

@@ -97,6 +97,11 @@ def _mesh(layout: Layout, settings: Parallel, device: torch.device) -> DeviceMes
     return mesh["shard"] if layout.copies == 1 and not settings.offload else mesh
 
 
+def is_sharded(transformer: nn.Module) -> bool:
+    """True where FSDP2 manages weights, if only those of one process."""
+    return bool(_roots(transformer))
+
+
 def keep_gathered(module: nn.Module, kept: bool) -> None:
     """Keep weights gathered from their next use on, or give them up now and after every use."""
     for root in _roots(module):

@@ -41,6 +41,7 @@ class Settled:
     reduce_gradients: Literal["step", "batch"]
     rollout_batch: int
     decode_batch: int
+    stream: Literal["on", "off"] = "off"
 
     def within(self, recipe: Recipe) -> Recipe:
         """The recipe with these values."""
@@ -70,9 +71,13 @@ def fastest_that_fits(
     most = max(1, FULL_DECODE_PIXELS // pixels)
     decodes = [asked.decode_batch] if asked.decode_batch else [n for n in _divisors(batches.decode) if n <= most]
 
+    streams: tuple[Literal["on", "off"], ...] = ("off",) if not recipe.streams else ("on",)
+    if asked.stream == "auto" and recipe.streams:
+        streams = ("on", "off")
+
     def cost(choice: tuple[Any, Any]) -> tuple[float, float]:
         """Bytes to wait for: sent, then copied. In a tie the first choice wins, which needs the least memory."""
-        settled = Settled(*choice, rollouts[0], decodes[0])
+        settled = Settled(*choice, rollouts[0], decodes[0], streams[0])
         traffic = iteration_traffic(settled.within(recipe), architecture, layout)
         sent = traffic.gathered_bytes + traffic.reduced_bytes + traffic.all_reduced_bytes
         return sent + traffic.host_bytes, traffic.copied_bytes
@@ -86,9 +91,9 @@ def fastest_that_fits(
     fast.sort(key=lambda n: sum(filled(pictures, n, recipe) for pictures in batches.calls))
     choices = sorted(itertools.product(keeps, reduces), key=cost)
     every = [
-        Settled(*choice, rollout, decode)  # type: ignore[arg-type]
+        Settled(*choice, rollout, decode, stream)  # type: ignore[arg-type]
         for sizes in (fast, [n for n in rollouts if n not in fast])
-        for choice, rollout, decode in itertools.product(choices, sizes, decodes)
+        for choice, stream, rollout, decode in itertools.product(choices, streams, sizes, decodes)
     ]
     fitting = (settled for settled in every if memory(settled) <= SAFE_SHARE * gpu_bytes)
     return next(fitting, None) or min(every, key=memory)

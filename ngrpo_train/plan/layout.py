@@ -68,6 +68,8 @@ class Batches:
 
     prompts: int
     """Prompts of an iteration."""
+    part: int
+    """Prompts that are explored before any of them is trained on: all, or a part where an iteration streams."""
     explored: int
     """Pictures whose groups are explored together: P * G."""
     calls: tuple[int, ...]
@@ -92,21 +94,23 @@ class Batches:
         """The batches of the first iteration. A size that the recipe leaves open means all at once."""
         work, settings, together = recipe.workload(), recipe.parallel, recipe.prompts.per_rank
         prompts = together * recipe.train.gradient_accumulation_steps
+        part = together if recipe.streams else prompts
         explored = together * work.generations
-        pictures = prompts * work.generations
+        pictures = part * work.generations
         states = work.states_per_row
-        all_rows = prompts * -(-work.states // (work.updates * states))
-        rows = max(1, settings.update_batch // states) if settings.update_batch else all_rows
+        part_rows = part * -(-work.states // (work.updates * states))
+        rows = max(1, settings.update_batch // states) if settings.update_batch else part_rows
         return Batches(
             prompts=prompts,
+            part=part,
             explored=explored,
             calls=tuple(together * n for n in work.calls) * recipe.train.gradient_accumulation_steps,
             rollout=_batch(settings.rollout_batch, explored, recipe),
             decode=_batch(settings.decode_batch, pictures, recipe),
             rows=rows,
             states=states,
-            first=all_rows * states,
-            count=-(-all_rows // rows),
+            first=part_rows * states * (prompts // part),
+            count=-(-part_rows // rows) * (prompts // part),
             updates=work.updates,
         )
 

@@ -72,27 +72,36 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
     scoring = Scoring.of(recipe)
     everywhere["scorers"] = scoring.resident
     host += scoring.offloaded
-    groups = batches.prompts * _group_bytes(recipe, architecture, shape)
-    everywhere["explored groups"] = groups
+    groups = _held_prompts(recipe, batches) * _group_bytes(recipe, architecture, shape)
+    everywhere["explored groups"] = groups + _final_bytes(recipe, architecture, shape, batches)
     everywhere["runtime"] = RUNTIME_BYTES + (NCCL_BYTES if layout.world_size > 1 else 0)
     rollout_gathered = _gathered(recipe, weights, layout, "rollout")
     update_gathered = _gathered(recipe, weights, layout, "update")
     kept = update_gathered if settings.keep_gathered == "iteration" else 0
-    kept_before = kept if settings.rollout_dtype == "same" else 0  # a float8 copy explores: no weights are gathered yet
+    # A float8 copy explores: no weights are gathered yet, but those of the part before.
+    kept_before = kept if settings.rollout_dtype == "same" or recipe.streams else 0
+    rollout_gathered = max(rollout_gathered, kept_before)
+    accumulated = _accumulated_gradients(recipe, weights, layout) if recipe.streams else 0.0
     phases = {
         "encode": {
             **everywhere,
             "gathered weights": rollout_gathered if settings.keep_gathered != "never" else 0,
+            "gradients": accumulated,
             "activations": recipe.prompts.per_rank * _encode_bytes(recipe, architecture),
         },
         "rollout": {
             **everywhere,
             "gathered weights": rollout_gathered,
-            "activations": max(_rollout_bytes(recipe, architecture, shape, batches), _joining_bytes(recipe, groups)),
+            "gradients": accumulated,
+            "activations": max(
+                _rollout_bytes(recipe, architecture, shape, batches),
+                groups if batches.part > recipe.prompts.per_rank else 0,  # joined, beside the parts of them
+            ),
         },
         "decode": {
             **everywhere,
             "gathered weights": kept_before,
+            "gradients": accumulated,
             "scorers": scoring.resident + scoring.visiting,
             "activations": _decode_bytes(recipe, architecture, batches, scoring),
         },
@@ -108,7 +117,7 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
         for phase in ("rollout", "update"):
             phases[phase]["decoded layer"] = decoded_bytes(storage, *counts.largest_matrix, shape.dtype)
     for phase in ("update", "step"):
-        phases[phase]["explored groups"] = groups + batches.prompts * _copied_bytes(recipe, architecture, shape)
+        phases[phase]["explored groups"] += batches.part * _copied_bytes(recipe, architecture, shape)
     phases["encode"]["text encoders"] = everywhere.get("text encoders", 0.0) + encoders_gathered
     if not encoders:
         del phases["encode"]
@@ -178,6 +187,13 @@ def _gathered(recipe: Recipe, weights: Weights, layout: Layout, phase: str) -> f
 def _gradients(recipe: Recipe, weights: Weights, layout: Layout) -> float:
     """Bytes of the gradients that the optimizer reads; 0 with `parallel.offload`, where they are in host memory."""
     return 0 if recipe.parallel.offload else _master_bytes(recipe) * weights.trained / layout.shares
+
+
+def _accumulated_gradients(recipe: Recipe, weights: Weights, layout: Layout) -> float:
+    """Bytes of gradients between two parts of an iteration: float32 sums, of whole gradients or of shards."""
+    if layout.plain:
+        return _gradients(recipe, weights, layout)
+    return 4 * weights.trained / (1 if recipe.parallel.reduce_gradients == "step" else layout.shares)
 
 
 def _gradients_in_update(recipe: Recipe, weights: Weights, layout: Layout, batches: Batches) -> float:
@@ -261,9 +277,16 @@ def _copied_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> i
     return recipe.workload().copied_latents * 4 * _latent_values(architecture, shape)
 
 
-def _joining_bytes(recipe: Recipe, groups: float) -> float:
-    """Bytes at a rollout's end: joined, the groups of all batches of prompts lie beside the parts."""
-    return 0 if recipe.train.gradient_accumulation_steps == 1 else groups
+def _held_prompts(recipe: Recipe, batches: Batches) -> int:
+    """Prompts whose groups are held at once: while other machines score a part, the next one is explored."""
+    remote = any(reward.remote and not reward.watch_only for reward in recipe.rewards.values())
+    return batches.part * (2 if recipe.streams and remote else 1)
+
+
+def _final_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, batches: Batches) -> int:
+    """Bytes of the final latents of prompts that were trained on earlier in the iteration, kept for its figures."""
+    latents = (batches.prompts - batches.part) * recipe.algorithm.num_generations
+    return latents * 4 * _latent_values(architecture, shape)
 
 
 def _encode_bytes(recipe: Recipe, architecture: Architecture) -> int:
@@ -275,7 +298,7 @@ def _decode_bytes(recipe: Recipe, architecture: Architecture, batches: Batches, 
     """Peak bytes while pictures are decoded, and then scored."""
     sampling = recipe.sampling
     colours = 3 * sampling.num_frames * sampling.height * sampling.width  # bytes of one picture or video
-    pictures = batches.prompts * recipe.algorithm.num_generations * colours
+    pictures = batches.part * recipe.algorithm.num_generations * colours
     decode = decode_pass(architecture, sampling, tiles=recipe.parallel.decode_tiles)
     decoding = batches.decode * decode.peak + 2 * pictures  # parts, then all in one
     return max(decoding, pictures + scoring.activations)

@@ -56,7 +56,8 @@ class Scoring:
     def of(recipe: Recipe) -> Scoring:
         """The cost for a recipe. Watch-only rewards cost memory, and nothing in an iteration."""
         batches, pixels = Batches.of(recipe), recipe.sampling.height * recipe.sampling.width
-        samples = batches.prompts * recipe.algorithm.num_generations
+        parts = batches.prompts // batches.part
+        samples = batches.part * recipe.algorithm.num_generations
         resident = offloaded = visiting = moved = activations = flops = float32 = 0
         for name, size in scorer_sizes(recipe.rewards).items():
             reward = recipe.rewards[name]
@@ -70,11 +71,11 @@ class Scoring:
             if reward.watch_only:
                 continue
             if reward.offload:
-                visiting, moved = max(visiting, weights), moved + 2 * weights
+                visiting, moved = max(visiting, weights), moved + parts * 2 * weights
             # Decoded bytes become float32, then numbers from 0 to 1, which stay while the tower computes.
             most = max(2 * 4 * 3 * pixels, 4 * 3 * (pixels + size.side**2) + number * size.values)
             activations = max(activations, min(reward.batch, pictures) * most)
-            computed = size.flops(pictures, batches.prompts)
+            computed = parts * size.flops(pictures, batches.part)
             flops += computed
             float32 += computed if reward.dtype == "float32" else 0
         return Scoring(resident, offloaded, visiting, moved, activations, flops, float32)

@@ -42,16 +42,18 @@ def settle_memory(recipe: Recipe, device: torch.device) -> Parallel:
     if not architecture:
         keep = "rollout" if settings.keep_gathered == "auto" else settings.keep_gathered
         reduce = "step" if settings.reduce_gradients == "auto" else settings.reduce_gradients
-        return replace(settings, keep_gathered=keep, reduce_gradients=reduce)
+        return replace(settings, keep_gathered=keep, reduce_gradients=reduce, stream="on" if recipe.streams else "off")
     smallest = -processes.max_over_ranks(-torch.cuda.get_device_properties(device).total_memory)
     settled = plan.fastest_that_fits(recipe, architecture, smallest, processes.world_size(), sharding.node_size())
     logger.info(
-        "settled for %.0f GiB: keep_gathered %s, reduce_gradients %s, %d pictures per rollout forward, %d per decode",
+        "settled for %.0f GiB: keep_gathered %s, reduce_gradients %s, %d pictures per rollout forward, %d per decode, "
+        "stream %s",
         smallest / 2**30,
         settled.keep_gathered,
         settled.reduce_gradients,
         settled.rollout_batch,
         settled.decode_batch,
+        settled.stream,
     )
     return replace(
         settings,
@@ -59,6 +61,7 @@ def settle_memory(recipe: Recipe, device: torch.device) -> Parallel:
         reduce_gradients=settled.reduce_gradients,
         rollout_batch=settled.rollout_batch,
         decode_batch=settled.decode_batch,
+        stream=settled.stream,
     )
 
 

@@ -64,7 +64,7 @@ def _gathers(recipe: Recipe, batches: Batches, experts: int) -> float:
     float8 = settings.rollout_dtype == "float8"
     if settings.keep_gathered == "iteration":
         return updates  # an optimizer step makes gathered weights stale
-    rollout = 1 if settings.keep_gathered == "rollout" else batches.forwards / experts
+    rollout = batches.prompts // batches.part if settings.keep_gathered == "rollout" else batches.forwards / experts
     return (0 if float8 else rollout) + _update_passes(recipe, batches) / experts
 
 

@@ -182,6 +182,14 @@ class Algorithm:
         G, K = self.num_generations, self.num_trained_steps(N)
         return self._of_transitions(calls=(G,) * N, K=K, states=G * K)
 
+    def needs_all_groups(self, N: int) -> str:
+        """Why an update needs the groups of all prompts together; empty if it can take them part by part."""
+        if type(self) is not ALGORITHMS.get(self.name):
+            return f"algorithm.name = {self.name!r} is your own"
+        if (updates := self.workload(N).updates) > 1:
+            return f"each of the {updates} updates of an iteration is on all its prompts"
+        return "algorithm.shuffle_rewards draws for all prompts" if self.shuffle_rewards else ""
+
     @property
     def exploration(self) -> str:
         """The setting that spreads the candidates of a group, and its value."""
@@ -352,6 +360,11 @@ class FlowGRPO(Stochastic):
     def check(self, N: int) -> None:
         super().check(N)
         self._check_num_train_steps(self.num_trained_steps(N), N)
+
+    def needs_all_groups(self, N: int) -> str:
+        if self.advantage_std == "batch":
+            return 'algorithm.advantage_std = "batch" is over the pictures of all prompts'
+        return super().needs_all_groups(N)
 
     def num_trained_steps(self, N: int) -> int:
         return self.num_train_steps or len(self.trainable_steps(N))

@@ -93,6 +93,9 @@ def _check_parallel(recipe: Recipe, world_size: int) -> None:
         parallel.offload,
         "works on shards: parallel.sharding must be full or hybrid, or auto",
     )
+    if recipe.parallel.stream == "on":
+        reason = recipe.algorithm.needs_all_groups(recipe.sampling.num_inference_steps)
+        require(not reason, "parallel.stream", "on", f'must be "auto" or "off": {reason}')
     require(
         parallel.rollout_dtype == "same" or recipe.algorithm.old_policy != "cached",
         "parallel.rollout_dtype",

@@ -18,7 +18,8 @@ _FREE_ON_RESUME = re.compile(
     r"train\.(steps|gradient_accumulation_steps)|prompts\.per_rank"
     r"|log\..*|checkpoint\..*|evaluation\..*"
     r"|rewards\.\w+\.(remote|offload)"
-    r"|parallel\.(timeout_minutes|sharding|shard_size|offload|keep_gathered|reduce_gradients|compile_cache|text_encoders)"
+    r"|parallel\.(timeout_minutes|sharding|shard_size|offload|keep_gathered|reduce_gradients|stream|compile_cache"
+    r"|text_encoders)"
 )
 
 AS_IN_0_1_0 = {"eta": 0.7, "advantage_std": "group", "window_restarts": False}

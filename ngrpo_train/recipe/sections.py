@@ -168,7 +168,7 @@ class Train:
     seed: Annotated[NotNegative[int], _SEED] = 0
     """Seed of every random number in the run."""
     gradient_accumulation_steps: Positive[int] = 1
-    """Batches of prompts.per_rank prompts that each process explores before an update.
+    """Batches of prompts.per_rank prompts that each process explores for an update.
     One GPU with 32 here sees as many prompts per update as the paper's 32 GPUs."""
 
 
@@ -201,6 +201,10 @@ class Parallel:
     rollout_dtype: Literal["same", "float8"] = "same"
     """Arithmetic of the rollout's matrix products: as in training, or on a float8 copy of the weights (torchao).
     The policy ratio never sees the copy."""
+    stream: Literal["auto", "on", "off"] = "auto"
+    """Train on each batch of prompts.per_rank prompts as soon as it is scored, and explore the next one after that.
+    "off" explores all prompts of the iteration first. The gradient is the same sum.
+    "auto" streams where the algorithm and memory allow, and remote rewards are then awaited during the next rollout."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile each of the model's blocks with torch.compile; "auto" does so on a GPU."""
     compile_cache: str = ""
@@ -287,6 +291,13 @@ class Recipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluation: Evaluation = field(default_factory=Evaluation)
     log: Log = field(default_factory=Log)
+
+    @property
+    def streams(self) -> bool:
+        """True where an iteration's batches of prompts are trained on one after the other, as they are scored."""
+        several = self.train.gradient_accumulation_steps > 1
+        needs = self.algorithm.needs_all_groups(self.sampling.num_inference_steps)
+        return several and self.parallel.stream != "off" and not needs
 
     def workload(self, iteration: int = 0) -> Workload:
         """The work and the memory that one prompt takes in that iteration."""

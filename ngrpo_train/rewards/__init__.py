@@ -10,7 +10,7 @@ mean over some of its frames.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -48,6 +48,11 @@ class Scores:
     """Weights of the trained rewards, one for each."""
     all_RPG: Tensor
     """Float32, ranks in order along P."""
+
+    @staticmethod
+    def joined(parts: Sequence[Scores]) -> Scores:
+        """The scores of all prompts from those of parts of them, in which every rank has an equal share."""
+        return replace(parts[0], all_RPG=processes.joined_by_rank([part.all_RPG for part in parts], dim=1))
 
     @property
     def local_RPG(self) -> Tensor:
@@ -118,7 +123,10 @@ class Rewards:
         the scorers take. Scores are on their device. Raises RewardError, naming the reward, where a scorer fails or
         does not take such samples.
         """
-        names = self.names if names is None else names
+        return self._started(images, prompts, self.names if names is None else names)()
+
+    def _started(self, images: Tensor, prompts: Sequence[Prompt], names: Sequence[str]) -> Callable[[], Tensor]:
+        """Begin to score; the result waits for what other machines compute, and gives scores as `score` does."""
         images = images.contiguous()  # a channels_last picture would be summed in another order, and rounded otherwise
         elsewhere = [name for name in names if name in self._elsewhere]
         asked = [partial(self._score_with, name, self._shown(name, images).cpu(), prompts) for name in elsewhere]
@@ -126,9 +134,13 @@ class Rewards:
         computed = {
             name: self._score_with(name, self._shown(name, images), prompts) for name in names if name not in elsewhere
         }
-        answers = (sent(answer, images.device) for answer in threads.results(pending))
-        answered = dict(zip(elsewhere, answers, strict=True))
-        return torch.stack([(computed | answered)[name] for name in names])
+
+        def scores() -> Tensor:
+            answers = (sent(answer, images.device) for answer in threads.results(pending))
+            answered = dict(zip(elsewhere, answers, strict=True))
+            return torch.stack([(computed | answered)[name] for name in names])
+
+        return scores
 
     def _shown(self, name: str, images: Tensor) -> Tensor:
         """What a scorer sees of N samples: for a scorer of pictures, frames [N, f, 3, H, W]; for others, all."""
@@ -187,15 +199,30 @@ class Rewards:
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Score P groups, prompt-major [P * G, ...], and share the scores with all ranks: one copy to the host."""
+        return self.start(images, prompts)()
+
+    @torch.no_grad()
+    def start(self, images: Tensor, prompts: Sequence[Prompt]) -> Callable[[], Scores]:
+        """Begin to score P groups as `__call__` does. The result waits for the scores, and is then a collective."""
         names = self.in_training
         each = [prompt for prompt in prompts for _ in range(len(images) // len(prompts))]
-        scores_RPG = self.score(images, each, names).view(len(names), len(prompts), -1)
-        all_RPG = torch.cat(list(processes.all_gather(scores_RPG)), dim=1).cpu()
-        scores = Scores(names, self.trained, self.weights, all_RPG)
-        refuse_non_finite(names, scores.local_RPG.flatten(1), each)
-        if not scores.all_RPG.isfinite().all():
-            raise RewardError("a reward was not finite on another rank, which names it")
-        return scores
+        started = self._started(images, each, names)
+
+        def shared() -> Scores:
+            scores_RPG = started().view(len(names), len(prompts), -1)
+            all_RPG = torch.cat(list(processes.all_gather(scores_RPG)), dim=1).cpu()
+            scores = Scores(names, self.trained, self.weights, all_RPG)
+            refuse_non_finite(names, scores.local_RPG.flatten(1), each)
+            if not scores.all_RPG.isfinite().all():
+                raise RewardError("a reward was not finite on another rank, which names it")
+            return scores
+
+        return shared
+
+    @property
+    def waits_for_others(self) -> bool:
+        """True where training waits for rewards that other machines compute."""
+        return not set(self._elsewhere).isdisjoint(self.in_training)
 
 
 def refuse_non_finite(names: Sequence[str], scores_RN: Tensor, prompts: Sequence[Prompt]) -> None:

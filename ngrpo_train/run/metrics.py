@@ -36,7 +36,6 @@ from ngrpo_train.run.trainer import Outcome
 from ngrpo_train.sampling.pictures import save_picture, tile
 from ngrpo_train.sampling.videos import save_sample, suffix
 from ngrpo_train.update.policy import UpdateStats
-from ngrpo_train.update.rows import Explored
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class Recorder:
     def write(self, step: int, outcome: Outcome, stopwatch: Stopwatch) -> dict[str, float]:
         """Record a finished iteration and return its figures. Its only synchronisation reads the device's, packed."""
         figures = reward_figures(outcome.scores) | advantage_figures(outcome.advantages)
-        figures |= _reduced(device_figures(outcome.groups, outcome.stats))
+        figures |= _reduced(device_figures(outcome.final_PGS, outcome.stats))
         figures |= stopwatch.read()
         figures |= self._cost.figures(figures["time/iteration_s"])
         if not self.main:
@@ -191,9 +190,9 @@ def advantage_figures(advantages_PG: Tensor) -> dict[str, float]:
     return figures
 
 
-def device_figures(groups: Explored, stats: UpdateStats | None) -> dict[str, tuple[str, Tensor, Tensor | None]]:
+def device_figures(final_PGS: Tensor, stats: UpdateStats | None) -> dict[str, tuple[str, Tensor, Tensor | None]]:
     """Figures still on the device: name -> (how ranks combine, value, count for means over unequal shares)."""
-    final_PGD = groups.final_PGS.flatten(2)
+    final_PGD = final_PGS.flatten(2)
     _, G, D = final_PGD.shape
     diversity = (pairwise_sqdist(final_PGD, final_PGD).sum((1, 2)) / (G * (G - 1) * D)).sqrt().mean()
     figures: dict[str, tuple[str, Tensor, Tensor | None]] = {"group/diversity": ("mean", diversity, None)}

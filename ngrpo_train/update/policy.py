@@ -1,11 +1,14 @@
-"""The policy update: explored states pass the model with gradients, then a policy's loss and an optimizer step."""
+"""The policy update: explored states pass the model with gradients, then a policy's loss and an optimizer step.
+
+Groups come all at once (`update`), or part by part for a single optimizer step (`UpdateInParts`).
+"""
 
 # P prompts of this rank; r rows of b states each (update/rows.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -81,6 +84,11 @@ class UpdateStats:
     first: Tally  # of the first optimizer step: all its rows are at theta_old
     last: Tally  # of the last optimizer step: where clip and KL act
 
+    @staticmethod
+    def of(steps: Sequence[OptimizerStep]) -> UpdateStats:
+        loss, grad_norm, skipped = torch.stack([torch.stack([s.loss, s.grad_norm, s.skipped]) for s in steps]).T
+        return UpdateStats(loss.mean(), grad_norm.mean(), skipped.sum(), steps[0].tally, steps[-1].tally)
+
 
 def update(
     model: FlowModel,
@@ -100,52 +108,133 @@ def update(
     signal = Signal.of(advantages)
     if signal.most_active == 0:
         return None
-    device, P = explored.final_PGS.device, len(explored.final_PGS)
     blocks = explored.blocks(settings.optimizer_steps(explored.rows_per_prompt * explored.states_per_row))
-    most_rows = blocks[0].rows_per_prompt
-    if model.settings.update_batch:
-        rows_per_batch = max(1, model.settings.update_batch // blocks[0].states_per_row)
-    else:  # compiled code always gets the same number of rows, because another would be another compilation
-        rows_per_batch = (P if model.compiled else signal.most_active) * most_rows
-    num_batches = -(-signal.most_active * most_rows // rows_per_batch)
-    local = sent(signal.local, device)
-
-    def batches(block: Explored) -> Iterator[Rows]:
-        return batches_of_rows(block, signal.active_P, num_batches, rows_per_batch)
+    batches = Batching.of(model, signal, blocks[0])
 
     # theta moves after the first block, so the old velocities of the others are computed before it: with their own
     # batches, by the forward that trains.
-    old_velocity: list[list[Tensor | None]] = [[None] * num_batches for _ in blocks]
+    old_velocity: list[list[Tensor | None]] = [[None] * batches.count for _ in blocks]
     if settings.old_policy == "exact":
         with torch.no_grad():
-            old_velocity[1:] = [[velocity_of(model, rows) for rows in batches(block)] for block in blocks[1:]]
+            old_velocity[1:] = [[velocity_of(model, rows) for rows in batches.of_rows(block)] for block in blocks[1:]]
 
-    totals = {name: torch.zeros((), device=device) for name in ("loss", "grad_norm", "skipped")}
-    tallies: list[Tally] = []
+    steps = []
     for block, old in zip(blocks, old_velocity, strict=True):
-        tally = Tally(("ratio_mean", *policy.FIGURES), model.sampling.num_inference_steps, device)
-        for batch, rows in enumerate(batches(block)):
-            sharding.sync_gradients(model.transformer, model.settings, last=batch == num_batches - 1)
+        step = OptimizerStep(model, policy, settings, num_prompts=len(explored.final_PGS))
+        step.add(block, signal, batches, old, last=True)
+        step.take(optimizer, max_grad_norm)
+        steps.append(step)
+    return UpdateStats.of(steps)
+
+
+class UpdateInParts:
+    """An update of one optimizer step on groups that come part by part, each as soon as its advantages are known.
+
+    The gradient is that of `update` on all groups together: a sum over the same rows. So are its bits, where batches of
+    rows end with the parts. Only rows of groups with signal are computed.
+    """
+
+    def __init__(
+        self,
+        model: FlowModel,
+        optimizer: torch.optim.Optimizer,
+        policy: Policy,
+        settings: Algorithm,
+        max_grad_norm: float,
+        num_prompts: int,
+        trained: Callable[[Any, Tensor], Explored] = lambda groups, _: groups,
+    ) -> None:
+        """`num_prompts` are those of all parts on this rank, P. `trained` picks what is trained of a part's groups."""
+        self._model, self._optimizer, self._max_grad_norm, self._trained = model, optimizer, max_grad_norm, trained
+        self._step = OptimizerStep(model, policy, settings, num_prompts)
+
+    def add(self, explored: Explored, advantages: Tensor, *, last: bool) -> None:
+        """Backward through one part's rows; `advantages` as for `update`, of this part. A collective.
+
+        All parts have the same number of prompts. `last` announces the last part.
+        """
+        signal, explored = Signal.of(advantages), self._trained(explored, advantages)
+        if signal.most_active:
+            self._step.add(explored, signal, Batching.of(self._model, signal, explored), last=last)
+        elif last and self._step.started and sharding.is_sharded(self._model.transformer):
+            # What earlier parts have accumulated is summed up over processes by a backward pass alone.
+            self._step.add(explored, signal, replace(Batching.of(self._model, signal, explored), count=1), last=True)
+
+    def finish(self) -> UpdateStats | None:
+        """Make the optimizer step. Returns None, and makes none, where no group of any rank has signal."""
+        if not self._step.started:
+            return None
+        self._step.take(self._optimizer, self._max_grad_norm)
+        return UpdateStats.of([self._step])
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How active prompts' rows are cut into batches: alike on all ranks, because a sharded forward is a collective."""
+
+    active_P: Tensor  # bool
+    rows: int  # in a batch
+    count: int
+
+    @staticmethod
+    def of(model: FlowModel, signal: Signal, block: Explored) -> Batching:
+        """The batches of a block; those of a later block, which has no more rows, are the same."""
+        most_rows = block.rows_per_prompt
+        if model.settings.update_batch:
+            rows = max(1, model.settings.update_batch // block.states_per_row)
+        else:  # compiled code always gets the same number of rows, because another would be another compilation
+            prompts = len(signal.active_P) if model.compiled else max(signal.most_active, 1)
+            rows = prompts * most_rows
+        return Batching(signal.active_P, rows, -(-signal.most_active * most_rows // rows))
+
+    def of_rows(self, block: Explored) -> Iterator[Rows]:
+        return batches_of_rows(block, self.active_P, self.count, self.rows)
+
+
+class OptimizerStep:
+    """One optimizer step: its gradient, which adds up from backward passes, and the statistics of its rows."""
+
+    def __init__(self, model: FlowModel, policy: Policy, settings: Algorithm, num_prompts: int) -> None:
+        self._model, self._policy, self._settings, self._P = model, policy, settings, num_prompts
+        self.tally = Tally(("ratio_mean", *policy.FIGURES), model.sampling.num_inference_steps, model.device)
+        self.loss, self.grad_norm, self.skipped = (torch.zeros((), device=model.device) for _ in range(3))
+        self.started = False
+
+    def add(
+        self,
+        block: Explored,
+        signal: Signal,
+        batches: Batching,
+        old_velocity: Sequence[Tensor | None] | None = None,
+        *,
+        last: bool,
+    ) -> None:
+        """Backward through a block's rows. After the `last` one, gradients are summed up over processes."""
+        model, policy, settings = self._model, self._policy, self._settings
+        self.started = True
+        local = sent(signal.local, model.device)
+        for batch, rows in enumerate(batches.of_rows(block)):
+            sharding.sync_gradients(model.transformer, model.settings, last=last and batch == batches.count - 1)
             velocity = velocity_of(model, rows)
             base = base_velocity(model, rows) if settings.reference_coef else None
             if rows.real == 0:
                 (0 * velocity.sum()).backward()  # the other ranks' backward waits for this one's
                 continue
-            counted, velocity, share = rows.counted(), velocity[: rows.real], rows.real / (P * block.rows_per_prompt)
-            then = old[batch]
-            terms = policy.terms(counted, velocity, None if then is None else then[: rows.real], local)
+            counted, velocity = rows.counted(), velocity[: rows.real]
+            share = rows.real / (self._P * block.rows_per_prompt)
+            old = old_velocity[batch] if old_velocity else None
+            terms = policy.terms(counted, velocity, None if old is None else old[: rows.real], local)
             loss = terms.loss
             if base is not None:
                 loss = loss + settings.reference_coef * policy.tether(counted, velocity, base[: rows.real])
             (loss * share).backward()
-            totals["loss"] += loss.detach() * share / len(blocks)
-            tally.add(counted, terms)
-        grad_norm, skipped = guarded_step(optimizer, max_grad_norm, device)
-        sharding.release(model.transformer)
-        totals["grad_norm"] += grad_norm / len(blocks)
-        totals["skipped"] += skipped
-        tallies.append(tally)
-    return UpdateStats(totals["loss"], totals["grad_norm"], totals["skipped"], tallies[0], tallies[-1])
+            self.loss += loss.detach() * share
+            self.tally.add(counted, terms)
+
+    def take(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+        """Step, and give up gathered weights, which are the old ones."""
+        self.grad_norm, self.skipped = guarded_step(optimizer, max_grad_norm, self._model.device)
+        sharding.release(self._model.transformer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ def _iterate(trainer: Trainer, gpu: FakeGPU) -> None:
         outcome = trainer.iterate()
     assert outcome.stats is not None, "no group had a signal"
     with gpu.stage("metrics"):
-        metrics._reduced(metrics.device_figures(outcome.groups, outcome.stats))
+        metrics._reduced(metrics.device_figures(outcome.final_PGS, outcome.stats))
     assert dtypes == {name: parameter.dtype for name, parameter in trainer.model.trainable.items()}
 
 

@@ -17,7 +17,7 @@ SENDS = "ordinary host memory is copied to the device"
 Waits = Mapping[tuple[str, str, str], int]
 
 ONCE: Waits = {
-    ("reward", "ngrpo_train/rewards/__init__.py:Rewards.__call__", READS): 1,
+    ("reward", "ngrpo_train/rewards/__init__.py:Rewards.start.<locals>.shared", READS): 1,
     ("metrics", "ngrpo_train/run/metrics.py:_reduced", READS): 1,
 }
 # torchao's optimizer cannot skip a step on the device.

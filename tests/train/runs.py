@@ -32,9 +32,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ngrpo_train.__main__ import main
 from ngrpo_train.algorithms.neighbor import NeighborGRPO
-from ngrpo_train.algorithms.stochastic import StochasticGRPO
 from ngrpo_train.recipe.algorithms import field_names, settings_class
 from ngrpo_train.run import checkpoint
+from ngrpo_train.run.trainer import Outcome, Trainer
 
 HERE = Path(__file__).parent
 
@@ -139,24 +139,19 @@ def _observed() -> Iterator[tuple[list[tuple[Tensor, Tensor]], list[float]]]:
     """Rewards [R, P, G] and advantages [P, G] of each iteration within it, and `mismatch_gain` of its neighborhoods."""
     seen: list[tuple[Tensor, Tensor]] = []
     gains: list[float] = []
-    explore = NeighborGRPO.explore
+    explore, iterate = NeighborGRPO.explore, Trainer.iterate
 
     def explored(self: NeighborGRPO, model: Any, prompts: Any, step: int) -> Any:
         groups = explore(self, model, prompts, step)
         gains.append(mismatch_gain(groups, self.settings.temperature))
         return groups
 
-    def noting(original: Callable[[Any, Any, int], Tensor]) -> Callable[[Any, Any, int], Tensor]:
-        def advantages(self: Any, scores: Any, step: int) -> Tensor:
-            seen.append((scores.all_RPG, original(self, scores, step)))
-            return seen[-1][1]
+    def iterated(self: Trainer) -> Outcome:
+        outcome = iterate(self)
+        seen.append((outcome.scores.all_RPG, outcome.advantages))
+        return outcome
 
-        return advantages
-
-    with ExitStack() as stack:
-        for algorithm in (NeighborGRPO, StochasticGRPO):
-            stack.enter_context(mock.patch.object(algorithm, "advantages", noting(algorithm.advantages)))
-        stack.enter_context(mock.patch.object(NeighborGRPO, "explore", explored))
+    with mock.patch.object(Trainer, "iterate", iterated), mock.patch.object(NeighborGRPO, "explore", explored):
         yield seen, gains
 
 

@@ -240,12 +240,15 @@ def test_the_ratio_never_sees_it(
     algorithm = {"updates_per_iteration": updates, "old_policy": old_policy}
     explored = trainer_of(recipe_of(tiny_dev, "float8", **algorithm))
     before = [p.detach().clone() for p in explored.model.trainable.values()]
+    given, update = list[Any](), explored.algorithm.update
+    monkeypatch.setattr(explored.algorithm, "update", lambda *arguments: given.append(arguments) or update(*arguments))
     outcome = explored.iterate()
+    groups = given[0][2]
 
     alone = trainer_of(recipe_of(tiny_dev, "same", **algorithm))
     prompts = alone.cursor.next()
-    assert error(outcome.groups.final_PGS, alone.algorithm.explore(alone.model, prompts, 0).final_PGS) > 0.1
-    stats = alone.algorithm.update(alone.model, alone.optimizer, outcome.groups, outcome.advantages)
+    assert error(groups.final_PGS, alone.algorithm.explore(alone.model, prompts, 0).final_PGS) > 0.1
+    stats = alone.algorithm.update(alone.model, alone.optimizer, groups, outcome.advantages)
     moved = zip(explored.model.trainable.values(), alone.model.trainable.values(), before, strict=True)
     for mine, other, first in moved:
         assert torch.equal(mine, other)

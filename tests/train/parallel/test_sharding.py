@@ -24,8 +24,11 @@ CASES: dict[int, dict[str, tuple[dict[str, str], dict[str, str]]]] = {
     2: {
         "copies": (BY_ROW, {"sharding": "none"}),
         "copies-lora": (BY_ROW | LORA, {"sharding": "none"}),
-        "never-reduce_batch": (BY_ROW, {"keep-gathered": "never", "reduce-gradients": "batch"}),
-        "iteration-lora": (BY_ROW | LORA, {"keep-gathered": "iteration"}),
+        "never-reduce_batch-stream": (
+            BY_ROW,
+            {"keep-gathered": "never", "reduce-gradients": "batch", "stream": "on"},
+        ),
+        "iteration-lora-stream": (BY_ROW | LORA, {"keep-gathered": "iteration", "stream": "on"}),
         "offload-two_updates": (
             BY_ROW | {"algorithm.updates-per-iteration": "2"},
             {"offload": "True", "keep-gathered": "iteration"},
@@ -51,6 +54,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         runs = []
         for case, (shared, layout) in cases.items():
             recipe = shared | {"prompts.source": str(prompts), "prompts.per-rank": str(4 // ranks)}
+            if "stream" in layout:  # one prompt after the other
+                recipe |= {"prompts.per-rank": "1", "train.gradient-accumulation-steps": str(4 // ranks)}
             runs.append(Run(directory / case, recipe | {f"parallel.{name}": value for name, value in layout.items()}))
             if shared not in alone:
                 alone.append(shared)

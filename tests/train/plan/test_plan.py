@@ -413,9 +413,38 @@ def test_a_float8_copy_explores_for_sharded_weights() -> None:
 
 
 def test_trajectories_wait_for_the_update() -> None:
-    asked = settled(train__gradient_accumulation_steps=32)
+    """All of them, or those of one prompt; or of two, while another machine scores the first."""
     latent, text = 4 * 2025 * 64, 2 * 512 * 4096
-    assert memory(asked).phases["decode"]["explored groups"] == 32 * ((2 * 16 + 48 + 12) * latent + text)
+    group = (2 * 16 + 48 + 12) * latent + text
+    asked = settled(train__gradient_accumulation_steps=32, parallel__stream="off")
+    assert memory(asked).phases["decode"]["explored groups"] == 32 * group
+    asked = settled(train__gradient_accumulation_steps=32)
+    earlier = 31 * 12 * latent  # final ones, for the figures
+    assert memory(asked).phases["decode"]["explored groups"] == group + earlier
+    remote = replace(asked, rewards={"hpsv2_1": Reward(remote="http://scorer")})
+    assert memory(remote).phases["decode"]["explored groups"] == 2 * group + earlier
+
+
+@pytest.mark.parametrize("reduce, sums", [("step", 4 * N), ("batch", 4 * N / 8)])
+def test_gradients_wait_while_later_prompts_are_explored(reduce: str, sums: float) -> None:
+    asked = with_settings(settled(train__gradient_accumulation_steps=4), {"parallel.reduce_gradients": reduce})
+    streamed, whole = (memory(with_settings(asked, {"parallel.stream": each}), 8) for each in ("on", "off"))
+    for phase in ("rollout", "decode"):
+        assert streamed.phases[phase]["gradients"] == sums
+        assert "gradients" not in whole.phases[phase]
+    assert streamed.phases["update"]["gradients"] == whole.phases["update"]["gradients"]
+    alone = memory(with_settings(asked, EIGHT_BIT | {"parallel.sharding": "none"}))
+    assert alone.phases["rollout"]["gradients"] == 2 * N
+
+
+def test_streaming_is_left_where_memory_is_short() -> None:
+    """Of float32 sums of whole gradients, 47.6 GB, beside a rollout."""
+    asked = with_settings(
+        settled(train__gradient_accumulation_steps=4),
+        {"parallel.keep_gathered": "auto", "parallel.reduce_gradients": "step", "parallel.stream": "auto"},
+    )
+    roomy, short = (fastest_that_fits(asked, DEV, gib * GIB, 8) for gib in (140, 88))
+    assert (roomy.stream, short.stream) == ("on", "off")
 
 
 # -- Operations and bytes, by hand -------------------------------------------------------------------------------------
@@ -788,7 +817,9 @@ def test_remedies_do_what_they_say(name: str, machine: Machine, world_size: int,
 
 
 def test_several_remedies_together_where_none_is_enough() -> None:
-    plan = make_plan(recipe(parallel__update_batch=0, train__gradient_accumulation_steps=32), H100)
+    plan = make_plan(
+        recipe(parallel__update_batch=0, train__gradient_accumulation_steps=32, parallel__stream="off"), H100
+    )
     best = remedies(plan)[0]
     assert best.plan.fits
     assert best.settings["parallel.update_batch"] == 4

@@ -197,7 +197,11 @@ def test_pictures_are_decoded_then_scored() -> None:
         scoring = bytes_of_pictures + together * 67.74e6
         assert memory(asked).phases["decode"]["activations"] == pytest.approx(max(decoding, scoring), rel=0.01)
     assert decoding > 12 * 67.74e6  # a picture decoded takes more yet
-    many = recipe(large, parallel__decode_batch=1, train__gradient_accumulation_steps=4)  # 48 pictures, 32 at once
+    many = recipe(large, parallel__decode_batch=1, train__gradient_accumulation_steps=4)
+    assert memory(many).phases["decode"]["activations"] == pytest.approx(decoding, rel=0.01)  # prompt by prompt
+    many = recipe(  # 48 pictures, 32 at once
+        large, parallel__decode_batch=1, train__gradient_accumulation_steps=4, parallel__stream="off"
+    )
     scoring = 4 * bytes_of_pictures + 32 * 67.74e6
     assert memory(many).phases["decode"]["activations"] == pytest.approx(scoring, rel=0.01)
 

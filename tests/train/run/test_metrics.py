@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ngrpo_train.algorithms.neighbor import LeapingPolicy, Neighborhoods
+from ngrpo_train.algorithms.neighbor import LeapingPolicy
 from ngrpo_train.algorithms.stochastic import GaussianPolicy
 from ngrpo_train.parallel import processes
 from ngrpo_train.recipe.sections import Recipe
@@ -54,13 +54,6 @@ FIGURES = {  # of an iteration of Neighbor on a CPU, those by solver step left o
     "memory/peak_gib",
     "compile/graphs",
 }
-
-
-def groups_of(final_PGS, step_PK=None):
-    empty = torch.empty(0)
-    fields = {name: empty for name in Neighborhoods.__dataclass_fields__}
-    known = {"final_PGS": final_PGS, "step_PK": torch.zeros(1, 1) if step_PK is None else step_PK}
-    return Neighborhoods(**fields | known)
 
 
 def stats_of(rows, **sums):
@@ -128,13 +121,13 @@ def test_diversity_is_the_distance_per_element_within_groups():
     final[0, 1] = 2
     final[1] = 100  # where a group lies does not matter
     final[1, 1] += 4
-    figures = metrics._reduced(device_figures(groups_of(final), None))
+    figures = metrics._reduced(device_figures(final, None))
     assert figures == {"group/diversity": pytest.approx(3.0)}  # of 2 and 4
 
 
 def test_update_figures():
     stats = stats_of(4, ratio_mean=4.0, clip_fraction=2.0, rollout_mismatch=8.0, mismatch_log_ratio_std=0.4)
-    figures = metrics._reduced(device_figures(groups_of(torch.rand(1, 2, 2, 2)), stats))
+    figures = metrics._reduced(device_figures(torch.rand(1, 2, 2, 2), stats))
     assert figures["update/loss"] == -0.5
     assert figures["update/grad_norm"] == 7
     assert figures["update/skipped_steps"] == 1
@@ -150,12 +143,12 @@ def test_update_figures():
 
 def test_ranks_are_combined_by_their_rows(monkeypatch):
     """Rank 0 has 4 rows of mean 1, rank 1 has 1 row of mean 6 and trained another step."""
-    mine = device_figures(groups_of(torch.zeros(1, 2, 2, 2), torch.tensor([[0, 2]])), stats_of(4, kl=0.4))
+    mine = device_figures(torch.zeros(1, 2, 2, 2), stats_of(4, kl=0.4))
     theirs = stats_of(1, kl=0.6)
     theirs.last.ratio_max.fill_(99.0)
     theirs.last.velocity_grad_norm_by_step.copy_(torch.tensor([0.0, 8.0, 1.0]))
     theirs.last.rows_by_step.copy_(torch.tensor([0.0, 1.0, 1.0]))
-    other = device_figures(groups_of(torch.ones(1, 2, 2, 2), torch.tensor([[1, 2]])), theirs)
+    other = device_figures(torch.ones(1, 2, 2, 2), theirs)
     assert list(mine) == list(other), "a gather of packed figures needs the same ones on every rank"
 
     packed = []
