@@ -4,7 +4,6 @@ In full width with one block of each kind; at full depth under `make slow`. Noth
 that results are right: that is for the CPU's tests. A tensor on the wrong device ends an iteration.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,7 +13,7 @@ from .cases import Case, Seen, case, seen_of
 
 READS, EVENT = "the host reads from the device", "an event is waited for"
 SENDS = "ordinary host memory is copied to the device"
-Waits = Mapping[tuple[str, str, str], int]
+Waits = dict[tuple[str, str, str], int]
 
 ONCE: Waits = {
     ("reward", "ngrpo_train/rewards/__init__.py:Rewards.start.<locals>.shared", READS): 1,
@@ -22,6 +21,8 @@ ONCE: Waits = {
 }
 # torchao's optimizer cannot skip a step on the device.
 NORM_OF_A_STEP: Waits = {("step", "ngrpo_train/update/optimizer.py:guarded_step", READS): 1}
+# Each part of an iteration has rewards of its own.
+EACH_OF_3: Waits = {("reward", "ngrpo_train/rewards/__init__.py:Rewards.start.<locals>.shared", READS): 3}
 # The optimizer works on the host, so it waits for the gradients and their norm. FSDP has an event for each of 66.
 OFFLOADED: Waits = {
     ("update", "_fully_shard/_fsdp_param_group.py:FSDPParamGroup.finalize_backward", EVENT): 66,
@@ -58,6 +59,20 @@ RECIPES = {
     "lora": Expected(case=case(**SHORT, **ADAPTERS, algorithm={"num_train_steps": 2, "reference_coef": 0.1})),
     "nf4": Expected(case=case(**FEW, **ADAPTERS | {"model": {"tuning": "lora", "base_dtype": "nf4"}})),
     "fsdp": Expected(case=case("H100", 8, **FEW, optimizer=ADAMW, parallel=FLOAT32, prompts={"per_rank": 2})),
+    "stream": Expected(
+        case=case(**FEW, train={"gradient_accumulation_steps": 3}), waits=NORM_OF_A_STEP | EACH_OF_3, fused=("step",)
+    ),
+    "stream, sharded": Expected(
+        case=case(
+            "H100",
+            8,
+            **FEW,
+            optimizer=ADAMW,
+            train={"gradient_accumulation_steps": 3},
+            parallel={**FLOAT32, "reduce_gradients": "step", "keep_gathered": "iteration"},
+        ),
+        waits=EACH_OF_3,
+    ),
     "float8 rollout": Expected(
         case=case(
             "H100",
