@@ -102,7 +102,7 @@ def install(gpu: FakeGPU, card: Card) -> None:
     cuda.set_device = lambda device: None
     cuda._exchange_device = lambda index: max(index, 0)
     cuda._maybe_exchange_device = lambda index: max(index, 0)
-    cuda.get_device_properties = lambda device=None: properties
+    cuda.get_device_properties = cuda._get_device_properties = lambda device=None: properties
     cuda.get_device_name = lambda device=None: card.name
     cuda.get_device_capability = lambda device=None: CAPABILITY
     cuda.is_bf16_supported = lambda including_emulation=True: True

@@ -1,11 +1,14 @@
 """How often blocks compile for a GPU: once for each kind of forward, and never again."""
 
 import json
+import operator
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+
+from benchmarks import generated_code
 
 from .cases import ROOT
 
@@ -35,3 +38,18 @@ def test_blocks_compile_once(model: dict[str, Any], count: int, float8: bool, ex
     done = subprocess.run(program, input=asked, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+@pytest.mark.slow
+def test_blocks_compile_to_no_more_kernels_and_traffic_than_the_table_says() -> None:
+    """A change of the compiler or of a block that adds some is seen; one that saves some is for the table."""
+    key = operator.itemgetter("block", "pass")
+    ceilings, found = (
+        {key(row): row for row in table} for table in (generated_code.committed(), generated_code.rows())
+    )
+    assert found.keys() == ceilings.keys()
+    assert len(found) == 6
+    for name, row in found.items():
+        assert row["products"] == ceilings[name]["products"]
+        assert row["kernels"] <= ceilings[name]["kernels"]
+        assert row["tensors_per_picture"] <= ceilings[name]["tensors_per_picture"]
