@@ -12,7 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
+from ngrpo_kernels._cpp import _missing_tool
+
 ROOT = Path(__file__).parents[2]
+
+WHY_NOT = "torch was built for CUDA, whose place the fake device takes" if torch.version.cuda else _missing_tool()
+NEEDS_A_PLACE = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}")
 SHALLOW = "random:flux-shallow"
 """FLUX.1-dev in its full width, with one block and one layer of each kind (iteration.py)."""
 

@@ -10,7 +10,9 @@ import pytest
 
 from benchmarks import generated_code
 
-from .cases import ROOT
+from .cases import NEEDS_A_PLACE, ROOT
+
+pytestmark = NEEDS_A_PLACE
 
 # There are two kinds of blocks. The first single block gets views of other strides than the others: a third graph.
 ONCE = [3, 3, 3, 0, 0, 0]

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 
-from .cases import ROOT
+from .cases import NEEDS_A_PLACE, ROOT
+
+pytestmark = NEEDS_A_PLACE
 
 
 def test_it_notices_waits_other_devices_and_memory() -> None:

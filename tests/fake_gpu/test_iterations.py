@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from . import pipelines
-from .cases import Case, Seen, case, seen_of
+from .cases import NEEDS_A_PLACE, Case, Seen, case, seen_of
+
+pytestmark = NEEDS_A_PLACE
 
 READS, EVENT = "the host reads from the device", "an event is waited for"
 SENDS = "ordinary host memory is copied to the device"
