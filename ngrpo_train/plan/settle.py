@@ -116,13 +116,16 @@ def _machine(device: torch.device) -> Machine | None:
 
 
 def _fastest_attention(recipe: Recipe, device: torch.device) -> str:
-    shapes = _attention_shapes(recipe) if device.type == "cuda" else None  # they take seconds to find
+    architecture = _architecture(recipe)  # refuses a model that lacks its configs, wherever it is to run
+    if not architecture or device.type != "cuda":
+        return "native"
+    shapes = _attention_shapes(recipe, architecture)
     return attention.choose(shapes, device) if shapes else "native"
 
 
-def _attention_shapes(recipe: Recipe) -> attention.Shapes | None:
-    architecture, batches = _architecture(recipe), Batches.of(recipe)
-    largest = traced(architecture, shape_of(recipe)).attention if architecture else None
+def _attention_shapes(recipe: Recipe, architecture: Architecture) -> attention.Shapes | None:
+    """The shapes of attention in an iteration, which take seconds to find; None for a model without attention."""
+    batches, largest = Batches.of(recipe), traced(architecture, shape_of(recipe)).attention
     if not largest:
         return None
     (_, heads, tokens, head_dim), _ = largest

@@ -52,7 +52,7 @@ class Model:
     """Activations that the backward pass computes again, to save memory.
     "full": whole blocks. "selective": all but matrix products and attention. "none": nothing.
     A number between 0 and 1 is the share of activations that the compiler may keep: it then chooses which.
-    Small ones lie between "full" and "selective"; from about 0.5 on, "selective" is as fast and keeps less."""
+    Small ones lie between "full" and "selective"; from about 0.6 on, "selective" is as fast and keeps less."""
     ema: Annotated[float, _BELOW_ONE] = 0.0
     """Decay of an exponential moving average of the weights per iteration, used for evaluation and export; 0 is off."""
 

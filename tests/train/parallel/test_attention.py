@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from diffusers.models.transformers import transformer_flux
 
+from ngrpo_train.models.sizes import KNOWN
 from ngrpo_train.parallel import attention, processes
 from ngrpo_train.parallel.attention import Shapes
 from ngrpo_train.plan import settle
@@ -197,7 +198,7 @@ def test_the_shapes_are_the_recipes(settings: dict[str, int], batches: dict[str,
         parallel=Settings(**settings),
     )
     expected = Shapes(tokens=45 * 45 + 512, heads=24, head_dim=128, dtype=torch.bfloat16, compiled=True, **batches)
-    assert settle._attention_shapes(recipe) == expected
+    assert settle._attention_shapes(recipe, KNOWN["flux-dev"]) == expected
 
 
 # --- used
@@ -240,7 +241,7 @@ def test_a_resumed_run_keeps_what_was_measured(
     assert record["recipe"]["parallel"]["attention"] == "_native_math"
     used.clear()
 
-    monkeypatch.setattr(attention, "choose", lambda *_: measured.append("") or "native")
+    monkeypatch.setattr(settle, "_fastest_attention", lambda *_: measured.append("") or "native")
     code, _, err = run("--train.steps=2", "--resume=latest")
     assert code == 0, err
     assert len(measured) == 1, "nothing is measured for it"
