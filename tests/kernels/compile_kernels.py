@@ -41,7 +41,8 @@ TYPES = {
     torch.bool: "i1",
 }
 P = 4
-FLUX_720 = 2025 * 64  # 129,600
+FLUX_720 = 2025 * 64  # 129,600, whose last block is half a block
+FLUX_1024 = 4096 * 64  # 262,144, whole blocks
 
 
 class Case(NamedTuple):
@@ -61,12 +62,12 @@ SOME = *OFTEN, "distances", "distances' backward"
 DRAWS = "log-ratio of draws", "its backward"
 CASES = {
     "every call": Case(torch.float32, torch.float32, 4, 12),
-    "float32": Case(torch.float32, torch.float32, 4, 12, calls=SOME[:3]),
+    "float32": Case(torch.float32, torch.float32, 4, 12, FLUX_1024, calls=SOME[:3]),
     "bfloat16": Case(torch.bfloat16, torch.bfloat16, 4, 16, calls=(*SOME, *DRAWS)),
     "mixed": Case(torch.float32, torch.bfloat16, 4, 16, calls=(*OFTEN, *DRAWS)),
     "trainer": Case(torch.float32, torch.bfloat16, 4, 12, calls=OFTEN[:1]),
-    "one anchor": Case(torch.bfloat16, torch.bfloat16, 1, 16, calls=OFTEN),
-    "two anchors": Case(torch.float32, torch.bfloat16, 2, 12, calls=OFTEN),
+    "one anchor": Case(torch.bfloat16, torch.bfloat16, 1, 16, FLUX_1024, calls=OFTEN),
+    "two anchors": Case(torch.float32, torch.bfloat16, 2, 12, FLUX_1024, calls=OFTEN),
     "ragged": Case(torch.float32, torch.float32, 3, 7, 4099, masked=True, calls=(*OFTEN, *DRAWS)),
 }
 TABLE = {
