@@ -48,7 +48,7 @@ check: lint types    ## lint, types and the light tests; ONLY=rewards (kernels, 
 test: $(INSTALLED)   ## run the tests, lane by lane: the light ones first
 	@$(PYTEST) $(PARALLEL) $(ARGS)
 
-slow: $(INSTALLED)   ## run the tests that make test leaves out: bugs planted in the kernels, inductor's code
+slow: $(INSTALLED)   ## run the tests that make test leaves out: bugs planted in the kernels, generated code
 	@$(PYTEST) $(PARALLEL) -m slow $(ARGS)
 
 families: $(INSTALLED) ## run the tests of all families of models, of which make test takes five; docs/models.md
@@ -59,7 +59,7 @@ families: $(INSTALLED) ## run the tests of all families of models, of which make
 # Triton's interpreter computes in numpy, which these variables do not reach; how a run ends is no matter of rounding.
 portable: $(INSTALLED) ## run the kernels' and the distributed tests with the smallest instruction set
 	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(PARALLEL) -k "not triton and not killed" \
-	    tests/kernels tests/train/run/test_distributed.py --ignore tests/kernels/test_compile.py $(ARGS)
+	    tests/kernels tests/train/run/test_distributed.py $(ARGS)
 
 lint: $(INSTALLED)   ## ruff
 	@$(PY) -m ruff check $(ARGS) .

@@ -16,6 +16,8 @@ import pytest
 
 from ngrpo_kernels._tiles import STRETCH, WARPS, WRITTEN
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ROOT = SCRIPT.parents[2]
 NVIDIA = "sm_80,sm_90,sm_100"
