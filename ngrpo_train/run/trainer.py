@@ -44,17 +44,20 @@ class Outcome:
     stats: UpdateStats | None
 
     @staticmethod
-    def joined(parts: Sequence[Outcome], stats: UpdateStats | None) -> Outcome:
-        """The results of an iteration from those of its parts, in each of which every rank has an equal share."""
+    def joined(parts: Sequence[Outcome]) -> Outcome:
+        """The results of an iteration from those of its parts, in each of which every rank has an equal share.
+
+        The last part has the update's statistics.
+        """
         if len(parts) == 1:
-            return replace(parts[0], stats=stats)
+            return parts[0]
         return Outcome(
             prompts=[prompt for part in parts for prompt in part.prompts],
             final_PGS=torch.cat([part.final_PGS for part in parts]),
             group=parts[0].group,
             scores=Scores.joined([part.scores for part in parts]),
             advantages=processes.joined_by_rank([part.advantages for part in parts], dim=0),
-            stats=stats,
+            stats=parts[-1].stats,
         )
 
 
@@ -133,15 +136,15 @@ class Trainer:
                 with stage("reward"):
                     scores = scores_of()
                 advantages = algorithm.advantages(scores, self.step)
+                last = len(done) == len(parts) - 1
                 with stage("update"):
-                    update.add(groups, advantages, last=len(done) == len(parts) - 1)
-                done.append(Outcome(part, groups.final_PGS, group, scores, advantages, None))
-            with stage("update"):
-                stats = update.finish()
+                    update.add(groups, advantages, last=last)
+                    stats = update.finish() if last else None
+                done.append(Outcome(part, groups.final_PGS, group, scores, advantages, stats))
         if self.average:
             self.average.update()
         self.step += 1
-        return Outcome.joined(done, stats)
+        return Outcome.joined(done)
 
     def _explored(self, parts: Sequence[list[Prompt]]) -> Iterator[_Part]:
         """Each part with its groups, the pictures of its first one, and the call that waits for its scores."""

@@ -161,7 +161,7 @@ def test_tokens_are_of_the_models_own_vae(halves_twice: str, load_flux: Any) -> 
     x, sigma = torch.randn(1, 15, 64), torch.full((1,), 0.5)
     assert flux.sampling_velocity(x, sigma, flux.encode(["a dog"])).shape == (1, 15, 64)
     recipe = Recipe(model=Model(name_or_path=halves_twice), sampling=sampling)
-    shapes = settle._attention_shapes(recipe)
+    shapes = settle._attention_shapes(recipe, find_architecture(halves_twice))
     assert shapes is not None
     assert shapes.tokens == 15 + 16
 

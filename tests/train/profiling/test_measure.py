@@ -158,7 +158,7 @@ def test_stages_passes_and_blocks_have_ranges(tiny, case):
     assert_nested(ranges)
     batches = 2 if "batches" in case else 1
     calls = {"rollout.forward": 4, "update.forward": batches, "update.backward": batches}
-    expected = dict.fromkeys(["iteration", *STAGES, "update.optimizer"], 1) | calls
+    expected = dict.fromkeys(["iteration", *STAGES, "update.optimizer"], 1) | calls | {"reward": 2}  # begun, and read
     for name, count in calls.items():
         expected |= dict.fromkeys([f"{name}.double 0", f"{name}.single 0", f"{name}.single 1"], count)
     assert Counter(event.name for event in ranges) == expected
