@@ -47,7 +47,7 @@ class GRPO(Protocol):
 class Streaming(GRPO, Protocol):
     """An algorithm that can also update by parts of an iteration's prompts, as ours can."""
 
-    def in_parts(self, model: FlowModel, optimizer: torch.optim.Optimizer, num_prompts: int) -> UpdateInParts:
+    def update_in_parts(self, model: FlowModel, optimizer: torch.optim.Optimizer, num_prompts: int) -> UpdateInParts:
         """Begin an update on groups of so many prompts of this rank, which come part by part."""
         ...
 

@@ -180,7 +180,7 @@ class NeighborGRPO:
     ) -> UpdateStats | None:
         return update(model, optimizer, groups, advantages_PG, self.policy, self.settings, self.max_grad_norm)
 
-    def in_parts(self, model: FlowModel, optimizer: torch.optim.Optimizer, num_prompts: int) -> UpdateInParts:
+    def update_in_parts(self, model: FlowModel, optimizer: torch.optim.Optimizer, num_prompts: int) -> UpdateInParts:
         return UpdateInParts(model, optimizer, self.policy, self.settings, self.max_grad_norm, num_prompts)
 
 

@@ -234,7 +234,7 @@ class StochasticGRPO:
         groups = self.trained(groups, advantages)
         return update(model, optimizer, groups, advantages, self.policy, self.settings, self.max_grad_norm)
 
-    def in_parts(self, model: FlowModel, optimizer: torch.optim.Optimizer, num_prompts: int) -> UpdateInParts:
+    def update_in_parts(self, model: FlowModel, optimizer: torch.optim.Optimizer, num_prompts: int) -> UpdateInParts:
         return UpdateInParts(
             model, optimizer, self.policy, self.settings, self.max_grad_norm, num_prompts, self.trained
         )

@@ -71,13 +71,11 @@ def fastest_that_fits(
     most = max(1, FULL_DECODE_PIXELS // pixels)
     decodes = [asked.decode_batch] if asked.decode_batch else [n for n in _divisors(batches.decode) if n <= most]
 
-    streams: tuple[Literal["on", "off"], ...] = ("off",) if not recipe.streams else ("on",)
-    if asked.stream == "auto" and recipe.streams:
-        streams = ("on", "off")
+    streams = ("off",) if not recipe.streams else ("on",) if asked.stream == "on" else ("on", "off")
 
     def cost(choice: tuple[Any, Any]) -> tuple[float, float]:
         """Bytes to wait for: sent, then copied. In a tie the first choice wins, which needs the least memory."""
-        settled = Settled(*choice, rollouts[0], decodes[0], streams[0])
+        settled = Settled(*choice, rollouts[0], decodes[0], streams[0])  # type: ignore[arg-type]
         traffic = iteration_traffic(settled.within(recipe), architecture, layout)
         sent = traffic.gathered_bytes + traffic.reduced_bytes + traffic.all_reduced_bytes
         return sent + traffic.host_bytes, traffic.copied_bytes

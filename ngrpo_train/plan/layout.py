@@ -115,6 +115,11 @@ class Batches:
         )
 
     @property
+    def streams(self) -> bool:
+        """True where parts of an iteration are trained on one after the other."""
+        return self.part < self.prompts
+
+    @property
     def update(self) -> int:
         """Pictures per forward-backward."""
         return self.rows * self.states

@@ -79,9 +79,9 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
     update_gathered = _gathered(recipe, weights, layout, "update")
     kept = update_gathered if settings.keep_gathered == "iteration" else 0
     # A float8 copy explores: no weights are gathered yet, but those of the part before.
-    kept_before = kept if settings.rollout_dtype == "same" or recipe.streams else 0
+    kept_before = kept if settings.rollout_dtype == "same" or batches.streams else 0
     rollout_gathered = max(rollout_gathered, kept_before)
-    accumulated = _accumulated_gradients(recipe, weights, layout) if recipe.streams else 0.0
+    accumulated = _accumulated_gradients(recipe, weights, layout) if batches.streams else 0.0
     phases = {
         "encode": {
             **everywhere,
@@ -280,7 +280,7 @@ def _copied_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> i
 def _held_prompts(recipe: Recipe, batches: Batches) -> int:
     """Prompts whose groups are held at once: while other machines score a part, the next one is explored."""
     remote = any(reward.remote and not reward.watch_only for reward in recipe.rewards.values())
-    return batches.part * (2 if recipe.streams and remote else 1)
+    return batches.part * (2 if batches.streams and remote else 1)
 
 
 def _final_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, batches: Batches) -> int:

@@ -137,7 +137,7 @@ def _facts(plan: Plan) -> Iterator[str]:
         yield f"weights: whole on each GPU, trained ones copied to {dtype} {kept[settled.keep_gathered]}"
     if layout.world_size > 1:
         yield f"gradients: summed {summed[settled.reduce_gradients]}"
-    if batches.part < batches.prompts:
+    if batches.streams:
         yield f"stream: {batches.part} of a GPU's prompts are explored, then trained on, before the next {batches.part}"
     yield (
         f"batches: {batches.rollout} of {batches.explored} pictures in the rollout, {batches.update} of "

@@ -134,9 +134,10 @@ class Rewards:
         computed = {
             name: self._score_with(name, self._shown(name, images), prompts) for name in names if name not in elsewhere
         }
+        device = images.device  # alone: pictures may be gone when the answers come
 
         def scores() -> Tensor:
-            answers = (sent(answer, images.device) for answer in threads.results(pending))
+            answers = (sent(answer, device) for answer in threads.results(pending))
             answered = dict(zip(elsewhere, answers, strict=True))
             return torch.stack([(computed | answered)[name] for name in names])
 

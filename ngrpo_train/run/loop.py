@@ -152,7 +152,7 @@ def _draw(recorder: Recorder, trainer: Trainer, prepared: Prepared, outcome: Out
         grid = pictures(model, recipe, shown, range(len(shown))).cpu()
     sources, rate = source_pictures(model, shown), model.frame_rate
     recorder.write_pictures("samples", step, grid, columns=min(4, len(shown)), frame_rate=rate, sources=sources)
-    group = outcome.group.cpu()
+    group = outcome.shown.cpu()
     sources = source_pictures(model, outcome.prompts[:1]) * len(group)
     recorder.write_pictures("groups", step, group, columns=min(6, len(group)), frame_rate=rate, sources=sources)
 

@@ -5,17 +5,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-from ngrpo_train.algorithms import GRPO, make_algorithm
+from ngrpo_train.algorithms import GRPO, Streaming, make_algorithm
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt, PromptCursor
@@ -26,8 +26,6 @@ from ngrpo_train.update.optimizer import make_optimizer
 from ngrpo_train.update.policy import UpdateInParts, UpdateStats
 
 Stage = Callable[[str], AbstractContextManager[None]]
-_Part = tuple[list[Prompt], Any, Tensor, Callable[[], Scores]]
-T = TypeVar("T")
 
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
@@ -38,7 +36,7 @@ class Outcome:
 
     prompts: list[Prompt]
     final_PGS: Tensor  # float32 latents of the pictures
-    group: Tensor  # the first prompt's pictures, uint8 [G, 3, H, W], or whatever else the model decodes to
+    shown: Tensor  # the first prompt's pictures, uint8 [G, 3, H, W], or whatever else the model decodes to
     scores: Scores
     advantages: Tensor  # [P, X] of all ranks, on the CPU; X = G except for a tree
     stats: UpdateStats | None
@@ -54,11 +52,21 @@ class Outcome:
         return Outcome(
             prompts=[prompt for part in parts for prompt in part.prompts],
             final_PGS=torch.cat([part.final_PGS for part in parts]),
-            group=parts[0].group,
+            shown=parts[0].shown,
             scores=Scores.joined([part.scores for part in parts]),
             advantages=processes.joined_by_rank([part.advantages for part in parts], dim=0),
             stats=parts[-1].stats,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of an iteration's prompts, explored and decoded."""
+
+    prompts: list[Prompt]
+    groups: Any  # an `Explored`
+    shown: Tensor  # as in `Outcome`; of a later part, none
+    scores: Callable[[], Scores]  # waits for them
 
 
 @dataclass(slots=True)
@@ -126,44 +134,48 @@ class Trainer:
 
     def iterate(self) -> Outcome:
         """Explore the next prompts, decode, score and update: a collective."""
-        model, algorithm, stage, prompts = self.model, self.algorithm, self.stage, self.cursor.next()
+        prompts = self.cursor.next()
         size = self.prompts_per_part or len(prompts)
         parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        update, done = self._update(parts), list[Outcome]()
-        with model.gathered("iteration"):
-            # While other machines still score a part, the next one is explored.
-            for part, groups, group, scores_of in ahead(self._explored(parts), by=int(self.rewards.waits_for_others)):
-                with stage("reward"):
-                    scores = scores_of()
-                advantages = algorithm.advantages(scores, self.step)
-                last = len(done) == len(parts) - 1
-                with stage("update"):
-                    update.add(groups, advantages, last=last)
-                    stats = update.finish() if last else None
-                done.append(Outcome(part, groups.final_PGS, group, scores, advantages, stats))
+        update, explored, done = self._update(parts), deque[Part](), list[Outcome]()
+        with self.model.gathered("iteration"):
+            for number, part in enumerate(parts):
+                explored.append(self._explored(part, first=number == 0))
+                last = number == len(parts) - 1
+                # While other machines still score a part, the next one is explored.
+                while len(explored) > (1 if self.rewards.waits_for_others and not last else 0):
+                    done.append(self._trained(explored.popleft(), update, last=len(done) == len(parts) - 1))
         if self.average:
             self.average.update()
         self.step += 1
         return Outcome.joined(done)
 
-    def _explored(self, parts: Sequence[list[Prompt]]) -> Iterator[_Part]:
-        """Each part with its groups, the pictures of its first one, and the call that waits for its scores."""
+    def _explored(self, prompts: list[Prompt], *, first: bool) -> Part:
+        """Explore and decode a part of the iteration's prompts, and begin to score it."""
         model, stage = self.model, self.stage
-        for number, part in enumerate(parts):
-            with stage("rollout"), model.exploring(changed=number == 0):
-                groups = self.algorithm.explore(model, part, self.step)
-            with stage("decode"):
-                images = model.decode(groups.final_PGS.flatten(0, 1))
-            with stage("reward"):
-                scores_of = self.rewards.start(images, part)
-            yield part, groups, images[: groups.final_PGS.shape[1]], scores_of
+        with stage("rollout"), model.exploring(changed=first):
+            groups = self.algorithm.explore(model, prompts, self.step)
+        with stage("decode"):
+            images = model.decode(groups.final_PGS.flatten(0, 1))
+        with stage("reward"):
+            scores = self.rewards.start(images, prompts)
+        shown = groups.final_PGS.shape[1] if first else 0
+        return Part(prompts, groups, images[:shown].clone(), scores)
+
+    def _trained(self, part: Part, update: AtOnce | UpdateInParts, *, last: bool) -> Outcome:
+        """Wait for a part's scores and train on it. Of its groups, only what the outcome tells is left."""
+        with self.stage("reward"):
+            scores = part.scores()
+        advantages = self.algorithm.advantages(scores, self.step)
+        with self.stage("update"):
+            update.add(part.groups, advantages, last=last)
+            stats = update.finish() if last else None
+        return Outcome(part.prompts, part.groups.final_PGS, part.shown, scores, advantages, stats)
 
     def _update(self, parts: Sequence[list[Prompt]]) -> AtOnce | UpdateInParts:
-        algorithm: Any = self.algorithm
         if len(parts) == 1:
-            return AtOnce(partial(algorithm.update, self.model, self.optimizer))
-        in_parts: UpdateInParts = algorithm.in_parts(self.model, self.optimizer, sum(map(len, parts)))
-        return in_parts
+            return AtOnce(partial(self.algorithm.update, self.model, self.optimizer))
+        return cast(Streaming, self.algorithm).update_in_parts(self.model, self.optimizer, sum(map(len, parts)))
 
     def averaged(self) -> AbstractContextManager[None]:
         """Use the averaged weights, if an average is kept, within the block."""
@@ -185,13 +197,3 @@ class Trainer:
         """Continue after the work that `progress` records. Raises ValueError where it counts other prompts."""
         self.cursor.load_state_dict(progress["cursor"])
         self.step, self.best_score = progress["step"], progress["best_score"]
-
-
-def ahead(items: Iterable[T], by: int) -> Iterator[T]:
-    """The items in their order, each handed on only after `by` more have been made, or all."""
-    waiting: deque[T] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > by:
-            yield waiting.popleft()
-    yield from waiting

@@ -21,14 +21,15 @@ from ngrpo_train.models.model import _add_adapters, _store_as
 from ngrpo_train.models.sizes import KNOWN, LORA_TARGETS, transformer_on
 from ngrpo_train.parallel import blocks, sharding
 from ngrpo_train.parallel.layout import Layout
-from ngrpo_train.recipe.sections import Model, Parallel
+from ngrpo_train.recipe.sections import Model, Parallel, Sampling
 
 from . import cuda
 from .device import FakeGPU
+from .pipelines import velocity_arguments
 
 DEVICE = torch.device("cuda", 0)
 ROLLOUT, UPDATE = 12, 4  # pictures of a forward
-TOKENS, TEXT = 64, 32
+SMALL = Sampling(height=128, width=128, max_sequence_length=32)
 # Narrow, for operators are counted and not their sizes; several blocks of each kind, to share graphs.
 NARROW = KNOWN["flux-dev"].changed(
     "transformer", num_layers=2, num_single_layers=3, attention_head_dim=128, num_attention_heads=2
@@ -105,17 +106,7 @@ def _repeated(transformer: Any) -> list[nn.Module]:
 
 
 def _velocity(transformer: Any, pictures: int) -> Tensor:
-    on = {"device": DEVICE, "dtype": torch.bfloat16}
-    velocity: Tensor = transformer(
-        hidden_states=torch.empty(pictures, TOKENS, 64, **on),
-        timestep=torch.empty(pictures, device=DEVICE),
-        guidance=torch.empty(pictures, device=DEVICE),
-        encoder_hidden_states=torch.empty(pictures, TEXT, 4096, **on),
-        pooled_projections=torch.empty(pictures, 768, **on),
-        txt_ids=torch.zeros(TEXT, 3, device=DEVICE),
-        img_ids=torch.zeros(TOKENS, 3, device=DEVICE),
-        return_dict=False,
-    )[0]
+    velocity: Tensor = transformer(**velocity_arguments(NARROW, SMALL, pictures, DEVICE))[0]
     return velocity
 
 

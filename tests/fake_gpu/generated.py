@@ -22,12 +22,15 @@ from triton.backends.compiler import GPUTarget
 
 from ngrpo_train.models.sizes import KNOWN, transformer_on
 from ngrpo_train.parallel import blocks
+from ngrpo_train.recipe.sections import Sampling
 
 from . import cuda
 from .device import FakeGPU
+from .pipelines import velocity_arguments
 
 DEVICE = torch.device("cuda", 0)
-TOKENS, TEXT, WIDTH = 2025, 512, 3072  # of 720 x 720 pixels
+PAPERS = Sampling(height=720, width=720, max_sequence_length=512)
+TOKENS, TEXT, WIDTH = 2025, 512, 3072  # at that size
 ROLLOUT, UPDATE = 12, 4  # pictures of a forward
 PICTURE = (TOKENS + TEXT) * WIDTH * 2  # bytes of all tokens of one picture, the unit of the table
 PRODUCTS = re.compile(r"extern_kernels\.(?:mm|addmm|bmm)\(")
@@ -125,17 +128,8 @@ def _calls(transformer: Any, pictures: int) -> Iterator[tuple[str, nn.Module, di
         block.register_forward_pre_hook(lambda module, _, named: seen.update({module: named}), with_kwargs=True)
         for block in wanted.values()
     ]
-    on: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
     with torch.no_grad():
-        transformer(
-            hidden_states=torch.empty(pictures, TOKENS, 64, **on),
-            timestep=torch.empty(pictures, device=DEVICE),
-            guidance=torch.empty(pictures, device=DEVICE),
-            encoder_hidden_states=torch.empty(pictures, TEXT, 4096, **on),
-            pooled_projections=torch.empty(pictures, 768, **on),
-            txt_ids=torch.zeros(TEXT, 3, device=DEVICE),
-            img_ids=torch.zeros(TOKENS, 3, device=DEVICE),
-        )
+        transformer(**velocity_arguments(KNOWN["flux-dev"], PAPERS, pictures, DEVICE))
     for hook in hooks:
         hook.remove()
     for kind, block in wanted.items():

@@ -6,10 +6,14 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from ngrpo_train.models.published import published
+
+if TYPE_CHECKING:
+    from ngrpo_train.models.sizes import Architecture
+    from ngrpo_train.recipe.sections import Sampling
 
 INDEX, SCHEDULER, TOKENIZER = "model_index", "scheduler", "tokenizer"
 
@@ -28,6 +32,19 @@ def write(directory: Path, name: str, **changes: Mapping[str, Any]) -> None:
     (directory / TOKENIZER).mkdir()
     (directory / TOKENIZER / "tokenizer.json").touch()
     (directory / f"{INDEX}.json").write_text(json.dumps(index))
+
+
+def velocity_arguments(architecture: Architecture, sampling: Sampling, pictures: int, device: Any) -> dict[str, Any]:
+    """What a transformer in FLUX.1's layout is called with for so many pictures, on the device and without values."""
+    import torch
+
+    from ngrpo_train.models.inputs import inputs_of
+
+    [call] = inputs_of(architecture, sampling, torch.bfloat16, pictures).velocity
+    return {
+        name: torch.empty(x.shape, dtype=x.dtype, device=device) if isinstance(x, torch.Tensor) else x
+        for name, x in call.named.items()
+    }
 
 
 def _changed(value: Any, change: Any) -> Any:

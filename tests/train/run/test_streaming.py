@@ -1,5 +1,7 @@
 """An iteration that trains on each part of its prompts as it is scored, against one that explores all of them first."""
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +18,7 @@ from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.sections import Model, Parallel, Prompts, Recipe, Reward, Sampling, Train
 from ngrpo_train.rewards import Rewards, Scores
 from ngrpo_train.run.stopwatch import Stopwatch
-from ngrpo_train.run.trainer import Outcome, Trainer, ahead
+from ngrpo_train.run.trainer import Outcome, Trainer
 from ngrpo_train.update.policy import OptimizerStep
 
 from ...tiny import PROMPTS, SIZE
@@ -72,7 +74,7 @@ def weights(trainer: Trainer) -> list[Tensor]:
 
 def assert_same(mine: Outcome, other: Outcome) -> None:
     assert [prompt.slot for prompt in mine.prompts] == [prompt.slot for prompt in other.prompts]
-    for name in ("final_PGS", "group", "advantages"):
+    for name in ("final_PGS", "shown", "advantages"):
         assert torch.equal(getattr(mine, name), getattr(other, name)), name
     assert torch.equal(mine.scores.all_RPG, other.scores.all_RPG)
     assert mine.stats is not None
@@ -145,17 +147,35 @@ def test_what_comes_after_what(tiny_dev: str, scorers: str, monkeypatch: pytest.
     assert events == (behind if elsewhere else ["explore", "train", "explore", "train", "explore", "train, last"])
 
 
-def test_items_are_handed_on_late() -> None:
-    made: list[int] = []
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_a_part_explored_is_freed(
+    tiny_dev: str, scorers: str, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    """When the next part is explored, pictures are gone; so are candidates, but of a part whose scores come late."""
+    monkeypatch.syspath_prepend(scorers)
+    monkeypatch.setattr(Rewards, "waits_for_others", property(lambda self: elsewhere))
+    trainer = trainer_of(recipe_of(tiny_dev, "neighbor", "on"))
+    explore, decode = trainer.algorithm.explore, trainer.model.adapter.decode
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
 
-    def items() -> Any:
-        for number in range(3):
-            made.append(number)
-            yield number
+    def exploring(*arguments: Any) -> Any:
+        gc.collect()
+        alive.append(sum(tensor() is not None for tensor in made))
+        groups = explore(*arguments)
+        made.append(weakref.ref(groups.candidates_PKGS))
+        return groups
 
-    assert [(item, list(made)) for item in ahead(items(), by=1)] == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
-    assert list(ahead(range(2), by=5)) == [0, 1]
-    assert list(ahead(range(3), by=0)) == [0, 1, 2]
+    def decoding(latents: Tensor) -> Tensor:
+        images = decode(latents)
+        made.append(weakref.ref(images))
+        return images
+
+    monkeypatch.setattr(trainer.algorithm, "explore", exploring)
+    monkeypatch.setattr(trainer.model.adapter, "decode", decoding)
+    outcome = trainer.iterate()
+    assert alive == ([0, 1, 1] if elsewhere else [0, 0, 0])
+    assert outcome.shown.shape == (4, 3, SIZE, SIZE)
 
 
 @pytest.mark.parametrize(
