@@ -144,7 +144,7 @@ def test_a_common_shift_of_all_latents_changes_nothing(form: Any, old: str) -> N
 
 
 def test_a_common_shift_of_all_latents_in_float32() -> None:
-    case = make_case(D=1024, change=1e-3).to(torch.float32)
+    case = make_case(D=4096, change=1e-3).to(torch.float32)
     case = case.map(lambda t: (t * 2**10).round() / 2**10 if t.is_floating_point() else t)  # so that shifting is exact
     shifted = replace(case, latents=case.latents + 8, candidates=case.candidates + 8)
     assert_same(run(shifted), run(case), tolerance=1e-6)

@@ -35,9 +35,9 @@ checked = settings(max_examples=12, suppress_health_check=[HealthCheck.function_
 @st.composite
 def groups(draw: st.DrawFn) -> tuple[Case, Tensor | None]:
     """A case, small enough for the interpreter, and perhaps a mask that keeps its anchors."""
-    G = draw(st.integers(2, 12) | st.sampled_from([17, 33]))
-    B = draw(st.integers(1, min(G, 6 if G < 17 else 2)))
-    P = draw(st.integers(1, 2 if B * G < 40 else 1))
+    G = draw(st.integers(2, 20) | st.sampled_from([33, 64]))
+    B = draw(st.integers(1, min(G, 20 if G < 20 else 2)))
+    P = draw(st.integers(1, 3 if B * G < 40 else 1))
     D = draw(st.integers(1, 200 if P * B * G < 40 else 64))
     case = make_case(P, B, G, D, change=draw(st.sampled_from([0.0, 1e-3, 0.1])), seed=draw(st.integers(0, 99)))
     if draw(st.booleans()):
