@@ -30,7 +30,8 @@ Where we differ from what is printed, and why:
    is not 1 where nothing has been learned; it destroyed the model wherever it was tried (docs/experiments.md). It can
    be asked for as "literal".
 2. With one optimizer step for each rollout, the old policy is the model itself, without a gradient: the ratio is 1, the
-   loss is constant, and only its gradient means anything. With more steps, the old velocities are computed once,
+   loss is constant, and only its gradient means anything. Then the update can train through the rollout's own forwards
+   of the anchors, and make none of its own (update/retained.py). With more steps, the old velocities are computed once,
    before the first, by the very forward that trains: another batch shape would round otherwise.
 3. The log-ratio is formed from the difference of two velocities, never of two distances (ngrpo_kernels). At FLUX's size
    distances are thousands and the clip range is 1e-4: in float32, their difference is all rounding.
@@ -70,6 +71,7 @@ from ngrpo_train.sampling.perturb import neighborhood
 from ngrpo_train.sampling.rollout import generate
 from ngrpo_train.sampling.solvers import flow_sigmas
 from ngrpo_train.update.policy import Terms, UpdateInParts, UpdateStats, drift_figure, update
+from ngrpo_train.update.retained import Retained, RetainingSampler
 from ngrpo_train.update.rows import Rows, in_parts
 
 
@@ -98,6 +100,7 @@ class Neighborhoods:
     candidates_PKGS: Tensor  # every candidate's state after them
     velocity_PKBS: Tensor  # the rollout's velocity at `latents`
     final_PGS: Tensor
+    retained: Retained | None  # the rollout's own forwards of the anchors, if the update trains through them
 
     @property
     def rows_per_prompt(self) -> int:
@@ -169,7 +172,8 @@ class NeighborGRPO:
         anchors = [draw_anchors(settings.num_generations, settings.num_anchors, **draw) for draw in draws]
         steps = [draw_train_steps((trainable.start, trainable.stop), K, **draw) for draw in draws]
         noise_PGS = sent(torch.stack(noise), model.device)
-        return explored(model, prompts, noise_PGS, self.sigmas, torch.stack(steps), torch.stack(anchors))
+        retain = model.settings.retain == "on"
+        return explored(model, prompts, noise_PGS, self.sigmas, torch.stack(steps), torch.stack(anchors), retain)
 
     def advantages(self, scores: Scores, step: int) -> Tensor:
         """Advantages for all ranks' prompts, [P, G] on the CPU, from rewards by `quasi_norm` (Eqs. 3, 11)."""
@@ -192,13 +196,18 @@ def explored(
     sigmas: Tensor,
     step_PK: Tensor,
     anchor_PB: Tensor,
+    retain: bool = False,
 ) -> Neighborhoods:
-    """Explore the neighborhoods of P prompts. `noise_PGS` is on the device; `sigmas` and `step_PK` are on the CPU."""
+    """Explore the neighborhoods of P prompts. `noise_PGS` is on the device; `sigmas` and `step_PK` are on the CPU.
+
+    With `retain`, the update trains through the forwards that explore; then the weights must be the same.
+    """
     P, G = noise_PGS.shape[:2]
     K, B = step_PK.shape[1], anchor_PB.shape[1]
     shape_S = noise_PGS.shape[2:]
     conditioning = model.encode(prompts)
     of_picture = torch.arange(P, device=noise_PGS.device).repeat_interleave(G)
+    retaining = RetainingSampler(model, step_PK, anchor_PB, G) if retain else None
     anchor_PB = sent(anchor_PB, noise_PGS.device)
     sigma_before_PK, sigma_after_PK = sent(torch.stack([sigmas[step_PK], sigmas[step_PK + 1]]), noise_PGS.device)
 
@@ -206,7 +215,8 @@ def explored(
     candidates = noise_PGS.new_empty(P, K, G, *shape_S)
     velocity = noise_PGS.new_empty(P, K, B, *shape_S)
     final = noise_PGS
-    for step in generate(model, noise_PGS.flatten(0, 1), conditioning.rows(of_picture), sigmas, explore=True):
+    text = conditioning.rows(of_picture)
+    for step in generate(model, noise_PGS.flatten(0, 1), text, sigmas, explore=True, sampler=retaining):
         final = step.after_NS.view_as(noise_PGS)
         for p, k in (step_PK == step.index).nonzero().tolist():  # a CPU tensor: no synchronisation
             latents[p, k] = step.before_NS.view_as(noise_PGS)[p, anchor_PB[p]]
@@ -222,6 +232,7 @@ def explored(
         candidates_PKGS=candidates,
         velocity_PKBS=velocity,
         final_PGS=final,
+        retained=retaining.retained if retaining else None,
     )
 
 

@@ -26,6 +26,14 @@ def pipeline_class_name(name_or_path: str) -> str:
     return str(_index(name_or_path).get("_class_name", ""))
 
 
+def is_driven(name_or_path: str) -> bool:
+    """True for a model that is driven through its pipeline: all but FLUX.1, whose adapter is its own.
+
+    Nothing says what "random:NAME" is, and it is FLUX.1 too.
+    """
+    return pipeline_class_name(name_or_path) not in ("FluxPipeline", "")
+
+
 def encoder_parts(name_or_path: str) -> tuple[str, ...]:
     """The folders of a model's pipeline that nothing but the encoding of prompts needs, by its model_index.json.
 

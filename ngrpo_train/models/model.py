@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ngrpo_train.draws import stream
 from ngrpo_train.models import frozen
 from ngrpo_train.models.blocks_of import adapted_layers
-from ngrpo_train.models.directory import pipeline_class_name
+from ngrpo_train.models.directory import is_driven
 from ngrpo_train.models.float8 import Float8Copy
 from ngrpo_train.models.flux import Flux
 from ngrpo_train.models.loading import quiet_diffusers
@@ -126,7 +126,7 @@ class Adapter(Protocol):
 
 def of_diffusers(spec: Model) -> Any:
     """The adapter of a model in diffusers' layout, by the class of its pipeline: FLUX.1 has its own."""
-    return Flux if pipeline_class_name(spec.name_or_path) in ("FluxPipeline", "") else Pipeline
+    return Pipeline if is_driven(spec.name_or_path) else Flux
 
 
 def load_adapter(
@@ -280,9 +280,12 @@ class FlowModel:
 
     @torch.no_grad()
     def sampling_velocity(
-        self, x_NS: Tensor, sigma_N: Tensor, conditioning: Conditioning, *, explore: bool = False
+        self, x_NS: Tensor, sigma_N: Tensor, conditioning: Conditioning, *, explore: bool = False, batch: int = 0
     ) -> Tensor:
-        """`velocity` without gradients, `rollout_batch` pictures at a time; to `explore`, in the rollout's dtype."""
+        """`velocity` without gradients, `batch` pictures at a time, or `rollout_batch`.
+
+        To `explore`, it is computed in the rollout's dtype.
+        """
         transformer = self._float8.model if explore and self._float8 else self.transformer
 
         def run(rows: Tensor | None) -> Tensor:
@@ -290,7 +293,7 @@ class FlowModel:
                 return self.adapter.velocity(transformer, x_NS, sigma_N, conditioning)
             return self.adapter.velocity(transformer, x_NS[rows], sigma_N[rows], conditioning.rows(rows))
 
-        return self._in_chunks(run, x_NS, self.settings.rollout_batch)
+        return self._in_chunks(run, x_NS, batch or self.settings.rollout_batch)
 
     @torch.no_grad()
     def decode(self, latents_NS: Tensor) -> Tensor:

@@ -148,8 +148,9 @@ def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
 
     pictures = batches.prompts * algorithm.num_generations
     states = batches.prompts * recipe.workload().states
-    model = stages(sum(batches.calls), pictures, states, states - batches.first)
-    explored = sum(filled(pictures, batches.rollout, recipe) for pictures in batches.calls)
+    # What an update trains through is not computed a second time, but counted as its forward.
+    model = stages(sum(batches.calls) - batches.retained, pictures, states, states - batches.first)
+    explored = sum(filled(pictures, batches.rollout, recipe) for pictures in batches.calls) - batches.retained
     each = batches.count * batches.update  # states of an optimizer step: filled up, compiled or not
     hardware = stages(
         explored,

@@ -11,7 +11,7 @@ from ngrpo_train.models.counts import Parameters, parameters
 from ngrpo_train.models.sizes import Architecture, find_architecture
 from ngrpo_train.parallel.layout import Layout
 from ngrpo_train.plan.flops import Flops, iteration_flops
-from ngrpo_train.plan.layout import Batches, Weights, filled, shape_of
+from ngrpo_train.plan.layout import Batches, Weights, cannot_retain, filled, refuse_retaining, shape_of
 from ngrpo_train.plan.machines import Machine
 from ngrpo_train.plan.memory import Memory, iteration_memory
 from ngrpo_train.plan.trace import traced
@@ -42,6 +42,7 @@ class Settled:
     rollout_batch: int
     decode_batch: int
     stream: Literal["on", "off"] = "off"
+    retain: Literal["on", "off"] = "off"
 
     def within(self, recipe: Recipe) -> Recipe:
         """The recipe with these values."""
@@ -88,13 +89,23 @@ def fastest_that_fits(
     # A tree's first steps have few pictures, and large batches of them would be mostly filling.
     fast.sort(key=lambda n: sum(filled(pictures, n, recipe) for pictures in batches.calls))
     choices = sorted(itertools.product(keeps, reduces), key=cost)
+    retains = _ways_to_retain(recipe, layout)
     every = [
-        Settled(*choice, rollout, decode, stream)  # type: ignore[arg-type]
+        Settled(*choice, rollout, decode, stream, retain)  # type: ignore[arg-type]
         for sizes in (fast, [n for n in rollouts if n not in fast])
-        for choice, stream, rollout, decode in itertools.product(choices, streams, sizes, decodes)
+        for choice, stream, retain, rollout, decode in itertools.product(choices, streams, retains, sizes, decodes)
+        if retain == "off" or layout.plain or choice[0] == "iteration"
     ]
     fitting = (settled for settled in every if memory(settled) <= SAFE_SHARE * gpu_bytes)
     return next(fitting, None) or min(every, key=memory)
+
+
+def _ways_to_retain(recipe: Recipe, layout: Layout) -> tuple[str, ...]:
+    """Values that `parallel.retain` may take, the fastest first."""
+    asked = recipe.parallel.retain
+    if asked == "off" or cannot_retain(recipe, layout):
+        return ("off",)
+    return ("on",) if asked == "on" else ("on", "off")
 
 
 def _divisors(count: int) -> list[int]:
@@ -179,6 +190,7 @@ def make_plan(
     architecture = architecture or find_architecture(recipe.model.name_or_path)
     known = machine if isinstance(machine, Machine) else None
     gpu_bytes = machine.memory_bytes if isinstance(machine, Machine) else machine
+    refuse_retaining(recipe, world_size, gpus_per_node)
     layout = Layout.of(recipe.model, recipe.parallel, world_size, gpus_per_node)
     settled = fastest_that_fits(recipe, architecture, gpu_bytes, world_size, gpus_per_node)
     resolved = settled.within(recipe)

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from ngrpo_train.models.counts import Parameters, adapters, parameters
+from ngrpo_train.models.directory import is_driven
 from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel.layout import Layout, base_storage, compiles
 from ngrpo_train.plan.trace import Shape
+from ngrpo_train.recipe.ranges import require
 from ngrpo_train.recipe.sections import Recipe
 
 TEXT_BYTES = 2
@@ -82,6 +84,8 @@ class Batches:
     """Rows per forward-backward."""
     states: int
     """States of a row, b."""
+    retained: int
+    """States whose forward is the rollout's own, where rollouts keep them; else 0."""
     first: int
     """States that the first optimizer step trains. No other step trains more."""
     count: int
@@ -100,6 +104,9 @@ class Batches:
         states = work.states_per_row
         part_rows = part * -(-work.states // (work.updates * states))
         rows = max(1, settings.update_batch // states) if settings.update_batch else part_rows
+        retains = settings.retain == "on"
+        if retains:  # the rollout makes a forward for the prompts that a step trains
+            rows = min(rows, 1 if compiled(recipe) else together)
         return Batches(
             prompts=prompts,
             part=part,
@@ -109,6 +116,7 @@ class Batches:
             decode=_batch(settings.decode_batch, pictures, recipe),
             rows=rows,
             states=states,
+            retained=prompts * work.states if retains else 0,
             first=part_rows * states * (prompts // part),
             count=-(-part_rows // rows) * (prompts // part),
             updates=work.updates,
@@ -128,6 +136,27 @@ class Batches:
     def forwards(self) -> int:
         """Forwards of all rollouts."""
         return sum(-(-pictures // self.rollout) for pictures in self.calls)
+
+
+def cannot_retain(recipe: Recipe, layout: Layout) -> str:
+    """Why an update cannot train through the forwards of its rollout with this layout; empty if it can.
+
+    Processes train unlike steps, so their forwards differ in number. They must then gather nothing in between, and not
+    agree about groups of rows (models/grouping.py).
+    """
+    kept = recipe.parallel.keep_gathered
+    if not layout.plain and kept not in ("auto", "iteration"):
+        return f'parallel.keep_gathered = {kept!r} must be "iteration", so that weights stay until the update'
+    if layout.world_size > 1 and (recipe.model.adapter != "auto" or is_driven(recipe.model.name_or_path)):
+        return f"the {layout.world_size} processes of such a model agree about every forward"
+    return recipe.cannot_retain()
+
+
+def refuse_retaining(recipe: Recipe, world_size: int, per_node: int) -> None:
+    """Raise ValueError where a recipe asks for `parallel.retain` on processes on which it cannot be."""
+    if recipe.parallel.retain == "on":
+        reason = cannot_retain(recipe, Layout.of(recipe.model, recipe.parallel, world_size, per_node))
+        require(not reason, "parallel.retain", "on", f'must be "auto" or "off": {reason}')
 
 
 def filled(count: int, batch: int, recipe: Recipe) -> int:

@@ -82,17 +82,20 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
     kept_before = kept if settings.rollout_dtype == "same" or batches.streams else 0
     rollout_gathered = max(rollout_gathered, kept_before)
     accumulated = _accumulated_gradients(recipe, weights, layout) if batches.streams else 0.0
+    retained = _retained_bytes(recipe, architecture, shape, batches)
     phases = {
         "encode": {
             **everywhere,
             "gathered weights": rollout_gathered if settings.keep_gathered != "never" else 0,
             "gradients": accumulated,
+            "retained forwards": retained * (1 - batches.part / _held_prompts(recipe, batches)),
             "activations": recipe.prompts.per_rank * _encode_bytes(recipe, architecture),
         },
         "rollout": {
             **everywhere,
             "gathered weights": rollout_gathered,
             "gradients": accumulated,
+            "retained forwards": retained,
             "activations": max(
                 _rollout_bytes(recipe, architecture, shape, batches),
                 groups if batches.part > recipe.prompts.per_rank else 0,  # joined, beside the parts of them
@@ -102,6 +105,7 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
             **everywhere,
             "gathered weights": kept_before,
             "gradients": accumulated,
+            "retained forwards": retained,
             "scorers": scoring.resident + scoring.visiting,
             "activations": _decode_bytes(recipe, architecture, batches, scoring),
         },
@@ -109,6 +113,7 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
             **everywhere,
             "gathered weights": update_gathered,
             "gradients": _gradients_in_update(recipe, weights, layout, batches),
+            "retained forwards": retained,
             "activations": _update_bytes(recipe, architecture, shape, batches),
         },
         "step": {**everywhere, "gathered weights": kept, "gradients": _gradients(recipe, weights, layout)},
@@ -239,10 +244,18 @@ def _update_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, batc
     latent = _latent_values(architecture, shape)
     rows = batches.rows * recipe.workload().row_latents * 4 * latent
     conditioning = batches.update * _conditioning_bytes(architecture, shape)
+    if batches.retained:  # what the batch has kept is counted with all that is retained
+        most -= kept
     old = 0
     if recipe.algorithm.old_policy == "exact":
         old = (batches.updates - 1) * batches.count * batches.update * bytes_of(recipe.parallel.compute_dtype) * latent
     return batches.update * most + rows + conditioning + old
+
+
+def _retained_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, batches: Batches) -> float:
+    """Bytes that the rollout's own forwards keep for the update, where it trains through them."""
+    kept, _ = update_picture_bytes(recipe, architecture, shape)
+    return batches.retained * kept * _held_prompts(recipe, batches) / batches.prompts
 
 
 def _forward_bytes(recipe: Recipe, architecture: Architecture, shape: Shape) -> int:

@@ -14,6 +14,8 @@ from ngrpo_train.plan.machines import GIB, Machine
 from ngrpo_train.plan.scorers import of_unknown_cost, scorer_sizes
 from ngrpo_train.recipe.sections import Model, Parallel, Recipe
 
+_A_TENTH = "the compiler keeps about a tenth of the activations"
+
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
@@ -70,6 +72,8 @@ def speedups(plan: Plan) -> list[Remedy]:
     if model.gradient_checkpointing == "full":
         effect = "keeps the results of products and attention, recomputes only the rest"
         changes.append(({"model.gradient_checkpointing": "selective"}, effect))
+        if plan.recipe.parallel.compile != "off":
+            changes.append(({"model.gradient_checkpointing": 0.1}, _A_TENTH))
     if plan.machine.float8_speedup > 1 and algorithm.old_policy != "cached":
         effect = "rollout with float8 products: less precise, but the ratio does not use them"
         changes.append(({"parallel.rollout_dtype": "float8"}, effect))
@@ -123,14 +127,14 @@ def _changes(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"parallel.update_batch": half}, "fewer states per forward-backward"
         if half > batches.states:
             yield {"parallel.update_batch": batches.states}, f"{recipe.algorithm.rows_are} per forward-backward"
-    for name in ("rollout_batch", "decode_batch", "keep_gathered", "reduce_gradients"):
+    for name in ("rollout_batch", "decode_batch", "keep_gathered", "reduce_gradients", "retain"):
         open_value = 0 if name.endswith("batch") else "auto"
-        if getattr(settings, name) != open_value:
+        if getattr(settings, name) not in (open_value, "off"):
             yield {f"parallel.{name}": open_value}, "chosen to fit into memory"
     if model.gradient_checkpointing != "full":
         yield {"model.gradient_checkpointing": "full"}, "the backward pass computes blocks again"
         if model.gradient_checkpointing in ("none", "selective") and settings.compile != "off":
-            yield {"model.gradient_checkpointing": 0.1}, "the compiler keeps about a tenth of the activations"
+            yield {"model.gradient_checkpointing": 0.1}, _A_TENTH
     if not settings.decode_tiles and hasattr(part_class(plan.architecture, "vae"), "enable_tiling"):
         yield {"parallel.decode_tiles": True}, "the VAE decodes large pictures in tiles"
     if not recipe.prompts.embeddings:

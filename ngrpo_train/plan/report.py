@@ -139,6 +139,8 @@ def _facts(plan: Plan) -> Iterator[str]:
         yield f"gradients: summed {summed[settled.reduce_gradients]}"
     if batches.streams:
         yield f"stream: {batches.part} of a GPU's prompts are explored, then trained on, before the next {batches.part}"
+    if batches.retained:
+        yield "retain: the update trains through the rollout's own forwards of the anchors, kept until then"
     yield (
         f"batches: {batches.rollout} of {batches.explored} pictures in the rollout, {batches.update} of "
         f"{batches.count * batches.update} states in the update, {batches.decode} pictures in the VAE"

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,9 +15,9 @@ from ngrpo_train.models.directory import encoder_parts
 from ngrpo_train.models.loading import load_architecture
 from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel import attention, processes, sharding
-from ngrpo_train.parallel.layout import compiles
+from ngrpo_train.parallel.layout import Layout, compiles
 from ngrpo_train.plan.cost import Cost
-from ngrpo_train.plan.layout import Batches, shape_of
+from ngrpo_train.plan.layout import Batches, cannot_retain, shape_of
 from ngrpo_train.plan.machines import Machine, machine_of
 from ngrpo_train.plan.trace import traced
 from ngrpo_train.recipe.sections import Parallel, Recipe
@@ -40,29 +41,36 @@ def settle_memory(recipe: Recipe, device: torch.device) -> Parallel:
     """The recipe's [parallel] with the fastest choice that fits this device in place of "auto" and batches of 0."""
     settings, architecture = recipe.parallel, _architecture(recipe) if device.type == "cuda" else None
     if not architecture:
-        keep = "rollout" if settings.keep_gathered == "auto" else settings.keep_gathered
-        reduce = "step" if settings.reduce_gradients == "auto" else settings.reduce_gradients
-        return replace(settings, keep_gathered=keep, reduce_gradients=reduce, stream="on" if recipe.streams else "off")
+        return replace(settings, **_with_room(recipe))
     smallest = -processes.max_over_ranks(-torch.cuda.get_device_properties(device).total_memory)
     settled = plan.fastest_that_fits(recipe, architecture, smallest, processes.world_size(), sharding.node_size())
     logger.info(
         "settled for %.0f GiB: keep_gathered %s, reduce_gradients %s, %d pictures per rollout forward, %d per decode, "
-        "stream %s",
+        "stream %s, retain %s",
         smallest / 2**30,
         settled.keep_gathered,
         settled.reduce_gradients,
         settled.rollout_batch,
         settled.decode_batch,
         settled.stream,
+        settled.retain,
     )
-    return replace(
-        settings,
-        keep_gathered=settled.keep_gathered,
-        reduce_gradients=settled.reduce_gradients,
-        rollout_batch=settled.rollout_batch,
-        decode_batch=settled.decode_batch,
-        stream=settled.stream,
-    )
+    return settled.within(recipe).parallel
+
+
+def _with_room(recipe: Recipe) -> dict[str, Any]:
+    """Values for what a recipe leaves to memory where there is enough, or nobody knows how much is needed."""
+    settings, world_size = recipe.parallel, processes.world_size()
+    layout = Layout.of(recipe.model, settings, world_size, sharding.node_size())
+    retains = settings.retain != "off" and not cannot_retain(recipe, layout)
+    usual = "iteration" if retains and settings.retain == "on" else "rollout"
+    keep = usual if settings.keep_gathered == "auto" else settings.keep_gathered
+    return {
+        "keep_gathered": keep,
+        "reduce_gradients": "step" if settings.reduce_gradients == "auto" else settings.reduce_gradients,
+        "stream": "on" if recipe.streams else "off",
+        "retain": "on" if retains and (layout.plain or keep == "iteration") else "off",
+    }
 
 
 def cost_of(recipe: Recipe, device: torch.device) -> Cost:

@@ -75,7 +75,7 @@ def profile(
                 title=_title(recipe, launch, iterations, warmup),
                 iterations=iterations,
                 seconds=seconds,
-                cost=cost_of(recipe, device).figures(seconds[ITERATION]),
+                cost=cost_of(replace(recipe, parallel=settings), device).figures(seconds[ITERATION]),
                 trace=analysed,
                 notes=[*notes, *_notes(before, made, traced=trace)],
                 commands=nsight_commands(arguments, out) if trace and device.type == "cuda" else [],

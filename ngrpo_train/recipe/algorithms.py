@@ -190,6 +190,10 @@ class Algorithm:
             return f"each of the {updates} updates of an iteration is on all its prompts"
         return "algorithm.shuffle_rewards draws for all prompts" if self.shuffle_rewards else ""
 
+    def cannot_retain(self, N: int) -> str:
+        """Why an update cannot train through the forwards that explored; empty if it can."""
+        return f"algorithm.name = {self.name!r} does not keep them; neighbor does"
+
     @property
     def exploration(self) -> str:
         """The setting that spreads the candidates of a group, and its value."""
@@ -304,6 +308,11 @@ class Neighbor(Algorithm):
             row_latents=4 * b + G,  # each anchor's state, old and new velocity, gradient; all candidates
             rollout_latents=6,  # noise, states before and after, velocity, what a multistep solver remembers
         )
+
+    def cannot_retain(self, N: int) -> str:
+        if self.updates_per_iteration > 1:
+            return f"algorithm.updates_per_iteration = {self.updates_per_iteration} changes the weights in between"
+        return ""
 
     @property
     def loss_backend(self) -> str:

@@ -205,6 +205,10 @@ class Parallel:
     """Train on each batch of prompts.per_rank prompts as soon as it is scored, and explore the next one after that.
     "off" explores all prompts of the iteration first. The gradient is the same sum.
     "auto" streams where the algorithm and memory allow, and remote rewards are then awaited during the next rollout."""
+    retain: Literal["auto", "on", "off"] = "auto"
+    """Train neighbor's anchors through the forwards that explored them; the update makes none of its own.
+    It needs one update per iteration and a rollout in the training's arithmetic, and keeps all anchors' activations.
+    The gradient is the same. "auto" retains where memory allows."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile each of the model's blocks with torch.compile; "auto" does so on a GPU."""
     compile_cache: str = ""
@@ -298,6 +302,12 @@ class Recipe:
         several = self.train.gradient_accumulation_steps > 1
         needs = self.algorithm.needs_all_groups(self.sampling.num_inference_steps)
         return several and self.parallel.stream != "off" and not needs
+
+    def cannot_retain(self) -> str:
+        """Why an update cannot train through the forwards of its rollout, on any machine; empty if it can."""
+        if self.parallel.rollout_dtype != "same":
+            return f"parallel.rollout_dtype = {self.parallel.rollout_dtype!r} explores with another forward"
+        return self.algorithm.cannot_retain(self.sampling.num_inference_steps)
 
     def workload(self, iteration: int = 0) -> Workload:
         """The work and the memory that one prompt takes in that iteration."""

@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -48,7 +49,7 @@ def train(recipe: Recipe, run: Path, *, resume: str = "", overwrite: bool = Fals
             trainer = Trainer.make(recipe, settings, prepared.cursor, prepared.rewards, device, stopwatch)
             checkpointer = Checkpointer(run / "checkpoints", recipe)
             watch = _begin(run, trainer, prepared, checkpointer, launch, overwrite)
-            trackers, cost = make_trackers(run, recipe, device), cost_of(recipe, device)
+            trackers, cost = make_trackers(run, recipe, device), cost_of(replace(recipe, parallel=settings), device)
 
             with Recorder(run, recipe, trackers, trainer.step, cost) as recorder:
                 if watch and trainer.step == 0:

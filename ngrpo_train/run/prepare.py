@@ -11,7 +11,8 @@ from ngrpo_train.algorithms import refuse_backend
 from ngrpo_train.models.embeddings import EmbeddingCache
 from ngrpo_train.models.needs import refuse_without_pictures
 from ngrpo_train.models.packing import refuse_size
-from ngrpo_train.parallel import blocks
+from ngrpo_train.parallel import blocks, sharding
+from ngrpo_train.plan.layout import refuse_retaining
 from ngrpo_train.plan.settle import settle_attention
 from ngrpo_train.prompts import Prompt, PromptCursor, load_prompts
 from ngrpo_train.recipe.checks import check
@@ -43,6 +44,7 @@ def prepare(
     that cannot be used.
     """
     check(recipe, launch.num_processes)
+    refuse_retaining(recipe, launch.num_processes, sharding.node_size())
     refuse_size(recipe.model, recipe.sampling)
     prompts, evaluation = load_prompts(recipe.prompts.source), recipe.evaluation
     cursor = PromptCursor.of(recipe, prompts, launch.process_index, launch.num_processes)

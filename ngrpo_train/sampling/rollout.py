@@ -50,20 +50,21 @@ def generate(
     sigmas: Tensor,
     *,
     explore: bool = False,
+    sampler: Sampler | None = None,
     tail: Tail | None = None,
     solver: SolverStep | None = None,
 ) -> Iterator[Step]:
     """Solve from `noise_NS` down `sigmas` [steps + 1] (CPU), yielding every step. `conditioning` has N rows.
 
-    With `explore`, the model may compute with lower precision, in `parallel.rollout_dtype`. `solver` defaults to the
-    recipe's.
+    With `explore`, the model may compute with lower precision, in `parallel.rollout_dtype`. `sampler` gives velocities
+    in place of `model`. `solver` defaults to the recipe's.
     """
     solver = solver or SOLVERS[model.sampling.solver]
     x_NS, previous = noise_NS, None
     for index in range(steps := len(sigmas) - 1):
-        sampler: Sampler = tail.sampler if tail and index >= steps - tail.steps else model
+        source: Sampler = tail.sampler if tail and index >= steps - tail.steps else sampler or model
         sigma_N = torch.full((len(x_NS),), float(sigmas[index]), device=x_NS.device)
-        velocity_NS = sampler.sampling_velocity(x_NS, sigma_N, conditioning, explore=explore)
+        velocity_NS = source.sampling_velocity(x_NS, sigma_N, conditioning, explore=explore)
         step = Step(index, x_NS, velocity_NS, *solver(x_NS, velocity_NS, sigmas, index, previous))
         x_NS, previous = step.after_NS, step.previous
         yield step

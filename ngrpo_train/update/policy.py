@@ -19,6 +19,7 @@ from ngrpo_train.parallel import processes, sharding
 from ngrpo_train.parallel.sending import sent
 from ngrpo_train.recipe.algorithms import Algorithm
 from ngrpo_train.update.optimizer import guarded_step
+from ngrpo_train.update.retained import Retained
 from ngrpo_train.update.rows import Explored, Rows, batches_of_rows
 
 LOG_RATIO_LIMIT = 20.0  # as in the kernels: beyond it, a ratio is clamped and its gradient is zero
@@ -173,13 +174,17 @@ class Batching:
     """How active prompts' rows are cut into batches: alike on all ranks, because a sharded forward is a collective."""
 
     active_P: Tensor  # bool
-    rows: int  # in a batch
+    rows: int  # in a batch; 0 where the rollout has made them
     count: int
 
     @staticmethod
     def of(model: FlowModel, signal: Signal, block: Explored) -> Batching:
         """The batches of a block; those of a later block, which has no more rows, are the same."""
         most_rows = block.rows_per_prompt
+        if retained := retained_of(block):  # each process of several retains row by row
+            several = processes.world_size() > 1
+            count = signal.most_active * most_rows if several else retained.with_signal(signal.active_P)
+            return Batching(signal.active_P, 0, count)
         if model.settings.update_batch:
             rows = max(1, model.settings.update_batch // block.states_per_row)
         else:  # compiled code always gets the same number of rows, because another would be another compilation
@@ -189,6 +194,13 @@ class Batching:
 
     def of_rows(self, block: Explored) -> Iterator[Rows]:
         return batches_of_rows(block, self.active_P, self.count, self.rows)
+
+    def forwards(self, model: FlowModel, block: Explored) -> Iterator[tuple[Rows, Tensor]]:
+        """The rows of each batch, and v_theta there with its graph."""
+        if retained := retained_of(block):
+            yield from retained.batches(block, self.active_P, self.count)
+        else:
+            yield from ((rows, velocity_of(model, rows)) for rows in self.of_rows(block))
 
 
 class OptimizerStep:
@@ -213,9 +225,8 @@ class OptimizerStep:
         model, policy, settings = self._model, self._policy, self._settings
         self.started = True
         local = sent(signal.local, model.device)
-        for batch, rows in enumerate(batches.of_rows(block)):
+        for batch, (rows, velocity) in enumerate(batches.forwards(model, block)):
             sharding.sync_gradients(model.transformer, model.settings, last=last and batch == batches.count - 1)
-            velocity = velocity_of(model, rows)
             base = base_velocity(model, rows) if settings.reference_coef else None
             if rows.real == 0:
                 (0 * velocity.sum()).backward()  # the other ranks' backward waits for this one's
@@ -257,6 +268,11 @@ def drift_figure(rows: Rows, velocity: Tensor) -> Tensor:
     """The distance between the training forward's velocity and the rollout's, relative to the rollout's norm: [r]."""
     drift = (velocity.float() - rows.rollout_velocity_rbS).flatten(1).norm(dim=1)
     return drift / rows.rollout_velocity_rbS.flatten(1).norm(dim=1)
+
+
+def retained_of(block: Explored) -> Retained | None:
+    """The forwards that the rollout has kept for the update of this block."""
+    return getattr(block, "retained", None)
 
 
 def velocity_of(model: FlowModel, rows: Rows) -> Tensor:

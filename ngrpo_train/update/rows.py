@@ -41,7 +41,10 @@ class Rows:
 
 
 class Explored(Protocol):
-    """P explored groups, as the loop and the update see them, the same for every algorithm."""
+    """P explored groups, as the loop and the update see them, the same for every algorithm.
+
+    They may have an attribute `retained`: forwards of the rollout that the update trains through (update/retained.py).
+    """
 
     @property
     def final_PGS(self) -> Tensor: ...
@@ -78,9 +81,11 @@ def in_parts(prompts: Sequence[Prompt], at_once: int, explore: Callable[[list[Pr
 
 
 def _joined(values: Sequence[Any]) -> Any:
+    if values[0] is None:
+        return None
     if isinstance(values[0], Tensor):
         return torch.cat(list(values))
-    return type(values[0]).cat(values)  # conditioning
+    return type(values[0]).cat(values)  # conditioning, retained forwards
 
 
 def batches_of_rows(block: Explored, active_P: Tensor, num_batches: int, rows_per_batch: int) -> Iterator[Rows]:

@@ -24,7 +24,9 @@ ONCE: Waits = {
 # torchao's optimizer cannot skip a step on the device.
 NORM_OF_A_STEP: Waits = {("step", "ngrpo_train/update/optimizer.py:guarded_step", READS): 1}
 # Each part of an iteration has rewards of its own.
-EACH_OF_3: Waits = {("reward", "ngrpo_train/rewards/__init__.py:Rewards.start.<locals>.shared", READS): 3}
+EACH_OF_2, EACH_OF_3 = (
+    {("reward", "ngrpo_train/rewards/__init__.py:Rewards.start.<locals>.shared", READS): parts} for parts in (2, 3)
+)
 # The optimizer works on the host, so it waits for the gradients and their norm. FSDP has an event for each of 66.
 OFFLOADED: Waits = {
     ("update", "_fully_shard/_fsdp_param_group.py:FSDPParamGroup.finalize_backward", EVENT): 66,
@@ -49,6 +51,7 @@ class Expected:
 
 RECIPES = {
     "full": Expected(case=case(**FEW), waits=NORM_OF_A_STEP, fused=("step",)),
+    "not retained": Expected(case=case(**FEW, parallel={"retain": "off"}), waits=NORM_OF_A_STEP, fused=("step",)),
     "two updates": Expected(
         case=case(
             **SHORT,
@@ -89,7 +92,12 @@ RECIPES = {
         case=case("H100", 8, **FEW, **ADAPTERS | {"parallel": {**FLOAT32, "text_encoders": "shard"}})
     ),
     "offload": Expected(
-        case=case("H100", **FEW, optimizer=ADAMW, parallel={**FLOAT32, "offload": True, "text_encoders": "offload"}),
+        case=case(
+            "H100",
+            **FEW,
+            optimizer=ADAMW,
+            parallel={**FLOAT32, "offload": True, "text_encoders": "offload", "retain": "off"},
+        ),
         waits=OFFLOADED,
     ),
     "flow_grpo": Expected(case=case(**SHORT, **ADAPTERS, algorithm={"name": "flow_grpo", "num_generations": 4})),
@@ -113,6 +121,17 @@ RECIPES = {
 
 WHOLE = {
     "full": Expected(case=case(**FEW, name_or_path="random:flux-dev"), waits=NORM_OF_A_STEP, fused=("step",)),
+    "retained": Expected(
+        case=case(
+            **FEW,
+            name_or_path="random:flux-dev",
+            model={"gradient_checkpointing": "full"},
+            train={"gradient_accumulation_steps": 2},
+            parallel={"retain": "on"},
+        ),
+        waits=NORM_OF_A_STEP | EACH_OF_2,
+        fused=("step",),
+    ),
     "fsdp": Expected(case=case("H100", 8, **FEW, name_or_path="random:flux-dev", optimizer=ADAMW, parallel=FLOAT32)),
 }
 

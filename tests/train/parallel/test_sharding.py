@@ -15,8 +15,10 @@ BY_ROW = {
     "parallel.update-batch": "1",
     "parallel.rollout-batch": "4",
     "parallel.decode-batch": "4",
+    "parallel.retain": "off",
     "algorithm.sigma": "1",
 }
+RETAINED = BY_ROW | {"parallel.retain": "on", "parallel.stream": "on"}  # also where it trains alone
 LORA = {"model.tuning": "lora", "model.lora-rank": "4"}
 
 # What each case shares with one plain process, and what it lays out otherwise, by number of processes.
@@ -29,6 +31,7 @@ CASES: dict[int, dict[str, tuple[dict[str, str], dict[str, str]]]] = {
             {"keep-gathered": "never", "reduce-gradients": "batch", "stream": "on"},
         ),
         "iteration-lora-stream": (BY_ROW | LORA, {"keep-gathered": "iteration", "stream": "on"}),
+        "iteration-retain": (RETAINED, {"keep-gathered": "iteration", "reduce-gradients": "batch"}),
         "offload-two_updates": (
             BY_ROW | {"algorithm.updates-per-iteration": "2"},
             {"offload": "True", "keep-gathered": "iteration"},
@@ -43,6 +46,12 @@ CASES: dict[int, dict[str, tuple[dict[str, str], dict[str, str]]]] = {
 ALL = [(ranks, case) for ranks, cases in CASES.items() for case in cases]
 
 
+def shares(prompts: int, *, streams: bool) -> dict[str, str]:
+    """The prompts of a process, explored together or one after the other."""
+    together, parts = (1, prompts) if streams else (prompts, 1)
+    return {"prompts.per-rank": str(together), "train.gradient-accumulation-steps": str(parts)}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case, as several ranks make it and as one process does."""
@@ -53,15 +62,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for ranks, cases in CASES.items():
         runs = []
         for case, (shared, layout) in cases.items():
-            recipe = shared | {"prompts.source": str(prompts), "prompts.per-rank": str(4 // ranks)}
-            if "stream" in layout:  # one prompt after the other
-                recipe |= {"prompts.per-rank": "1", "train.gradient-accumulation-steps": str(4 // ranks)}
+            streams = "stream" in layout or shared is RETAINED
+            recipe = shared | {"prompts.source": str(prompts)} | shares(4 // ranks, streams=streams)
             runs.append(Run(directory / case, recipe | {f"parallel.{name}": value for name, value in layout.items()}))
             if shared not in alone:
                 alone.append(shared)
         on_ranks(ranks, runs)
     for index, shared in enumerate(alone):
-        recipe = shared | {"prompts.source": str(prompts), "prompts.per-rank": "4"}
+        recipe = shared | {"prompts.source": str(prompts)} | shares(4, streams=shared is RETAINED)
         assert Run(directory / f"alone_{index}", recipe).make() == 0
     for cases in CASES.values():
         for case, (shared, _) in cases.items():

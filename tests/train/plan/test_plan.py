@@ -741,7 +741,7 @@ def test_the_command_plans_every_algorithm(
 @pytest.mark.parametrize(
     "world_size, gib, expected",
     [
-        (8, 139.7, Settled("iteration", "step", 12, 6)),
+        (8, 139.7, Settled("iteration", "step", 12, 6, retain="on")),
         (8, 79.1, Settled("iteration", "batch", 12, 6)),
         (8, 50.0, Settled("never", "batch", 12, 6)),
     ],
@@ -759,9 +759,27 @@ def test_what_the_recipe_says_is_kept_whether_it_fits_or_not() -> None:
         parallel__reduce_gradients="step",
         parallel__rollout_batch=7,
         parallel__decode_batch=5,
+        parallel__retain="off",
     )
     for gib in (10, 1000):
         assert fastest_that_fits(asked, DEV, gib * GIB, 8) == Settled("iteration", "step", 7, 5)
+
+
+def test_forwards_are_retained_where_there_is_room_for_them() -> None:
+    """What 16 states, 4 anchors at 4 steps, keep until a backward that computes blocks again: a block's inputs each."""
+    asked = with_settings(recipe(parallel__decode_batch=1), EIGHT_BIT)
+    again, retained = (memory(with_settings(asked, {"parallel.retain": each})) for each in ("off", "on"))
+    tokens, blocks, h = 512 + 45 * 45, 19 + 38, 3072
+    kept = 16 * blocks * tokens * h * 2
+    assert kept <= retained.phases["decode"]["retained forwards"] <= kept * (blocks + 3) / blocks  # and around them
+    room = math.ceil(retained.peak / SAFE_SHARE)
+    assert fastest_that_fits(asked, DEV, room, 1).retain == "on"
+    assert fastest_that_fits(asked, DEV, room - 2**30, 1).retain == "off"
+    assert again.peak < retained.peak - kept / 2
+    # The rollout's forwards of the anchors are the update's own: 96 pictures and 16 states together are 96.
+    flops = [iteration_flops(with_settings(asked, {"parallel.retain": each}), DEV) for each in ("off", "on")]
+    saved = flops[0].hardware - flops[1].hardware
+    assert saved == flops[0].hardware_stages["forward"] == flops[0].hardware_stages["rollout"] // 6
 
 
 def test_where_nothing_fits_the_least_is_settled_on() -> None:
@@ -818,7 +836,13 @@ def test_remedies_do_what_they_say(name: str, machine: Machine, world_size: int,
 
 def test_several_remedies_together_where_none_is_enough() -> None:
     plan = make_plan(
-        recipe(parallel__update_batch=0, train__gradient_accumulation_steps=32, parallel__stream="off"), H100
+        recipe(
+            parallel__update_batch=0,
+            train__gradient_accumulation_steps=32,
+            parallel__stream="off",
+            parallel__retain="off",
+        ),
+        H100,
     )
     best = remedies(plan)[0]
     assert best.plan.fits

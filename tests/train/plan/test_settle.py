@@ -39,12 +39,18 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 )
 def test_a_cpu_keeps_what_is_said_and_has_room_for_the_rest(asked: dict[str, str], settled: tuple[str, str]) -> None:
     recipe = replace(DEV, parallel=Parallel(**asked))
-    expected = replace(recipe.parallel, keep_gathered=settled[0], reduce_gradients=settled[1], stream="off")
+    kept = {"keep_gathered": settled[0], "reduce_gradients": settled[1]}
+    expected = replace(recipe.parallel, **kept, stream="off", retain="off")
     assert settle.settle_memory(recipe, CPU) == expected
     several = replace(recipe, train=Train(gradient_accumulation_steps=2))
     assert settle.settle_memory(several, CPU) == replace(expected, stream="on")
     own = replace(several, algorithm=Algorithm.of("flow_grpo"))
     assert settle.settle_memory(own, CPU).stream == "off"
+    plain = replace(recipe, parallel=replace(recipe.parallel, compute_dtype="float32"))
+    assert settle.settle_memory(plain, CPU).retain == "on"
+    for keep, retain in (("never", "off"), ("iteration", "on")):  # with weights that must be gathered
+        sharded = replace(plain, parallel=replace(plain.parallel, sharding="full", keep_gathered=keep))
+        assert settle.settle_memory(sharded, CPU).retain == retain
 
 
 def test_a_gpu_is_settled_for_by_the_smallest_of_them(
@@ -69,7 +75,13 @@ def test_a_gpu_is_settled_for_by_the_smallest_of_them(
     assert (recipe, gpu_bytes, world_size, node_size) == (DEV, 80 * GIB, 4, 2)
     assert architecture.transformer["num_layers"] == 19
     assert settings == replace(
-        DEV.parallel, keep_gathered="never", reduce_gradients="batch", rollout_batch=6, decode_batch=2, stream="off"
+        DEV.parallel,
+        keep_gathered="never",
+        reduce_gradients="batch",
+        rollout_batch=6,
+        decode_batch=2,
+        stream="off",
+        retain="off",
     )
     assert "settled for 80 GiB: keep_gathered never, reduce_gradients batch, 6 pictures" in caplog.text
 
@@ -79,7 +91,8 @@ def test_on_a_gpu_nothing_is_left_open(h200: SimpleNamespace) -> None:
     assert "auto" not in (settings.keep_gathered, settings.reduce_gradients)
     assert settings.rollout_batch > 0
     assert settings.decode_batch > 0
-    asked = Parallel(rollout_batch=5, decode_batch=1, keep_gathered="iteration", reduce_gradients="batch", stream="off")
+    batches = Parallel(rollout_batch=5, decode_batch=1)
+    asked = replace(batches, keep_gathered="iteration", reduce_gradients="batch", stream="off", retain="off")
     assert settle.settle_memory(replace(DEV, parallel=asked), CUDA) == asked
 
 

@@ -49,7 +49,7 @@ def tiny(tiny_recipe: Path) -> Recipe:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A profile of two iterations of the shapes recipe, made smaller."""
     recipe = parsing.resolve(parsing.read_recipe(parsing.find_recipe("shapes_cpu")), name="shapes_cpu")
-    recipe = changed(recipe, prompts__per_rank=1, algorithm__num_generations=4, algorithm__num_train_steps=2)
+    recipe = changed(recipe, prompts__per_rank=1, algorithm__num_generations=4, algorithm__num_train_steps=2, **APART)
     out = tmp_path_factory.mktemp("profiles") / "shapes"
     assert profile(recipe, out, iterations=2, warmup=2) == 0
     return out
@@ -144,9 +144,11 @@ def test_what_it_leaves_behind(shapes):
 # --- ranges
 
 
+APART = {"parallel__retain": "off"}
 CASES = {
-    "full": {},
-    "lora, recomputed": {"model__tuning": "lora", "model__gradient_checkpointing": "full"},
+    "full": APART,
+    "retained": {"parallel__update_batch": 2},  # each row by itself
+    "lora, recomputed": APART | {"model__tuning": "lora", "model__gradient_checkpointing": "full"},
     "sharded, in two batches": {"parallel__sharding": "full", "parallel__update_batch": 4},
 }
 
@@ -158,6 +160,9 @@ def test_stages_passes_and_blocks_have_ranges(tiny, case):
     assert_nested(ranges)
     batches = 2 if "batches" in case else 1
     calls = {"rollout.forward": 4, "update.forward": batches, "update.backward": batches}
+    if case == "retained":
+        batches = 4
+        calls = {"rollout.forward": 4 + batches, "update.backward": batches}
     expected = dict.fromkeys(["iteration", *STAGES, "update.optimizer"], 1) | calls | {"reward": 2}  # begun, and read
     for name, count in calls.items():
         expected |= dict.fromkeys([f"{name}.double 0", f"{name}.single 0", f"{name}.single 1"], count)
