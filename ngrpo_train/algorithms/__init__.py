@@ -12,12 +12,14 @@ recipe.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ngrpo_kernels import pairwise_sqdist
+from ngrpo_train.algorithms.choice import Choice
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.algorithms import Algorithm, implementation
@@ -49,6 +51,22 @@ class Streaming(GRPO, Protocol):
 
     def update_in_parts(self, model: FlowModel, optimizer: torch.optim.Optimizer, num_prompts: int) -> UpdateInParts:
         """Begin an update on groups of so many prompts of this rank, which come part by part."""
+        ...
+
+
+Score = Callable[[Tensor, list[Prompt]], Scores]
+"""Scores of P groups of pictures [P * C, ...] by the rewards that are trained on: a collective."""
+
+
+class Choosing(GRPO, Protocol):
+    """An algorithm whose groups are chosen by scores of coarse pictures, as its settings say (`Algorithm.chooses`)."""
+
+    def choose(self, model: FlowModel, prompts: list[Prompt], step: int, score: Score) -> Choice:
+        """Draw many candidates of each of these prompts of this rank coarsely, score them, and choose: a collective."""
+        ...
+
+    def explore(self, model: FlowModel, prompts: list[Prompt], step: int, choice: Choice | None = None) -> Any:
+        """Explore the groups that were chosen."""
         ...
 
 

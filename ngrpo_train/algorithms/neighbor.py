@@ -45,6 +45,8 @@ Where we differ from what is printed, and why:
    deviation of twelve equal rewards need not be zero.
 8. `temperature` divides the squared distances, as Eq. 8 leaves out the width of the Gaussian it comes from; 1 is as
    printed.
+9. With `explore.candidates`, a group is chosen from more noises by the rewards of coarse pictures
+   (`NeighborGRPO.choose`). As a noise stands for a picture, the chosen ones are drawn again exactly.
 """
 
 # P prompts, G candidates, B anchors, K trained steps, S the dimensions of a latent. A row of an update is a (prompt,
@@ -52,6 +54,7 @@ Where we differ from what is printed, and why:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -59,7 +62,9 @@ import torch
 from torch import Tensor
 
 from ngrpo_kernels import leaping_log_ratio, neighbor_grpo_loss_from_velocity
+from ngrpo_train.algorithms import Score
 from ngrpo_train.algorithms.advantages import group_rewards, quasi_norm
+from ngrpo_train.algorithms.choice import Choice, chosen
 from ngrpo_train.draws import draw_anchors, draw_train_steps
 from ngrpo_train.models.model import Conditioning, FlowModel
 from ngrpo_train.parallel.sending import sent
@@ -67,6 +72,7 @@ from ngrpo_train.prompts import Prompt
 from ngrpo_train.recipe.algorithms import Neighbor
 from ngrpo_train.recipe.sections import Sampling
 from ngrpo_train.rewards import Scores
+from ngrpo_train.sampling.coarse import coarse_pictures
 from ngrpo_train.sampling.perturb import neighborhood
 from ngrpo_train.sampling.rollout import generate
 from ngrpo_train.sampling.solvers import flow_sigmas
@@ -157,18 +163,41 @@ class NeighborGRPO:
     ) -> None:
         self.settings, self.seed = settings, seed
         self.prompts_together, self.max_grad_norm = prompts_together, max_grad_norm
-        self.sigmas = flow_sigmas(sampling.num_inference_steps, sampling.shift)
+        self.sigmas, self.shift = flow_sigmas(sampling.num_inference_steps, sampling.shift), sampling.shift
         self.policy = LeapingPolicy(settings)
 
-    def explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Neighborhoods:
-        """Explore a neighborhood for each prompt, `prompts_together` prompts at a time."""
-        return in_parts(prompts, self.prompts_together, lambda part: self._explore(model, part, step))
+    def choose(self, model: FlowModel, prompts: list[Prompt], step: int, score: Score) -> Choice:
+        """Choose each prompt's candidates by coarse pictures, `prompts_together` prompts at a time (`Choosing`)."""
+        together = self.prompts_together
+        parts = [prompts[start : start + together] for start in range(0, len(prompts), together)]
+        return Choice.joined([self._choose(model, part, step, score) for part in parts])
 
-    def _explore(self, model: FlowModel, prompts: list[Prompt], step: int) -> Neighborhoods:
+    def _choose(self, model: FlowModel, prompts: list[Prompt], step: int, score: Score) -> Choice:
+        settings, how = self.settings, self.settings.explore
+        noise_PCS = torch.stack([self._noise(model, prompt, step) for prompt in prompts])
+        scores = score(coarse_pictures(model, prompts, sent(noise_PCS, model.device), how, self.shift), prompts)
+        # Advantages rank candidates as they are trained on: several rewards by their weights, each standardised.
+        values_PC = quasi_norm(*scores.combined(settings.combine), settings)
+        return Choice(chosen(values_PC, settings.num_generations, how.middle), scores)
+
+    def _noise(self, model: FlowModel, prompt: Prompt, step: int) -> Tensor:
+        """The noises of a prompt's candidates, [C, *S] on the CPU; C is G where none are chosen."""
+        settings = self.settings
+        count = settings.explore.candidates or settings.num_generations
+        return neighborhood(model.latent_shape, count, settings.sigma, seed=self.seed, step=step, slot=prompt.slot)
+
+    def explore(
+        self, model: FlowModel, prompts: list[Prompt], step: int, choice: Choice | None = None
+    ) -> Neighborhoods:
+        """Explore a neighborhood for each prompt, `prompts_together` prompts at a time."""
+        kept = {prompt.slot: kept_G for prompt, kept_G in zip(prompts, choice.local_PG, strict=True)} if choice else {}
+        return in_parts(prompts, self.prompts_together, lambda part: self._explore(model, part, step, kept))
+
+    def _explore(self, model: FlowModel, prompts: list[Prompt], step: int, kept: Mapping[int, Tensor]) -> Neighborhoods:
         settings, K = self.settings, self.settings.num_train_steps
         trainable = settings.trainable_steps(len(self.sigmas) - 1)
         draws = [{"seed": self.seed, "step": step, "slot": prompt.slot} for prompt in prompts]
-        noise = [neighborhood(model.latent_shape, settings.num_generations, settings.sigma, **draw) for draw in draws]
+        noise = [self._noise(model, prompt, step)[kept.get(prompt.slot, slice(None))] for prompt in prompts]
         anchors = [draw_anchors(settings.num_generations, settings.num_anchors, **draw) for draw in draws]
         steps = [draw_train_steps((trainable.start, trainable.stop), K, **draw) for draw in draws]
         noise_PGS = sent(torch.stack(noise), model.device)

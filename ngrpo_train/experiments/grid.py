@@ -10,6 +10,7 @@
     test = true                      score trained models on the base recipe's evaluation.test
     figures = ["curves", "final"]    also "gradient_by_step", and any column of the CSV, to be drawn over iterations
     columns = ["G"]                  CSV columns that the table shows, as means over a whole run
+    against = "sigma 0.3"            variant that the others are compared with, paired by seed
     paper_table = "Table 3"          source of the variants' `paper` numbers
     tuning = "FILE"                  CSV that `tuned` variants take their settings from; beside this file
 
@@ -89,6 +90,7 @@ class Grid:
     test: bool = True
     figures: tuple[str, ...] = ("curves", "final")
     columns: tuple[str, ...] = ()
+    against: str = ""
     paper_table: str = ""
     tuning: Path | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -137,7 +139,7 @@ def find_grid(name: str) -> Grid:
 
 def _grid(path: Path, content: Mapping[str, Any]) -> Grid:
     kinds = {
-        **dict.fromkeys(("title", "question", "claim", "base", "paper_table", "tuning"), str),
+        **dict.fromkeys(("title", "question", "claim", "base", "against", "paper_table", "tuning"), str),
         **dict.fromkeys(("seeds", "figures", "columns", "variants"), list),
         **dict.fromkeys(("test", "timed", "only_own_base"), bool),
         "recipe": dict,
@@ -160,6 +162,8 @@ def _grid(path: Path, content: Mapping[str, Any]) -> Grid:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two variants are called {name!r}: rename one of them")
+    if content.get("against", names[0]) not in names:
+        raise ValueError(f"against = {content['against']!r} is no variant{suggestion(content['against'], names)}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
     values["variants"] = tuple(variants)
     if "tuning" in content:

@@ -21,6 +21,8 @@ FIGURES = (
     "policy/ratio_max",
     "policy/clamp_fraction",
     "policy/policy_entropy",
+    "explore/coarse_reward_mean",
+    "explore/rank_correlation",
     "group/diversity",
     "update/grad_norm",
     "update/skipped_steps",
@@ -56,7 +58,8 @@ class Row:
 
     `values` has, where known: "score/NAME", the mean of a score; "reward", the mean of those that the base recipe
     trains on; "out_of_domain", of those by other scorers; "reward_trained_on", of those that this run trains on;
-    "nfe_rollout" and "nfe_update", transformer evaluations so far, the old policy's among the latter; "train_s",
+    "nfe_rollout" and "nfe_update", transformer evaluations so far, the old policy's among the latter, and those of
+    coarse pictures among the former, where one of a lower resolution counts by its operations; "train_s",
     seconds of all iterations so far, with the first one, which compiles, counted as the median one; "s_per_iteration",
     the median; G, B, K and the NFEs of the paper's Table 3; means of a run's own figures.
     """

@@ -21,7 +21,9 @@ import torch
 
 from ngrpo_train.experiments.grid import Variant
 from ngrpo_train.experiments.results import BASE_MODEL, BY_STEP, FIGURES, SCORE, Row, mean, read_rows, write_rows
+from ngrpo_train.models.sizes import find_architecture
 from ngrpo_train.parallel import processes
+from ngrpo_train.plan.flops import coarse_cost
 from ngrpo_train.prompts import load_prompts, prompts_per_iteration
 from ngrpo_train.recipe.algorithms import ALGORITHMS
 from ngrpo_train.recipe.resume import AS_IN_0_1_0
@@ -225,7 +227,7 @@ def course(
     seconds = [row["time/iteration_s"] for row in made]
     seconds[:1] = [statistics.median(seconds)]
     prompts = prompts_per_iteration(recipe, processes.world_size())
-    work = [recipe.workload(iteration) for iteration in range(len(made))]
+    work, coarse = [recipe.workload(iteration) for iteration in range(len(made))], _coarse_evaluation(recipe)
     per_prompt: dict[str, list[float]] = {
         "G": [each.generations for each in work],
         "B": [each.num_anchors for each in work],
@@ -236,7 +238,7 @@ def course(
 
     def until(step: int, since: int) -> dict[str, float]:
         values: dict[str, float] = {
-            "nfe_rollout": prompts * sum(each.rollout for each in work[:step]),
+            "nfe_rollout": prompts * sum(each.rollout + sum(each.coarse_calls) * coarse for each in work[:step]),
             "nfe_update": prompts * sum(each.states + each.old_policy for each in work[:step]),
             "train_s": sum(seconds[:step]),
         }
@@ -258,6 +260,12 @@ def course(
     last = scores if scores is not None else seen if since == len(made) else {}
     ended = until(len(made), 0) | yardstick.judged(last, recipe.trained_rewards())
     yield "none" if scores is None else "test", len(made), ended
+
+
+def _coarse_evaluation(recipe: Recipe) -> float:
+    """What the evaluation of the transformer for a coarse picture is, in evaluations for a whole one."""
+    scale = recipe.workload().coarse_scale
+    return 1.0 if scale == 1 else coarse_cost(recipe, find_architecture(recipe.model.name_or_path), scale)
 
 
 def identity(recipe: Recipe, yardstick: Yardstick) -> str:

@@ -15,6 +15,9 @@ from ngrpo_train.experiments.grid import CONTROL, Grid
 from ngrpo_train.experiments.results import BASE_MODEL, SCORE, Row, closing, mean
 from ngrpo_train.experiments.tuning import Best, best_trial, last_validations
 
+# Quantiles 0.975 of Student's t, for 1, 2, ... degrees of freedom.
+_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
 SCORES = {"reward": "reward", "out of domain": "out_of_domain"}  # names here: names in the CSV
 
 
@@ -35,6 +38,8 @@ class Summary:
             base = [row.values[column] for row in closing(rows, BASE_MODEL) if column in row.values]
             columns[title] = [_spread(_values(rows, name, column)) for name in names]
             columns[f"{title}, change"] = [_change(_values(rows, name, column), base) for name in names]
+        if grid.against:
+            columns[f"against {grid.against}"] = [_against(rows, name, grid.against) for name in names]
         columns["against its control"] = [_against_control(rows, name) for name in names]
         columns["best of"] = _best_of(rows, names)
         columns |= _time(rows, names) if shows_times(grid, rows) else {}
@@ -56,7 +61,9 @@ class Summary:
                 values.insert(0, BASE_MODEL if title == "variant" else _spread(known))
         known_columns = {title: values for title, values in columns.items() if any(values)}
         return Summary(
-            list(known_columns), [list(row) for row in zip(*known_columns.values(), strict=True)], _notes(rows, best)
+            list(known_columns),
+            [list(row) for row in zip(*known_columns.values(), strict=True)],
+            _notes(rows, best, grid.against),
         )
 
     def markdown(self, grid: Grid, pictures: Sequence[str]) -> str:
@@ -112,11 +119,25 @@ def _change(values: Sequence[float], base: Sequence[float]) -> str:
 
 def _against_control(rows: Sequence[Row], name: str) -> str:
     """The mean difference in reward between a variant and its control, paired by seed."""
-    mine, control = ({row.seed: row for row in closing(rows, each)} for each in (name, name + CONTROL))
-    seeds = [seed for seed in mine if seed in control and "reward" in mine[seed].values]
-    difference = [mine[seed].values["reward"] - control[seed].values["reward"] for seed in seeds]
-    text = _spread(difference)
+    text = _spread(_differences(rows, name, name + CONTROL))
     return f"+{text}" if text and not text.startswith("-") else text
+
+
+def _against(rows: Sequence[Row], name: str, other: str) -> str:
+    """The mean difference in reward between two variants, paired by seed, with its interval of 95 % by Student's t."""
+    differences = [] if name == other else _differences(rows, name, other)
+    if len(differences) < 2:
+        return f"{differences[0]:+.3f}" if differences else ""
+    middle = mean(differences)
+    reach = _T_975[min(len(differences) - 1, len(_T_975)) - 1] * statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{middle:+.3f} ({middle - reach:+.3f} to {middle + reach:+.3f})"
+
+
+def _differences(rows: Sequence[Row], name: str, other: str) -> list[float]:
+    """The differences in reward between two variants, of the seeds that both have."""
+    mine, theirs = ({row.seed: row for row in closing(rows, each)} for each in (name, other))
+    seeds = [seed for seed in mine if seed in theirs and "reward" in mine[seed].values]
+    return [mine[seed].values["reward"] - theirs[seed].values["reward"] for seed in seeds]
 
 
 def _best_of(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
@@ -144,12 +165,16 @@ def _number(values: Sequence[float]) -> str:
     return f"{mean(values):.4g}" if values else ""
 
 
-def _notes(rows: Sequence[Row], best: Mapping[str, Best]) -> list[str]:
+def _notes(rows: Sequence[Row], best: Mapping[str, Best], against: str) -> list[str]:
     notes = []
     finished = [row for row in rows if row.is_closing and row.variant != BASE_MODEL]
     if any("reward" in row.values for row in finished):
         of = judged_on(finished)
         notes.append(f"Rewards are of {of} prompts after the last iteration; ± is the standard deviation over seeds.")
+    if against:
+        notes.append(
+            f"Differences from {against} are paired by seed; in brackets, the interval of 95 % by Student's t."
+        )
     if any(row.control for row in finished):
         notes.append("A control is the same run with the rewards of each group dealt out at random.")
     if best:

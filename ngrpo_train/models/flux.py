@@ -18,6 +18,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
+from ngrpo_train.models import coarse
 from ngrpo_train.models.directory import encoder_parts
 from ngrpo_train.models.embeddings import EmbeddingCache, Encoders
 from ngrpo_train.models.encoder_hash import encoder_hash
@@ -64,14 +65,17 @@ class Flux:
         self.directory = find_directory(spec.name_or_path, absent_of(spec, TEXT_PARTS if embeddings else ()))
         self.transformer_directory = find_transformer(spec, self.directory)
         self._note_transformer()
-        rows, columns = token_grid(load_vae_config(spec.name_or_path, self.directory), sampling)
-        self.latent_shape: tuple[int, int] = (rows * columns, self._config.in_channels)
-        self._img_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, torch.float32)
+        self._note_size()
         self._compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
         self.pipeline = load_parts(spec.name_or_path, self.directory, device, frozen_dtype(device), text=not embeddings)
         self.pipeline.set_progress_bar_config(disable=True)
         self.text = self._text_encoder(embeddings)
         self._prepare_vae()
+
+    def _note_size(self) -> None:
+        rows, columns = token_grid(load_vae_config(self.spec.name_or_path, self.directory), self.sampling)
+        self.latent_shape: tuple[int, int] = (rows * columns, self._config.in_channels)
+        self._img_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, self.device, torch.float32)
 
     def _text_encoder(self, embeddings: str) -> PromptEncoder:
         if embeddings:
@@ -103,6 +107,19 @@ class Flux:
         other.transformer_directory = find_transformer(spec, other.directory)
         other._note_transformer()
         return other
+
+    def coarser(self, factor: int) -> Flux:
+        """This adapter for pictures of 1 / factor of the height and width, which must be whole tokens."""
+        other = copy.copy(self)
+        other.sampling = coarse.smaller(self.sampling, factor)
+        other._note_size()
+        return other
+
+    def averaged(self, noise_NS: Tensor, factor: int) -> Tensor:
+        """The noise for `coarser(factor)` that stands for the same pictures."""
+        small_NCHW = coarse.averaged(self._unpacked(noise_NS), factor)
+        packed: Tensor = FluxPipeline._pack_latents(small_NCHW, *small_NCHW.shape)
+        return packed
 
     # -- The transformer -----------------------------------------------------------------------------------------------
 
@@ -150,14 +167,17 @@ class Flux:
 
     def decode(self, latents_NS: Tensor) -> Tensor:
         """Pictures uint8 [N, 3, H, W] of packed latents [N, T, C]."""
-        vae, sampling = self.pipeline.vae, self.sampling
-        latents = FluxPipeline._unpack_latents(
-            latents_NS, sampling.height, sampling.width, self.pipeline.vae_scale_factor
-        )
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        vae = self.pipeline.vae
+        latents = self._unpacked(latents_NS) / vae.config.scaling_factor + vae.config.shift_factor
         decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
         # The same arithmetic as diffusers' image processor, so that a saved picture gets the same score.
         return ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def _unpacked(self, latents_NS: Tensor) -> Tensor:
+        """Packed tokens [N, T, C] as latents [N, C / 4, H, W]."""
+        sampling, factor = self.sampling, self.pipeline.vae_scale_factor
+        latents: Tensor = FluxPipeline._unpack_latents(latents_NS, sampling.height, sampling.width, factor)
+        return latents
 
     # -- For others ----------------------------------------------------------------------------------------------------
 

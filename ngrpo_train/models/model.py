@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ngrpo_train.draws import stream
-from ngrpo_train.models import frozen
+from ngrpo_train.models import coarse, frozen
 from ngrpo_train.models.blocks_of import adapted_layers
 from ngrpo_train.models.directory import is_driven
 from ngrpo_train.models.float8 import Float8Copy
@@ -56,6 +56,8 @@ class Adapter(Protocol):
     the recipe's [model], [sampling] and [parallel] and `prompts.embeddings` ("" for none). It then loads everything but
     the weights of the transformer. It raises ValueError, naming the field, its value and the remedy, for what it cannot
     load. It decides about modules that are not trained; `settings` says how it should place them.
+
+    An adapter may also have the methods of `ngrpo_train.models.coarse.Coarsening`, for `algorithm.explore.scale`.
 
     An adapter of videos may have an attribute `frame_rate`, the frames per second in files; None, like no such
     attribute, stands for 16.
@@ -175,6 +177,18 @@ class FlowModel:
         other.transformer = other._prepared_transformer(seed=0)
         other._float8 = None
         return other
+
+    def coarser(self, factor: int, noise_NS: Tensor) -> tuple[FlowModel, Tensor]:
+        """This model for pictures of 1 / factor of the height and width, and the noise there for the same pictures.
+
+        It has this model's weights, and is this model for a factor of 1. Raises ValueError if the adapter has no such
+        sizes.
+        """
+        if factor == 1:
+            return self, noise_NS
+        adapter, other = coarse.coarsening(self.adapter, factor), copy.copy(self)
+        other.adapter, other.sampling = adapter.coarser(factor), coarse.smaller(self.sampling, factor)
+        return other, adapter.averaged(noise_NS, factor)
 
     # -- Placed --------------------------------------------------------------------------------------------------------
 

@@ -36,12 +36,21 @@ def refuse_size(model: Model, sampling: Sampling) -> None:
     Downloads nothing. Loading a model refuses such a size too; this is for a command that has work to do before it
     loads one.
     """
-    if model.adapter == "auto" and (vae := _vae_at_hand(model.name_or_path)):
+    if vae := _vae_at_hand(model):
         token_grid(vae, sampling)
 
 
-def _vae_at_hand(name_or_path: str) -> Mapping[str, Any] | None:
+def pixels_per_token(model: Model) -> int:
+    """Pixels of a token along height and width, if FLUX.1 is meant and its VAE's config is on this machine, else 0."""
+    vae = _vae_at_hand(model)
+    return 2 * vae_factor(vae) if vae else 0
+
+
+def _vae_at_hand(model: Model) -> Mapping[str, Any] | None:
     """The VAE's config of a known model or of a directory; None where it would have to be downloaded, or packs not."""
+    name_or_path = model.name_or_path
+    if model.adapter != "auto":
+        return None
     if name_or_path.startswith("random:") or name_or_path in hub_ids():
         architecture = find_architecture(name_or_path)
         return architecture.vae if architecture.packs else None

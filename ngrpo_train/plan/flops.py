@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ngrpo_train.models.coarse import smaller
 from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.plan.activations import block_bytes, decode_pass, encode_pass
 from ngrpo_train.plan.instruments import FlashAttention, Operations
@@ -68,6 +69,16 @@ def transformer_flops(architecture: Architecture, shape: Shape) -> TransformerFl
         around=trace.around_flops,
         adapters=total("adapters"),
     )
+
+
+def coarse_cost(recipe: Recipe, architecture: Architecture, scale: float) -> float:
+    """Operations of the forward for a picture of `scale` times the height and width, relative to that for a whole one.
+
+    It is more than the square of the scale, because the tokens of the text stay.
+    """
+    whole = shape_of(recipe)
+    coarse = replace(whole, sampling=smaller(recipe.sampling, round(1 / scale)))
+    return transformer_flops(architecture, coarse).forward / transformer_flops(architecture, whole).forward
 
 
 @lru_cache

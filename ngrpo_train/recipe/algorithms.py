@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
+from ngrpo_train.recipe.explore import Explore
 from ngrpo_train.recipe.named import import_named
 from ngrpo_train.recipe.ranges import Fraction, NotNegative, Positive, Range, require
 
@@ -66,6 +67,10 @@ class Workload:
     """Latents held for each picture while it is explored."""
     copied_latents: int = 0
     """Latents that an update copies beside the explored ones."""
+    coarse_calls: tuple[int, ...] = ()
+    """Pictures in each solver step of coarse exploration, which comes before the rollout."""
+    coarse_scale: float = 1.0
+    """Height and width of a coarse picture, as a part of the picture's."""
 
     @property
     def rollout(self) -> int:
@@ -195,6 +200,11 @@ class Algorithm:
         return f"algorithm.name = {self.name!r} does not keep them; neighbor does"
 
     @property
+    def chooses(self) -> bool:
+        """True where groups are chosen by the scores of coarse pictures (`ngrpo_train.algorithms.Choosing`)."""
+        return False
+
+    @property
     def exploration(self) -> str:
         """The setting that spreads the candidates of a group, and its value."""
         return f"algorithm.{self.explores_by} = {getattr(self, self.explores_by):g}"
@@ -274,8 +284,10 @@ class Neighbor(Algorithm):
     A number, "dim" for the latent's dimension, or "neighborhood" for the group's mean squared distance."""
     backend: Literal["auto", "triton", "cpp", "reference"] = "auto"
     """Backend of the loss: Triton on a GPU, C++ on a CPU, or plain PyTorch ("reference") anywhere."""
+    explore: Explore = dataclasses.field(default_factory=Explore)
 
     def check(self, N: int) -> None:
+        self.explore.check(self.num_generations)
         self._check_num_train_steps(self.num_train_steps, N)
         require(
             self.num_anchors <= self.num_generations,
@@ -307,12 +319,18 @@ class Neighbor(Algorithm):
             states_per_row=b,
             row_latents=4 * b + G,  # each anchor's state, old and new velocity, gradient; all candidates
             rollout_latents=6,  # noise, states before and after, velocity, what a multistep solver remembers
+            coarse_calls=(self.explore.candidates,) * self.explore.num_inference_steps if self.chooses else (),
+            coarse_scale=self.explore.scale,
         )
 
     def cannot_retain(self, N: int) -> str:
         if self.updates_per_iteration > 1:
             return f"algorithm.updates_per_iteration = {self.updates_per_iteration} changes the weights in between"
         return ""
+
+    @property
+    def chooses(self) -> bool:
+        return bool(self.explore.candidates)
 
     @property
     def loss_backend(self) -> str:

@@ -26,11 +26,17 @@ Finite = Annotated[T, Range("must be finite", math.isfinite)]
 
 
 def check_ranges(section: Any, name: str) -> None:
-    """Raise ValueError for the first field of `section`, a dataclass called `name`, whose value its type excludes."""
+    """Raise ValueError for the first field of `section`, a dataclass called `name`, whose value its type excludes.
+
+    Fields of a field that is a dataclass are checked too.
+    """
     for field_name, ranges in _ranges(type(section)).items():
         value = getattr(section, field_name)
         for each in ranges:
             require(each.holds(value), f"{name}.{field_name}", value, each.rule)
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(value := getattr(section, field.name)):
+            check_ranges(value, f"{name}.{field.name}")
 
 
 def _ranges(section: type) -> dict[str, list[Range]]:

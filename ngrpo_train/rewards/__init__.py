@@ -202,10 +202,19 @@ class Rewards:
         """Score P groups, prompt-major [P * G, ...], and share the scores with all ranks: one copy to the host."""
         return self.start(images, prompts)()
 
+    def of_coarse(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Score P groups of coarse pictures as `__call__` does, by the rewards alone that are trained on."""
+        return self.start(images, prompts, self.trained)()
+
     @torch.no_grad()
-    def start(self, images: Tensor, prompts: Sequence[Prompt]) -> Callable[[], Scores]:
-        """Begin to score P groups as `__call__` does. The result waits for the scores, and is then a collective."""
-        names = self.in_training
+    def start(
+        self, images: Tensor, prompts: Sequence[Prompt], names: Sequence[str] | None = None
+    ) -> Callable[[], Scores]:
+        """Begin to score P groups, by the rewards of training or by those of `names`, in the recipe's order.
+
+        The result waits for the scores, and is then a collective.
+        """
+        names = self.in_training if names is None else tuple(names)
         each = [prompt for prompt in prompts for _ in range(len(images) // len(prompts))]
         started = self._started(images, each, names)
 

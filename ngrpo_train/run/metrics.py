@@ -78,6 +78,7 @@ class Recorder:
     def write(self, step: int, outcome: Outcome, stopwatch: Stopwatch) -> dict[str, float]:
         """Record a finished iteration and return its figures. Its only synchronisation reads the device's, packed."""
         figures = reward_figures(outcome.scores) | advantage_figures(outcome.advantages)
+        figures |= outcome.choice.figures(outcome.scores) if outcome.choice else {}
         figures |= _reduced(device_figures(outcome.final_PGS, outcome.stats))
         figures |= stopwatch.read()
         figures |= self._cost.figures(figures["time/iteration_s"])

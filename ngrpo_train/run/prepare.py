@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ngrpo_train.algorithms import refuse_backend
+from ngrpo_train.models.coarse import refuse_scale
 from ngrpo_train.models.embeddings import EmbeddingCache
 from ngrpo_train.models.needs import refuse_without_pictures
 from ngrpo_train.models.packing import refuse_size
@@ -46,6 +47,7 @@ def prepare(
     check(recipe, launch.num_processes)
     refuse_retaining(recipe, launch.num_processes, sharding.node_size())
     refuse_size(recipe.model, recipe.sampling)
+    refuse_scale(recipe.model, recipe.sampling, recipe.workload().coarse_scale)
     prompts, evaluation = load_prompts(recipe.prompts.source), recipe.evaluation
     cursor = PromptCursor.of(recipe, prompts, launch.process_index, launch.num_processes)
     validation: list[Prompt] = []

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-from ngrpo_train.algorithms import GRPO, Streaming, make_algorithm
+from ngrpo_train.algorithms import GRPO, Choosing, Streaming, make_algorithm
+from ngrpo_train.algorithms.choice import Choice
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.prompts import Prompt, PromptCursor
@@ -40,6 +41,7 @@ class Outcome:
     scores: Scores
     advantages: Tensor  # [P, X] of all ranks, on the CPU; X = G except for a tree
     stats: UpdateStats | None
+    choice: Choice | None = None  # where groups were chosen by coarse pictures
 
     @staticmethod
     def joined(parts: Sequence[Outcome]) -> Outcome:
@@ -49,6 +51,7 @@ class Outcome:
         """
         if len(parts) == 1:
             return parts[0]
+        choices = [part.choice for part in parts if part.choice]
         return Outcome(
             prompts=[prompt for part in parts for prompt in part.prompts],
             final_PGS=torch.cat([part.final_PGS for part in parts]),
@@ -56,6 +59,7 @@ class Outcome:
             scores=Scores.joined([part.scores for part in parts]),
             advantages=processes.joined_by_rank([part.advantages for part in parts], dim=0),
             stats=parts[-1].stats,
+            choice=Choice.joined(choices) if choices else None,
         )
 
 
@@ -67,6 +71,7 @@ class Part:
     groups: Any  # an `Explored`
     shown: Tensor  # as in `Outcome`; of a later part, none
     scores: Callable[[], Scores]  # waits for them
+    choice: Choice | None
 
 
 @dataclass(slots=True)
@@ -96,6 +101,7 @@ class Trainer:
     rewards: Rewards
     stage: Stage  # around each stage of an iteration, for clocks and profilers
     prompts_per_part: int = 0  # of this rank's, which are trained on as soon as they are scored; 0: all together
+    chooses: bool = False  # the algorithm is a `Choosing`
     step: int = 0  # finished iterations
     best_score: float = float("-inf")  # best score of the validations so far
 
@@ -129,6 +135,7 @@ class Trainer:
             algorithm=make_algorithm(recipe),
             rewards=rewards,
             prompts_per_part=recipe.prompts.per_rank if streams else 0,
+            chooses=recipe.algorithm.chooses,
             stage=stage,
         )
 
@@ -153,14 +160,23 @@ class Trainer:
     def _explored(self, prompts: list[Prompt], *, first: bool) -> Part:
         """Explore and decode a part of the iteration's prompts, and begin to score it."""
         model, stage = self.model, self.stage
-        with stage("rollout"), model.exploring(changed=first):
-            groups = self.algorithm.explore(model, prompts, self.step)
+        choice = self._choice(prompts, first=first) if self.chooses else None
+        with stage("rollout"), model.exploring(changed=first and not choice):
+            if choice:
+                groups = cast(Choosing, self.algorithm).explore(model, prompts, self.step, choice)
+            else:
+                groups = self.algorithm.explore(model, prompts, self.step)
         with stage("decode"):
             images = model.decode(groups.final_PGS.flatten(0, 1))
         with stage("reward"):
             scores = self.rewards.start(images, prompts)
         shown = groups.final_PGS.shape[1] if first else 0
-        return Part(prompts, groups, images[:shown].clone(), scores)
+        return Part(prompts, groups, images[:shown].clone(), scores, choice)
+
+    def _choice(self, prompts: list[Prompt], *, first: bool) -> Choice:
+        """Draw candidates of a part's prompts coarsely, and choose groups by their scores."""
+        with self.stage("coarse"), self.model.exploring(changed=first):
+            return cast(Choosing, self.algorithm).choose(self.model, prompts, self.step, self.rewards.of_coarse)
 
     def _trained(self, part: Part, update: AtOnce | UpdateInParts, *, last: bool) -> Outcome:
         """Wait for a part's scores and train on it. Of its groups, only what the outcome tells is left."""
@@ -170,7 +186,7 @@ class Trainer:
         with self.stage("update"):
             update.add(part.groups, advantages, last=last)
             stats = update.finish() if last else None
-        return Outcome(part.prompts, part.groups.final_PGS, part.shown, scores, advantages, stats)
+        return Outcome(part.prompts, part.groups.final_PGS, part.shown, scores, advantages, stats, part.choice)
 
     def _update(self, parts: Sequence[list[Prompt]]) -> AtOnce | UpdateInParts:
         if len(parts) == 1:

@@ -141,8 +141,8 @@ def _observed() -> Iterator[tuple[list[tuple[Tensor, Tensor]], list[float]]]:
     gains: list[float] = []
     explore, iterate = NeighborGRPO.explore, Trainer.iterate
 
-    def explored(self: NeighborGRPO, model: Any, prompts: Any, step: int) -> Any:
-        groups = explore(self, model, prompts, step)
+    def explored(self: NeighborGRPO, *arguments: Any) -> Any:
+        groups = explore(self, *arguments)
         gains.append(mismatch_gain(groups, self.settings.temperature))
         return groups
 

@@ -12,7 +12,7 @@ from ngrpo_train.recipe.parsing import find_recipe, overlay, read_recipe, resolv
 
 HEAD = 'title = "T"\nquestion = "Q"\nclaim = "C"\n'
 NAMES = ["sigma", "anchors", "quasi_norm", "solvers", "steps", "trust_region", "noise", "rewards", "old_policy"]
-NAMES += ["convergence", "tuning", "cost", "spelling", "motion"]
+NAMES += ["convergence", "tuning", "cost", "spelling", "motion", "explore", "explore_spelling"]
 
 
 def grid_of(text: str, tmp_path: Path) -> Grid:
@@ -79,6 +79,7 @@ def test_only_some_variants_with_their_controls() -> None:
             "figures: 'curve' is no column of the CSV; did you mean curves",
         ),
         ('columns = ["curves"]\n[[variants]]\nname = "a"', "columns: 'curves' is no column"),
+        ('against = "b"\n[[variants]]\nname = "a"', "against = 'b' is no variant"),
         ("variants = [", "not valid TOML"),
     ],
 )

@@ -167,6 +167,14 @@ def test_a_loss_against_the_control_has_one_sign() -> None:
     assert summary.cells[0][summary.header.index("against its control")] == "-0.200 ± 0.071"
 
 
+def test_variants_are_compared_with_one_of_them() -> None:
+    """Paired by seed, -0.25 and -0.15: a standard error of 0.05, times 12.706 for one degree of freedom."""
+    summary = Summary.of(replace(GRID, against="a"), ROWS, {})
+    compared = {cells[0]: cells[summary.header.index("against a")] for cells in summary.cells}
+    assert compared == {BASE_MODEL: "", "a": "", "a" + CONTROL: "-0.200 (-0.835 to +0.435)", "b": "-0.125"}
+    assert any(note.startswith("Differences from a are paired by seed") for note in summary.notes)
+
+
 def test_the_page(tmp_path: Path) -> None:
     summary = Summary.of(GRID, ROWS, {})
     lines = summary.markdown(GRID, ["mine_final.png"]).splitlines()

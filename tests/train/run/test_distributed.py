@@ -46,6 +46,8 @@ B_UPDATES = {"algorithm.updates-per-iteration": "2", "parallel.update-batch": "1
 CASES = {
     "full": {
         "algorithm.sigma": "1",  # a wide spread of rewards, against the byte of a picture that is rounded otherwise
+        "algorithm.explore.candidates": "8",
+        "algorithm.explore.num-inference-steps": "2",
         "model.ema": "0.5",
         "train.steps": "4",
         "evaluation.validation": "two.txt",
