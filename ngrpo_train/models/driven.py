@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ngrpo_train.models.feature_cache import rows_within
 from ngrpo_train.models.recorded import Call, Form, Recorded
 from ngrpo_train.parallel.sending import sent
 
@@ -380,8 +381,8 @@ class _Seen:
         arguments, named = pytree.tree_map(moved, (arguments, named))
         return self.compute(*arguments, **named)
 
-    def cache_context(self, *_: Any, **__: Any) -> AbstractContextManager[None]:
-        return nullcontext()  # nothing is cached from one step to the next
+    def cache_context(self, name: str, **_: Any) -> AbstractContextManager[None]:
+        return nullcontext() if self.compute is None else rows_within([self.compute], name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.described, name)

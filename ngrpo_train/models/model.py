@@ -11,8 +11,9 @@ beside this one.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -24,6 +25,7 @@ from ngrpo_train.draws import stream
 from ngrpo_train.models import coarse, frozen
 from ngrpo_train.models.blocks_of import adapted_layers
 from ngrpo_train.models.directory import is_driven
+from ngrpo_train.models.feature_cache import FeatureCache
 from ngrpo_train.models.float8 import Float8Copy
 from ngrpo_train.models.flux import Flux
 from ngrpo_train.models.loading import quiet_diffusers
@@ -168,6 +170,7 @@ class FlowModel:
         self.adapter = load_adapter(spec, sampling, settings, device, embeddings)
         self.transformer: Any = self._prepared_transformer(seed)
         self._float8 = self._float8_copy() if settings.rollout_dtype == "float8" else None
+        self._cache = self._feature_cache() if settings.rollout_cache.kind != "none" else None
 
     def beside(self, spec: Model) -> FlowModel:
         """Another model's transformer, whole, with this one's encoders and decoder: two models in one memory."""
@@ -175,7 +178,7 @@ class FlowModel:
         other.spec = replace(spec, tuning="full", base_dtype="same")
         other.adapter = self.adapter.beside(other.spec)
         other.transformer = other._prepared_transformer(seed=0)
-        other._float8 = None
+        other._float8 = other._cache = None
         return other
 
     def coarser(self, factor: int, noise_NS: Tensor) -> tuple[FlowModel, Tensor]:
@@ -240,6 +243,13 @@ class FlowModel:
         inside = {module for block in repeated for module in block.modules()}
         return Float8Copy(self.transformer, empty, products & inside, self.compute_dtype, self.device)
 
+    def _feature_cache(self) -> FeatureCache:
+        exploring = self.transformers[-1]
+        blocks = list(self.adapter.blocks(exploring).values())
+        inside = {part: set(part.modules()) for part in trained_parts(exploring)}
+        own = {part: [block for block in blocks if block in modules] for part, modules in inside.items()}
+        return FeatureCache(self.settings.rollout_cache, own)
+
     def _set_attention(self, transformer: nn.Module) -> None:
         name, parts = self.settings.attention, list[Any](trained_parts(transformer))
         for part in parts:
@@ -298,14 +308,16 @@ class FlowModel:
     ) -> Tensor:
         """`velocity` without gradients, `batch` pictures at a time, or `rollout_batch`.
 
-        To `explore`, it is computed in the rollout's dtype.
+        To `explore`, it is computed by the rollout's means: in its dtype, with its cache.
         """
         transformer = self._float8.model if explore and self._float8 else self.transformer
+        cache, chunks = self._cache if explore else None, itertools.count()
 
         def run(rows: Tensor | None) -> Tensor:
-            if rows is None:
-                return self.adapter.velocity(transformer, x_NS, sigma_N, conditioning)
-            return self.adapter.velocity(transformer, x_NS[rows], sigma_N[rows], conditioning.rows(rows))
+            with cache.rows(f"chunk {next(chunks)}") if cache else nullcontext():
+                if rows is None:
+                    return self.adapter.velocity(transformer, x_NS, sigma_N, conditioning)
+                return self.adapter.velocity(transformer, x_NS[rows], sigma_N[rows], conditioning.rows(rows))
 
         return self._in_chunks(run, x_NS, batch or self.settings.rollout_batch)
 
@@ -347,8 +359,17 @@ class FlowModel:
         """
         if self._float8 and changed:
             self._float8.refresh()
-        with self.gathered("rollout"):
+        with self.gathered("rollout"), self._cache.acting() if self._cache else nullcontext():
             yield
+
+    def forwards(self) -> tuple[int, int] | None:
+        """Forwards of rollouts since the last call that went through all blocks, and all; None where all do."""
+        return self._cache.forwards() if self._cache else None
+
+    def begin_rollout(self) -> None:
+        """Forget the features that the last rollout kept for the next solver step, where they are kept."""
+        if self._cache:
+            self._cache.begin()
 
     @contextmanager
     def gathered(self, phase: Literal["rollout", "iteration"]) -> Iterator[None]:

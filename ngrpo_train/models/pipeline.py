@@ -34,6 +34,7 @@ from ngrpo_train.models.driven import Driven
 from ngrpo_train.models.embeddings import EmbeddingCache, Encoders, Row
 from ngrpo_train.models.encoder_hash import encoder_hash
 from ngrpo_train.models.encoders import frozen_dtype
+from ngrpo_train.models.feature_cache import rows_within
 from ngrpo_train.models.grouping import grouped
 from ngrpo_train.models.loading import (
     absent_of,
@@ -240,15 +241,16 @@ class Pipeline:
             return self.driven.velocity(transformers, x_NS, sigmas, conditioning)
         each: dict[int, Tensor] = {}
         uncounted = torch.zeros((), device=x_NS.device)
-        for group in groups:
+        for number, group in enumerate(groups):
             rows = sent(torch.tensor(group.numbers), x_NS.device)
             sigma = sigma_N[rows] if self.driven.takes_rows else torch.full((len(rows),), group.sigma)
-            velocity = self.driven.velocity(transformers, x_NS[rows], sigma, conditioning.rows(rows))
+            with rows_within(transformers.values(), f"group {number}"):
+                velocity = self.driven.velocity(transformers, x_NS[rows], sigma, conditioning.rows(rows))
             if group.counts:
                 each |= dict(zip(group.numbers, velocity, strict=True))
             else:  # other processes wait for this forward, and for its backward
                 uncounted = uncounted + 0 * velocity.sum()
-        return torch.stack([each[number] for number in range(len(x_NS))]) + uncounted
+        return torch.stack([each[place] for place in range(len(x_NS))]) + uncounted
 
     def _keys(self, sigma_N: Tensor, conditioning: Recorded) -> list[tuple[float, Hashable]]:
         """For each row, its sigma and what else must be alike in one call of the pipeline; empty if all go together.

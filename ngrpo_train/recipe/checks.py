@@ -102,6 +102,19 @@ def _check_parallel(recipe: Recipe, world_size: int) -> None:
         parallel.rollout_dtype,
         'needs another algorithm.old_policy than "cached", which takes the rollout\'s velocity into the ratio',
     )
+    cache, calls = parallel.rollout_cache.kind, recipe.workload().calls
+    require(
+        cache == "none" or recipe.algorithm.old_policy != "cached",
+        "parallel.rollout_cache.kind",
+        cache,
+        'needs another algorithm.old_policy than "cached", which takes the rollout\'s velocity into the ratio',
+    )
+    require(
+        cache == "none" or len(set(calls)) == 1,
+        "parallel.rollout_cache.kind",
+        cache,
+        f"must be 'none' for {recipe.algorithm.name}: its rollout has {calls[0]} to {max(calls)} pictures in a step",
+    )
     require(
         recipe.model.base_dtype == "same" or recipe.model.tuning == "lora",
         "model.base_dtype",

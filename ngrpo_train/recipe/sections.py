@@ -173,6 +173,23 @@ class Train:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutCache:
+    """diffusers' caches of features in the rollout: some forwards take over what earlier solver steps computed."""
+
+    kind: Literal["none", "first_block", "taylor_seer"] = "none"
+    """"first_block": where the first block changes little from the step before, the others' change is taken over.
+    "taylor_seer": in some steps no block is computed, and the velocity is extrapolated from earlier steps.
+    Candidates are then other ones; the update computes exactly, at the states that were reached.
+    Evaluations and samples never use a cache."""
+    threshold: NotNegative[float] = 0.05
+    """Of first_block: relative change of the first block's output, as a mean over a batch, up to which it acts."""
+    interval: Positive[int] = 2
+    """Of taylor_seer: one of so many steps is computed."""
+    full_steps: Positive[int] = 2
+    """Of taylor_seer: first steps that are all computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
     """Devices, processes, precision and memory."""
 
@@ -201,6 +218,7 @@ class Parallel:
     rollout_dtype: Literal["same", "float8"] = "same"
     """Arithmetic of the rollout's matrix products: as in training, or on a float8 copy of the weights (torchao).
     The policy ratio never sees the copy."""
+    rollout_cache: RolloutCache = field(default_factory=RolloutCache)
     stream: Literal["auto", "on", "off"] = "auto"
     """Train on each batch of prompts.per_rank prompts as soon as it is scored, and explore the next one after that.
     "off" explores all prompts of the iteration first. The gradient is the same sum.
@@ -230,6 +248,11 @@ class Parallel:
     A tile is as large as the pictures that the VAE was made for: 1024 pixels a side for FLUX.1's."""
     timeout_minutes: Positive[float] = 30.0
     """The run ends when a collective has waited this long for another process."""
+
+    @property
+    def explores_exactly(self) -> bool:
+        """True where the rollout computes velocities as the update does, but for the batch."""
+        return self.rollout_dtype == "same" and self.rollout_cache.kind == "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,6 +330,8 @@ class Recipe:
         """Why an update cannot train through the forwards of its rollout, on any machine; empty if it can."""
         if self.parallel.rollout_dtype != "same":
             return f"parallel.rollout_dtype = {self.parallel.rollout_dtype!r} explores with another forward"
+        if self.parallel.rollout_cache.kind != "none":
+            return f"parallel.rollout_cache.kind = {self.parallel.rollout_cache.kind!r} explores with another forward"
         return self.algorithm.cannot_retain(self.sampling.num_inference_steps)
 
     def workload(self, iteration: int = 0) -> Workload:

@@ -79,7 +79,7 @@ class Recorder:
         """Record a finished iteration and return its figures. Its only synchronisation reads the device's, packed."""
         figures = reward_figures(outcome.scores) | advantage_figures(outcome.advantages)
         figures |= outcome.choice.figures(outcome.scores) if outcome.choice else {}
-        figures |= _reduced(device_figures(outcome.final_PGS, outcome.stats))
+        figures |= _reduced(device_figures(outcome.final_PGS, outcome.stats) | forward_figures(outcome))
         figures |= stopwatch.read()
         figures |= self._cost.figures(figures["time/iteration_s"])
         if not self.main:
@@ -213,6 +213,14 @@ def device_figures(final_PGS: Tensor, stats: UpdateStats | None) -> dict[str, tu
     for index in range(len(norms)):  # all of them, for ranks train different ones; one without rows is left out
         figures[f"velocity_grad_norm/step_{index}"] = ("sum", norms[index], rows[index])
     return figures
+
+
+def forward_figures(outcome: Outcome) -> dict[str, tuple[str, Tensor, Tensor | None]]:
+    """The share of the rollout's forwards that went through all blocks, in the form of `device_figures`."""
+    if outcome.forwards is None:
+        return {}
+    full, total = (outcome.final_PGS.new_full((), float(count)) for count in outcome.forwards)
+    return {"rollout/full_forwards": ("sum", full, total)}
 
 
 def _reduced(figures: Mapping[str, tuple[str, Tensor, Tensor | None]]) -> dict[str, float]:

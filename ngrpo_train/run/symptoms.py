@@ -59,8 +59,7 @@ class Symptoms:
                     f"optimizer.learning_rate = {self.recipe.optimizer.learning_rate:g}"
                 ),
             )
-        exploring_alike = self.recipe.parallel.rollout_dtype == "same"  # a float8 rollout always differs
-        if exploring_alike and (mismatch := figures.get("policy/rollout_mismatch", 0)) > 1e-3:
+        if self.recipe.parallel.explores_exactly and (mismatch := figures.get("policy/rollout_mismatch", 0)) > 1e-3:
             yield (
                 "mismatch",
                 (

@@ -16,7 +16,7 @@ from ngrpo_train.models.packing import refuse_size
 from ngrpo_train.parallel import processes
 from ngrpo_train.plan.settle import settle_attention, settle_memory
 from ngrpo_train.recipe.parsing import is_run
-from ngrpo_train.recipe.sections import Model, Recipe
+from ngrpo_train.recipe.sections import Model, Recipe, RolloutCache
 from ngrpo_train.run.checkpoint import find_checkpoint, load_weights
 
 logger = logging.getLogger(__name__)
@@ -72,12 +72,12 @@ def trained_model(name: str, recipe: Recipe, checkpoint: str) -> Iterator[FlowMo
 
 
 def _settled(recipe: Recipe, device: torch.device) -> Recipe:
-    """The recipe for making pictures only, perhaps on another machine: no float8 copy, attention that works here.
+    """The recipe for making pictures only, perhaps on another machine: attention that works here, nothing of a rollout.
 
     Weights are held in the compute dtype, on the device, for no updates are added to them. So bfloat16 weights take
     half of what a full fine-tune holds.
     """
-    settings = replace(recipe.parallel, rollout_dtype="same", offload=False)
+    settings = replace(recipe.parallel, rollout_dtype="same", rollout_cache=RolloutCache(), offload=False)
     if recipe.model.tuning == "full":
         settings = replace(settings, master_dtype=settings.compute_dtype)
     recipe = replace(recipe, parallel=settings)

@@ -42,6 +42,7 @@ class Outcome:
     advantages: Tensor  # [P, X] of all ranks, on the CPU; X = G except for a tree
     stats: UpdateStats | None
     choice: Choice | None = None  # where groups were chosen by coarse pictures
+    forwards: tuple[int, int] | None = None  # those of rollouts that went through all blocks, and all, with a cache
 
     @staticmethod
     def joined(parts: Sequence[Outcome]) -> Outcome:
@@ -155,7 +156,7 @@ class Trainer:
         if self.average:
             self.average.update()
         self.step += 1
-        return Outcome.joined(done)
+        return replace(Outcome.joined(done), forwards=self.model.forwards())
 
     def _explored(self, prompts: list[Prompt], *, first: bool) -> Part:
         """Explore and decode a part of the iteration's prompts, and begin to score it."""

@@ -19,7 +19,8 @@ from ngrpo_train.sampling.solvers import flow_sigmas
 def coarse_pictures(model: FlowModel, prompts: list[Prompt], noise_PCS: Tensor, how: Explore, shift: float) -> Tensor:
     """Pictures uint8 [P * C, 3, H, W] of the candidates that start from `noise_PCS`, by `how`, at the whole size.
 
-    They are made as a rollout is, in `parallel.rollout_dtype`. Raises ValueError where the model has no such scale.
+    They are made as a rollout is, in `parallel.rollout_dtype` and with `parallel.rollout_cache`. Raises ValueError
+    where the model has no such scale.
     """
     factor = round(1 / how.scale)
     coarse, latents_NS = model.coarser(factor, noise_PCS.flatten(0, 1))

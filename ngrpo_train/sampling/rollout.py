@@ -56,9 +56,11 @@ def generate(
 ) -> Iterator[Step]:
     """Solve from `noise_NS` down `sigmas` [steps + 1] (CPU), yielding every step. `conditioning` has N rows.
 
-    With `explore`, the model may compute with lower precision, in `parallel.rollout_dtype`. `sampler` gives velocities
-    in place of `model`. `solver` defaults to the recipe's.
+    With `explore`, the model may compute less exactly: with lower precision, in `parallel.rollout_dtype`, or with a
+    cache, `parallel.rollout_cache`. `sampler` gives velocities in place of `model`. `solver` defaults to the recipe's.
     """
+    if explore:
+        model.begin_rollout()
     solver = solver or SOLVERS[model.sampling.solver]
     x_NS, previous = noise_NS, None
     for index in range(steps := len(sigmas) - 1):
