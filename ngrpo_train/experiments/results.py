@@ -23,6 +23,7 @@ FIGURES = (
     "policy/policy_entropy",
     "explore/coarse_reward_mean",
     "explore/rank_correlation",
+    "rollout/full_forwards",
     "group/diversity",
     "update/grad_norm",
     "update/skipped_steps",

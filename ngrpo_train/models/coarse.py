@@ -28,13 +28,14 @@ class Coarsening(Protocol):
         ...
 
 
-def averaged(noise_NCHW: Tensor, factor: int) -> Tensor:
-    """The noise [N, C, H / factor, W / factor] of coarse pictures, standard normal as that of whole ones.
+def averaged(noise: Tensor, factor: int) -> Tensor:
+    """The noise [..., H / factor, W / factor] of coarse pictures, standard normal as that of whole ones [..., H, W].
 
     A mean over factor x factor independent normal numbers has the standard deviation 1 / factor, so it is multiplied by
     the factor. What the noise has at low frequencies is kept, and with it the picture's composition.
     """
-    return functional.avg_pool2d(noise_NCHW, factor) * factor
+    planes = functional.avg_pool2d(noise.flatten(0, -3), factor) * factor
+    return planes.unflatten(0, noise.shape[:-2])
 
 
 def smaller(sampling: Sampling, factor: int) -> Sampling:
@@ -74,6 +75,6 @@ def coarsening(adapter: Any, factor: int) -> Coarsening:
     if not hasattr(adapter, "coarser"):
         raise ValueError(
             f"algorithm.explore.scale = {1 / factor:g} needs an adapter that draws other sizes with the same weights, "
-            f"as FLUX.1's does, and a {type(adapter).__name__} does not: set it to 1"
+            f"as those of diffusers' pipelines do, and a {type(adapter).__name__} does not: set it to 1"
         )
     return cast(Coarsening, adapter)

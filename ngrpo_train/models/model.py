@@ -171,6 +171,7 @@ class FlowModel:
         self.transformer: Any = self._prepared_transformer(seed)
         self._float8 = self._float8_copy() if settings.rollout_dtype == "float8" else None
         self._cache = self._feature_cache() if settings.rollout_cache.kind != "none" else None
+        self._coarser: dict[int, FlowModel] = {}
 
     def beside(self, spec: Model) -> FlowModel:
         """Another model's transformer, whole, with this one's encoders and decoder: two models in one memory."""
@@ -179,19 +180,26 @@ class FlowModel:
         other.adapter = self.adapter.beside(other.spec)
         other.transformer = other._prepared_transformer(seed=0)
         other._float8 = other._cache = None
+        other._coarser = {}
         return other
 
-    def coarser(self, factor: int, noise_NS: Tensor) -> tuple[FlowModel, Tensor]:
-        """This model for pictures of 1 / factor of the height and width, and the noise there for the same pictures.
+    def coarser(self, factor: int) -> FlowModel:
+        """This model for pictures of 1 / factor of the height and width, with this one's weights; itself for 1.
 
-        It has this model's weights, and is this model for a factor of 1. Raises ValueError if the adapter has no such
-        sizes.
+        Raises ValueError, naming `algorithm.explore.scale`, where the adapter draws no such pictures.
         """
         if factor == 1:
-            return self, noise_NS
-        adapter, other = coarse.coarsening(self.adapter, factor), copy.copy(self)
-        other.adapter, other.sampling = adapter.coarser(factor), coarse.smaller(self.sampling, factor)
-        return other, adapter.averaged(noise_NS, factor)
+            return self
+        if factor not in self._coarser:
+            other = copy.copy(self)
+            other.adapter = coarse.coarsening(self.adapter, factor).coarser(factor)
+            other.sampling = coarse.smaller(self.sampling, factor)
+            self._coarser[factor] = other
+        return self._coarser[factor]
+
+    def averaged(self, noise_NS: Tensor, factor: int) -> Tensor:
+        """The noise for `coarser(factor)` that stands for the same pictures."""
+        return noise_NS if factor == 1 else coarse.coarsening(self.adapter, factor).averaged(noise_NS, factor)
 
     # -- Placed --------------------------------------------------------------------------------------------------------
 

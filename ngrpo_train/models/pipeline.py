@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ngrpo_train.models import coarse
 from ngrpo_train.models.arguments import (
     fixed_arguments,
     guidance_arguments,
@@ -187,6 +188,39 @@ class Pipeline:
             raise ValueError(f"model.name_or_path = {spec.name_or_path!r} has another transformer: {theirs}")
         other._names = {folder: empty.state_dict().keys() for folder, empty in other._empty_transformers().items()}
         return other
+
+    def coarser(self, factor: int) -> Pipeline:
+        """An adapter with the same weights, encoders and VAE for pictures of 1 / factor of the height and width.
+
+        Raises ValueError, naming `algorithm.explore.scale`, where latents have no height and width of their own, or the
+        pipeline draws no pictures of that size.
+        """
+        other, setting = copy.copy(self), f"algorithm.explore.scale = {1 / factor:g}"
+        other.sampling = coarse.smaller(self.sampling, factor)
+        shared = {
+            name: None if name in self.folders else part
+            for name, part in self._pipeline.components.items()
+            if name in self.folders or part is None or isinstance(part, nn.Module)
+        }
+        with explained(self.spec.name_or_path), quiet_diffusers():
+            other._pipeline = self.kind.from_pretrained(self.directory, local_files_only=True, **shared)
+        fixed = fixed_arguments(other._pipeline, other.sampling) | self.guidance
+        other.driven = Driven(other._pipeline, fixed, self._seen, self.device, self._compute_dtype)
+        try:
+            other._blank = other._learn(self.fields)
+            refuse_other_size(other.driven, other._blank, other.sampling)
+        except ValueError as error:
+            raise ValueError(f"{setting} cannot be had: {error}") from error
+        height, width = (size // factor for size in self.latent_shape[-2:])
+        if len(self.latent_shape) < 3 or other.latent_shape != (*self.latent_shape[:-2], height, width):
+            raise ValueError(
+                f"{setting} needs latents whose last axes are height and width, and a {self.kind.__name__} has "
+                f"{list(self.latent_shape)}: set it to 1"
+            )
+        return other
+
+    def averaged(self, noise_NS: Tensor, factor: int) -> Tensor:
+        return coarse.averaged(noise_NS, factor)
 
     def _configs(self) -> list[Any]:
         return [json.loads((place / "config.json").read_text("utf-8"))["_class_name"] for place in self.places.values()]

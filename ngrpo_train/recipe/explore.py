@@ -24,7 +24,7 @@ class Explore:
     """Solver steps of a coarse picture."""
     scale: Annotated[float, _SCALE] = 1.0
     """Height and width of a coarse picture, as a part of the picture's: 1, 0.5 or 0.25.
-    Its noise is that of the whole picture, averaged over blocks. FLUX.1 bears it where all sizes are whole tokens."""
+    Its noise is the whole picture's, averaged over blocks. Latents must have a height and a width, as FLUX.1's do."""
     middle: NotNegative[int] = 0
     """Candidates of the group that are kept from the ranks between the best and the worst, evenly spread.
     The rest are one half the best, the other half the worst; the best have one more of an odd number."""

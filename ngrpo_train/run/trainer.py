@@ -128,6 +128,8 @@ class Trainer:
             embeddings=recipe.prompts.embeddings,
             seed=recipe.train.seed,
         )
+        if recipe.algorithm.chooses:
+            model.coarser(round(1 / recipe.workload().coarse_scale))  # refused now, if the model has none
         return Trainer(
             model=model,
             optimizer=make_optimizer(list(model.trainable.values()), recipe.optimizer),

@@ -23,7 +23,7 @@ def coarse_pictures(model: FlowModel, prompts: list[Prompt], noise_PCS: Tensor, 
     where the model has no such scale.
     """
     factor = round(1 / how.scale)
-    coarse, latents_NS = model.coarser(factor, noise_PCS.flatten(0, 1))
+    coarse, latents_NS = model.coarser(factor), model.averaged(noise_PCS.flatten(0, 1), factor)
     of_picture = torch.arange(len(prompts), device=noise_PCS.device).repeat_interleave(noise_PCS.shape[1])
     conditioning = coarse.encode(prompts).rows(of_picture)
     for step in generate(coarse, latents_NS, conditioning, flow_sigmas(how.num_inference_steps, shift), explore=True):

@@ -102,7 +102,8 @@ def test_coarse_noise_is_standard_normal_and_of_the_same_picture(
     """Latents of diffusers' own packing: each of the small ones is twice the mean of its four, of variance 1."""
     flux = load_flux(tiny_dev, height=2 * SIZE, width=4 * SIZE)
     noise_NCHW = torch.randn(64, 16, 8, 16, generator=torch.Generator().manual_seed(0))
-    small, averaged_NS = flux.coarser(2, FluxPipeline._pack_latents(noise_NCHW, *noise_NCHW.shape))
+    small = flux.coarser(2)
+    averaged_NS = flux.averaged(FluxPipeline._pack_latents(noise_NCHW, *noise_NCHW.shape), 2)
     assert averaged_NS.shape[1:] == small.latent_shape == (8, 64)
     theirs = FluxPipeline._unpack_latents(averaged_NS, SIZE, 2 * SIZE, 8)
     blocks = noise_NCHW.unflatten(3, (8, 2)).unflatten(2, (4, 2)).sum((3, 5)) / 2
@@ -119,7 +120,7 @@ def test_coarse_pictures_are_those_of_a_smaller_model(tiny_dev: str, load_flux: 
     how = Explore(candidates=3, num_inference_steps=COARSE, scale=0.5)
     pictures = coarse_pictures(flux, TWO, noise_PCS, how, flux.sampling.shift)
     assert pictures.shape == (6, 3, 2 * SIZE, 2 * SIZE)
-    _, noise_NS = flux.coarser(2, noise_PCS.flatten(0, 1))
+    noise_NS = flux.averaged(noise_PCS.flatten(0, 1), 2)
     theirs = coarse_pictures(small, TWO, noise_NS.view(2, 3, -1, 64), replace(how, scale=1.0), flux.sampling.shift)
     assert torch.equal(pictures, enlarged(theirs, 2))
     assert flux.sampling.height == 2 * SIZE
@@ -137,7 +138,7 @@ def test_an_adapter_without_other_sizes_is_refused(tiny_dev: str, load_flux: Cal
     flux = load_flux(tiny_dev)
     flux.adapter = object()  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"^algorithm\.explore\.scale = 0\.5 needs an adapter that draws other sizes"):
-        flux.coarser(2, torch.zeros(1))
+        flux.coarser(2)
 
 
 # --- an iteration
@@ -148,13 +149,13 @@ def trainer_of(recipe: Recipe) -> Trainer:
     return Trainer.make(recipe, recipe.parallel, cursor, Rewards(recipe.rewards), CPU, Stopwatch(CPU))
 
 
-@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "remote"])
-def test_streamed_iterations_choose_as_whole_ones(
-    tiny_dev: str, scorers: str, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
-) -> None:
-    """The same choice, the same pictures, the same weights, to the bit; figures count the exact rewards."""
+def test_streamed_iterations_choose_as_whole_ones(tiny_dev: str, scorers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same choice, the same pictures, the same weights, to the bit; figures count the exact rewards.
+
+    As with rewards from other machines, a part is explored before the one before it is trained on.
+    """
     monkeypatch.syspath_prepend(scorers)
-    monkeypatch.setattr(Rewards, "waits_for_others", property(lambda self: elsewhere))
+    monkeypatch.setattr(Rewards, "waits_for_others", property(lambda self: True))
     streamed, whole = (trainer_of(recipe_of(tiny_dev, stream=stream)) for stream in ("on", "off"))
     assert streamed.prompts_per_part == 1
     for _ in range(2):

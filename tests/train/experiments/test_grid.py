@@ -12,7 +12,7 @@ from ngrpo_train.recipe.parsing import find_recipe, overlay, read_recipe, resolv
 
 HEAD = 'title = "T"\nquestion = "Q"\nclaim = "C"\n'
 NAMES = ["sigma", "anchors", "quasi_norm", "solvers", "steps", "trust_region", "noise", "rewards", "old_policy"]
-NAMES += ["convergence", "tuning", "cost", "spelling", "motion", "explore", "explore_spelling"]
+NAMES += ["convergence", "tuning", "cost", "spelling", "motion", "explore", "explore_spelling", "rollout_cache"]
 
 
 def grid_of(text: str, tmp_path: Path) -> Grid:
