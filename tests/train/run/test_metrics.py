@@ -80,7 +80,9 @@ def test_the_page_explains_every_figure():
     ours = {re.sub(r"^(reward|reward_std)/(brightness|redness)$", r"\1/NAME", name) for name in FIGURES}
     others = {f"policy/{name}" for name in GaussianPolicy.FIGURES}  # of algorithms other than Neighbor
     on_gpus = {"memory/reserved_gib", "memory/alloc_retries", "compute/mfu", "compute/hfu"}
-    assert explained == ours | others | on_gpus | {"velocity_grad_norm/step_*"}
+    coarse = {"explore/coarse_reward_mean", "explore/rank_correlation", "time/coarse_s"}
+    with_settings = coarse | {"rollout/full_forwards"}
+    assert explained == ours | others | on_gpus | with_settings | {"velocity_grad_norm/step_*"}
 
 
 def test_the_spread_of_every_trained_reward_has_its_own_figure():
