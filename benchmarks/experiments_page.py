@@ -1,4 +1,4 @@
-"""Tables and picture of docs/experiments.md, from the CSVs of experiments: `python -m benchmarks.experiments_page`."""
+"""Tables and picture of docs/experiments.md, from the committed CSVs: `python -m benchmarks.experiments_page`."""
 
 from collections.abc import Iterator
 from io import BytesIO
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from benchmarks import coarse_ranks
 from benchmarks.rows import RESULTS
 from ngrpo_train.experiments.figures import curves
 from ngrpo_train.experiments.grid import find_grid
@@ -14,11 +15,12 @@ from ngrpo_train.experiments.summary import Summary
 from ngrpo_train.experiments.tuning import best_trials
 
 COMMITTED = RESULTS / "experiments"
+RANKS = coarse_ranks.CSV.stem  # a table that is of no experiment
 PAGE = Path(__file__).parents[1] / "docs" / "experiments.md"
 
 
 def names(page: str) -> Iterator[str]:
-    """The experiments whose tables are on the page, in its order."""
+    """The names of the tables on the page, in its order: those of experiments, and `RANKS`."""
     for part in page.split("<!-- end of ")[1:]:
         yield part.split(" -->")[0]
 
@@ -38,7 +40,8 @@ def with_tables(page: str) -> str:
     for name in names(page):
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
         before, after = page.split(begin)[0], page.split(end)[1]
-        page = f"{before}{begin}{table(name)}{end}{after}"
+        made = coarse_ranks.table() if name == RANKS else table(name)
+        page = f"{before}{begin}{made}{end}{after}"
     return page
 
 

@@ -14,6 +14,7 @@ SPREAD = "reward_std/"  # before a reward's name: its standard deviation within 
 # the while, its spread falls to 0.6. So only far less is a symptom.
 _LEAST_SPREAD = 1 / 3
 _LEAST_DIVERSITY = 0.5
+_LEAST_CORRELATION = 0.2  # of coarse and exact rewards; candidates that are chosen at random have 0
 
 
 class Symptoms:
@@ -90,6 +91,24 @@ class Symptoms:
                 (
                     f"{flat:.0%} of the groups have equal rewards and teach nothing: raise {algorithm.exploration}, "
                     "or use a reward with finer steps"
+                ),
+            )
+        ranked = self._recent("explore/rank_correlation", figures)
+        if ranked is not None and ranked < _LEAST_CORRELATION:
+            yield (
+                "coarse",
+                (
+                    f"the coarse rewards that choose groups have a rank correlation of {ranked:.2f} with the exact "
+                    "ones, and so nearly choose at random: raise algorithm.explore.num_inference_steps or scale, or "
+                    "set algorithm.explore.candidates to 0"
+                ),
+            )
+        if self._recent("rollout/full_forwards", figures) == 1:
+            yield (
+                "cache",
+                (
+                    "parallel.rollout_cache left no block out in the last iterations: raise its threshold or "
+                    "interval, or set its kind to none"
                 ),
             )
         for name in figures:

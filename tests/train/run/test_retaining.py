@@ -13,7 +13,7 @@ from ngrpo_train.parallel import processes
 from ngrpo_train.plan.layout import refuse_retaining
 from ngrpo_train.prompts import Prompt, PromptCursor
 from ngrpo_train.recipe.algorithms import Algorithm
-from ngrpo_train.recipe.sections import Model, Parallel, Prompts, Recipe, Reward, Sampling, Train
+from ngrpo_train.recipe.sections import Model, Parallel, Prompts, Recipe, Reward, RolloutCache, Sampling, Train
 from ngrpo_train.rewards import Rewards
 from ngrpo_train.run.stopwatch import Stopwatch
 from ngrpo_train.run.trainer import Trainer
@@ -202,6 +202,10 @@ def test_parts_are_trained_on_one_by_one_or_joined(tiny_dev: str, stream: str) -
     [
         ({"algorithm": {"updates_per_iteration": 2}}, "algorithm.updates_per_iteration = 2 changes the weights in"),
         ({"parallel": {"rollout_dtype": "float8"}}, "parallel.rollout_dtype = 'float8' explores with another forward"),
+        (
+            {"parallel": {"rollout_cache": RolloutCache(kind="taylor_seer")}},
+            "parallel.rollout_cache.kind = 'taylor_seer' explores with another forward",
+        ),
         ({"parallel": {"keep_gathered": "rollout", "sharding": "full"}}, "parallel.keep_gathered = 'rollout' must be"),
         ({"model": {"adapter": "mine:Adapter"}}, "the 2 processes of such a model agree about every forward"),
     ],

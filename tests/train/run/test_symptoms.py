@@ -20,6 +20,8 @@ HEALTHY = {
     "update/loss": 0.01,
     "update/skipped_steps": 0.0,
     "policy/rollout_mismatch": 1e-6,
+    "explore/rank_correlation": 0.5,
+    "rollout/full_forwards": 0.6,
 }
 
 
@@ -46,6 +48,14 @@ def test_a_healthy_run_warns_of_nothing():
         ("memory/alloc_retries", 2.0, 0, "the allocator ran out of memory 2 times", "lower parallel.rollout_batch"),
         ("compile/graphs", 4.0, 2, "4 graphs were compiled anew", "set parallel.update_batch"),
         ("advantage/flat_groups", 0.6, 9, "60% of the groups have equal rewards", "raise algorithm.sigma = 0.3"),
+        ("explore/rank_correlation", 0.15, 9, "a rank correlation of 0.15", "raise algorithm.explore.num_inference"),
+        (
+            "rollout/full_forwards",
+            1.0,
+            9,
+            "left no block out in the last iterations",
+            "raise its threshold or interval",
+        ),
     ],
 )
 def test_a_lasting_symptom_is_named_with_the_setting_to_try(name, value, at, symptom, setting):
@@ -75,7 +85,10 @@ def test_how_far_to_explore_is_a_setting_of_the_algorithm(name, setting, figure)
     assert setting in messages[0]
 
 
-@pytest.mark.parametrize("name, value", [("policy/rollout_mismatch", 0.9e-3), ("advantage/flat_groups", 0.5)])
+@pytest.mark.parametrize(
+    "name, value",
+    [("policy/rollout_mismatch", 0.9e-3), ("advantage/flat_groups", 0.5), ("explore/rank_correlation", 0.2)],
+)
 def test_what_is_just_below_its_limit_is_not_named(name, value):
     assert warnings_of([HEALTHY | {name: value}] * 30) == [[]] * 30
 
