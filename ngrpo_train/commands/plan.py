@@ -23,10 +23,12 @@ class PlanCommand:
     gpus: int = 1
     """Number of processes, each with one GPU."""
     gpus_per_node: int = 8
+    scaling: bool = False
+    """Print seconds on 8 to 1,024 GPUs too, each with the same number of prompts: weak scaling."""
 
 
 def main(arguments: Sequence[str]) -> int:
     _, command = with_recipe(PlanCommand, "plan", arguments, default="flux_dpmpp8")
     from ngrpo_train.plan import plan_command
 
-    return plan_command(command.recipe, command.gpu, command.gpus, command.gpus_per_node)
+    return plan_command(command.recipe, command.gpu, command.gpus, command.gpus_per_node, scaling=command.scaling)

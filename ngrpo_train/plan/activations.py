@@ -183,9 +183,7 @@ def encode_pass(architecture: Architecture, sampling: Sampling, dtype: torch.dty
 
 
 def _pass(architecture: Architecture, calls: Sequence[PartCall], dtype: torch.dtype, *, tiles: bool = False) -> Pass:
-    parts: dict[str, Any] = {part: part_on(architecture, part, dtype=dtype).eval() for part in {c.part for c in calls}}
-    if tiles:
-        parts["vae"].enable_tiling()
+    parts = {part: _frozen(architecture, part, dtype, tiles and part == "vae") for part in {c.part for c in calls}}
 
     def made(x: Tensor) -> Tensor:
         return torch.empty_like(x, dtype=dtype if x.is_floating_point() else None)
@@ -198,3 +196,11 @@ def _pass(architecture: Architecture, calls: Sequence[PartCall], dtype: torch.dt
                 results.append(results[0].float())
             del arguments, named, results
     return Pass(operations.total, live.peak())
+
+
+@lru_cache
+def _frozen(architecture: Architecture, part: str, dtype: torch.dtype, tiles: bool) -> Any:
+    module: Any = part_on(architecture, part, dtype=dtype).eval()
+    if tiles:
+        module.enable_tiling()
+    return module

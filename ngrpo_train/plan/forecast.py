@@ -14,6 +14,7 @@ from ngrpo_train.plan.flops import Flops, iteration_flops
 from ngrpo_train.plan.layout import Batches, Weights, cannot_retain, filled, refuse_retaining, shape_of
 from ngrpo_train.plan.machines import Machine
 from ngrpo_train.plan.memory import Memory, iteration_memory
+from ngrpo_train.plan.seconds import Seconds, iteration_seconds
 from ngrpo_train.plan.trace import traced
 from ngrpo_train.plan.traffic import Traffic, iteration_traffic
 from ngrpo_train.recipe.algorithms import Workload
@@ -21,13 +22,6 @@ from ngrpo_train.recipe.sections import Recipe
 
 SAFE_SHARE = 0.92
 """The share of a GPU's memory that a plan may fill. The allocator cannot use the rest: it lies in pieces."""
-
-# Assumptions that no measurement backs yet.
-COMPUTE_EFFICIENCY = 0.7  # of `matmul_tflops`, over a whole iteration
-FLOAT8_SPEEDUP = 1.5  # of the rollout's products, at most: activations must be quantised first
-FLOAT32_SLOWDOWN = 15.0  # of scorers' products: by the datasheets 312 / 19.5 on an A100, 989 / 67 on an H100
-LINK_EFFICIENCY = 0.8  # of a link's speed, in large collectives
-HOST_ADAMW_GBPS = 200.0  # memory traffic of a node's processors together, in an optimizer step in host memory
 
 
 # -- What a recipe leaves to memory ------------------------------------------------------------------------------------
@@ -117,24 +111,6 @@ def _divisors(count: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Seconds:
-    """Seconds of one iteration. Arithmetic and transfers happen at the same time, so the longer of them counts."""
-
-    compute: float
-    """Arithmetic, at `matmul_tflops` or the rates of float8 and float32."""
-    links: float
-    """Transfers between processes, at full speed."""
-    host: float
-    """Transfers to and from host memory, at full speed, and the optimizer's steps there."""
-    estimate: float
-    """The whole iteration, at the efficiencies assumed in this module."""
-
-    @property
-    def floor(self) -> float:
-        return max(self.compute, self.links, self.host)
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     recipe: Recipe
     """The recipe as given. Values for what it leaves open are in `settled`."""
@@ -198,7 +174,7 @@ def make_plan(
     weights = Weights.of(resolved, architecture, layout)
     seconds = None
     if known and recipe.parallel.compute_dtype == "bfloat16":
-        seconds = _seconds(resolved, known, layout, weights, flops, traffic)
+        seconds = iteration_seconds(resolved, architecture, known, layout, flops, traffic)
     return Plan(
         recipe=recipe,
         architecture=architecture,
@@ -213,39 +189,4 @@ def make_plan(
         flops=flops,
         traffic=traffic,
         seconds=seconds,
-    )
-
-
-def _seconds(
-    recipe: Recipe, machine: Machine, layout: Layout, weights: Weights, flops: Flops, traffic: Traffic
-) -> Seconds:
-    def arithmetic(float8_speedup: float) -> float:
-        flops_in_bfloat16 = flops.hardware - flops.float8 * (1 - 1 / float8_speedup)
-        flops_in_bfloat16 += flops.float32 * (FLOAT32_SLOWDOWN - 1)
-        return flops_in_bfloat16 / (machine.matmul_tflops * 1e12)
-
-    compute = arithmetic(machine.float8_speedup)
-    node = layout.per_node
-    # A ring over several nodes uses as many network adapters of a node at once as it has members there.
-    within = machine.nvlink_gbps
-    shared = within if layout.shares <= node else min(within, machine.network_gbps * node)
-    beside = max(1, node // layout.shares)
-    copied = within if layout.world_size <= node else min(within, machine.network_gbps * beside)
-    sharing = (traffic.gathered_bytes + traffic.reduced_bytes) / (shared * 1e9)
-    links = sharing + traffic.all_reduced_bytes / (copied * 1e9)
-    host = traffic.host_bytes / (machine.host_gbps * 1e9)
-    # The optimizer reads gradients, and reads and writes weights and states; AdamW's fp32 sizes bound all others.
-    step_bytes = recipe.workload().updates * 28 * weights.trained / layout.shares
-    if recipe.parallel.offload:
-        steps = step_bytes * node / (HOST_ADAMW_GBPS * 1e9)
-    else:
-        steps = step_bytes / (machine.memory_gbps * 1e9)
-    transfers = max(links, host) / LINK_EFFICIENCY
-    copies = traffic.copied_bytes / (machine.memory_gbps * 1e9)
-    busy = arithmetic(min(FLOAT8_SPEEDUP, machine.float8_speedup)) / COMPUTE_EFFICIENCY
-    return Seconds(
-        compute=compute,
-        links=links,
-        host=host + (steps if recipe.parallel.offload else 0),
-        estimate=max(busy, transfers) + copies + steps,
     )

@@ -76,6 +76,42 @@ class Operations(TorchDispatchMode):
         return out
 
 
+class Traffic(TorchDispatchMode):
+    """A mode that counts the bytes which operators read and write, but for products, attention and views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given, made = ([x for x in tree_iter(each) if isinstance(x, Tensor)] for each in ((args, kwargs), out))
+        storages = {x.untyped_storage()._cdata for x in given}
+        views = not func._schema.is_mutable and all(x.untyped_storage()._cdata in storages for x in made)
+        if given and not views and func._overloadpacket not in flop_registry:
+            # Of an expanded tensor, what is there is read.
+            self.total += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in (*given, *made))
+        return out
+
+
+class Operands(TorchDispatchMode):
+    """A mode that counts the bytes of what products and attention read and write, each tensor once, without weights."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.total = 0
+        self._seen = weakref.WeakSet(x.untyped_storage() for x in weights)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            for x in tree_iter((args, kwargs, out)):
+                if isinstance(x, Tensor) and x.untyped_storage() not in self._seen:
+                    self._seen.add(x.untyped_storage())
+                    self.total += x.untyped_storage().nbytes()
+        return out
+
+
 class FlashAttention(TorchFunctionMode):
     """A mode with attention that keeps no matrix of scores, as on a GPU. On "meta", torch would take another."""
 

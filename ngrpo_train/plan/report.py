@@ -11,18 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ngrpo_train.plan.forecast import (
-    COMPUTE_EFFICIENCY,
-    FLOAT8_SPEEDUP,
-    FLOAT32_SLOWDOWN,
-    LINK_EFFICIENCY,
-    SAFE_SHARE,
-    Plan,
-    make_plan,
-)
+from ngrpo_train.plan.elementwise import is_counted
+from ngrpo_train.plan.forecast import SAFE_SHARE, Plan, make_plan
+from ngrpo_train.plan.layout import compiled, shape_of
 from ngrpo_train.plan.machines import GIB, find_machine
+from ngrpo_train.plan.rates import assumptions
 from ngrpo_train.plan.remedies import Remedy, remedies, speedups
+from ngrpo_train.plan.scaling import weak_scaling
 from ngrpo_train.plan.scorers import of_unknown_cost, scorer_sizes
+from ngrpo_train.plan.seconds import Seconds
+from ngrpo_train.plan.trace import traced
 from ngrpo_train.recipe.checks import check
 from ngrpo_train.recipe.sections import Recipe, Reward
 
@@ -37,8 +35,8 @@ _PHASE_TITLES = {
 }
 
 
-def plan_command(recipe: Recipe, gpu: str, gpus: int = 1, gpus_per_node: int = 8) -> int:
-    """Print the plan of a recipe for `gpus` GPUs. Returns 0 if it fits, 1 if not.
+def plan_command(recipe: Recipe, gpu: str, gpus: int = 1, gpus_per_node: int = 8, *, scaling: bool = False) -> int:
+    """Print the plan of a recipe for `gpus` GPUs, and with `scaling` how it scales. Returns 0 if it fits, 1 if not.
 
     Raises ValueError for a recipe that cannot train. Prompts and rewards may still be missing.
     """
@@ -55,6 +53,8 @@ def plan_command(recipe: Recipe, gpu: str, gpus: int = 1, gpus_per_node: int = 8
     check(complete, gpus)
     plan = make_plan(recipe, machine, gpus, gpus_per_node)
     print_plan(plan)
+    if scaling:
+        print_scaling(weak_scaling(recipe, machine, gpus_per_node))
     return 0 if plan.fits else 1
 
 
@@ -73,7 +73,12 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     lines(_facts(plan))
     section(f"Memory of each GPU, in GiB of {plan.gpu_bytes / GIB:.1f}", _memory_table(plan))
     section("Arithmetic of an iteration, on each GPU", _work_table(plan))
-    lines(_times(plan))
+    lines(_transfers(plan))
+    if plan.seconds is None:
+        lines(["seconds: not known for this GPU or dtype"])
+    else:
+        section("Estimated seconds of an iteration, on each GPU", _time_table(plan.seconds))
+        lines(_times(plan, plan.seconds))
     lines(_notes(plan), style="dim")
     used, most = plan.memory.peak / GIB, SAFE_SHARE * plan.gpu_bytes / GIB
     verdict = f"{used:.1f} GiB at most ({_PHASE_TITLES[plan.memory.fullest]}), of {most:.1f} GiB that a plan may fill."
@@ -84,6 +89,44 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         return
     console.print(Text(f"\nIt does not fit: {verdict}", style="red"), soft_wrap=True)
     section("Changes that save memory", _remedy_table(remedies(plan)[:REMEDIES_SHOWN]))
+
+
+def print_scaling(plans: Iterable[Plan], console: Console | None = None) -> None:
+    """Print weak scaling. Plans must have seconds."""
+    console = console or Console()
+    table = Table(box=SIMPLE_HEAD)
+    for title in (
+        "GPUs",
+        "weights",
+        "GiB",
+        "",
+        "gathers, s",
+        "reductions, s",
+        "waiting, s",
+        "iteration, s",
+        "efficiency",
+    ):
+        table.add_column(title, justify="left" if title in ("weights", "") else "right")
+    for plan in plans:
+        layout, seconds = plan.layout, plan.seconds
+        if seconds is None:
+            console.print("weak scaling: seconds are not known for this GPU or dtype")
+            return
+        table.add_row(
+            f"{layout.world_size:,}",
+            f"sharded over {layout.shares:,}" + (f", {layout.copies} copies" if layout.copies > 1 else ""),
+            f"{plan.memory.peak / GIB:.1f}",
+            "fits" if plan.fits else "",
+            *(f"{each:.2f}" for each in (seconds.gathers, seconds.reductions, seconds.waiting, seconds.estimate)),
+            f"{1 - seconds.waiting / seconds.estimate:.1%}",
+        )
+    console.print(Text("\nWeak scaling: the same number of prompts on each GPU", style="bold"), soft_wrap=True)
+    console.print(table)
+    for line in (
+        "Gathers and reductions happen during arithmetic; where they take longer, they are waited for.",
+        "Not counted: slow processes, networks that others use too, what collectives take from arithmetic beside them.",
+    ):
+        console.print(Text(f"  {line}", style="dim"), soft_wrap=True)
 
 
 def _title(plan: Plan) -> str:
@@ -185,8 +228,8 @@ def _scaled(count: float, unit: str = "") -> str:
     return f"{count:,.0f} {unit}".rstrip()
 
 
-def _times(plan: Plan) -> Iterator[str]:
-    traffic, seconds = plan.traffic, plan.seconds
+def _transfers(plan: Plan) -> Iterator[str]:
+    traffic = plan.traffic
     if traffic.gathered_bytes or traffic.reduced_bytes or traffic.all_reduced_bytes:
         reduced = traffic.reduced_bytes + traffic.all_reduced_bytes
         yield (
@@ -198,9 +241,23 @@ def _times(plan: Plan) -> Iterator[str]:
             f"host memory of each node: {plan.memory.host / GIB:,.0f} GiB; "
             f"{traffic.host_bytes / 1e9:,.0f} GB to and from each GPU"
         )
-    if seconds is None:
-        yield "seconds: not known for this GPU or dtype"
-        return
+
+
+def _time_table(seconds: Seconds) -> Table:
+    """Stages as training times them, and their parts."""
+    table = Table(box=SIMPLE_HEAD)
+    for title in ("", "estimate", "arithmetic at full speed"):
+        table.add_column(title, justify="right" if title else "left")
+    for stage in dict.fromkeys(part.stage for part in seconds.parts):
+        parts = [part for part in seconds.parts if part.stage == stage]
+        sums = sum(part.seconds for part in parts), sum(part.floor for part in parts)
+        table.add_row(stage, *(f"{each:,.2f}" for each in sums), style="bold")
+        for part in parts if len(parts) > 1 else ():
+            table.add_row(f"  {part.name}", f"{part.seconds:,.2f}", f"{part.floor:,.2f}" if part.floor else "")
+    return table
+
+
+def _times(plan: Plan, seconds: Seconds) -> Iterator[str]:
     limits = {"arithmetic": seconds.compute, "links": seconds.links, "host memory": seconds.host}
     slowest = max(limits, key=lambda name: limits[name])
     prompts = plan.batches.prompts
@@ -212,20 +269,30 @@ def _times(plan: Plan) -> Iterator[str]:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    float8 = plan.recipe.parallel.rollout_dtype == "float8"
-    if not plan.recipe.rewards:
+    recipe = plan.recipe
+    float8 = recipe.parallel.rollout_dtype == "float8"
+    if not recipe.rewards:
         yield "The recipe names no rewards yet. Their scorers will take memory and time, too."
-    if unknown := of_unknown_cost(plan.recipe.rewards):
+    if unknown := of_unknown_cost(recipe.rewards):
         yield f"Not counted, because their cost is not known: {', '.join(f'rewards.{name}' for name in unknown)}."
-    if plan.seconds is not None:
-        coarse = f", float8 products {FLOAT8_SPEEDUP} times as fast" if float8 else ""
-        coarse += f", float32 products {FLOAT32_SLOWDOWN:.0f} times as slow" if plan.flops.float32 else ""
-        yield (
-            f"The estimate assumes {COMPUTE_EFFICIENCY:.0%} of the speed of large products and "
-            f"{LINK_EFFICIENCY:.0%} of the speed of links{coarse}. No measurement backs it yet."
-        )
+    if plan.seconds is not None and plan.machine is not None:
+        float32, several = bool(plan.flops.float32), plan.layout.world_size > 1
+        yield from assumptions(plan.machine, float8=float8, float32=float32, several=several)
+        yield _origin_of_elementwise(plan)
     if float8 and plan.machine and plan.machine.float8_speedup == 1:
         yield f'{plan.machine.name} has no float8 products: set parallel.rollout_dtype to "same" for it.'
+
+
+def _origin_of_elementwise(plan: Plan) -> str:
+    kinds = traced(plan.architecture, shape_of(plan.recipe)).kinds
+    if not compiled(plan.recipe):
+        return "Elementwise parts: the bytes of their operators one by one, for nothing is compiled."
+    if all(map(is_counted, kinds)):
+        return "Elementwise parts: the bytes of the kernels that inductor generates for these blocks on sm_90, counted."
+    return (
+        "Elementwise parts: assumed from the operands of products and attention, by kernels of other models' blocks "
+        "that inductor generates; those of this model's are not counted."
+    )
 
 
 def _remedy_table(changes: Iterable[Remedy]) -> Table:

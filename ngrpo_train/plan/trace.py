@@ -93,10 +93,10 @@ def traced(architecture: Architecture, shape: Shape) -> Trace:
     shapes: list[tuple[torch.Size, torch.Size]] = []
     around: list[_Around] = []
     for call, doubled in zip(one, two, strict=True):
-        transformer = _trained(architecture, call.part, shape)
+        transformer = _transformer(architecture, call.part, shape.dtype, shape.lora_rank, shape.lora_targets)
         calls, attention = _seen(transformer, call)
         held = _shared_by_pictures(calls, _seen(transformer, doubled)[0])
-        around.append(_around(transformer_on(architecture, dtype=shape.dtype, part=call.part), call, calls, held))
+        around.append(_around(_transformer(architecture, call.part, shape.dtype), call, calls, held))
         seen += calls
         shapes += attention
     return Trace(
@@ -109,11 +109,13 @@ def traced(architecture: Architecture, shape: Shape) -> Trace:
 
 
 @lru_cache
-def _trained(architecture: Architecture, part: str, shape: Shape) -> nn.Module:
-    """A transformer as it is trained: all of it, or adapters alone."""
-    transformer: nn.Module = transformer_on(architecture, dtype=shape.dtype, part=part)
-    if shape.lora_rank:
-        add_adapters(architecture, transformer, shape.lora_rank, shape.lora_targets)
+def _transformer(
+    architecture: Architecture, part: str, dtype: torch.dtype, rank: int = 0, targets: tuple[str, ...] = ()
+) -> nn.Module:
+    """A transformer as it is trained, for all sizes of pictures: all of it, or adapters of this rank alone."""
+    transformer: nn.Module = transformer_on(architecture, dtype=dtype, part=part)
+    if rank:
+        add_adapters(architecture, transformer, rank, targets)
     return transformer
 
 

@@ -18,14 +18,20 @@ class Traffic:
 
     gathers: float
     """Times that the sharded weights are made whole. Where there are two experts, a forward needs half of them."""
+    rollout_gathers: float
+    """Of these, in rollouts."""
     gathered_bytes: float
     """Received for that from the processes that share a copy; also for sharded text encoders."""
+    reduces: int
+    """Times that gradients are summed."""
     reduced_bytes: float
     """Sent to sum gradients among them."""
     all_reduced_bytes: float
     """Sent to sum gradients over copies."""
     host_bytes: float
     """Moved to and from host memory, where weights, text encoders or scorers are kept there."""
+    text_bytes: float
+    """Of these, for text encoders."""
     copied_bytes: float
     """Read and written in the GPU's own memory to make weights whole, or to make them from fewer bits."""
 
@@ -36,7 +42,8 @@ def iteration_traffic(recipe: Recipe, architecture: Architecture, layout: Layout
     weights = Weights.of(recipe, architecture, layout)
     compute, stored, reduced = bytes_of(settings.compute_dtype), stored_bytes(recipe), 4
     refreshes = int(settings.rollout_dtype == "float8")
-    gathers = _gathers(recipe, batches, weights.experts) if weights.managed else 0
+    in_rollouts, in_updates = _gathers(recipe, batches, weights.experts) if weights.managed else (0, 0)
+    gathers = in_rollouts + in_updates
     reduces = batches.updates * (1 if settings.reduce_gradients == "step" else batches.count)
     others, copies, shard = (layout.shares - 1) / layout.shares, layout.copies, 1 / layout.shares
     # A float8 copy is made from the weights as they are stored.
@@ -50,25 +57,32 @@ def iteration_traffic(recipe: Recipe, architecture: Architecture, layout: Layout
     from_others = encodes * TEXT_BYTES * elsewhere if placement == "shard" else 0
     return Traffic(
         gathers=gathers + refreshes,
+        rollout_gathers=in_rollouts + refreshes,
         gathered_bytes=whole * others + from_others,
+        reduces=reduces,
         reduced_bytes=reduces * reduced * weights.trained * others,
         all_reduced_bytes=given * 2 * (copies - 1) / copies,
         host_bytes=from_host + Scoring.of(recipe).moved + (taken + given if settings.offload else 0),
+        text_bytes=from_host,
         copied_bytes=whole + taken + _decoded(recipe, counts, weights, batches),
     )
 
 
-def _gathers(recipe: Recipe, batches: Batches, experts: int) -> float:
-    """Times that the trained weights are gathered. In the rollout a float8 copy, if any, takes their place."""
+def _gathers(recipe: Recipe, batches: Batches, experts: int) -> tuple[float, float]:
+    """Times that the trained weights are gathered, in rollouts and in updates.
+
+    In a rollout a float8 copy, if any, takes their place.
+    """
     settings, updates = recipe.parallel, batches.updates
     float8 = settings.rollout_dtype == "float8"
     if settings.keep_gathered == "iteration":
-        return updates  # an optimizer step makes gathered weights stale
+        first = 0 if float8 else 1
+        return first, updates - first  # an optimizer step makes gathered weights stale
     rollout = batches.prompts // batches.part if settings.keep_gathered == "rollout" else batches.forwards / experts
-    return (0 if float8 else rollout) + _update_passes(recipe, batches) / experts
+    return 0 if float8 else rollout, update_passes(recipe, batches) / experts
 
 
-def _update_passes(recipe: Recipe, batches: Batches) -> int:
+def update_passes(recipe: Recipe, batches: Batches) -> int:
     """Forwards and backwards of all updates; a backward counts once, even if it computes blocks again."""
     before = batches.updates - 1 if recipe.algorithm.old_policy == "exact" else 0
     tethers = batches.updates if recipe.algorithm.reference_coef else 0
@@ -80,5 +94,5 @@ def _decoded(recipe: Recipe, counts: Parameters, weights: Weights, batches: Batc
     if not weights.codes:
         return 0
     again = batches.updates * batches.count if recipe.model.gradient_checkpointing != "none" else 0
-    passes = (batches.forwards + _update_passes(recipe, batches) + again) / weights.experts
+    passes = (batches.forwards + update_passes(recipe, batches) + again) / weights.experts
     return passes * (code_bytes(recipe, counts) + bytes_of(recipe.parallel.compute_dtype) * weights.codes)

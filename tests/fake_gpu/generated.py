@@ -1,7 +1,8 @@
-"""The code that inductor generates for sm_90 from FLUX.1-dev's blocks at full size: kernels and bytes. None is run."""
+"""The code that inductor generates for sm_90 from published models' blocks, full size: kernels, bytes. None is run."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -18,9 +19,14 @@ from torch._inductor import codecache
 from torch._inductor import config as inductor
 from torch._inductor.fx_passes import joint_graph, pad_mm, post_grad
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 
-from ngrpo_train.models.sizes import KNOWN, transformer_on
+from benchmarks.generated_code import MODELS, PICTURES
+from ngrpo_train.models.blocks_of import adapted_layers, repeated_blocks
+from ngrpo_train.models.float8 import Float8Copy
+from ngrpo_train.models.inputs import inputs_of
+from ngrpo_train.models.sizes import KNOWN, LORA_TARGETS, Architecture, transformer_on
 from ngrpo_train.parallel import blocks
 from ngrpo_train.recipe.sections import Sampling
 
@@ -29,11 +35,7 @@ from .device import FakeGPU
 from .pipelines import velocity_arguments
 
 DEVICE = torch.device("cuda", 0)
-PAPERS = Sampling(height=720, width=720, max_sequence_length=512)
-TOKENS, TEXT, WIDTH = 2025, 512, 3072  # at that size
-ROLLOUT, UPDATE = 12, 4  # pictures of a forward
-PICTURE = (TOKENS + TEXT) * WIDTH * 2  # bytes of all tokens of one picture, the unit of the table
-PRODUCTS = re.compile(r"extern_kernels\.(?:mm|addmm|bmm)\(")
+PRODUCTS = re.compile(r"extern_kernels\.(?:mm|addmm|bmm|_scaled_mm)\(")
 CALLS = re.compile(r"(triton_\w+)\.run\(")
 
 
@@ -69,23 +71,41 @@ class _Driver:
 
 
 def main() -> None:
-    """Print a row for each kind of block and pass."""
+    """Print a row for each kind of block, pass and way of recomputation; names of models come on standard input."""
+    asked = {name: MODELS[name] for name in sys.stdin.read().split()}
+    models = {name: (KNOWN[name].changed("transformer", **layers), draws) for name, (layers, draws) in asked.items()}
+    for pictures in PICTURES.values():
+        for architecture, draws in models.values():
+            inputs_of(architecture, draws, torch.bfloat16, pictures)  # has values, and is found again below
     cuda.install(FakeGPU(), cuda.H100)
     codes = _prepare_compiler()
     torch._C._set_only_lift_cpu_tensors(True)
     rows = []
     with FakeTensorMode():
-        transformer = transformer_on(KNOWN["flux-dev"].changed("transformer", num_layers=1, num_single_layers=2))
-        transformer.to_empty(device=DEVICE)
-        transformer.set_attention_backend("native")
-        for pictures, keep, passes in ((ROLLOUT, "", ("rollout",)), (UPDATE, "selective", ("forward", "backward"))):
-            for kind, block, arguments in _calls(transformer, pictures):
-                codes.clear()
-                _compile(block, arguments, keep)
-                assert len(codes) == len(passes), (kind, len(codes))
-                by_pass = dict(zip(passes, codes, strict=True))
-                rows += [{"block": kind, "pass": name, **_counted(code, pictures)} for name, code in by_pass.items()]
+        for name, (architecture, draws) in models.items():
+            for model, keep, passes in _ways(architecture):
+                model.set_attention_backend("native")
+                for block, named, size in _calls(model, architecture, draws, PICTURES[passes[0]]):
+                    codes.clear()
+                    _compile(block, named, keep)
+                    assert len(codes) == len(passes), (type(block), len(codes))
+                    of = {"model": name, "block": type(block).__name__, "keep": keep}
+                    rows += [
+                        {**of, "pass": each, **_counted(code, size)} for each, code in zip(passes, codes, strict=True)
+                    ]
     print(json.dumps(rows))
+
+
+def _ways(architecture: Architecture) -> Iterator[tuple[Any, str, tuple[str, ...]]]:
+    """A transformer, what its blocks keep for a backward pass, and the passes that they then make."""
+    transformer = transformer_on(architecture).to_empty(device=DEVICE)
+    yield transformer, "", ("rollout",)
+    if architecture.packs:
+        copy = transformer_on(architecture)
+        layers = [copy.get_submodule(name) for name in adapted_layers(copy, LORA_TARGETS)]
+        yield Float8Copy(transformer, copy, layers, torch.bfloat16, DEVICE).model, "", ("float8 rollout",)
+    for keep in ("full", "selective", "none"):
+        yield transformer, keep, ("forward", "backward")
 
 
 def _prepare_compiler() -> list[str]:
@@ -113,6 +133,19 @@ def _prepare_compiler() -> list[str]:
     for passes in (joint_graph, post_grad):  # patterns of a GPU's attention are traced on one
         original = passes.lazy_init
         passes.lazy_init = lambda *_, original=original: original(torch.device("cpu"))  # type: ignore[misc]
+    folder: Any = joint_graph.UniformValueConstantFolder
+    deduce = folder._deduce_value
+
+    def deduce_on_the_host(self: Any, node: torch.fx.Node) -> Any:
+        given = node.kwargs
+        if node.target is torch.ops.aten.full.default:
+            node.kwargs = {**given, "device": torch.device("cpu")}  # its one value is looked at
+        try:
+            return deduce(self, node)
+        finally:
+            node.kwargs = given
+
+    folder._deduce_value = deduce_on_the_host
     return codes
 
 
@@ -120,20 +153,23 @@ def _end(*_: Any) -> None:
     raise _Generated
 
 
-def _calls(transformer: Any, pictures: int) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
-    """A block of each kind with the arguments of its call, for so many pictures."""
-    seen: dict[nn.Module, Any] = {}
-    wanted = {"double": transformer.transformer_blocks[0], "single": transformer.single_transformer_blocks[1]}
-    hooks = [
-        block.register_forward_pre_hook(lambda module, _, named: seen.update({module: named}), with_kwargs=True)
-        for block in wanted.values()
-    ]
+def _calls(
+    transformer: Any, architecture: Architecture, sampling: Sampling, pictures: int
+) -> Iterator[tuple[nn.Module, dict[str, Any], int]]:
+    """The last block of each kind, the arguments of its call for so many pictures, and the bytes of its results."""
+    seen: dict[nn.Module, tuple[dict[str, Any], int]] = {}
+
+    def note(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], results: Any) -> None:
+        size = sum(x.nbytes for x in tree_leaves(results))
+        seen[block] = inspect.signature(block.forward).bind(*arguments, **named).arguments, size
+
+    wanted = {type(block): block for block in repeated_blocks(transformer).values()}.values()
+    hooks = [block.register_forward_hook(note, with_kwargs=True) for block in wanted]
     with torch.no_grad():
-        transformer(**velocity_arguments(KNOWN["flux-dev"], PAPERS, pictures, DEVICE))
+        transformer(**velocity_arguments(architecture, sampling, pictures, DEVICE))
     for hook in hooks:
         hook.remove()
-    for kind, block in wanted.items():
-        yield kind, block, seen[block]
+    yield from ((block, *call) for block, call in seen.items())
 
 
 def _compile(block: nn.Module, named: dict[str, Any], keep: str) -> None:
@@ -152,8 +188,8 @@ def _compile(block: nn.Module, named: dict[str, Any], keep: str) -> None:
     raise AssertionError("the block ran")
 
 
-def _counted(code: str, pictures: int) -> dict[str, float]:
-    """Triton kernels, matrix products, and what the kernels move, in tensors of one picture's tokens."""
+def _counted(code: str, size: int) -> dict[str, float]:
+    """Triton kernels, matrix products, and what the kernels move, as a multiple of `size` bytes."""
     gigabytes = {
         chunk.split("'")[0]: float(found[1])
         for chunk in code.split("async_compile.triton('")[1:]
@@ -161,8 +197,4 @@ def _counted(code: str, pictures: int) -> dict[str, float]:
     }
     calls = CALLS.findall(code)
     moved = sum(gigabytes[name] for name in calls) * 1e9
-    return {
-        "kernels": len(calls),
-        "products": len(PRODUCTS.findall(code)),
-        "tensors_per_picture": round(moved / pictures / PICTURE, 1),
-    }
+    return {"kernels": len(calls), "products": len(PRODUCTS.findall(code)), "tensors": round(moved / size, 1)}

@@ -44,14 +44,18 @@ def test_blocks_compile_once(model: dict[str, Any], count: int, float8: bool, ex
 
 @pytest.mark.slow
 def test_blocks_compile_to_no_more_kernels_and_traffic_than_the_table_says() -> None:
-    """A change of the compiler or of a block that adds some is seen; one that saves some is for the table."""
-    key = operator.itemgetter("block", "pass")
+    """A change of the compiler or of a block that adds some is seen; one that saves some is for the table.
+
+    Of FLUX.1-dev alone: the table's other models take two more minutes.
+    """
+    key = operator.itemgetter("model", "block", "pass", "keep")
     ceilings, found = (
-        {key(row): row for row in table} for table in (generated_code.committed(), generated_code.rows())
+        {key(row): row for row in table} for table in (generated_code.committed(), generated_code.rows(["flux-dev"]))
     )
-    assert found.keys() == ceilings.keys()
-    assert len(found) == 6
+    assert found.keys() == {each for each in ceilings if each[0] == "flux-dev"}
+    assert len(found) == 2 * (2 + 3 * 2)
     for name, row in found.items():
         assert row["products"] == ceilings[name]["products"]
+        assert row["operands"] == ceilings[name]["operands"]
         assert row["kernels"] <= ceilings[name]["kernels"]
-        assert row["tensors_per_picture"] <= ceilings[name]["tensors_per_picture"]
+        assert row["tensors"] <= ceilings[name]["tensors"]

@@ -15,10 +15,10 @@ from ngrpo_train.models.sizes import KNOWN
 from ngrpo_train.parallel.layout import Layout
 from ngrpo_train.plan import explain_out_of_memory, iteration_flops, make_plan, plan_command, remedies, speedups
 from ngrpo_train.plan.activations import decode_pass
-from ngrpo_train.plan.forecast import FLOAT32_SLOWDOWN
 from ngrpo_train.plan.instruments import measuring
 from ngrpo_train.plan.machines import GIB, MACHINES
 from ngrpo_train.plan.memory import Memory, iteration_memory
+from ngrpo_train.plan.rates import FLOAT32_SLOWDOWN
 from ngrpo_train.plan.remedies import with_settings
 from ngrpo_train.plan.scorers import Scoring, of_unknown_cost, scorer_size, scorer_sizes
 from ngrpo_train.plan.traffic import iteration_traffic
@@ -285,7 +285,7 @@ def test_the_command_says_what_scorers_cost(
     shown = capsys.readouterr().out
     assert "scorers: hpsv2_1 986.11 M in bfloat16, aesthetic 303.97 M in float32 and host memory\n" in shown
     assert "Not counted, because their cost is not known: rewards.mine." in shown
-    assert "float32 products 15 times as slow" in shown
+    assert "products in float32 15 times as slow" in shown
     assert " scorers " in shown
     assert plan_command(recipe({}), "h100-80", 16) == 0
     shown = capsys.readouterr().out

@@ -1,0 +1,325 @@
+"""Seconds of an iteration, part by part: operations and bytes that are counted, at the rates that `rates` assumes."""
+
+# N trained weights, S processes that share a copy of them.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ngrpo_train.models.counts import parameters, weight_sizes
+from ngrpo_train.models.sizes import Architecture
+from ngrpo_train.parallel.layout import Layout
+from ngrpo_train.plan import rates
+from ngrpo_train.plan.elementwise import Pass, elementwise_bytes
+from ngrpo_train.plan.flops import Flops, TransformerFlops, transformer_flops
+from ngrpo_train.plan.layout import Batches, Weights, bytes_of, compiled, shape_of
+from ngrpo_train.plan.links import Links
+from ngrpo_train.plan.machines import Machine
+from ngrpo_train.plan.rates import Rates
+from ngrpo_train.plan.scorers import Scoring
+from ngrpo_train.plan.trace import traced
+from ngrpo_train.plan.traffic import Traffic, update_passes
+from ngrpo_train.recipe.sections import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of an iteration."""
+
+    stage: str
+    """The stage of training's stopwatch that it belongs to: rollout, decode, reward or update."""
+    name: str
+    seconds: float
+    """Estimated."""
+    floor: float = 0.0
+    """Seconds of its arithmetic at the full speed of large products, or at that of float8 or float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Seconds of one iteration."""
+
+    compute: float
+    """Arithmetic, at `matmul_tflops` or the rates of float8 and float32."""
+    links: float
+    """Transfers between processes, at full speed."""
+    host: float
+    """Transfers to and from host memory, at full speed, and the optimizer's steps there."""
+    gathers: float
+    """Gathers of weights at the assumed speed of links, hidden behind arithmetic or not."""
+    reductions: float
+    """Sums of gradients, likewise."""
+    parts: tuple[Part, ...]
+
+    @property
+    def floor(self) -> float:
+        """Arithmetic and transfers happen at the same time, so the longer of them counts."""
+        return max(self.compute, self.links, self.host)
+
+    @property
+    def estimate(self) -> float:
+        return sum(part.seconds for part in self.parts)
+
+    @property
+    def waiting(self) -> float:
+        """Seconds of the estimate in which the device waits for links."""
+        return sum(part.seconds for part in self.parts if part.name == LINKS)
+
+
+LINKS = "links"
+
+
+def iteration_seconds(
+    recipe: Recipe, architecture: Architecture, machine: Machine, layout: Layout, flops: Flops, traffic: Traffic
+) -> Seconds:
+    """Seconds of the first iteration on each process. All that a recipe leaves open must be settled."""
+    iteration = _Iteration(recipe, architecture, machine, layout, flops, traffic)
+    links, sent = Links.of(machine, layout), traffic.gathered_bytes + traffic.reduced_bytes
+    parts = tuple(part for part in iteration.parts() if part.seconds)
+    return Seconds(
+        compute=sum(part.floor for part in parts),
+        links=sent / links.shared + traffic.all_reduced_bytes / links.copied,
+        host=traffic.host_bytes / iteration.host + (iteration.step if recipe.parallel.offload else 0.0),
+        gathers=traffic.gathers * iteration.gather,
+        reductions=traffic.reduces * iteration.reduction + iteration.batches.updates * iteration.sum_over_copies,
+        parts=parts,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Seconds of passes through the transformer."""
+
+    products: float
+    attention: float
+    elementwise: float
+
+    @property
+    def all(self) -> float:
+        return self.products + self.attention + self.elementwise
+
+
+class _Iteration:
+    """The parts of an iteration, and what they are made of."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        architecture: Architecture,
+        machine: Machine,
+        layout: Layout,
+        flops: Flops,
+        traffic: Traffic,
+    ) -> None:
+        self.recipe, self.architecture, self.layout = recipe, architecture, layout
+        self.machine, self.flops, self.traffic = machine, flops, traffic
+        self.rates, self.links = Rates.of(machine), Links.of(machine, layout)
+        self.peak, self.host = machine.matmul_tflops * 1e12, machine.host_gbps * 1e9
+        self.batches, self.weights = Batches.of(recipe), Weights.of(recipe, architecture, layout)
+        self.trace, self.compiled = traced(architecture, shape_of(recipe)), compiled(recipe)
+        self.trained = transformer_flops(architecture, shape_of(recipe))
+        self.base = replace(self.trained, adapters=0)
+
+    def parts(self) -> Iterator[Part]:
+        yield from self._rollout()
+        yield self._part("decode", "decode", self.flops.hardware_stages.get("decode", 0) / self.rates.decode, "decode")
+        yield self._reward()
+        yield from self._update()
+
+    def _part(self, stage: str, name: str, seconds: float, *counted: str) -> Part:
+        """A part whose floor is that of stages of `Flops`."""
+        return Part(stage, name, seconds, sum(self.flops.hardware_stages.get(each, 0) for each in counted) / self.peak)
+
+    # -- Passes through the transformer --------------------------------------------------------------------------------
+
+    def _forward(self, flops: TransformerFlops, pictures: float, of: Pass) -> _Pass:
+        fast = flops.products if of == "float8 rollout" else 0
+        products = fast / self.rates.float8 + (flops.forward - flops.attention - fast) / self.rates.products
+        return _Pass(
+            pictures * products, pictures * flops.attention / self.rates.attention, pictures * self._elementwise(of)
+        )
+
+    def _backward(self, states: float) -> _Pass:
+        """Without what it computes again."""
+        attention = 2 * self.trained.attention
+        products = (self.trained.backward - attention) / self.rates.products
+        again = 5 / 4  # of attention's five products, one is in its forward: flash attention does not keep its result
+        return _Pass(
+            states * products,
+            states * again * attention / self.rates.attention_backward,
+            states * self._elementwise("backward", "none"),
+        )
+
+    def _recomputation(self, states: float) -> _Pass:
+        """What `model.gradient_checkpointing` computes again: whole blocks, or elementwise parts alone."""
+        flops, share = self.flops.hardware_stages.get("recomputation", 0), self.trained.attention / self.trained.blocks
+        more = self._elementwise("backward") - self._elementwise("backward", "none")
+        return _Pass(
+            flops * (1 - share) / self.rates.products, flops * share / self.rates.attention, states * max(0.0, more)
+        )
+
+    def _elementwise(self, of: Pass, keep: str = "") -> float:
+        """Seconds of one picture's elementwise traffic in all blocks."""
+        kept = keep or self.recipe.model.gradient_checkpointing
+        moved = (
+            kind.layers * elementwise_bytes(kind, of, kept, compiled=self.compiled)  # type: ignore[arg-type]
+            for kind in self.trace.kinds
+        )
+        return sum(moved) / self.rates.memory
+
+    def _host(self, passes: float, device: float, forwards: int = 1) -> float:
+        """Seconds for which the device waits for the host in passes that take it `device` seconds together."""
+        block = rates.HOST_BLOCK if self.compiled else rates.HOST_EAGER_BLOCK
+        return max(0.0, passes * forwards * block * sum(kind.layers for kind in self.trace.kinds) - device)
+
+    # -- Stages --------------------------------------------------------------------------------------------------------
+
+    def _rollout(self) -> Iterator[Part]:
+        float8 = self.recipe.parallel.rollout_dtype == "float8"
+        flops = self.base if float8 else self.trained  # the float8 copy has adapters merged in
+        pictures = self.flops.hardware_stages["rollout"] / flops.forward
+        seconds = self._forward(flops, pictures, "float8 rollout" if float8 else "rollout")
+        text = self.flops.hardware_stages.get("text", 0)
+        yield self._part("rollout", "text", text / self.rates.products + self.traffic.text_bytes / self.host, "text")
+        fast = self.flops.float8 * (1 - 1 / self.machine.float8_speedup)
+        products = pictures * (flops.forward - flops.attention) - fast
+        yield Part("rollout", "products", seconds.products, products / self.peak)
+        yield Part("rollout", "attention", seconds.attention, pictures * flops.attention / self.peak)
+        yield Part("rollout", "elementwise", seconds.elementwise)
+        if float8:
+            yield Part("rollout", "float8 copy", self._float8_copy())
+        copied = self.traffic.copied_bytes * self._share_of_rollout() / self.rates.memory
+        yield Part("rollout", "weights made whole", copied)
+        yield Part("rollout", LINKS, self._gathers(self.traffic.rollout_gathers, seconds.all / self.batches.forwards))
+        yield Part("rollout", "host", self._host(self.batches.forwards, seconds.all))
+
+    def _reward(self) -> Part:
+        scoring = Scoring.of(self.recipe)
+        quick = (scoring.flops - scoring.float32_flops) / self.rates.products
+        seconds = quick + scoring.float32_flops / self.rates.float32 + scoring.moved / self.host
+        slow = scoring.float32_flops * (rates.FLOAT32_SLOWDOWN - 1)
+        return Part("reward", "reward", seconds, (scoring.flops + slow) / self.peak)
+
+    def _update(self) -> Iterator[Part]:
+        stages, batches = self.flops.hardware_stages, self.batches
+        states = stages["forward"] / self.trained.forward
+        forward = self._forward(self.trained, states, "forward")
+        recomputation, backward = self._recomputation(states), self._backward(states)
+        others = {
+            "old policy": self._forward(
+                self.trained, stages.get("old policy", 0) / self.trained.forward, "rollout"
+            ).all,
+            "reference": self._forward(self.base, stages.get("reference", 0) / self.base.forward, "rollout").all,
+        }
+        for name, seconds in others.items():
+            yield self._part("update", name, seconds, name)
+        yield self._part("update", "forward", forward.all, "forward")
+        yield self._part("update", "recomputation", recomputation.all, "recomputation")
+        yield self._part("update", "backward", backward.all, "backward")
+        yield Part("update", "gradients", self._gradients())
+        yield Part("update", "optimizer", 0.0 if self.recipe.parallel.offload else self.step)
+        copied = self.traffic.copied_bytes * (1 - self._share_of_rollout()) / self.rates.memory
+        yield Part("update", "weights made whole", copied)
+        count = batches.updates * batches.count
+        back = recomputation.all + backward.all
+        passes, all_passes = update_passes(self.recipe, batches), sum(others.values()) + forward.all + back
+        gathers = self._gathers(self.traffic.gathers - self.traffic.rollout_gathers, all_passes / passes)
+        yield Part("update", LINKS, gathers + self._reductions(back / count))
+        yield Part("update", "host", self._host(count, all_passes, 3))
+        if self.recipe.parallel.offload:
+            moved = self.traffic.host_bytes - self.traffic.text_bytes - Scoring.of(self.recipe).moved
+            hidden = sum(part.seconds for part in self._rollout() if part.name != "text") + all_passes
+            yield Part("update", "host memory", max(0.0, moved / (rates.LINKS * self.host) - hidden) + self.step)
+
+    # -- Weights and gradients -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def tensors(self) -> int:
+        """Weights of the transformers, without adapters."""
+        return sum(len(weight_sizes(self.architecture, part)) for part in self.architecture.transformers)
+
+    @cached_property
+    def step(self) -> float:
+        """Seconds of the optimizer's steps: gradients, weights and states are read, and the latter two written."""
+        shard, updates = self.weights.trained / self.layout.shares, self.batches.updates
+        master = bytes_of(self.recipe.parallel.master_dtype) if self.recipe.model.tuning == "full" else 4
+        if self.recipe.parallel.offload:
+            return updates * 28 * shard * self.layout.per_node / rates.HOST_MEMORY
+        if self.recipe.optimizer.name == "adamw":
+            return updates * (3 * master + 4 * 4) * shard / self.rates.memory
+        # Two states of a byte, and what their scales add. The host steps weight by weight.
+        device = (3 * master + 5.1) * shard / self.rates.memory
+        return updates * max(device, self.tensors * rates.HOST_CALL)
+
+    def _float8_copy(self) -> float:
+        """Seconds to make the copy that explores: each weight read, and written in fewer bits, by a call of its own."""
+        counts = parameters(self.architecture)
+        written = counts.token_matrices + 2 * (counts.transformer - counts.token_matrices)
+        device = (2 * counts.transformer + written) / self.rates.memory
+        return max(device, self.tensors * rates.HOST_CALL)
+
+    def _gradients(self) -> float:
+        """Seconds in which gradients are added to those of earlier batches, their norm is found, and they are clipped.
+
+        FSDP casts to float32 what it reduces, and adds there.
+        """
+        whole, shard, count = self.weights.trained, self.weights.trained / self.layout.shares, self.batches.count
+        settings = self.recipe.parallel
+        master = bytes_of(settings.master_dtype) if self.recipe.model.tuning == "full" else 4
+        clipped = 3 * master * shard  # read for the norm, then read and written
+        added: float
+        if self.layout.plain:
+            added = 3 * master * whole * (count - 1)
+        elif settings.reduce_gradients == "step":
+            added = (6 + 10 * (count - 1) + 8) * whole  # cast, added to, and copied into the buffer of a reduction
+        else:
+            added = count * (6 * whole + 12 * shard)
+        return self.batches.updates * (added + clipped) / self.rates.memory
+
+    def _share_of_rollout(self) -> float:
+        """The rollout's share of all passes for which weights are made whole."""
+        if self.traffic.gathers:
+            return self.traffic.rollout_gathers / self.traffic.gathers
+        passes = self.batches.forwards + update_passes(self.recipe, self.batches)
+        return self.batches.forwards / passes
+
+    # -- Links ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def collectives(self) -> int:
+        """Collectives of a gather or a reduction: one for each block, and one for the rest."""
+        return sum(kind.layers for kind in self.trace.kinds) + 1
+
+    @cached_property
+    def gather(self) -> float:
+        """Seconds of one gather of all weights."""
+        if self.layout.shares == 1 or not self.traffic.gathers:
+            return 0.0
+        each = self.traffic.gathered_bytes / self.traffic.gathers
+        return each / (rates.LINKS * self.links.shared) + self.collectives * self.links.shared_delay
+
+    @cached_property
+    def reduction(self) -> float:
+        """Seconds of one sum of all gradients among the processes that share the weights."""
+        each = self.traffic.reduced_bytes / self.traffic.reduces
+        return each / (rates.LINKS * self.links.shared) + self.collectives * self.links.shared_delay
+
+    @cached_property
+    def sum_over_copies(self) -> float:
+        """Seconds of one sum over the copies of the weights: once for an optimizer step."""
+        each = self.traffic.all_reduced_bytes / self.batches.updates
+        return each / (rates.LINKS * self.links.copied) + self.collectives * self.links.copied_delay
+
+    def _gathers(self, count: float, one_pass: float) -> float:
+        """Seconds for which gathers are waited for. Each happens during a pass, a block ahead: only its first shows."""
+        return count * max(self.gather / self.collectives, self.gather - one_pass)
+
+    def _reductions(self, backward: float) -> float:
+        """Seconds for which sums of gradients are waited for. Each happens during a backward, a block behind."""
+        if self.recipe.parallel.keep_gathered != "iteration":
+            backward = max(0.0, backward - self.gather)  # which the same links do meanwhile
+        updates, last = self.batches.updates, self.reduction + self.sum_over_copies
+        each, most = (max(sums / self.collectives, sums - backward) for sums in (self.reduction, last))
+        return (self.traffic.reduces - updates) * each + updates * most
