@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 from ngrpo_train.models.counts import Parameters, parameters
@@ -75,6 +76,7 @@ def fastest_that_fits(
         sent = traffic.gathered_bytes + traffic.reduced_bytes + traffic.all_reduced_bytes
         return sent + traffic.host_bytes, traffic.copied_bytes
 
+    @cache
     def memory(settled: Settled) -> float:
         return iteration_memory(settled.within(recipe), architecture, layout).peak
 

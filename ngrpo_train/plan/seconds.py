@@ -121,6 +121,7 @@ class _Iteration:
         self.trace, self.compiled = traced(architecture, shape_of(recipe)), compiled(recipe)
         self.trained = transformer_flops(architecture, shape_of(recipe))
         self.base = replace(self.trained, adapters=0)
+        self.states = flops.hardware_stages["forward"] / self.trained.forward
 
     def parts(self) -> Iterator[Part]:
         yield from self._rollout()
@@ -204,28 +205,25 @@ class _Iteration:
 
     def _update(self) -> Iterator[Part]:
         stages, batches = self.flops.hardware_stages, self.batches
-        states = stages["forward"] / self.trained.forward
-        forward = self._forward(self.trained, states, "forward")
-        recomputation, backward = self._recomputation(states), self._backward(states)
-        others = {
-            "old policy": self._forward(
-                self.trained, stages.get("old policy", 0) / self.trained.forward, "rollout"
-            ).all,
-            "reference": self._forward(self.base, stages.get("reference", 0) / self.base.forward, "rollout").all,
-        }
-        for name, seconds in others.items():
-            yield self._part("update", name, seconds, name)
-        yield self._part("update", "forward", forward.all, "forward")
-        yield self._part("update", "recomputation", recomputation.all, "recomputation")
-        yield self._part("update", "backward", backward.all, "backward")
+        forward = self._forward(self.trained, self.states, "forward").all
+        recomputation, backward = self._recomputation(self.states).all, self._backward(self.states).all
+        old = self._forward(self.trained, stages.get("old policy", 0) / self.trained.forward, "rollout").all
+        reference = self._forward(self.base, stages.get("reference", 0) / self.base.forward, "rollout").all
+        # What is retained is computed in the rollout.
+        yield self._part("rollout" if batches.retained else "update", "forward", forward, "forward")
+        yield self._part("update", "old policy", old, "old policy")
+        yield self._part("update", "reference", reference, "reference")
+        yield self._part("update", "recomputation", recomputation, "recomputation")
+        yield self._part("update", "backward", backward, "backward")
         yield Part("update", "gradients", self._gradients())
         yield Part("update", "optimizer", 0.0 if self.recipe.parallel.offload else self.step)
         copied = self.traffic.copied_bytes * (1 - self._share_of_rollout()) / self.rates.memory
         yield Part("update", "weights made whole", copied)
         count = batches.updates * batches.count
-        back = recomputation.all + backward.all
-        passes, all_passes = update_passes(self.recipe, batches), sum(others.values()) + forward.all + back
-        gathers = self._gathers(self.traffic.gathers - self.traffic.rollout_gathers, all_passes / passes)
+        all_passes, back = old + reference + forward + recomputation + backward, recomputation + backward
+        gathers = self._gathers(
+            self.traffic.gathers - self.traffic.rollout_gathers, all_passes / update_passes(self.recipe, batches)
+        )
         yield Part("update", LINKS, gathers + self._reductions(back / count))
         yield Part("update", "host", self._host(count, all_passes, 3))
         if self.recipe.parallel.offload:

@@ -31,7 +31,12 @@ h, T, L, DOUBLE, SINGLE = 3072, 45 * 45, 512, 19, 38
 S, BLOCKS, N, WEIGHTS = T + L, DOUBLE + SINGLE, 11_901_408_320, 1_160
 U = 2 * S * h
 ROLLOUT, STATES = 12 * 8, 4 * 4
-SHARDED = {"parallel.master_dtype": "float32", "optimizer.name": "adamw", "model.gradient_checkpointing": "full"}
+SHARDED = {
+    "parallel.master_dtype": "float32",
+    "optimizer.name": "adamw",
+    "model.gradient_checkpointing": "full",
+    "parallel.retain": "off",
+}
 
 # Operations of a picture. Each stream of a double block has 12 h^2 weights that multiply its tokens, and so has a
 # single block. All blocks have modulations: two of 6 h^2, or one of 3 h^2. The rest lies around the blocks.
@@ -111,8 +116,22 @@ def test_arithmetic_at_full_speed_is_the_lower_bound() -> None:
 def test_whole_blocks_computed_again_by_hand() -> None:
     """A second forward without what lies around the blocks, whose kernels the backward partly shares."""
     more = (tensors("backward", "full") - tensors("backward", "none")) * U / MEMORY
-    found = parts(plan(model__gradient_checkpointing="full"))["update", "recomputation"]
-    assert found == pytest.approx(STATES * ((PRODUCTS - AROUND) / FAST + ATTENTION / ATTEND + more), rel=2e-3)
+    found = parts(plan(model__gradient_checkpointing="full", parallel__retain="off"))
+    again = STATES * ((PRODUCTS - AROUND) / FAST + ATTENTION / ATTEND + more)
+    assert found["update", "recomputation"] == pytest.approx(again, rel=2e-3)
+
+
+def test_retained_forwards_are_the_rollouts() -> None:
+    """16 of its 96: the update makes none, and all else stays."""
+    apart, retained = (
+        parts(plan(model__gradient_checkpointing="full", parallel__retain=retain)) for retain in ("off", "on")
+    )
+    assert retained["rollout", "forward"] == apart["update", "forward"]
+    for name in ("products", "attention", "elementwise"):
+        assert retained["rollout", name] == pytest.approx((1 - STATES / ROLLOUT) * apart["rollout", name])
+    assert {name for name in apart if name[0] == "update"} - {("update", "forward")} == {
+        name for name in retained if name[0] == "update" and retained[name] == apart[name]
+    }
 
 
 def test_float8_speeds_up_products_of_tokens_alone() -> None:
@@ -258,7 +277,8 @@ def test_the_command_shows_parts_rates_and_scaling(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    asked = with_settings(target(parallel__keep_gathered="never", parallel__reduce_gradients="batch"), SHARDED)
+    asked = target(parallel__keep_gathered="never", parallel__reduce_gradients="batch", prompts__embeddings="DIRECTORY")
+    asked = with_settings(asked, SHARDED | {"model.gradient_checkpointing": "selective"})
     assert plan_command(asked, "h100-80", 8, scaling=True) == 0
     shown = capsys.readouterr().out
     for words in (
