@@ -40,16 +40,14 @@ class Weights:
     """Managed ones outside of blocks."""
     trained_block: int
     """Trained ones in the largest block."""
-    experts: int
-    """Transformers, of which each forward takes one."""
 
     @staticmethod
     def of(recipe: Recipe, architecture: Architecture, layout: Layout) -> Weights:
-        counts, model, experts = parameters(architecture), recipe.model, len(architecture.transformers)
+        counts, model = parameters(architecture), recipe.model
         base, block, last = counts.transformer, counts.largest_block, counts.last_block
         if model.tuning == "full":
             managed = (0, 0, 0, 0) if layout.plain else (base, block, last, counts.around_blocks)
-            return Weights(base, base, 0, 0, *managed, block, experts)
+            return Weights(base, base, 0, 0, *managed, block)
         added = adapters(architecture, model.lora_rank, model.lora_targets)
         codes = counts.block_matrices if base_storage(model, recipe.parallel) else 0
         if layout.plain:
@@ -61,7 +59,7 @@ class Weights:
         else:
             largest, final = block + added.largest_block, last + added.last_block
             managed = (base + added.total, largest, final, counts.around_blocks)
-        return Weights(base, added.total, base, codes, *managed, added.largest_block, experts)
+        return Weights(base, added.total, base, codes, *managed, added.largest_block)
 
 
 @dataclass(frozen=True, slots=True)

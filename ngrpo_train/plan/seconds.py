@@ -20,7 +20,7 @@ from ngrpo_train.plan.machines import Machine
 from ngrpo_train.plan.rates import Rates
 from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.plan.trace import traced
-from ngrpo_train.plan.traffic import Traffic, update_passes
+from ngrpo_train.plan.traffic import Traffic, calls_of, update_passes
 from ngrpo_train.recipe.sections import Recipe
 
 
@@ -119,6 +119,7 @@ class _Iteration:
         self.peak, self.host = machine.matmul_tflops * 1e12, machine.host_gbps * 1e9
         self.batches, self.weights = Batches.of(recipe), Weights.of(recipe, architecture, layout)
         self.trace, self.compiled = traced(architecture, shape_of(recipe)), compiled(recipe)
+        self.calls = calls_of(recipe, architecture)
         self.trained = transformer_flops(architecture, shape_of(recipe))
         self.base = replace(self.trained, adapters=0)
         self.states = flops.hardware_stages["forward"] / self.trained.forward
@@ -193,7 +194,8 @@ class _Iteration:
             yield Part("rollout", "float8 copy", self._float8_copy())
         copied = self.traffic.copied_bytes * self._share_of_rollout() / self.rates.memory
         yield Part("rollout", "weights made whole", copied)
-        yield Part("rollout", LINKS, self._gathers(self.traffic.rollout_gathers, seconds.all / self.batches.forwards))
+        one_call = seconds.all / (self.batches.forwards * self.calls)
+        yield Part("rollout", LINKS, self._gathers(self.traffic.rollout_gathers, one_call))
         yield Part("rollout", "host", self._host(self.batches.forwards, seconds.all))
 
     def _reward(self) -> Part:
@@ -221,9 +223,8 @@ class _Iteration:
         yield Part("update", "weights made whole", copied)
         count = batches.updates * batches.count
         all_passes, back = old + reference + forward + recomputation + backward, recomputation + backward
-        gathers = self._gathers(
-            self.traffic.gathers - self.traffic.rollout_gathers, all_passes / update_passes(self.recipe, batches)
-        )
+        one_call = all_passes / (update_passes(self.recipe, batches) * self.calls)
+        gathers = self._gathers(self.traffic.gathers - self.traffic.rollout_gathers, one_call)
         yield Part("update", LINKS, gathers + self._reductions(back / count))
         yield Part("update", "host", self._host(count, all_passes, 3))
         if self.recipe.parallel.offload:
@@ -288,7 +289,7 @@ class _Iteration:
     @property
     def collectives(self) -> int:
         """Collectives of a gather or a reduction: one for each block, and one for the rest."""
-        return sum(kind.layers for kind in self.trace.kinds) + 1
+        return round(sum(kind.layers for kind in self.trace.kinds) / self.calls) + 1
 
     @cached_property
     def gather(self) -> float:
@@ -310,9 +311,9 @@ class _Iteration:
         each = self.traffic.all_reduced_bytes / self.batches.updates
         return each / (rates.LINKS * self.links.copied) + self.collectives * self.links.copied_delay
 
-    def _gathers(self, count: float, one_pass: float) -> float:
+    def _gathers(self, count: float, one_call: float) -> float:
         """Seconds for which gathers are waited for. Each happens during a pass, a block ahead: only its first shows."""
-        return count * max(self.gather / self.collectives, self.gather - one_pass)
+        return count * max(self.gather / self.collectives, self.gather - one_call)
 
     def _reductions(self, backward: float) -> float:
         """Seconds for which sums of gradients are waited for. Each happens during a backward, a block behind."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ngrpo_train.models.counts import Parameters, parameters
+from ngrpo_train.models.inputs import inputs_of
 from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel.layout import Layout
-from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, code_bytes, stored_bytes
+from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, code_bytes, shape_of, stored_bytes
 from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.recipe.sections import Recipe
 
@@ -42,7 +43,8 @@ def iteration_traffic(recipe: Recipe, architecture: Architecture, layout: Layout
     weights = Weights.of(recipe, architecture, layout)
     compute, stored, reduced = bytes_of(settings.compute_dtype), stored_bytes(recipe), 4
     refreshes = int(settings.rollout_dtype == "float8")
-    in_rollouts, in_updates = _gathers(recipe, batches, weights.experts) if weights.managed else (0, 0)
+    calls = calls_of(recipe, architecture)
+    in_rollouts, in_updates = _gathers(recipe, batches, calls) if weights.managed else (0, 0)
     gathers = in_rollouts + in_updates
     reduces = batches.updates * (1 if settings.reduce_gradients == "step" else batches.count)
     others, copies, shard = (layout.shares - 1) / layout.shares, layout.copies, 1 / layout.shares
@@ -64,11 +66,18 @@ def iteration_traffic(recipe: Recipe, architecture: Architecture, layout: Layout
         all_reduced_bytes=given * 2 * (copies - 1) / copies,
         host_bytes=from_host + Scoring.of(recipe).moved + (taken + given if settings.offload else 0),
         text_bytes=from_host,
-        copied_bytes=whole + taken + _decoded(recipe, counts, weights, batches),
+        copied_bytes=whole + taken + _decoded(recipe, counts, weights, batches, calls),
     )
 
 
-def _gathers(recipe: Recipe, batches: Batches, experts: int) -> tuple[float, float]:
+def calls_of(recipe: Recipe, architecture: Architecture) -> float:
+    """Calls of all transformers for a velocity: two where it is guided, half as many where there are two experts."""
+    shape = shape_of(recipe)
+    calls = len(inputs_of(architecture, shape.sampling, shape.dtype).velocity)
+    return calls / len(architecture.transformers)
+
+
+def _gathers(recipe: Recipe, batches: Batches, calls: float) -> tuple[float, float]:
     """Times that the trained weights are gathered, in rollouts and in updates.
 
     In a rollout a float8 copy, if any, takes their place.
@@ -78,8 +87,8 @@ def _gathers(recipe: Recipe, batches: Batches, experts: int) -> tuple[float, flo
     if settings.keep_gathered == "iteration":
         first = 0 if float8 else 1
         return first, updates - first  # an optimizer step makes gathered weights stale
-    rollout = batches.prompts // batches.part if settings.keep_gathered == "rollout" else batches.forwards / experts
-    return 0 if float8 else rollout, update_passes(recipe, batches) / experts
+    rollout = batches.prompts // batches.part if settings.keep_gathered == "rollout" else batches.forwards * calls
+    return 0 if float8 else rollout, update_passes(recipe, batches) * calls
 
 
 def update_passes(recipe: Recipe, batches: Batches) -> int:
@@ -89,10 +98,10 @@ def update_passes(recipe: Recipe, batches: Batches) -> int:
     return (2 * batches.updates + before + tethers) * batches.count
 
 
-def _decoded(recipe: Recipe, counts: Parameters, weights: Weights, batches: Batches) -> float:
+def _decoded(recipe: Recipe, counts: Parameters, weights: Weights, batches: Batches, calls: float) -> float:
     """Bytes read and written to make weights from what `model.base_dtype` keeps of them, in every pass anew."""
     if not weights.codes:
         return 0
     again = batches.updates * batches.count if recipe.model.gradient_checkpointing != "none" else 0
-    passes = (batches.forwards + update_passes(recipe, batches) + again) / weights.experts
+    passes = (batches.forwards + update_passes(recipe, batches) + again) * calls
     return passes * (code_bytes(recipe, counts) + bytes_of(recipe.parallel.compute_dtype) * weights.codes)

@@ -116,6 +116,22 @@ def test_without_guidance_there_is_one_forward() -> None:
     assert traced(KNOWN["qwen-image"], shapes[1]).around_kept > 1.9 * traced(KNOWN["qwen-image"], shapes[0]).around_kept
 
 
+def test_a_guided_forward_gathers_for_each_of_its_calls() -> None:
+    """As FSDP does for a module that is called twice before its backward; gradients are summed once."""
+    settings = {"parallel.keep_gathered": "never", "parallel.reduce_gradients": "batch", "parallel.rollout_batch": 12}
+    found = []
+    for scale in (1.0, 4.0):
+        drawn = {"height": 512, "width": 512, "guidance_scale": scale, "negative_prompt": ""}
+        recipe = packaged("qwen_image_lora", **{f"sampling__{name}": value for name, value in drawn.items()})
+        recipe = with_settings(recipe, settings | {"train.gradient_accumulation_steps": 1})
+        passes = recipe.sampling.num_inference_steps + 2 * recipe.algorithm.num_train_steps  # of all anchors of a step
+        found.append(iteration_traffic(recipe, KNOWN["qwen-image"], Layout.of(recipe.model, recipe.parallel, 8, 8)))
+        assert found[-1].gathers == (1 if scale == 1 else 2) * passes
+    once, twice = found
+    assert twice.gathered_bytes == 2 * once.gathered_bytes
+    assert twice.reduced_bytes == once.reduced_bytes
+
+
 @pytest.mark.parametrize(
     "name, length, expected",
     [
