@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
 # What a machine with an NVIDIA GPU should run, in parts of under 10 minutes:
 #
-#   bash benchmarks/gpu.sh PART OUT
+#   bash benchmarks/gpu.sh PART OUT [SECONDS]
+#
+#   quick      for a GPU of 141 GB that is there for a quarter of an hour: what is worth most of all that is below, within
+#              SECONDS (570 by default); called again with the same OUT, it goes on where it stopped
+#   rehearse   the same at tiny size, on a machine without a GPU too
+#
+# Of ngrpo_kernels:
 #
 #   tests     the gpu-marked tests of ngrpo_kernels and, where its packages are installed, of ngrpo_train
 #   kernels   the benchmarks of ngrpo_kernels: OUT/kernels_gpu.csv
@@ -15,9 +21,10 @@
 #   train-algorithms    iterations of Neighbor GRPO in the paper's three settings, and of BranchGRPO (Table 3)
 #   train-baselines     iterations of DanceGRPO, MixGRPO and MixGRPO-Flash (Table 3)
 #   train-peer          an iteration built as other trainers are
-#   train-forward       forwards by batch, attention backend and dtype; how far apart their velocities are
+#   train-forward       forwards by batch, attention backend and dtype; how far apart their velocities are; attention alone
 #   train-activations   forward and backward by what is kept in between
-#   train-variants      the iteration with activations kept, a float8 rollout, LoRA
+#   train-variants      the iteration with blocks computed again, a float8 rollout, LoRA
+#   train-stream        the iteration of two prompts, streamed and not
 #   train-sharded       the iteration through FSDP2 in one process
 #   train-decode        the VAE
 #   train-rewards       the scorers of the paper's three rewards, and as the official packages score
@@ -26,15 +33,15 @@
 #
 # Parts that follow each other on one machine find what the others compiled, in PyTorch's default cache.
 #
-# Takes torch, triton, numpy, pytest, pytest-benchmark and hypothesis; training takes what pyproject.toml names. PYTHON
-# names the interpreter, else .venv's or python3. OUT gets at most eight files. No network is used, and no setting of the
-# GPU is changed. The exit status is 1 if a part failed or ran out of time (what it measured is kept), 2 if nothing could
-# be run.
+# Takes torch, triton, numpy, pytest, pytest-xdist, pytest-benchmark and hypothesis; training takes what pyproject.toml
+# names, with torchao. PYTHON names the interpreter, else .venv's or python3. OUT gets at most eight files. No network is
+# used, and no setting of the GPU is changed. The exit status is 1 if a part failed or ran out of time (what it measured
+# is kept), 2 if nothing could be run.
 set -uo pipefail
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2; exit 2; }
-[[ $# -eq 2 ]] || usage
-part=$1
+[[ $# -eq 2 || $# -eq 3 && $1 =~ ^(quick|rehearse)$ && $3 =~ ^[0-9]+$ ]] || usage
+part=$1 seconds=${3:-570}
 mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 if [[ -z ${PYTHON:-} ]]; then
@@ -57,14 +64,21 @@ run() {
     fi
 }
 
+# probe: whether a GPU can be used with this PYTORCH_ALLOC_CONF; the status is 3 where there is none.
+probe() {
+    "$PYTHON" -c 'import sys, torch; torch.cuda.is_available() or sys.exit(3); torch.ones(1 << 28, device="cuda").sum().item()' 2>/dev/null
+}
+
+# provenance FILE: machine and versions, at the end of a file in OUT.
 provenance() {
     {
         date --iso-8601=seconds
+        echo "PYTORCH_ALLOC_CONF: ${PYTORCH_ALLOC_CONF-}"
         echo "commit: $(git describe --always --dirty 2>/dev/null || echo unknown)"
         "$PYTHON" --version
         "$PYTHON" -c 'import torch, triton; print("torch", torch.__version__, "CUDA", torch.version.cuda, "triton", triton.__version__)'
         nvidia-smi -q | grep -E '^ +(Product Name|Product Architecture|Driver Version|Graphics|SM|Memory|Total|Current Power Limit|Instantaneous Power Draw|Average Power Draw|GPU Current Temp|MIG Mode|Current|ECC Mode|Performance State|SW Power Cap|HW Slowdown) +:|Driver Version|CUDA Version'
-    } >"$out/provenance.txt" 2>&1
+    } >>"$out/$1" 2>&1
 }
 
 tests() {
@@ -105,56 +119,60 @@ train() {
     run "$seconds" "train-$1.log" "$PYTHON" -m benchmarks.train_parts "$@" --out "$out/train_gpu.csv"
 }
 
-# Memory in segments that grow, where the driver has them: the phases of an iteration need blocks of unlike sizes.
-growing_segments() {
-    local setting=expandable_segments:True try='import torch; torch.ones(1 << 28, device="cuda").sum().item()'
-    if [[ -z ${PYTORCH_ALLOC_CONF+set} ]]; then
-        PYTORCH_ALLOC_CONF=$setting "$PYTHON" -c "$try" >/dev/null 2>&1 || setting=
-        export PYTORCH_ALLOC_CONF=$setting
-    fi
-    echo "PYTORCH_ALLOC_CONF: $PYTORCH_ALLOC_CONF" >>"$out/provenance.txt"
-}
-
-train_profile() {
-    run "$1" train-profile.log "$PYTHON" -m ngrpo_train profile flux_dpmpp8 --iterations 2 --warmup 1 \
-        --model.name-or-path random:flux-dev --parallel.master-dtype bfloat16 --optimizer.name adamw_8bit \
-        --train.gradient-accumulation-steps 1 --prompts.source shapes:train \
-        --rewards benchmarks.train_recipes:score --out "$out/train_profile"
+# quick ARGUMENT...: of benchmarks.quick, which has what is left of the seconds.
+quick() {
+    "$PYTHON" -m benchmarks.quick "$out" --seconds $((seconds - SECONDS)) "$@" || failed=1
 }
 
 case $part in
-    tests | kernels | profile | all) ;;
+    quick | rehearse | tests | kernels | profile | all) ;;
     train-smoke | train-iteration | train-algorithms | train-baselines) ;;
     train-peer | train-forward | train-activations) ;;
-    train-variants | train-sharded | train-decode | train-rewards | train-optimizer | train-profile) ;;
+    train-variants | train-stream | train-sharded | train-decode | train-rewards | train-optimizer | train-profile) ;;
     *) usage ;;
 esac
-if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if [[ $part == rehearse ]]; then
+    quick --tiny
+    exit "$failed"
+fi
+# Memory in segments that grow, where the driver has them: the phases of an iteration need blocks of unlike sizes.
+allocator=${PYTORCH_ALLOC_CONF-expandable_segments:True}
+PYTORCH_ALLOC_CONF=$allocator probe
+found=$?
+if [[ $found -ne 0 && $found -ne 3 ]]; then
+    allocator=
+    PYTORCH_ALLOC_CONF='' probe
+    found=$?
+fi
+if [[ $found -ne 0 ]]; then
     echo "gpu.sh: $PYTHON finds no CUDA device (or no torch); nothing was run" >&2
     exit 2
 fi
-provenance
-case $part in train-*) growing_segments ;; esac
+case $part in quick | train-*) export PYTORCH_ALLOC_CONF=$allocator ;; esac
+case $part in quick) provenance quick.log & ;; *) provenance provenance.txt ;; esac
 case $part in
+    quick) quick ;;
     tests) tests 280; train_tests 280 ;;
     kernels) kernels 560 2 ;;
     profile) profile 120 ;;
     all) tests 190; kernels 330 1; profile 45 ;;
-    train-smoke)
-        for each in optimizer peer rewards iteration variants sharded; do train 110 "$each" --tiny; done
-        train 110 algorithms --tiny --only BranchGRPO MixGRPO-Flash ;;
+    train-smoke) quick --only smoke ;;
+    # Assumed, for no GPU has measured it: 40 s to import, build and draw weights, 170 s to compile blocks, decoder and
+    # optimizer with Triton's share, 11 s for each of 7 iterations; then the 2nd process finds most of it compiled.
     train-iteration) train 320 iteration --only "1 update"; train 250 iteration --only "4 updates" ;;
     train-algorithms) train 300 algorithms --only Neighbor; train 270 algorithms --only BranchGRPO ;;
     train-baselines) train 220 algorithms --only DanceGRPO; train 350 algorithms --only MixGRPO ;;
     train-peer) train 290 peer --only float32; train 280 peer --only bfloat16 ;;
-    train-forward) train 570 forward ;;
+    train-forward) train 500 forward; train 70 attention ;;
     train-activations) train 570 activations ;;
     train-variants) train 190 variants --only again; train 160 variants --only float8; train 235 variants --only LoRA ;;
+    train-stream) train 570 variants --only prompts ;;
     train-sharded) train 570 sharded ;;
     train-decode) train 400 decode ;;
     train-rewards) train 300 rewards ;;
     train-optimizer) train 240 optimizer ;;
-    train-profile) train_profile 570 ;;
+    train-profile) train 570 profile ;;
 esac
+wait
 echo "results in $out"
 exit "$failed"

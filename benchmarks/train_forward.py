@@ -1,13 +1,16 @@
-"""Forwards of the model alone, by batch, attention backend and dtype, and the differences of their velocities."""
+"""Forwards of the model alone, by batch, attention backend and dtype, and the differences of their velocities; and
+attention alone, by backend."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from benchmarks.train_model import NO_COMPILER, ROUNDS, Inputs, build, peak_tflops, skipping, with_compiler
 from benchmarks.train_recipes import settings_of
 from benchmarks.train_rows import Case, Session, Skip, clock, peak_memory, seconds_of
+from ngrpo_train.models.inputs import inputs_of
 from ngrpo_train.models.model import FlowModel
 from ngrpo_train.models.sizes import find_architecture
 from ngrpo_train.parallel import attention
@@ -69,11 +72,15 @@ def _forward_case(
     session.case("forward", name, measure, settings_of(replace(recipe, parallel=settings)), keep_compiled=True)
 
 
-def _use_backend(model: FlowModel, backend: str) -> None:
+def _refuse(backend: str, device: torch.device) -> None:
     try:
-        attention.refuse(backend, model.device)
+        attention.refuse(backend, device)
     except ValueError as error:
         raise Skip(str(error)) from None
+
+
+def _use_backend(model: FlowModel, backend: str) -> None:
+    _refuse(backend, model.device)
     model.transformer.set_attention_backend(backend)
 
 
@@ -149,3 +156,35 @@ def _differences(session: Session, how: str, seen: dict[str, Tensor], pairs: Seq
                 case.add(f"{one} / {other}", "relative", ((a - b).norm() / b.norm()).item())
 
     session.case("forward", f"velocities apart: {how}", measure, always=True)
+
+
+def backends(session: Session, recipe: Recipe) -> None:
+    """Measure attention alone by backend, as `parallel.attention = "auto"` does."""
+    architecture = find_architecture(recipe.model.name_or_path)
+    config, algorithm, sampling = architecture.transformer, recipe.algorithm, recipe.sampling
+    dtype = getattr(torch, recipe.parallel.compute_dtype)
+    tokens, _ = inputs_of(architecture, sampling, dtype).latent_shape
+    shapes = attention.Shapes(
+        tokens=tokens + sampling.max_sequence_length,
+        heads=config["num_attention_heads"],
+        head_dim=config["attention_head_dim"],
+        dtype=dtype,
+        rollout_batch=algorithm.num_generations,
+        update_batch=algorithm.num_anchors,
+        rollout_forwards=sampling.num_inference_steps,
+        update_forwards=algorithm.num_train_steps,
+        compiled=session.compiles,
+    )
+    layers = config["num_layers"] + config["num_single_layers"]
+
+    def measure(case: Case) -> None:
+        if session.device.type == "cpu":
+            raise Skip("its clock is not a CPU's")
+        _refuse(case.name, session.device)
+        seconds = [attention.measure(case.name, shapes, session.device) for _ in range(4)][1:]
+        case.add("layer", "ms", *(1e3 * each for each in seconds))
+        case.add("iteration", "s", *(layers * each for each in seconds), note=f"not measured: times {layers} layers")
+
+    for backend in attention.CANDIDATES:
+        settings = replace(recipe.parallel, attention=backend)
+        session.case("attention", backend, measure, settings_of(replace(recipe, parallel=settings)))

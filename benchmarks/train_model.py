@@ -231,10 +231,16 @@ def decode(session: Session, recipe: Recipe) -> None:
         session.case("decode", name, measure, settings_of(of_case))
 
 
-def _set_decoder(model: FlowModel, compiled: bool, channels_last: bool) -> None:
+def eager_decoder(model: FlowModel) -> Any:
+    """Take back that the decoder of FLUX's VAE is to be compiled, which it is at its first call; returns the VAE."""
     assert isinstance(model.adapter, Flux)
     vae = model.adapter.pipeline.vae
     vae.decoder.__dict__.pop("forward", None)
+    return vae
+
+
+def _set_decoder(model: FlowModel, compiled: bool, channels_last: bool) -> None:
+    vae = eager_decoder(model)
     vae.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     model.compiled = compiled
     if compiled:

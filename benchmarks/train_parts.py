@@ -2,20 +2,23 @@
 
     python -m benchmarks.train_parts PART [--only NAME ...] [--out rows.csv]
 
-forward, activations, optimizer, decode and rewards are single parts of an iteration. iteration, variants, sharded and
-algorithms (the rows of the paper's Table 3) are whole iterations, built and made as in `train_step`; peer is an
-iteration built like other trainers. `--tiny` rehearses a part on a CPU, or on a GPU in little time. `train_rows`
-explains the CSV; `benchmarks/gpu.sh` runs all parts.
+forward, attention, activations, optimizer, decode and rewards are single parts of an iteration. iteration, variants,
+sharded and algorithms (the rows of the paper's Table 3) are whole iterations, built and made as in `train_step`; peer
+is an iteration built like other trainers. profile writes where the time of one goes, and no rows. `--tiny` rehearses a
+part on a CPU, or on a GPU in little time. `train_rows` explains the CSV; `benchmarks/gpu.sh` runs all parts.
 """
 
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 import tyro
@@ -26,16 +29,27 @@ from benchmarks.peer_style import Draws, Peer
 from benchmarks.train_recipes import depth_of, full_size, score, settings_of, table_3, tiny, with_depth
 from benchmarks.train_rows import Case, Session, clock
 from ngrpo_train.draws import draw_anchors, draw_train_steps
+from ngrpo_train.models import flux
 from ngrpo_train.models.encoders import TextFeatures
 from ngrpo_train.models.inputs import inputs_of
 from ngrpo_train.models.loading import fill
 from ngrpo_train.models.sizes import Architecture, find_architecture, transformer_on, vae_on
 from ngrpo_train.plan import iteration_flops
+from ngrpo_train.plan.cost import Cost
+from ngrpo_train.profiling.measure import profile
 from ngrpo_train.recipe.sections import Recipe
 from ngrpo_train.run.stopwatch import Stopwatch
 from ngrpo_train.sampling.perturb import neighborhood
 from ngrpo_train.update.optimizer import make_optimizer
 
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {  # by the case: prompts of an iteration, fields of [parallel]
+    "full, 2 prompts, streamed": (2, {"stream": "on"}),
+    "full, 2 prompts, all explored first": (2, {"stream": "off"}),
+}
+NSIGHT = (  # arguments of `ngrpo profile` for the iteration of the target
+    "flux_1x141gb --model.name-or-path random:flux-dev --train.gradient-accumulation-steps 1 "
+    "--prompts.source shapes:train --rewards benchmarks.train_recipes:score"
+)
 SHALLOW = (4, 8)  # double and single blocks, for cases that need no full depth, or do not fit at it
 
 
@@ -44,6 +58,7 @@ class Parts:
     part: tyro.conf.Positional[
         Literal[
             "forward",
+            "attention",
             "activations",
             "optimizer",
             "decode",
@@ -53,14 +68,21 @@ class Parts:
             "variants",
             "sharded",
             "peer",
+            "profile",
         ]
     ]
     out: Path | None = None
-    """CSV that rows are appended to, as they are measured; by default, no file is written."""
+    """CSV that rows are appended to, as they are measured; by default, no file is written. A profile has a directory
+    beside it, else build/."""
     only: tuple[str, ...] = ()
     """Cases to measure: those whose name contains one of these."""
     tiny: bool = False
     """Use a model of two small blocks and pictures of 32 pixels, whose times mean nothing."""
+    brief: bool = False
+    """Measure two iterations of each case, whose pictures are decoded by code that is not compiled, with the attention
+    of torch."""
+    hold: bool = False
+    """Build and compile the first case, say so, and wait for a line on standard input before anything is timed."""
 
 
 # -- Whole iterations --------------------------------------------------------------------------------------------------
@@ -81,7 +103,7 @@ def algorithms(session: Session, recipe: Recipe) -> None:
 
 
 def variants(session: Session, recipe: Recipe) -> None:
-    """Measure the same iteration with whole blocks computed again, with a float8 rollout, and with LoRA."""
+    """Measure the same iteration with whole blocks computed again, with a float8 rollout, with LoRA, of two prompts."""
     parallel = recipe.parallel
     again = replace(recipe, model=replace(recipe.model, gradient_checkpointing="full"))
     float8 = replace(recipe, parallel=replace(parallel, rollout_dtype="float8"))
@@ -94,6 +116,9 @@ def variants(session: Session, recipe: Recipe) -> None:
     _iterations(session, "variants", "full, blocks computed again", again)
     _iterations(session, "variants", "full, float8 rollout", float8, compiled=True)
     _iterations(session, "variants", f"LoRA, rank {lora.model.lora_rank}", lora)
+    for name, (prompts, how) in WAYS.items():
+        train = replace(recipe.train, gradient_accumulation_steps=prompts)
+        _iterations(session, "variants", name, replace(recipe, train=train, parallel=replace(parallel, **how)))
 
 
 def sharded(session: Session, recipe: Recipe) -> None:
@@ -125,6 +150,8 @@ def _iterations(
     compiled: bool = False,
 ) -> None:
     """Measure runs of one trainer, one after the other; `compiled` is true for a recipe that needs a compiler."""
+    if session.brief:
+        iterations, runs = min(iterations, 2), 1
     if compiled and not session.compiles:
         session.case(part, name, train_model.skipping(train_model.NO_COMPILER))
         return
@@ -156,26 +183,20 @@ def _peer(case: Case, recipe: Recipe, dtype: torch.dtype, *, with_optimizer: boo
     with TemporaryDirectory() as directory:
         peer = make_peer(recipe, architecture, device, dtype, Path(directory), watch, with_optimizer=with_optimizer)
         case.add("build", "s", building(), note=note)
-        flops = iteration_flops(recipe, architecture)
-        figures: list[dict[str, float]] = []
-        for step, draws in zip(range(3), _draws(recipe, architecture, device), strict=False):
+        flops, peak = iteration_flops(recipe, architecture), train_model.peak_tflops(device)
+        cost, measured = Cost(device, flops.model, flops.hardware, 1e12 * peak), list[dict[str, float]]()
+        iterations = 1 if case.session.brief else 2
+        for step, draws in zip(range(1 + iterations), _draws(recipe, architecture, device), strict=False):
             watch.restart()
             norm = peer.iterate(draws, recipe.optimizer.max_grad_norm)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times = watch.read() | {"grad_norm": norm}
-            case.session.say(f"   iteration {step}: " + "  ".join(f"{k} {v:.3g}" for k, v in times.items()))
-            figures.append(times)
-        for key, name, unit in train_step.FIGURES:
-            if key in figures[0]:
-                case.add(name, unit, *(each[key] for each in figures[1:]), note=note if name == "iteration" else "")
-        seconds = [each["time/iteration_s"] for each in figures[1:]]
-        case.add("prompt", "s", *seconds)
-        if peak := train_model.peak_tflops(device):
-            case.add("mfu", "share", *(flops.model / each / peak / 1e12 for each in seconds))
-            case.add("hfu", "share", *(flops.hardware / each / peak / 1e12 for each in seconds))
-        if device.type == "cuda":
-            case.add("peak_memory", "GiB", torch.cuda.max_memory_allocated(device) / 2**30)
+            figures = watch.read() | {"grad_norm": norm}
+            case.session.say(f"   iteration {step}: " + "  ".join(f"{k} {v:.3g}" for k, v in figures.items()))
+            figures |= cost.figures(figures["time/iteration_s"])
+            if step:  # the first one allocates
+                measured.append(figures)
+                train_step.record(case, [measured], 1, note, say=step == iterations)
 
 
 def make_peer(
@@ -234,10 +255,28 @@ def _draws(recipe: Recipe, architecture: Architecture, device: torch.device) -> 
         )
 
 
+# -- A profile ---------------------------------------------------------------------------------------------------------
+
+
+def profiled(session: Session, recipe: Recipe) -> None:
+    """Write where the time of an iteration goes, as `ngrpo profile` does, into train_profile beside the CSV."""
+    out = (session.out.parent if session.out else Path("build")) / "train_profile"
+
+    def measure(case: Case) -> None:
+        if not (out / "profile.json").exists():
+            shutil.rmtree(out, ignore_errors=True)  # of a profile that was cut
+        eager = mock.patch.object(flux, "compile_whole") if session.brief else nullcontext()
+        with eager:
+            profile(recipe, out, iterations=1, warmup=1, arguments=NSIGHT.split())
+
+    session.case("profile", "full, 1 update", measure, settings_of(recipe))
+
+
 # -- The command -------------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Session, Recipe], None]] = {
     "forward": train_forward.forward,
+    "attention": train_forward.backends,
     "activations": train_model.activations,
     "optimizer": train_model.optimizer,
     "decode": train_model.decode,
@@ -247,6 +286,7 @@ PARTS: dict[str, Callable[[Session, Recipe], None]] = {
     "variants": variants,
     "sharded": sharded,
     "peer": peer,
+    "profile": profiled,
 }
 
 
@@ -255,8 +295,11 @@ def main(args: Parts) -> int:
     if device.type == "cpu" and not args.tiny:
         print("train_parts: no CUDA device; --tiny rehearses on a CPU", file=sys.stderr)
         return 2
-    session = Session(device, args.out, args.only, compiles=device.type == "cuda")
-    PARTS[args.part](session, tiny(on_gpu=device.type == "cuda") if args.tiny else full_size())
+    session = Session(device, args.out, args.only, compiles=device.type == "cuda", brief=args.brief, holds=args.hold)
+    recipe = tiny(on_gpu=device.type == "cuda") if args.tiny else full_size()
+    if args.brief:  # not what is fastest, which would be measured first, perhaps beside other work
+        recipe = replace(recipe, parallel=replace(recipe.parallel, attention="native"))
+    PARTS[args.part](session, recipe)
     return int(session.failed)
 
 

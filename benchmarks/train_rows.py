@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.rows import provenance
+from benchmarks.schedule import READY
 
 Status = Literal["ok", "skipped", "out of memory", "failed"]
 
@@ -81,19 +82,23 @@ def append(path: Path, row: Row) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of each case's latest measurement; cases are in the order in which they first appear."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    """The rows of each case's latest measurement; cases are in the order in which they first appear.
+
+    Of several rows of a metric the last one counts: the samples of the others are among its own.
+    """
+    found: dict[tuple[str, str], dict[str, Row]] = {}
     if path.exists():
         with path.open(newline="") as file:
             for texts in csv.DictReader(file):
                 values: dict[str, Any] = {name: _typed(name, text) for name, text in texts.items()}
                 row = Row(**values)
-                kept = found.setdefault(row.of(), [])
-                if kept and kept[0].begun < row.begun:
+                kept = found.setdefault(row.of(), {})
+                begun = max((other.begun for other in kept.values()), default="")
+                if begun < row.begun:
                     kept.clear()
-                if not kept or kept[0].begun == row.begun:
-                    kept.append(row)
-    return [row for rows in found.values() for row in rows]
+                if begun <= row.begun:
+                    kept[row.metric] = row
+    return [row for rows in found.values() for row in rows.values()]
 
 
 def _typed(name: str, text: str) -> str | int | float | None:
@@ -131,11 +136,12 @@ class Case:
     settings: str = ""
     begun: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
-    def add(self, metric: str, unit: str, *values: float, note: str = "") -> None:
-        """Add one row, with all the samples of one measurement."""
-        spread = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
-        shown = f"{median(values):.4g} {unit}{spread}" if values else ""
-        self.session.say(f"   {metric:24} {shown}{'  ' if note else ''}{note}")
+    def add(self, metric: str, unit: str, *values: float, note: str = "", say: bool = True) -> None:
+        """Add one row, with all the samples of one measurement. With further samples, it is added once more."""
+        if say:
+            spread = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
+            shown = f"{median(values):.4g} {unit}{spread}" if values else ""
+            self.session.say(f"   {metric:24} {shown}{'  ' if note else ''}{note}")
         self._record("ok", metric, unit, values, note)
 
     def end(self, status: Status, note: str) -> None:
@@ -178,6 +184,11 @@ class Session:
     """Cases to measure: those whose name contains one of these; empty takes all."""
     compiles: bool = False
     """True where there is time for cases that compile."""
+    brief: bool = False
+    """True where the device is there for minutes only: a whole iteration is measured twice, and its pictures are
+    decoded by code that is not compiled."""
+    holds: bool = False
+    """True where the first case is to wait for a line on standard input before anything of it is timed."""
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -224,6 +235,14 @@ class Session:
             torch.compiler.reset()
         free(self.device)
         return done
+
+    def hold(self) -> None:
+        """Say `READY` and wait for a line, once in a session. SystemExit where input ends: nobody waits any more."""
+        if self.holds:
+            self.holds = False
+            self.say(f"== {READY}, after a line on standard input")
+            if not sys.stdin.readline():
+                raise SystemExit("standard input has ended")
 
     @property
     def failed(self) -> bool:

@@ -12,8 +12,10 @@ columns `train_rows` explains.
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -21,8 +23,10 @@ from typing import Annotated
 import torch
 import tyro
 
+from benchmarks.train_model import eager_decoder
 from benchmarks.train_recipes import as_measured, settings_of
 from benchmarks.train_rows import Case, Session, clock
+from ngrpo_train.models.model import FlowModel
 from ngrpo_train.parallel import processes
 from ngrpo_train.parallel.launch import rank_at_launch
 from ngrpo_train.plan.settle import cost_of, settle_memory
@@ -75,9 +79,11 @@ class Step:
 def measure(
     case: Case, recipe: Recipe, *, iterations: int, warmup: int, runs: int = 1, notes: Sequence[str] = ()
 ) -> None:
-    """Build what `ngrpo train` builds, iterate, and add the measurements to the case.
+    """Build what `ngrpo train` builds, iterate, and add the measurements to the case, all that are known after each
+    iteration.
 
-    Raises ValueError for a recipe that cannot train, RuntimeError where nothing was updated.
+    A brief session compiles before the warm-up, by an iteration through few blocks. Raises ValueError for a recipe that
+    cannot train, RuntimeError where nothing was updated.
     """
     if min(iterations, runs) < 1 or warmup < 0:
         raise ValueError(f"--iterations {iterations}, --runs {runs} and --warmup {warmup} must be positive")
@@ -108,26 +114,62 @@ def measure(
             case.session.say(f"   iteration {trainer.step - 1}: {stages}")
             return figures
 
+        if case.session.brief:
+            eager_decoder(trainer.model)
+            notes = [*notes, "decoder not compiled"]
+            with few_blocks(trainer.model):
+                first = iterate()
+            how = f"{first['compile/graphs']:.0f} graphs, by an iteration through few blocks"
+            case.add("compiling", "s", first["time/iteration_s"], note=how)
+        case.session.hold()
         before = [iterate() for _ in range(warmup)]
         if before:
             case.add("first_iteration", "s", before[0]["time/iteration_s"])
         case.add("graphs_first", "count", sum(each["compile/graphs"] for each in before), note="compiled before")
-        measured = [[iterate() for _ in range(iterations)] for _ in range(runs)]
-        _record(case, measured, prompts_per_iteration(recipe, 1), "; ".join(notes))
+        measured: list[list[dict[str, float]]] = []
+        for _ in range(runs):
+            measured.append([])
+            for _ in range(iterations):
+                measured[-1].append(iterate())
+                last = len(measured) == runs and len(measured[-1]) == iterations
+                record(case, measured, prompts_per_iteration(recipe, 1), "; ".join(notes), say=last)
 
 
-def _record(case: Case, runs: Sequence[Sequence[dict[str, float]]], prompts: int, note: str) -> None:
+def record(case: Case, runs: Sequence[Sequence[dict[str, float]]], prompts: int, note: str, *, say: bool) -> None:
+    """Add the figures of all iterations so far, by run, of so many `prompts` each.
+
+    Raises RuntimeError where a step was left out.
+    """
     every = [figures for run in runs for figures in run]
+    seconds = [figures["time/iteration_s"] for figures in every]
+    add = partial(case.add, say=say)
     for key, name, unit in FIGURES:
         if key in every[0]:
-            case.add(name, unit, *(figures[key] for figures in every), note=note if name == "iteration" else "")
-    case.add("prompt", "s", *(figures["time/iteration_s"] / prompts for figures in every), note="of one device")
-    case.add("graphs_later", "count", sum(figures["compile/graphs"] for figures in every))
+            add(name, unit, *(figures[key] for figures in every), note=note if name == "iteration" else "")
+    add("prompt", "s", *(each / prompts for each in seconds), note="of one device")
+    add("graphs_later", "count", sum(figures["compile/graphs"] for figures in every))
     if len(runs) > 1:
         first, *others = (median(figures["time/iteration_s"] for figures in run) for run in runs)
-        case.add("runs_ratio", "ratio", *(other / first for other in others), note="of a run's median to the first's")
-    if any(figures["skipped_steps"] or not math.isfinite(figures["grad_norm"]) for figures in every):
+        add("runs_ratio", "ratio", *(other / first for other in others), note="of a run's median to the first's")
+    if any(figures.get("skipped_steps") or not math.isfinite(figures["grad_norm"]) for figures in every):
         raise RuntimeError("a gradient was not finite, so that an optimizer step was left out")
+
+
+@contextmanager
+def few_blocks(model: FlowModel) -> Iterator[None]:
+    """Leave out all but the first two blocks of each kind of a FLUX transformer, within the block.
+
+    Later ones run the code that the second runs, so an iteration through these compiles all that a whole one needs.
+    """
+    kinds = ("transformer_blocks", "single_transformer_blocks")
+    whole = [(transformer, kind, getattr(transformer, kind)) for transformer in model.transformers for kind in kinds]
+    for transformer, kind, blocks in whole:
+        setattr(transformer, kind, blocks[:2])
+    try:
+        yield
+    finally:
+        for transformer, kind, blocks in whole:
+            setattr(transformer, kind, blocks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

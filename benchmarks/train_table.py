@@ -36,6 +36,7 @@ ITERATION = (
     Column("peak, GiB", "peak_memory", "{:.1f}"),
     Column("second run / first", "runs_ratio", "{:.3f}"),
     Column("graphs, later", "graphs_later", "{:.0f}"),
+    Column("compiling, s", "compiling", "{:.0f}"),
     Column("first iteration, s", "first_iteration", "{:.0f}"),
 )
 OF_ALGORITHMS = (
@@ -52,6 +53,10 @@ PARTS: Mapping[str, tuple[Column, ...]] = {
         Column("of the datasheet's", "of_peak", "{:.0%}"),
         Column("extra memory, GiB", "extra_memory", "{:.1f}"),
         Column("first call, s", "first_call", "{:.0f}"),
+    ),
+    "attention": (
+        Column("ms, a layer", "layer", SECONDS),
+        Column("s, all layers", "iteration", SECONDS),
     ),
     "activations": (
         Column("forward, ms", "forward", "{:.0f}"),

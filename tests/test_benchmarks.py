@@ -336,8 +336,8 @@ def test_pytest_benchmark_reports_what_was_measured(tmp_path: Path) -> None:
         assert info["extra_memory"][1] >= 0
 
 
-def gpu_script(part: str, out: Path, python: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), part, str(out)]
+def gpu_script(part: str, out: Path, python: str, *more: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), part, str(out), *more]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": python})
 
 
@@ -348,6 +348,21 @@ def test_the_gpu_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     assert "no CUDA device" in done.stderr
     assert not any(tmp_path.iterdir())
     assert gpu_script("everything", tmp_path, sys.executable).returncode == 2
+
+
+@pytest.mark.parametrize("part, has_gpu", [("quick", True), ("rehearse", False)])
+def test_the_gpu_script_hands_on_what_is_left_of_its_seconds(tmp_path: Path, part: str, has_gpu: bool) -> None:
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && {{ sleep 1; exit {int(not has_gpu)}; }}\necho "ran $*"; exit 1\n')
+    python.chmod(0o755)
+    done = gpu_script(part, out, str(python), "100")
+    assert done.returncode == 1
+    ran, *_ = (line.split() for line in done.stdout.splitlines())
+    assert ran[:5] == ["ran", "-m", "benchmarks.quick", str(out), "--seconds"]
+    assert int(ran[5]) in (range(80, 100) if has_gpu else range(90, 101))
+    assert ran[6:] == ([] if has_gpu else ["--tiny"])
+    assert {file.name for file in out.iterdir()} == ({"quick.log"} if has_gpu else set())
+    assert gpu_script("tests", out, str(python), "100").returncode == 2
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import os
 import subprocess
 import weakref
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import train_parts, train_recipes, train_rows, train_scorers, train_step, train_table
+from benchmarks import train_parts, train_rows, train_scorers, train_step, train_table
 from benchmarks.train_recipes import as_measured, full_size, score, settings_of, table_3, tiny, with_depth
 from benchmarks.train_rows import Case, Row, Session, Skip
 from ngrpo_train.algorithms.neighbor import LeapingPolicy
@@ -236,6 +237,7 @@ def test_train_step_measures_what_training_does(tmp_path: Path, capsys: pytest.C
     assert (found["grad_norm"].value or 0) > 0
     assert found["skipped_steps"].value == found["graphs_later"].value == 0
     assert found["runs_ratio"].samples == 1
+    assert len(found) == len(rows), "of the rows that an iteration adds, the last ones count"
     assert "--sampling.num-inference-steps=4" in found["iteration"].settings
     assert "iteration 4" in capsys.readouterr().out
 
@@ -301,9 +303,11 @@ MEASURED = {
         *("DanceGRPO", "MixGRPO", "MixGRPO-Flash*", "BranchGRPO"),
         *("Neighbor, 25 steps", "Neighbor, 16 steps", "Neighbor, 8 steps"),
     },
-    "variants": {"LoRA, rank 4"},
+    "variants": {"LoRA, rank 4", *train_parts.WAYS},
     "sharded": {"plain", "FSDP2, gathered: rollout", "FSDP2, float32 weights"},
     "peer": {"float32 weights under autocast", "bfloat16 weights"},
+    "attention": set(),
+    "profile": set(),
 }
 
 
@@ -317,6 +321,10 @@ def test_every_part_is_rehearsed(part: str, session: Session) -> None:
         assert row.status == "ok" or "a CPU" in row.note or "on cpu" in row.note, row
         assert row.value is None or row.value >= 0, row
         assert row.unit != "relative" or (row.value or 0) < 1e-5, row  # velocities, however they are computed
+    if part == "profile":
+        assert session.out is not None
+        found = json.loads((session.out.parent / "train_profile" / "profile.json").read_text())
+        assert found["seconds"]["update"] > 0
 
 
 def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,8 +442,9 @@ def test_the_gpu_script_runs_every_part(tmp_path: Path, fails: bool) -> None:
     )
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python)}
-    parts = [*train_parts.PARTS, "baselines", "smoke", "profile"]
-    for part in parts:
+    for part in [*train_parts.PARTS, "baselines", "stream"]:
+        if part == "attention":  # is measured with the forwards
+            continue
         out = tmp_path / part
         command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), f"train-{part}", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -444,6 +453,6 @@ def test_the_gpu_script_runs_every_part(tmp_path: Path, fails: bool) -> None:
         assert "ran expandable_segments:True -m " in log
         if part in train_parts.PARTS:
             assert f"-m benchmarks.train_parts {part} " in log
-            assert f"--out {out}/train_gpu.csv" in log
+        assert f"--out {out}/train_gpu.csv" in log
         assert len(list(out.iterdir())) <= 8
-    assert train_recipes.score.__module__ in (tmp_path / "profile" / "train-profile.log").read_text()
+    assert "train_parts attention" in (tmp_path / "forward" / "train-attention.log").read_text()
