@@ -14,7 +14,7 @@ from ngrpo_train.models.coarse import smaller
 from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.plan.activations import block_bytes, decode_pass, encode_pass
 from ngrpo_train.plan.instruments import FlashAttention, Operations
-from ngrpo_train.plan.layout import Batches, filled, shape_of
+from ngrpo_train.plan.layout import Batches, coarsely, computed_share, filled, shape_of
 from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.plan.trace import Kind, Shape, traced
 from ngrpo_train.recipe.sections import Recipe
@@ -140,13 +140,15 @@ def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
     text = 0 if recipe.prompts.embeddings else batches.prompts * encode_pass(architecture, sampling).flops
     decode, scoring = decode_pass(architecture, sampling, tiles=recipe.parallel.decode_tiles).flops, Scoring.of(recipe)
 
+    computed = computed_share(recipe)
+
     def stages(explored: int, decoded: int, states: int, later: int) -> dict[str, int]:
         """Operations by stage: `explored` pictures in forwards of the rollout, `decoded` ones, and `states` trained,
         `later` of them after the first optimizer step.
         """
         each = {
             "text": text,
-            "rollout": explored * exploring.forward,
+            "rollout": explored * (exploring.around + round(computed * exploring.blocks)),
             "decode": decoded * decode,
             "reward": scoring.flops,
             # For the first step, the old policy is the training forward itself.
@@ -171,8 +173,24 @@ def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
     )
     if again := _recomputed(recipe, architecture, shape, trained):
         hardware["recomputation"] = batches.updates * each * again
-    products = explored * base.products
-    return Flops(model, hardware, float8=products if float8 else 0, float32=scoring.float32_flops)
+    products = explored * round(computed * base.products) if float8 else 0
+    found = Flops(model, hardware, float8=products, float32=scoring.float32_flops)
+    coarse = coarsely(recipe)
+    return _explored_first(iteration_flops(coarse, architecture), found) if coarse else found
+
+
+def _explored_first(coarse: Flops, exact: Flops) -> Flops:
+    """Operations with those of coarse exploration as a stage of their own."""
+
+    def explored(stages: Mapping[str, int]) -> int:
+        return sum(stages.get(stage, 0) for stage in ("text", "rollout", "decode", "reward"))
+
+    return Flops(
+        {"coarse": explored(coarse.model_stages), **exact.model_stages},
+        {"coarse": explored(coarse.hardware_stages), **exact.hardware_stages},
+        float8=coarse.float8 + exact.float8,
+        float32=coarse.float32 + exact.float32,
+    )
 
 
 def _recomputed(recipe: Recipe, architecture: Architecture, shape: Shape, picture: TransformerFlops) -> int:

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from ngrpo_train.models.coarse import smaller
 from ngrpo_train.models.counts import Parameters, adapters, parameters
 from ngrpo_train.models.directory import is_driven
 from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel.layout import Layout, base_storage, compiles
 from ngrpo_train.plan.trace import Shape
+from ngrpo_train.recipe.explore import Explore
 from ngrpo_train.recipe.ranges import require
 from ngrpo_train.recipe.sections import Recipe
 
@@ -155,6 +157,27 @@ def refuse_retaining(recipe: Recipe, world_size: int, per_node: int) -> None:
     if recipe.parallel.retain == "on":
         reason = cannot_retain(recipe, Layout.of(recipe.model, recipe.parallel, world_size, per_node))
         require(not reason, "parallel.retain", "on", f'must be "auto" or "off": {reason}')
+
+
+def coarsely(recipe: Recipe) -> Recipe | None:
+    """A recipe whose rollout, decode and rewards are those of coarse exploration; None for one without."""
+    work = recipe.workload()
+    if not work.coarse_calls:
+        return None
+    sampling = replace(
+        smaller(recipe.sampling, round(1 / work.coarse_scale)), num_inference_steps=len(work.coarse_calls)
+    )
+    exploring = replace(recipe.algorithm, num_generations=work.coarse_calls[0], explore=Explore())  # type: ignore[call-arg]
+    return replace(recipe, sampling=sampling, algorithm=exploring, parallel=replace(recipe.parallel, retain="off"))
+
+
+def computed_share(recipe: Recipe) -> float:
+    """The share of the rollout's steps in which all blocks are computed; what "first_block" leaves out is not known."""
+    cache, steps = recipe.parallel.rollout_cache, recipe.sampling.num_inference_steps
+    if cache.kind != "taylor_seer":
+        return 1.0
+    full, interval = cache.full_steps, cache.interval
+    return sum(step < full or (step - full - 1) % interval == 0 for step in range(steps)) / steps
 
 
 def filled(count: int, batch: int, recipe: Recipe) -> int:

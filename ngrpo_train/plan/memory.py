@@ -15,7 +15,7 @@ from ngrpo_train.models.inputs import inputs_of
 from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel.layout import Layout, base_storage
 from ngrpo_train.plan.activations import BlockBytes, block_bytes, decode_pass, decoded_bytes, encode_pass
-from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, code_bytes, compiled, shape_of
+from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, coarsely, code_bytes, compiled, shape_of
 from ngrpo_train.plan.machines import GIB
 from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.plan.trace import Shape, traced
@@ -98,6 +98,7 @@ def iteration_memory(recipe: Recipe, architecture: Architecture, layout: Layout)
             "retained forwards": retained,
             "activations": max(
                 _rollout_bytes(recipe, architecture, shape, batches),
+                _coarse_bytes(recipe, architecture),
                 groups if batches.part > recipe.prompts.per_rank else 0,  # joined, beside the parts of them
             ),
         },
@@ -267,6 +268,18 @@ def _rollout_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, bat
     latents = recipe.workload().rollout_latents * 4 * _latent_values(architecture, shape)
     solver = batches.explored * (latents + _conditioning_bytes(architecture, shape))
     return batches.rollout * _forward_bytes(recipe, architecture, shape) + solver
+
+
+def _coarse_bytes(recipe: Recipe, architecture: Architecture) -> float:
+    """Peak bytes of coarse exploration: forwards, or pictures decoded, made large in float32, and scored; or 0."""
+    coarse = coarsely(recipe)
+    if not coarse:
+        return 0.0
+    batches, sampling = Batches.of(coarse), recipe.sampling
+    drawn = _rollout_bytes(coarse, architecture, shape_of(coarse), batches)
+    decoded = _decode_bytes(coarse, architecture, batches, Scoring.of(coarse))
+    values = batches.part * coarse.algorithm.num_generations * 3 * sampling.height * sampling.width
+    return max(drawn, decoded, (4 + 1) * values * (coarse.sampling != sampling))
 
 
 def _latent_values(architecture: Architecture, shape: Shape) -> int:

@@ -279,6 +279,8 @@ def _notes(plan: Plan) -> Iterator[str]:
         float32, several = bool(plan.flops.float32), plan.layout.world_size > 1
         yield from assumptions(plan.machine, float8=float8, float32=float32, several=several)
         yield _origin_of_elementwise(plan)
+    if recipe.parallel.rollout_cache.kind == "first_block":
+        yield "What parallel.rollout_cache leaves out depends on the pictures: all blocks are counted."
     if float8 and plan.machine and plan.machine.float8_speedup == 1:
         yield f'{plan.machine.name} has no float8 products: set parallel.rollout_dtype to "same" for it.'
 

@@ -13,14 +13,14 @@ from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel.layout import Layout
 from ngrpo_train.plan import rates
 from ngrpo_train.plan.elementwise import Pass, elementwise_bytes
-from ngrpo_train.plan.flops import Flops, TransformerFlops, transformer_flops
-from ngrpo_train.plan.layout import Batches, Weights, bytes_of, compiled, shape_of
+from ngrpo_train.plan.flops import Flops, TransformerFlops, iteration_flops, transformer_flops
+from ngrpo_train.plan.layout import Batches, Weights, bytes_of, coarsely, compiled, shape_of
 from ngrpo_train.plan.links import Links
 from ngrpo_train.plan.machines import Machine
 from ngrpo_train.plan.rates import Rates
 from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.plan.trace import traced
-from ngrpo_train.plan.traffic import Traffic, calls_of, update_passes
+from ngrpo_train.plan.traffic import Traffic, calls_of, iteration_traffic, update_passes
 from ngrpo_train.recipe.sections import Recipe
 
 
@@ -29,7 +29,7 @@ class Part:
     """A part of an iteration."""
 
     stage: str
-    """The stage of training's stopwatch that it belongs to: rollout, decode, reward or update."""
+    """The stage of training's stopwatch that it belongs to: coarse, rollout, decode, reward or update."""
     name: str
     seconds: float
     """Estimated."""
@@ -68,7 +68,7 @@ class Seconds:
         return sum(part.seconds for part in self.parts if part.name == LINKS)
 
 
-LINKS = "links"
+LINKS, FLOAT8_COPY = "links", "float8 copy"
 
 
 def iteration_seconds(
@@ -86,6 +86,15 @@ def iteration_seconds(
         reductions=traffic.reduces * iteration.reduction + iteration.batches.updates * iteration.sum_over_copies,
         parts=parts,
     )
+
+
+def _coarse(recipe: Recipe, architecture: Architecture, machine: Machine, layout: Layout) -> Iterator[Part]:
+    """The parts of coarse exploration, which is the rollout of `recipe`, with its decoding and rewards."""
+    flops, traffic = iteration_flops(recipe, architecture), iteration_traffic(recipe, architecture, layout)
+    iteration = _Iteration(recipe, architecture, machine, layout, flops, traffic)
+    for part in (*iteration.rollout(), *iteration.looked_at()):
+        if part.name != FLOAT8_COPY:  # is made once
+            yield replace(part, stage="coarse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +134,15 @@ class _Iteration:
         self.states = flops.hardware_stages["forward"] / self.trained.forward
 
     def parts(self) -> Iterator[Part]:
-        yield from self._rollout()
+        if coarse := coarsely(self.recipe):
+            yield from _coarse(coarse, self.architecture, self.machine, self.layout)
+        yield from self.rollout()
+        yield from self.looked_at()
+        yield from self._update()
+
+    def looked_at(self) -> Iterator[Part]:
         yield self._part("decode", "decode", self.flops.hardware_stages.get("decode", 0) / self.rates.decode, "decode")
         yield self._reward()
-        yield from self._update()
 
     def _part(self, stage: str, name: str, seconds: float, *counted: str) -> Part:
         """A part whose floor is that of stages of `Flops`."""
@@ -178,20 +192,20 @@ class _Iteration:
 
     # -- Stages --------------------------------------------------------------------------------------------------------
 
-    def _rollout(self) -> Iterator[Part]:
+    def rollout(self) -> Iterator[Part]:
         float8 = self.recipe.parallel.rollout_dtype == "float8"
         flops = self.base if float8 else self.trained  # the float8 copy has adapters merged in
         pictures = self.flops.hardware_stages["rollout"] / flops.forward
         seconds = self._forward(flops, pictures, "float8 rollout" if float8 else "rollout")
         text = self.flops.hardware_stages.get("text", 0)
         yield self._part("rollout", "text", text / self.rates.products + self.traffic.text_bytes / self.host, "text")
-        fast = self.flops.float8 * (1 - 1 / self.machine.float8_speedup)
+        fast = pictures * self.base.products * float8 * (1 - 1 / self.machine.float8_speedup)
         products = pictures * (flops.forward - flops.attention) - fast
         yield Part("rollout", "products", seconds.products, products / self.peak)
         yield Part("rollout", "attention", seconds.attention, pictures * flops.attention / self.peak)
         yield Part("rollout", "elementwise", seconds.elementwise)
         if float8:
-            yield Part("rollout", "float8 copy", self._float8_copy())
+            yield Part("rollout", FLOAT8_COPY, self._float8_copy())
         copied = self.traffic.copied_bytes * self._share_of_rollout() / self.rates.memory
         yield Part("rollout", "weights made whole", copied)
         one_call = seconds.all / (self.batches.forwards * self.calls)
@@ -229,7 +243,7 @@ class _Iteration:
         yield Part("update", "host", self._host(count, all_passes, 3))
         if self.recipe.parallel.offload:
             moved = self.traffic.host_bytes - self.traffic.text_bytes - Scoring.of(self.recipe).moved
-            hidden = sum(part.seconds for part in self._rollout() if part.name != "text") + all_passes
+            hidden = sum(part.seconds for part in self.rollout() if part.name != "text") + all_passes
             yield Part("update", "host memory", max(0.0, moved / (rates.LINKS * self.host) - hidden) + self.step)
 
     # -- Weights and gradients -----------------------------------------------------------------------------------------

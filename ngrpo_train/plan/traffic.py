@@ -8,7 +8,7 @@ from ngrpo_train.models.counts import Parameters, parameters
 from ngrpo_train.models.inputs import inputs_of
 from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel.layout import Layout
-from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, code_bytes, shape_of, stored_bytes
+from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, coarsely, code_bytes, shape_of, stored_bytes
 from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.recipe.sections import Recipe
 
@@ -43,8 +43,10 @@ def iteration_traffic(recipe: Recipe, architecture: Architecture, layout: Layout
     weights = Weights.of(recipe, architecture, layout)
     compute, stored, reduced = bytes_of(settings.compute_dtype), stored_bytes(recipe), 4
     refreshes = int(settings.rollout_dtype == "float8")
-    calls = calls_of(recipe, architecture)
+    calls, coarse = calls_of(recipe, architecture), coarsely(recipe)
     in_rollouts, in_updates = _gathers(recipe, batches, calls) if weights.managed else (0, 0)
+    if coarse and weights.managed and settings.keep_gathered != "iteration":
+        in_rollouts += _gathers(coarse, Batches.of(coarse), calls)[0]
     gathers = in_rollouts + in_updates
     reduces = batches.updates * (1 if settings.reduce_gradients == "step" else batches.count)
     others, copies, shard = (layout.shares - 1) / layout.shares, layout.copies, 1 / layout.shares

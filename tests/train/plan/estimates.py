@@ -2,7 +2,7 @@
 
     python -m tests.train.plan.estimates
 
-A test holds the page to what this writes. What no setting does yet is put together from parts of other plans.
+A test holds the page to what this writes. What is not built is put together from parts of other plans.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from benchmarks.train_rows import read
 from ngrpo_train.plan import make_plan, rates
 from ngrpo_train.plan.elementwise import result_bytes
 from ngrpo_train.plan.forecast import Plan
-from ngrpo_train.plan.layout import shape_of
+from ngrpo_train.plan.layout import Batches, coarsely, computed_share, shape_of
 from ngrpo_train.plan.machines import MACHINES
 from ngrpo_train.plan.rates import Rates
 from ngrpo_train.plan.remedies import with_settings
 from ngrpo_train.plan.seconds import Part
 from ngrpo_train.plan.trace import traced
-from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.recipe.explore import Explore
+from ngrpo_train.recipe.sections import Recipe, RolloutCache
 
 PAGE = Path(__file__).parents[3] / "docs" / "training-cost.md"
 H200, H100 = MACHINES["h200-141"], MACHINES["h100-80"]
@@ -35,6 +36,8 @@ FLOAT8 = {
     "parallel.rollout_dtype": "float8",
     "prompts.embeddings": "DIRECTORY",
 }  # beside text encoders it would not fit
+CACHED = {"parallel.rollout_cache": RolloutCache(kind="taylor_seer")}
+CHOSEN = {"algorithm.explore": Explore(candidates=12), "algorithm.num_generations": 4}
 LARGER = {"sampling.height": 768, "sampling.width": 768}  # whose half is whole tokens
 OPTIMIZER_BYTES = 11.1  # of a weight, by the generated code of the 8-bit optimizer
 
@@ -86,16 +89,20 @@ def some(plan: Plan, *names: str) -> Sum:
     return of(part for part in plan.seconds.parts if part.stage in names or f"{part.stage} {part.name}" in names)
 
 
-# -- What no setting does yet ------------------------------------------------------------------------------------------
+# -- What is not built ----------------------------------------------------------------------------------------------
 
 
 def fused(plan: Plan) -> Sum:
-    """What the fused kernels of `SPARED` would save of a rollout."""
+    """What the fused kernels of `SPARED` would save of a rollout, and of coarse exploration before it."""
     assert plan.machine
-    pictures = sum(plan.batches.calls) - plan.batches.retained  # whose GELU keeps what it reads
-    kinds = traced(plan.architecture, shape_of(plan.recipe)).kinds
-    spared = sum(kind.layers * SPARED[type(kind.block).__name__] * result_bytes(kind) for kind in kinds)
-    return Sum(pictures * spared / Rates.of(plan.machine).memory, 0.0)
+    resolved = plan.settled.within(plan.recipe)
+    spared = 0.0
+    for recipe in filter(None, (coarsely(resolved), resolved)):
+        batches = Batches.of(recipe)
+        pictures = computed_share(recipe) * sum(batches.calls) - batches.retained  # whose GELU keeps what it reads
+        kinds = traced(plan.architecture, shape_of(recipe)).kinds
+        spared += pictures * sum(kind.layers * SPARED[type(kind.block).__name__] * result_bytes(kind) for kind in kinds)
+    return Sum(spared / Rates.of(plan.machine).memory, 0.0)
 
 
 def one_launch(plan: Plan) -> Sum:
@@ -107,32 +114,6 @@ def one_launch(plan: Plan) -> Sum:
         return seconds
     moved = 2 * counts.transformer + counts.token_matrices + 2 * (counts.transformer - counts.token_matrices)
     return seconds + some(plan, "rollout float8 copy") - Sum(moved / memory, 0.0)
-
-
-def coarse(settings: Mapping[str, Any], scale: float) -> Plan:
-    """12 candidates in 4 steps, at `scale` times the height and width: its rollout, decode and rewards are explored."""
-    recipe = target(settings)
-    smaller = {f"sampling.{side}": round(scale * getattr(recipe.sampling, side)) for side in ("height", "width")}
-    return planned({**settings, **smaller, "sampling.num_inference_steps": 4, "algorithm.num_generations": 12})
-
-
-def explored(settings: Mapping[str, Any], scale: float, *, spare: bool = False) -> Sum:
-    """The 12 are drawn coarsely; 4 of them are drawn again exactly and trained, all as anchors.
-
-    `spare` is true for a rollout of fused kernels, a cache that leaves out the blocks in 3 of 8 exact steps, and an
-    optimizer in one launch.
-    """
-    exact, first = planned({**settings, "algorithm.num_generations": 4}), coarse(settings, scale)
-    again = some(first, "rollout text", "rollout float8 copy")  # once is enough
-    seconds = whole(exact) + some(first, "rollout", "decode", "reward") - again
-    if not spare:
-        return seconds
-    left_out = 3 / 8 * (blocks_of_rollout(exact) - fused(exact))
-    return seconds - fused(exact) - fused(first) - left_out - one_launch(exact)
-
-
-def blocks_of_rollout(plan: Plan) -> Sum:
-    return some(plan, "rollout products", "rollout attention", "rollout elementwise")
 
 
 # -- Tables ------------------------------------------------------------------------------------------------------------
@@ -192,19 +173,22 @@ def changes() -> Iterator[Change]:
     yield Change("and fused elementwise kernels in the rollout", "no", whole(some_kept) - spared)
     four = planned({"train.gradient_accumulation_steps": 4})
     yield Change("the target with four prompts an update, streamed", "yes", whole(four))
-    cached = whole(plan) - 3 / 8 * blocks_of_rollout(plan)
-    yield Change("the target with a cache that leaves out the blocks in 3 of 8 steps", "in work", cached)
+    yield Change("the target with a Taylor cache, which leaves out 3 of 8 steps", "yes", whole(planned(CACHED)))
     yield Change(
         "float8 rollout, prompts encoded beforehand", "yes", whole(float8), ("variants", "full, float8 rollout")
     )
+    yield Change("float8 rollout with a Taylor cache", "yes", whole(planned(FLOAT8 | CACHED)))
     spared = one_launch(float8) + fused(float8)
     yield Change("float8 rollout, fused kernels, one launch", "no", whole(float8) - spared)
-    yield Change("12 candidates in 4 coarse steps, of which 4 are kept", "in work", explored({}, 1.0))
-    yield Change("the same in float8", "in work", explored(FLOAT8, 1.0))
+    yield Change("12 candidates in 4 coarse steps, of which 4 are kept", "yes", whole(planned(CHOSEN)))
     yield Change("the target at 768x768", "yes", whole(planned(LARGER)))
-    yield Change("at 768x768, coarse pictures at half the height and width", "in work", explored(LARGER, 0.5))
-    yield Change("the same in float8", "in work", explored(LARGER | FLOAT8, 0.5))
-    yield Change("with the cache, fused kernels, one launch", "no", explored(LARGER | FLOAT8, 0.5, spare=True))
+    half = LARGER | CHOSEN | {"algorithm.explore": Explore(candidates=12, scale=0.5)}
+    yield Change("at 768x768, 4 of 12 coarse ones of half the height and width", "yes", whole(planned(half)))
+    kept = planned(half | RETAINED | {"model.gradient_checkpointing": 0.1})
+    yield Change("and retained graphs, of whose activations the compiler keeps 10 %", "yes", whole(kept))
+    coarse = planned(half | FLOAT8 | CACHED)
+    yield Change("or a float8 rollout with a Taylor cache", "yes", whole(coarse))
+    yield Change("and fused kernels, one launch", "no", whole(coarse) - one_launch(coarse) - fused(coarse))
 
 
 def of_changes() -> Iterator[str]:
