@@ -1,8 +1,9 @@
 """Plans: does a recipe fit a GPU, and what does an iteration cost there? No GPU is needed; `ngrpo plan` shows it.
 
-`activations` measures what the model keeps, on "meta"; `layout` cuts an iteration into pieces; `flops`, `traffic` and
-`memory` count what it computes, sends and holds; `forecast` settles what a recipe leaves open and makes a `Plan`;
-`remedies` proposes changes, and `report` prints all this.
+`activations` and `elementwise` measure what the model keeps and moves, on "meta"; `layout` cuts an iteration into
+pieces; `flops`, `traffic` and `memory` count what it computes, sends and holds; `seconds` estimates its time, at the
+rates that `rates` assumes; `forecast` settles what a recipe leaves open and makes a `Plan`; `remedies` proposes
+changes, `scaling` takes more GPUs, and `report` prints all this.
 """
 
 from ngrpo_train.plan.flops import Flops, iteration_flops

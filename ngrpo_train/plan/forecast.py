@@ -176,7 +176,7 @@ def make_plan(
     weights = Weights.of(resolved, architecture, layout)
     seconds = None
     if known and recipe.parallel.compute_dtype == "bfloat16":
-        seconds = iteration_seconds(resolved, architecture, known, layout, flops, traffic)
+        seconds = iteration_seconds(resolved, architecture, known, layout, traffic)
     return Plan(
         recipe=recipe,
         architecture=architecture,

@@ -159,16 +159,25 @@ def refuse_retaining(recipe: Recipe, world_size: int, per_node: int) -> None:
         require(not reason, "parallel.retain", "on", f'must be "auto" or "off": {reason}')
 
 
+def exactly(recipe: Recipe) -> Recipe:
+    """The recipe without coarse exploration: its groups are given."""
+    if not recipe.algorithm.chooses:
+        return recipe
+    return replace(recipe, algorithm=replace(recipe.algorithm, explore=Explore()))  # type: ignore[call-arg]
+
+
 def coarsely(recipe: Recipe) -> Recipe | None:
     """A recipe whose rollout, decode and rewards are those of coarse exploration; None for one without."""
     work = recipe.workload()
     if not work.coarse_calls:
         return None
-    sampling = replace(
-        smaller(recipe.sampling, round(1 / work.coarse_scale)), num_inference_steps=len(work.coarse_calls)
+    small, exact = smaller(recipe.sampling, round(1 / work.coarse_scale)), exactly(recipe)
+    return replace(
+        exact,
+        sampling=replace(small, num_inference_steps=len(work.coarse_calls)),
+        algorithm=replace(exact.algorithm, num_generations=work.coarse_calls[0]),
+        parallel=replace(recipe.parallel, retain="off"),
     )
-    exploring = replace(recipe.algorithm, num_generations=work.coarse_calls[0], explore=Explore())  # type: ignore[call-arg]
-    return replace(recipe, sampling=sampling, algorithm=exploring, parallel=replace(recipe.parallel, retain="off"))
 
 
 def computed_share(recipe: Recipe) -> float:

@@ -13,8 +13,8 @@ from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel.layout import Layout
 from ngrpo_train.plan import rates
 from ngrpo_train.plan.elementwise import Pass, elementwise_bytes
-from ngrpo_train.plan.flops import Flops, TransformerFlops, iteration_flops, transformer_flops
-from ngrpo_train.plan.layout import Batches, Weights, bytes_of, coarsely, compiled, shape_of
+from ngrpo_train.plan.flops import TransformerFlops, iteration_flops, transformer_flops
+from ngrpo_train.plan.layout import Batches, Weights, bytes_of, coarsely, compiled, exactly, shape_of
 from ngrpo_train.plan.links import Links
 from ngrpo_train.plan.machines import Machine
 from ngrpo_train.plan.rates import Rates
@@ -22,6 +22,8 @@ from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.plan.trace import traced
 from ngrpo_train.plan.traffic import Traffic, calls_of, iteration_traffic, update_passes
 from ngrpo_train.recipe.sections import Recipe
+
+LINKS, FLOAT8_COPY, MADE_WHOLE = "links", "float8 copy", "weights made whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,32 +70,30 @@ class Seconds:
         return sum(part.seconds for part in self.parts if part.name == LINKS)
 
 
-LINKS, FLOAT8_COPY = "links", "float8 copy"
-
-
 def iteration_seconds(
-    recipe: Recipe, architecture: Architecture, machine: Machine, layout: Layout, flops: Flops, traffic: Traffic
+    recipe: Recipe, architecture: Architecture, machine: Machine, layout: Layout, traffic: Traffic
 ) -> Seconds:
     """Seconds of the first iteration on each process. All that a recipe leaves open must be settled."""
-    iteration = _Iteration(recipe, architecture, machine, layout, flops, traffic)
+    exact, coarse = _Iteration(exactly(recipe), architecture, machine, layout), coarsely(recipe)
+    parts = [*exact.rollout(), *exact.looked_at(), *exact.update()]
+    if coarse:
+        parts = [*_of_coarse(_Iteration(coarse, architecture, machine, layout)), *parts]
     links, sent = Links.of(machine, layout), traffic.gathered_bytes + traffic.reduced_bytes
-    parts = tuple(part for part in iteration.parts() if part.seconds)
     return Seconds(
         compute=sum(part.floor for part in parts),
         links=sent / links.shared + traffic.all_reduced_bytes / links.copied,
-        host=traffic.host_bytes / iteration.host + (iteration.step if recipe.parallel.offload else 0.0),
-        gathers=traffic.gathers * iteration.gather,
-        reductions=traffic.reduces * iteration.reduction + iteration.batches.updates * iteration.sum_over_copies,
-        parts=parts,
+        host=traffic.host_bytes / exact.host + (exact.step if recipe.parallel.offload else 0.0),
+        gathers=traffic.gathers * exact.gather,
+        reductions=traffic.reduces * exact.reduction + exact.batches.updates * exact.sum_over_copies,
+        parts=tuple(part for part in parts if part.seconds),
     )
 
 
-def _coarse(recipe: Recipe, architecture: Architecture, machine: Machine, layout: Layout) -> Iterator[Part]:
-    """The parts of coarse exploration, which is the rollout of `recipe`, with its decoding and rewards."""
-    flops, traffic = iteration_flops(recipe, architecture), iteration_traffic(recipe, architecture, layout)
-    iteration = _Iteration(recipe, architecture, machine, layout, flops, traffic)
+def _of_coarse(iteration: _Iteration) -> Iterator[Part]:
+    """Coarse exploration: a rollout, its decoding and rewards. A float8 copy is made for both rollouts together."""
+    once = (FLOAT8_COPY, MADE_WHOLE, LINKS) if iteration.recipe.parallel.rollout_dtype == "float8" else ()
     for part in (*iteration.rollout(), *iteration.looked_at()):
-        if part.name != FLOAT8_COPY:  # is made once
+        if part.name not in once:
             yield replace(part, stage="coarse")
 
 
@@ -113,17 +113,12 @@ class _Pass:
 class _Iteration:
     """The parts of an iteration, and what they are made of."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        architecture: Architecture,
-        machine: Machine,
-        layout: Layout,
-        flops: Flops,
-        traffic: Traffic,
-    ) -> None:
-        self.recipe, self.architecture, self.layout = recipe, architecture, layout
-        self.machine, self.flops, self.traffic = machine, flops, traffic
+    def __init__(self, recipe: Recipe, architecture: Architecture, machine: Machine, layout: Layout) -> None:
+        self.recipe, self.architecture, self.machine, self.layout = recipe, architecture, machine, layout
+        self.flops, self.traffic = (
+            iteration_flops(recipe, architecture),
+            iteration_traffic(recipe, architecture, layout),
+        )
         self.rates, self.links = Rates.of(machine), Links.of(machine, layout)
         self.peak, self.host = machine.matmul_tflops * 1e12, machine.host_gbps * 1e9
         self.batches, self.weights = Batches.of(recipe), Weights.of(recipe, architecture, layout)
@@ -131,22 +126,15 @@ class _Iteration:
         self.calls = calls_of(recipe, architecture)
         self.trained = transformer_flops(architecture, shape_of(recipe))
         self.base = replace(self.trained, adapters=0)
-        self.states = flops.hardware_stages["forward"] / self.trained.forward
-
-    def parts(self) -> Iterator[Part]:
-        if coarse := coarsely(self.recipe):
-            yield from _coarse(coarse, self.architecture, self.machine, self.layout)
-        yield from self.rollout()
-        yield from self.looked_at()
-        yield from self._update()
+        self.states = self.flops.hardware_stages["forward"] / self.trained.forward
 
     def looked_at(self) -> Iterator[Part]:
-        yield self._part("decode", "decode", self.flops.hardware_stages.get("decode", 0) / self.rates.decode, "decode")
+        yield self._part("decode", "decode", self.flops.hardware_stages.get("decode", 0) / self.rates.decode)
         yield self._reward()
 
-    def _part(self, stage: str, name: str, seconds: float, *counted: str) -> Part:
-        """A part whose floor is that of stages of `Flops`."""
-        return Part(stage, name, seconds, sum(self.flops.hardware_stages.get(each, 0) for each in counted) / self.peak)
+    def _part(self, stage: str, name: str, seconds: float) -> Part:
+        """A part whose arithmetic is that of the stage of `Flops` with its name."""
+        return Part(stage, name, seconds, self.flops.hardware_stages.get(name, 0) / self.peak)
 
     # -- Passes through the transformer --------------------------------------------------------------------------------
 
@@ -161,7 +149,7 @@ class _Iteration:
         """Without what it computes again."""
         attention = 2 * self.trained.attention
         products = (self.trained.backward - attention) / self.rates.products
-        again = 5 / 4  # of attention's five products, one is in its forward: flash attention does not keep its result
+        again = 5 / 4  # flash attention keeps no scores: beside four products, its backward computes them again
         return _Pass(
             states * products,
             states * again * attention / self.rates.attention_backward,
@@ -198,7 +186,7 @@ class _Iteration:
         pictures = self.flops.hardware_stages["rollout"] / flops.forward
         seconds = self._forward(flops, pictures, "float8 rollout" if float8 else "rollout")
         text = self.flops.hardware_stages.get("text", 0)
-        yield self._part("rollout", "text", text / self.rates.products + self.traffic.text_bytes / self.host, "text")
+        yield self._part("rollout", "text", text / self.rates.products + self.traffic.text_bytes / self.host)
         fast = pictures * self.base.products * float8 * (1 - 1 / self.machine.float8_speedup)
         products = pictures * (flops.forward - flops.attention) - fast
         yield Part("rollout", "products", seconds.products, products / self.peak)
@@ -207,8 +195,8 @@ class _Iteration:
         if float8:
             yield Part("rollout", FLOAT8_COPY, self._float8_copy())
         copied = self.traffic.copied_bytes * self._share_of_rollout() / self.rates.memory
-        yield Part("rollout", "weights made whole", copied)
-        one_call = seconds.all / (self.batches.forwards * self.calls)
+        yield Part("rollout", MADE_WHOLE, copied)
+        one_call = 0.0 if float8 else seconds.all / (self.batches.forwards * self.calls)  # a copy is made before them
         yield Part("rollout", LINKS, self._gathers(self.traffic.rollout_gathers, one_call))
         yield Part("rollout", "host", self._host(self.batches.forwards, seconds.all))
 
@@ -219,22 +207,22 @@ class _Iteration:
         slow = scoring.float32_flops * (rates.FLOAT32_SLOWDOWN - 1)
         return Part("reward", "reward", seconds, (scoring.flops + slow) / self.peak)
 
-    def _update(self) -> Iterator[Part]:
+    def update(self) -> Iterator[Part]:
         stages, batches = self.flops.hardware_stages, self.batches
         forward = self._forward(self.trained, self.states, "forward").all
         recomputation, backward = self._recomputation(self.states).all, self._backward(self.states).all
         old = self._forward(self.trained, stages.get("old policy", 0) / self.trained.forward, "rollout").all
         reference = self._forward(self.base, stages.get("reference", 0) / self.base.forward, "rollout").all
         # What is retained is computed in the rollout.
-        yield self._part("rollout" if batches.retained else "update", "forward", forward, "forward")
-        yield self._part("update", "old policy", old, "old policy")
-        yield self._part("update", "reference", reference, "reference")
-        yield self._part("update", "recomputation", recomputation, "recomputation")
-        yield self._part("update", "backward", backward, "backward")
+        yield self._part("rollout" if batches.retained else "update", "forward", forward)
+        yield self._part("update", "old policy", old)
+        yield self._part("update", "reference", reference)
+        yield self._part("update", "recomputation", recomputation)
+        yield self._part("update", "backward", backward)
         yield Part("update", "gradients", self._gradients())
         yield Part("update", "optimizer", 0.0 if self.recipe.parallel.offload else self.step)
         copied = self.traffic.copied_bytes * (1 - self._share_of_rollout()) / self.rates.memory
-        yield Part("update", "weights made whole", copied)
+        yield Part("update", MADE_WHOLE, copied)
         count = batches.updates * batches.count
         all_passes, back = old + reference + forward + recomputation + backward, recomputation + backward
         one_call = all_passes / (update_passes(self.recipe, batches) * self.calls)

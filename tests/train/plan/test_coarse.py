@@ -72,6 +72,24 @@ def test_gathers_for_coarse_pictures() -> None:
     assert more == {"never": STEPS, "rollout": 1, "iteration": 0}
 
 
+def test_weights_that_are_gathered_for_coarse_pictures_are_waited_for_once() -> None:
+    """Over links so slow that little hides: each rollout waits for what it gathers, less its arithmetic. G at once."""
+    slow = replace(MACHINES["h100-80"], nvlink_gbps=1.0)
+    sharded = {
+        "parallel.master_dtype": "float32",
+        "optimizer.name": "adamw",
+        "parallel.keep_gathered": "never",
+        "parallel.reduce_gradients": "batch",
+    }
+    seconds = make_plan(recipe(1.0, **sharded), slow, 8).seconds
+    assert seconds
+    found = {(part.stage, part.name): part.seconds for part in seconds.parts}
+    for stage, forwards in (("coarse", C // G * STEPS), ("rollout", 8)):
+        hidden = sum(found[stage, name] for name in ("products", "attention", "elementwise"))
+        each = 2 * 11_901_408_320 * 7 / 8 / 0.8e9  # 26 s
+        assert found[stage, "links"] == pytest.approx(forwards * each - hidden, rel=1e-3)
+
+
 def test_many_coarse_pictures_take_memory() -> None:
     """Made large in float32, beside their bytes: here more than the rollout's forwards take."""
     settings = {"parallel.rollout_batch": 1, "parallel.decode_batch": 1}
