@@ -51,10 +51,11 @@ test: $(INSTALLED)   ## run the tests, lane by lane: the light ones first
 slow: $(INSTALLED)   ## run the tests that make test leaves out: bugs planted in the kernels, generated code
 	@$(PYTEST) $(PARALLEL) -m slow $(ARGS)
 
-families: $(INSTALLED) ## run the tests of all families of models, of which make test takes five; docs/models.md
+families: $(INSTALLED) ## run the tests of all families of models (docs/models.md), and whole models on an absent GPU
 	@$(PYTEST) $(PARALLEL) -m 'families or not families' tests/train/models/test_conformance.py \
 	    tests/train/models/test_family_runs.py tests/train/models/test_family_ranks.py \
 	    tests/train/models/test_family_commands.py $(ARGS)
+	@$(PYTEST) $(PARALLEL) -m families tests/fake_gpu $(ARGS)
 
 # Triton's interpreter computes in numpy, which these variables do not reach; how a run ends is no matter of rounding.
 portable: $(INSTALLED) ## run the kernels' and the distributed tests with the smallest instruction set

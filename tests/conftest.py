@@ -15,12 +15,17 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
+from . import faster
 from .lanes import LANES, lanes_of
 
 # Read when huggingface_hub and triton are first imported, and inherited by the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+faster.parser()
+if os.environ.get("TRITON_INTERPRET") == "1":
+    faster.interpreter()
 
 hypothesis.settings.register_profile("ngrpo", deadline=None)  # a first call compiles, or interprets a kernel
 hypothesis.settings.load_profile("ngrpo")

@@ -4,12 +4,13 @@ In full width with one block of each kind; at full depth under `make slow`. Noth
 that results are right: that is for the CPU's tests. A tensor on the wrong device ends an iteration.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
 from . import pipelines
-from .cases import NEEDS_A_PLACE, Case, Seen, case, seen_of
+from .cases import NEEDS_A_PLACE, SHALLOW, Case, Seen, case, seen_of
 
 pytestmark = NEEDS_A_PLACE
 
@@ -190,6 +191,15 @@ RECIPES |= {
 }
 
 
+def at_full_depth(name: str) -> Case:
+    """A recipe on the whole model."""
+    shallow = RECIPES[name].case
+    model = {**shallow.changes["model"]}
+    if model["name_or_path"] == SHALLOW:
+        model["name_or_path"] = "random:flux-dev"
+    return replace(shallow, changes={**shallow.changes, "model": model})
+
+
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
     home = tmp_path_factory.mktemp("published")
@@ -219,6 +229,16 @@ def test_pinned_host_memory_is_the_plans(shallow: dict[str, Seen]) -> None:
     """The rest is noise and other small tensors on their way to the device."""
     seen = shallow["offload"]
     assert seen.planned_pinned <= seen.pinned <= seen.planned_pinned + 32 * 2**20
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - WHOLE.keys()))
+def test_every_recipe_takes_what_the_plan_says_at_full_depth(tmp_path: Path, name: str) -> None:
+    if name in LAYERS:
+        pipelines.write(tmp_path / name, name)
+    seen = seen_of({name: at_full_depth(name)}, tmp_path)[name]
+    assert seen.waited.keys() == {**ONCE, **RECIPES[name].waits}.keys()
+    refuse_another_plan(seen, RECIPES[name].fused, most_below=0.05)
 
 
 @pytest.mark.slow
