@@ -14,7 +14,7 @@ from ngrpo_train.models.coarse import smaller
 from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.plan.activations import block_bytes, decode_pass, encode_pass
 from ngrpo_train.plan.instruments import FlashAttention, Operations
-from ngrpo_train.plan.layout import Batches, coarsely, computed_share, filled, shape_of
+from ngrpo_train.plan.layout import Batches, coarsely, computed_share, drawn, filled, shape_of
 from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.plan.trace import Kind, Shape, traced
 from ngrpo_train.recipe.sections import Recipe
@@ -131,7 +131,7 @@ class Flops:
 
 def iteration_flops(recipe: Recipe, architecture: Architecture) -> Flops:
     """Operations of the first iteration. All groups are taken to have signal; scorers of unknown cost count as 0."""
-    algorithm, sampling, batches = recipe.algorithm, recipe.sampling, Batches.of(recipe)
+    algorithm, sampling, batches = recipe.algorithm, drawn(recipe), Batches.of(recipe)
     shape = shape_of(recipe)
     trained = transformer_flops(architecture, shape)
     base = replace(trained, adapters=0)

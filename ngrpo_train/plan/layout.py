@@ -17,7 +17,7 @@ from ngrpo_train.parallel.layout import Layout, base_storage, compiles
 from ngrpo_train.plan.trace import Shape
 from ngrpo_train.recipe.explore import Explore
 from ngrpo_train.recipe.ranges import require
-from ngrpo_train.recipe.sections import Recipe
+from ngrpo_train.recipe.sections import Recipe, Sampling
 
 TEXT_BYTES = 2
 """Bytes of one weight of text encoders and VAE. They are bfloat16, whatever the transformer computes in."""
@@ -199,10 +199,21 @@ def _batch(asked: int, count: int, recipe: Recipe) -> int:
     return asked or count if compiled(recipe) else min(asked or count, count)
 
 
+def drawn(recipe: Recipe) -> Sampling:
+    """What the recipe draws, without how it is solved: all that a velocity depends on, so that it is traced once."""
+    default = Sampling()
+    return replace(
+        recipe.sampling,
+        solver=default.solver,
+        num_inference_steps=default.num_inference_steps,
+        shift=default.shift,
+    )
+
+
 def shape_of(recipe: Recipe) -> Shape:
     lora = recipe.model.tuning == "lora"
     return Shape(
-        sampling=recipe.sampling,
+        sampling=drawn(recipe),
         dtype=getattr(torch, recipe.parallel.compute_dtype),
         lora_rank=recipe.model.lora_rank if lora else 0,
         lora_targets=recipe.model.lora_targets if lora else (),

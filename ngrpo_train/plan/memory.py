@@ -15,7 +15,17 @@ from ngrpo_train.models.inputs import inputs_of
 from ngrpo_train.models.sizes import Architecture
 from ngrpo_train.parallel.layout import Layout, base_storage
 from ngrpo_train.plan.activations import BlockBytes, block_bytes, decode_pass, decoded_bytes, encode_pass
-from ngrpo_train.plan.layout import TEXT_BYTES, Batches, Weights, bytes_of, coarsely, code_bytes, compiled, shape_of
+from ngrpo_train.plan.layout import (
+    TEXT_BYTES,
+    Batches,
+    Weights,
+    bytes_of,
+    coarsely,
+    code_bytes,
+    compiled,
+    drawn,
+    shape_of,
+)
 from ngrpo_train.plan.machines import GIB
 from ngrpo_train.plan.scorers import Scoring
 from ngrpo_train.plan.trace import Shape, traced
@@ -276,10 +286,10 @@ def _coarse_bytes(recipe: Recipe, architecture: Architecture) -> float:
     if not coarse:
         return 0.0
     batches, sampling = Batches.of(coarse), recipe.sampling
-    drawn = _rollout_bytes(coarse, architecture, shape_of(coarse), batches)
+    forwards = _rollout_bytes(coarse, architecture, shape_of(coarse), batches)
     decoded = _decode_bytes(coarse, architecture, batches, Scoring.of(coarse))
     values = batches.part * coarse.algorithm.num_generations * 3 * sampling.height * sampling.width
-    return max(drawn, decoded, (4 + 1) * values * (coarse.sampling != sampling))
+    return max(forwards, decoded, (4 + 1) * values if coarse.sampling.height < sampling.height else 0)
 
 
 def _latent_values(architecture: Architecture, shape: Shape) -> int:
@@ -317,12 +327,12 @@ def _final_bytes(recipe: Recipe, architecture: Architecture, shape: Shape, batch
 
 def _encode_bytes(recipe: Recipe, architecture: Architecture) -> int:
     """Peak bytes in encoding one prompt; 0 where prompts are encoded beforehand."""
-    return 0 if recipe.prompts.embeddings else encode_pass(architecture, recipe.sampling).peak
+    return 0 if recipe.prompts.embeddings else encode_pass(architecture, drawn(recipe)).peak
 
 
 def _decode_bytes(recipe: Recipe, architecture: Architecture, batches: Batches, scoring: Scoring) -> float:
     """Peak bytes while pictures are decoded, and then scored."""
-    sampling = recipe.sampling
+    sampling = drawn(recipe)
     colours = 3 * sampling.num_frames * sampling.height * sampling.width  # bytes of one picture or video
     pictures = batches.part * recipe.algorithm.num_generations * colours
     decode = decode_pass(architecture, sampling, tiles=recipe.parallel.decode_tiles)

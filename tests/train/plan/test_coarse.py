@@ -91,12 +91,16 @@ def test_weights_that_are_gathered_for_coarse_pictures_are_waited_for_once() -> 
 
 
 def test_many_coarse_pictures_take_memory() -> None:
-    """Made large in float32, beside their bytes: here more than the rollout's forwards take."""
+    """Made large in float32, beside their bytes: here more than the rollout's forwards take. Whole ones stay bytes."""
     settings = {"parallel.rollout_batch": 1, "parallel.decode_batch": 1}
-    many = recipe(**settings, **{"algorithm.explore": Explore(candidates=1000, scale=0.5)})
-    layout = Layout.of(many.model, many.parallel, 1, 1)
-    held = iteration_memory(many, DEV, layout).phases["rollout"]
-    assert held["activations"] == (4 + 1) * 1000 * 3 * 768 * 768
+    held = []
+    for scale in (0.5, 1.0):
+        many = recipe(**settings, **{"algorithm.explore": Explore(candidates=1000, scale=scale)})
+        layout = Layout.of(many.model, many.parallel, 1, 1)
+        held.append(iteration_memory(many, DEV, layout).phases["rollout"]["activations"])
+    half, whole = held
+    assert half == (4 + 1) * 1000 * 3 * 768 * 768
+    assert whole < half
 
 
 @pytest.mark.parametrize("full, interval, N, computed", [(2, 2, 8, 5), (2, 3, 8, 4), (1, 1, 8, 8), (9, 2, 8, 8)])
