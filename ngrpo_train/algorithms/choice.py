@@ -36,8 +36,8 @@ class Choice:
 
         `explore/coarse_reward_mean` is the mean of the trained rewards over all coarse pictures.
         `explore/rank_correlation` is Spearman's, of the coarse and the exact rewards of the kept candidates: a mean
-        over rewards and groups, but for groups in which either is the same for all. Where the extremes are kept, it is
-        larger than among all candidates.
+        over rewards and groups, but for groups in which either is the same for all. It is not that of all candidates,
+        because extremes are kept.
         """
         coarse_RPC = self.scores.trained_RPG
         kept_RPG = coarse_RPC.take_along_dim(self.kept_PG[None], dim=2)

@@ -55,13 +55,23 @@ def test_each_command_explains_itself(ngrpo, monkeypatch, name, width):
         assert max(map(len, out.splitlines())) <= width
 
 
+def fields_of(section):
+    """The names of a section's fields, and of those of a table in it, below its name."""
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        if dataclasses.is_dataclass(value):
+            yield from (f"{entry.name}.{inner}" for inner in fields_of(value))
+        else:
+            yield entry.name
+
+
 def test_train_help_has_every_field_and_the_recipes_defaults(ngrpo, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     _, out, _ = ngrpo("train", "shapes_cpu", "--help")
     for section in dataclasses.fields(Recipe):
         if section.name != "rewards":
-            for entry in dataclasses.fields(getattr(Recipe(), section.name)):
-                assert f"--{section.name}.{entry.name.replace('_', '-')} " in out
+            for name in fields_of(getattr(Recipe(), section.name)):
+                assert f"--{section.name}.{name.replace('_', '-')} " in out
     assert "--rewards.shapes-verifier.weight" in out
     assert "(default: shapes)" in out
     assert "(default: shapes:train)" in out
