@@ -114,6 +114,9 @@ def install(gpu: FakeGPU, card: Card) -> None:
     cuda.synchronize = waits("the device is waited for")
     cuda.empty_cache = lambda: None
     cuda.memory_stats = lambda device=None: defaultdict(int, {"allocated_bytes.all.peak": gpu.memory.peak})
+    cuda.memory_allocated = lambda device=None: gpu.memory.live
+    cuda.max_memory_allocated = lambda device=None: gpu.memory.peak
+    cuda.reset_peak_memory_stats = lambda device=None: None
     cuda.mem_get_info = lambda device=None: (card.total_memory - gpu.memory.live, card.total_memory)
     cuda.manual_seed = lambda seed: None
     cuda.manual_seed_all = lambda seed: None
